@@ -1,0 +1,31 @@
+"""kfade: make a language model unlearn, by a few Gauss-Newton steps.
+
+model, tokenizer = kfade.load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+forget = kfade.encode(kfade.load_examples("forget.jsonl"), tokenizer)
+retain = kfade.encode(kfade.load_examples("retain.jsonl"), tokenizer)
+update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[:8], kl=0.02)
+update.apply(model)
+"""
+
+from kfade.batches import encode, make_batches
+from kfade.curvature.block import EigenBlock
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.draws import sampled_labels, square_root_draw
+from kfade.curvature.fit import fit_diagonal, fit_ekfac, fit_identity, fit_kfac
+from kfade.errors import InputError
+from kfade.examples import load_examples
+from kfade.layers import find_targets
+from kfade.models import load_model
+from kfade.objectives import cross_entropy, margin
+from kfade.unlearn import unlearn
+from kfade.update import Update
+
+__all__ = [
+    # data and models
+    "load_model", "load_examples", "encode", "make_batches", "find_targets",
+    # curvature
+    "fit_identity", "fit_diagonal", "fit_kfac", "fit_ekfac", "Curvature", "EigenBlock",
+    "sampled_labels", "square_root_draw",
+    # unlearning
+    "unlearn", "margin", "cross_entropy", "Update", "InputError",
+]  # fmt: skip

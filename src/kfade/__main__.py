@@ -1,0 +1,8 @@
+"""``kfade`` and ``python -m kfade``."""
+
+import sys
+
+from kfade.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

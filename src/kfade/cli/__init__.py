@@ -1,0 +1,60 @@
+"""The command line: each command validates, calls one function, prints.
+
+Exit codes: 0 done; 2 the user's input is at fault, one line says what, where and what to do;
+130 interrupted; 1 anything else. With ``--json`` one JSON object goes to stdout; everything else
+goes to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import typer
+
+from kfade.cli import check, demo, edit, fit, unlearn
+from kfade.errors import InputError
+
+app = typer.Typer(
+    help="Make a language model unlearn: a few Gauss-Newton steps with K-FAC / EK-FAC curvature.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("unlearn")(unlearn.unlearn)
+app.command("fit")(fit.fit)
+app.command("apply")(edit.apply)
+app.command("revert")(edit.revert)
+app.command("check")(check.check)
+app.command("demo")(demo.demo)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        app(args=arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except InputError as error:
+        return _fail(str(error), 2)
+    except (torch.OutOfMemoryError, MemoryError):
+        return _out_of_memory()
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # how PyTorch's CPU allocator says it
+            return _out_of_memory()
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command with --resume goes on", 130)
+    return 0
+
+
+def _out_of_memory() -> int:
+    return _fail(
+        "out of memory: lower --batch-tokens, then --sequence-length, or target fewer --layers", 2
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"kfade: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,164 @@
+"""``kfade check``: prove on the user's own model, before a long run, what the method rests on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import typer
+
+from kfade.batches import Sequence as Tokens
+from kfade.batches import make_batches
+from kfade.cli import options as o
+from kfade.cli.session import Loaded, console, load, read_source, session, show, to_tokens
+from kfade.config import RunConfig, override
+from kfade.curvature.product import quadratic_form
+from kfade.demo.data import data_file
+from kfade.gradient import forget_gradient
+from kfade.head import read_head
+from kfade.layers import find_targets
+from kfade.measure import hidden_reference, mean_divergence
+from kfade.models import frozen
+from kfade.objectives import margin
+from kfade.stages import stage
+from kfade.step import gauss_newton_step
+from kfade.unlearn import DEFAULT_DAMPING, parameter_changes
+from kfade.update import Update
+
+SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
+SMALL_KL = 1e-4  # nats: large against rounding, small against the third order
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+def check(
+    model: o.Model,
+    retain: o.Retain = None,
+    estimator: o.Estimator = None,
+    labels: o.Labels = None,
+    layers: o.Layers = None,
+    target: o.Target = None,
+    joint_bias: o.JointBias = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    seed: o.Seed = None,
+    json: o.Json = False,
+) -> None:
+    """Check in about a minute that MODEL can be unlearned with, on a few short texts.
+
+    That the targets are found; that padding and batch size do not change the gradients; how the
+    predicted, the exact-quadratic and the measured KL of a small step relate. Exit code 1 if one
+    of them fails.
+    """
+    given = {name: value for name, value in locals().items() if name != "json"}
+    run = override(RunConfig(), **given, sequence_length=LENGTH, template="plain")
+    fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
+    with session() as clock:
+        examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
+        loaded = load(run.model, run.fit)
+        texts = [example for example in examples if example.text] or examples
+        tokens = to_tokens(texts[: 4 * SEQUENCES], loaded, run.data)[:SEQUENCES]
+        findings = [_targets(loaded), _padding(loaded, tokens)]
+        few = _few_blocks(loaded, run)
+        findings += _small_step(few, tokens, fit, draw, run.seed)
+    result: dict[str, Any] = {
+        "passed": all(finding.passed for finding in findings),
+        "findings": [vars(finding) for finding in findings],
+        "seconds": clock.total,
+    }
+    marks = {True: "ok    ", False: "FAILED"}
+    show(result, json, [f"{marks[f.passed]} {f.name}: {f.text}" for f in findings])
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+def _targets(loaded: Loaded) -> Finding:
+    kinds = Counter((t.name.split(f".{t.block}.", 1)[-1], t.shape) for t in loaded.targets)
+    parts = [f"{count} x {name} {list(shape)}" for (name, shape), count in kinds.items()]
+    return Finding("targets", True, "; ".join(parts))
+
+
+def _padding(loaded: Loaded, tokens: list[Tokens]) -> Finding:
+    """Gradients of one padded batch against one sequence at a time."""
+    cut = [
+        Tokens(s.tokens[: len(s.tokens) - 9 * i], s.scored[: len(s.tokens) - 9 * i])
+        for i, s in enumerate(tokens)
+        if len(s.tokens) > 9 * i + 2
+    ]
+    device = loaded.targets[0].weight.device
+    results = []
+    for budget in (1, 10**9):
+        batches = make_batches(cut, budget=budget, device=device)
+        results.append(forget_gradient(loaded.model, batches, loaded.targets, margin))
+    alone, together = results
+    difference = sum((alone[n] - together[n]).square().sum().item() for n in alone) ** 0.5
+    size = sum(alone[n].square().sum().item() for n in alone) ** 0.5
+    dtype = loaded.targets[0].weight.dtype
+    # Rounding grows with depth: a thousand units in the last place is usual, a wrong mask is O(1).
+    limit = max(1e-3, 16 * torch.finfo(dtype).eps)
+    return Finding(
+        "padding and batch size",
+        difference <= limit * size,
+        f"gradients of {len(cut)} sequences alone and in one padded batch differ by "
+        f"{difference / size:.1e} (limit {limit:.0e})",
+    )
+
+
+def _few_blocks(loaded: Loaded, run: RunConfig) -> Loaded:
+    """At most ``BLOCKS`` of the targeted blocks, spread evenly."""
+    blocks = sorted({t.block for t in loaded.targets})
+    if len(blocks) > BLOCKS:
+        blocks = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)]
+    targets = find_targets(
+        loaded.model,
+        layers=",".join(map(str, blocks)),
+        pattern=run.fit.target,
+        joint_bias=run.fit.joint_bias,
+    )
+    return replace(loaded, targets=targets)
+
+
+def _small_step(few: Loaded, tokens: list[Tokens], fit, draw, seed: int) -> list[Finding]:
+    """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences."""
+    model, targets = few.model, few.targets
+    batches = make_batches(tokens, device=targets[0].weight.device)
+    with stage("fit"):
+        curvature = fit(model, batches, targets, draw=draw, seed=seed)
+    gradient = forget_gradient(model, batches[-1:], targets, margin)
+    step = gauss_newton_step(curvature, gradient, damping=DEFAULT_DAMPING, relative=True)
+    exact = quadratic_form(model, batches, targets, step.direction)
+    alpha = (2 * SMALL_KL / exact) ** 0.5
+    with frozen(model):
+        head = read_head(model)
+    base = hidden_reference(model, batches, "base")
+    with Update({}).plus(parameter_changes(targets, step.direction), alpha).applied_to(model):
+        measured = mean_divergence(head, base, hidden_reference(model, batches, "edited"))
+    blocks = sorted({t.block for t in targets})
+    # bfloat16 weights and activations round a small step coarsely.
+    limit = 0.1 if targets[0].weight.dtype == torch.float32 else 0.5
+    console.print(f"small step on blocks {blocks}, {sum(b.loss_tokens for b in batches)} tokens")
+    return [
+        Finding(
+            "exact quadratic form",
+            abs(measured / SMALL_KL - 1) <= limit,
+            f"it predicts {SMALL_KL:.1e} nats, {measured:.2e} were measured "
+            f"(ratio {measured / SMALL_KL:.3f}, limit 1 ± {limit})",
+        ),
+        Finding(
+            "fitted curvature",
+            step.predicted_kl(alpha) > 0,
+            f"it predicts {step.predicted_kl(alpha):.1e} nats, {measured:.2e} were measured: the "
+            f"fit sees 1/{measured / step.predicted_kl(alpha):.0f} of this step's KL; choose a "
+            "step's size by --kl, not by --alpha",
+        ),
+    ]

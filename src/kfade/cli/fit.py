@@ -1,0 +1,94 @@
+"""``kfade fit``: the curvature of a model on a retain set, saved for any number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from kfade.batches import digest_sequences, make_batches
+from kfade.cli import options as o
+from kfade.cli.session import load, read_retain, session, show, to_tokens
+from kfade.cli.unlearn import git_sha
+from kfade.config import RunConfig, override, read_config, write_config
+from kfade.curvature.curvature import Curvature
+from kfade.layers import digest_weights, parameter_names
+from kfade.run_dir import RunDir
+from kfade.stages import stage
+from kfade.unlearn import versions
+
+
+def fit(
+    model: o.Model,
+    out: o.Out,
+    retain: o.Retain = None,
+    sequence_length: o.SequenceLength = None,
+    template: o.Template = None,
+    pack: o.Pack = None,
+    truncate: o.Truncate = None,
+    holdout: o.Holdout = None,
+    batch_tokens: o.BatchTokens = None,
+    estimator: o.Estimator = None,
+    labels: o.Labels = None,
+    layers: o.Layers = None,
+    target: o.Target = None,
+    joint_bias: o.JointBias = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    seed: o.Seed = None,
+    config: o.Config = None,
+    json: o.Json = False,
+) -> None:
+    """Fit the curvature of MODEL on a retain set and save it for `kfade unlearn --curvature`.
+
+    Writes `curvature.safetensors`, `manifest.json`, `metrics.json` and `config.yaml` into OUT. The
+    same examples are held out as in a `kfade unlearn` with the same retain set and seed.
+    """
+    given = {name: v for name, v in locals().items() if name not in ("out", "config", "json")}
+    run = override(read_config(config) if config else RunConfig(), **given)
+    fit_function, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
+    examples, _ = read_retain(run.data, run.seed)
+    with session() as clock, RunDir(out, asdict(run)) as folder:
+        loaded = load(run.model, run.fit)
+        sequences = to_tokens(examples, loaded, run.data)
+        weight = loaded.targets[0].weight
+        batches = make_batches(sequences, budget=run.data.batch_tokens, device=weight.device)
+        with stage("fit"):
+            curvature = fit_function(
+                loaded.model, batches, loaded.targets, draw=draw, seed=run.seed
+            )
+        provenance = {
+            **curvature.provenance,
+            "model": run.model.model,
+            "weights_sha256": {
+                t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
+            },
+            "retain_sha256": digest_sequences(sequences),
+            "versions": versions(),
+        }
+        with stage("save"):
+            path = folder.part / "curvature.safetensors"
+            Curvature(curvature.blocks, provenance).save(path)
+        stages = ("load", "covariance", "eigh", "lambda", "save")
+        metrics: dict[str, Any] = {
+            "seconds": {
+                **{name: clock.seconds.get(name, 0.0) for name in stages},
+                "total": clock.total,
+            },
+            "peak_bytes": max(clock.peak_bytes.values()),
+            "peak_bytes_by_stage": clock.peak_bytes,
+            "tokens": sum(s.loss_tokens for s in sequences),
+            "curvature_bytes": path.stat().st_size,
+        }
+        manifest = {"kind": "fit", **provenance, "git_sha": git_sha(), "config": asdict(run)}
+        folder.finish(manifest, metrics, write_config(run))
+    seconds = ", ".join(f"{k} {v:.0f} s" for k, v in metrics["seconds"].items())
+    show(
+        {"out": str(out), **metrics},
+        json,
+        [
+            f"{run.fit.estimator} fitted on {metrics['tokens']} loss tokens",
+            f"time: {seconds}",
+            f"{metrics['curvature_bytes'] / 1e6:.0f} MB written to {out}/curvature.safetensors",
+        ],
+    )

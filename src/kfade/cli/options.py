@@ -1,0 +1,176 @@
+"""Options that several commands share, and the words that they turn into functions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
+from kfade.curvature.fit import Fit, fit_diagonal, fit_ekfac, fit_identity, fit_kfac
+from kfade.errors import InputError
+from kfade.objectives import Objective, cross_entropy, margin
+
+DATA, FIT, STEP, SIZE, RUN = "Data", "Curvature", "Step", "Step size (give one)", "Run"
+
+
+def _option(panel: str, text: str, *names: str):
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
+Forget = Annotated[
+    str | None,
+    _option(DATA, "What to forget: a JSONL file or hf:NAME[:CONFIG][:SPLIT].", "--forget"),
+]
+Retain = Annotated[
+    str | None, _option(DATA, "What must not change, in the same forms.", "--retain")
+]
+SequenceLength = Annotated[
+    int | None, _option(DATA, "Tokens of a packed sequence. [512]", "--sequence-length")
+]
+Template = Annotated[
+    str | None, _option(DATA, "chat, plain or auto: chat where there is a template. [auto]")
+]
+Pack = Annotated[
+    bool | None,
+    _option(DATA, "Join texts end to end, or keep one a sequence. [pack]", "--pack/--no-pack"),
+]
+Truncate = Annotated[
+    bool | None,
+    _option(DATA, "Cut sequences that are over the model's window.", "--truncate/--no-truncate"),
+]
+Holdout = Annotated[
+    int | None,
+    _option(DATA, "Retain examples held out to measure on. [a tenth, 1 to 64]", "--holdout"),
+]
+BatchTokens = Annotated[
+    int | None,
+    _option(DATA, "Positions in one forward pass; lower it to save memory. [4096]"),
+]
+Estimator = Annotated[str | None, _option(FIT, "ekfac, kfac, diagonal or identity. [ekfac]")]
+Labels = Annotated[
+    str | None, _option(FIT, "sqrt (square-root draw) or sampled pseudo-labels. [sqrt]")
+]
+Layers = Annotated[str | None, _option(FIT, "Blocks as in 3-6 or 0,2,8-11, from 0. [all]")]
+Target = Annotated[
+    str | None, _option(FIT, "Glob over weight names. [every feed-forward weight]", "--target")
+]
+JointBias = Annotated[
+    bool | None,
+    _option(FIT, "Change biases too, as one more column.", "--joint-bias/--no-joint-bias"),
+]
+CurvatureDir = Annotated[
+    Path | None, _option(FIT, "Use a curvature that kfade fit saved.", "--curvature")
+]
+ObjectiveName = Annotated[
+    str | None, _option(STEP, "margin or ce (cross-entropy). [margin]", "--objective")
+]
+Steps = Annotated[int | None, _option(STEP, "Number of Gauss-Newton steps. [1]")]
+ForgetBatch = Annotated[
+    int | None, _option(STEP, "Forget sequences a step, without replacement. [all]")
+]
+Refit = Annotated[
+    bool | None, _option(STEP, "Fit anew at each step. [refit]", "--refit/--no-refit")
+]
+Damping = Annotated[float | None, _option(STEP, "Damping, absolute (the paper's).", "--damping")]
+RelativeDamping = Annotated[
+    float | None,
+    _option(STEP, "Damping in multiples of each layer's mean eigenvalue. [0.1]"),
+]
+ExactNorm = Annotated[
+    bool | None,
+    _option(
+        STEP,
+        "Measure a step's length by the exact Gauss-Newton form.",
+        "--exact-norm/--fitted-norm",
+    ),
+]
+Alpha = Annotated[float | None, _option(SIZE, "G-norm of each step: predicts a KL of alpha²/2.")]
+Kl = Annotated[
+    float | None,
+    _option(SIZE, "Measured KL on held-out retain data, nats per token. [0.01]", "--kl"),
+]
+Until = Annotated[str | None, _option(SIZE, "Forgetting target, as in forget_loss=2.7.")]
+MaxKl = Annotated[
+    float | None, _option(SIZE, "Cap on the measured KL of the whole run, besides.", "--max-kl")
+]
+Dtype = Annotated[str | None, _option(RUN, "float32 or bfloat16. [the checkpoint's]")]
+Device = Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, ... [the GPU if there is one]")]
+TrustRemoteCode = Annotated[
+    bool | None,
+    _option(RUN, "Let code that comes with a hub model run.", "--trust-remote-code"),
+]
+Seed = Annotated[int | None, _option(RUN, "Seed of draws, batches and the held-out split. [0]")]
+Config = Annotated[
+    Path | None,
+    _option(RUN, "Settings from YAML; options given here go before them.", "--config"),
+]
+Resume = Annotated[bool, _option(RUN, "Go on with an interrupted run in --out.", "--resume")]
+ExportModel = Annotated[
+    bool, _option(RUN, "Also write the edited model, for from_pretrained.", "--export-model")
+]
+Json = Annotated[bool, _option(RUN, "Print one JSON object on stdout.", "--json")]
+Out = Annotated[Path, _option(RUN, "Folder to write; it must not exist yet.", "--out")]
+
+
+def fit_of(word: str) -> Fit:
+    """The estimator of that name."""
+    match word:
+        case "ekfac":
+            return fit_ekfac
+        case "kfac":
+            return fit_kfac
+        case "diagonal":
+            return fit_diagonal
+        case "identity":
+            return fit_identity
+    raise InputError(f"--estimator {word}: give ekfac, kfac, diagonal or identity")
+
+
+def draw_of(word: str) -> Draw:
+    """The pseudo-label draw of that name."""
+    match word:
+        case "sqrt":
+            return square_root_draw
+        case "sampled":
+            return sampled_labels
+    raise InputError(f"--labels {word}: give sqrt or sampled")
+
+
+def objective_of(word: str) -> Objective:
+    """The forgetting objective of that name."""
+    match word:
+        case "margin":
+            return margin
+        case "ce":
+            return cross_entropy
+    raise InputError(f"--objective {word}: give margin or ce")
+
+
+def chat_of(word: str) -> bool | None:
+    """What ``encode`` calls ``chat``."""
+    match word:
+        case "auto":
+            return None
+        case "chat":
+            return True
+        case "plain":
+            return False
+    raise InputError(f"--template {word}: give auto, chat or plain")
+
+
+def forget_loss_of(word: str | None) -> float | None:
+    """The number in ``forget_loss=2.7``."""
+    if word is None:
+        return None
+    name, _, value = word.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if name != "forget_loss" or not math.isfinite(number):
+        raise InputError(f"--until {word}: write forget_loss=NUMBER, in nats per token")
+    return number

@@ -1,0 +1,149 @@
+"""What every command does around its work: progress bars, timing, loading, printing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+
+from kfade.batches import Sequence as Tokens
+from kfade.batches import encode
+from kfade.cli.options import chat_of
+from kfade.config import DataConfig, FitConfig, ModelConfig
+from kfade.errors import InputError
+from kfade.examples import Example, load_examples, split_holdout
+from kfade.layers import Target, find_targets
+from kfade.models import load_model, model_window
+from kfade.progress import reporting
+from kfade.stages import Clock, stage, timing
+
+console = Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Clock]:
+    """Progress bars on stderr, a clock, and nothing but results on stdout."""
+    clock = Clock()
+    with _Bars() as bars, reporting(bars), timing(clock), contextlib.redirect_stdout(sys.stderr):
+        yield clock
+
+
+class _Bars:
+    """Rich progress bars; a finished task's bar goes away, its stage stays in the log."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def start(self, name: str, total: float) -> int:
+        return self._progress.add_task(name, total=total)
+
+    def advance(self, task: int, amount: float) -> None:
+        self._progress.advance(TaskID(task), amount)
+
+    def stop(self, task: int) -> None:
+        self._progress.remove_task(TaskID(task))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer and the weights to change."""
+
+    model: nn.Module
+    tokenizer: Any
+    targets: list[Target]
+
+
+def load(config: ModelConfig, fit: FitConfig) -> Loaded:
+    """The model, and its targets, found before any data are read."""
+    if not config.model:
+        raise InputError("no MODEL: give a hub id, a local folder, or a GGUF file")
+    with stage("load"):
+        model, tokenizer = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        targets = find_targets(
+            model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
+        )
+    count = sum(target.shape[0] * target.shape[1] for target in targets)
+    console.print(f"{len(targets)} weights targeted, {count / 1e6:.1f} M parameters")
+    return Loaded(model, tokenizer, targets)
+
+
+def read_retain(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
+    """(fit, held out) retain examples."""
+    examples = read_source(config.retain, "--retain")
+    if len(examples) < 2:
+        raise InputError(
+            f"{config.retain}: one example only; give at least two, so that one can be held out"
+        )
+    count = config.holdout
+    if count is None:
+        count = min(64, max(1, len(examples) // 10))
+    if not 1 <= count < len(examples):
+        raise InputError(f"--holdout {count}: give 1 to {len(examples) - 1} of the examples")
+    return split_holdout(examples, count, seed)
+
+
+def read_source(source: str | None, option: str) -> list[Example]:
+    """Examples of a source that has to be given."""
+    if source is None:
+        raise InputError(f"{option} is missing: give a JSONL file or hf:NAME[:CONFIG][:SPLIT]")
+    return load_examples(source)
+
+
+def to_tokens(examples: Sequence[Example], loaded: Loaded, config: DataConfig) -> list[Tokens]:
+    """Token sequences as the data settings ask for."""
+    if config.sequence_length < 2 or config.batch_tokens < 1:
+        raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
+    return encode(
+        examples,
+        loaded.tokenizer,
+        length=config.sequence_length,
+        window=model_window(loaded.model),
+        chat=chat_of(config.template),
+        pack=config.pack,
+        truncate=config.truncate,
+    )
+
+
+def show(result: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:
+    """The result, outside the session: one JSON object on stdout, or lines for a person."""
+    if as_json:
+        print(json.dumps(result), flush=True)
+    else:
+        for line in lines:
+            console.print(line)

@@ -1,0 +1,316 @@
+"""``kfade unlearn``: the whole method, from files to an update."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kfade.batches import Batch, digest_sequences
+from kfade.batches import Sequence as Tokens
+from kfade.cli import options as o
+from kfade.cli.session import (
+    Loaded,
+    console,
+    load,
+    read_retain,
+    read_source,
+    session,
+    show,
+    to_tokens,
+)
+from kfade.config import RunConfig, override, read_config, write_config
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.fit import Fit
+from kfade.errors import InputError
+from kfade.layers import Target, digest_weights, parameter_names
+from kfade.models import save_model
+from kfade.run_dir import RunDir
+from kfade.stages import Clock, stage
+from kfade.step import StepSize
+from kfade.unlearn import DEFAULT_DAMPING, DEFAULT_KL
+from kfade.unlearn import unlearn as unlearn_model
+from kfade.update import Update
+
+
+def unlearn(
+    model: o.Model,
+    out: o.Out,
+    forget: o.Forget = None,
+    retain: o.Retain = None,
+    sequence_length: o.SequenceLength = None,
+    template: o.Template = None,
+    pack: o.Pack = None,
+    truncate: o.Truncate = None,
+    holdout: o.Holdout = None,
+    batch_tokens: o.BatchTokens = None,
+    estimator: o.Estimator = None,
+    labels: o.Labels = None,
+    layers: o.Layers = None,
+    target: o.Target = None,
+    joint_bias: o.JointBias = None,
+    curvature: o.CurvatureDir = None,
+    objective: o.ObjectiveName = None,
+    steps: o.Steps = None,
+    forget_batch: o.ForgetBatch = None,
+    refit: o.Refit = None,
+    damping: o.Damping = None,
+    relative_damping: o.RelativeDamping = None,
+    exact_norm: o.ExactNorm = None,
+    alpha: o.Alpha = None,
+    kl: o.Kl = None,
+    until: o.Until = None,
+    max_kl: o.MaxKl = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    seed: o.Seed = None,
+    config: o.Config = None,
+    resume: o.Resume = False,
+    export_model: o.ExportModel = False,
+    json: o.Json = False,
+) -> None:
+    """Compute an update that makes MODEL forget one set of texts and keep another.
+
+    Writes `update.safetensors`, `manifest.json`, `metrics.json`, `config.yaml` and `log.jsonl`
+    into OUT; MODEL itself is not changed.
+
+    Example: `kfade unlearn HuggingFaceTB/SmolLM2-135M-Instruct --forget forget.jsonl
+    --retain retain.jsonl --kl 0.01 --out out/run`
+    """
+    given = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
+    run = override(read_config(config) if config else RunConfig(), **given)
+    result = run_unlearn(run, out, curvature=curvature, resume=resume, export_model=export_model)
+    show(result, json, summary(result))
+
+
+_NOT_SETTINGS = {"out", "curvature", "config", "resume", "export_model", "json"}
+
+
+def run_unlearn(
+    run: RunConfig,
+    out: Path,
+    *,
+    curvature: Path | None = None,
+    resume: bool = False,
+    export_model: bool = False,
+    loaded: Loaded | None = None,
+) -> dict[str, Any]:
+    """One run of the method from its configuration to its folder; returns the metrics.
+
+    ``loaded`` is the configuration's model, where the caller has it already.
+    """
+    size = step_size(run)
+    damping, relative = damping_of(run)
+    fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
+    objective = o.objective_of(run.step.objective)
+    forget_examples = read_source(run.data.forget, "--forget")
+    fit_examples, held_examples = read_retain(run.data, run.seed)
+    asked = {**asdict(run), "curvature": str(curvature) if curvature else None}
+    with session() as clock, RunDir(out, asked, resume=resume) as folder:
+        with stage("load"):
+            saved = Curvature.load(curvature / "curvature.safetensors") if curvature else None
+        loaded = loaded or load(run.model, run.fit)
+        forget = to_tokens(forget_examples, loaded, run.data)
+        retain = to_tokens(fit_examples, loaded, run.data)
+        held_out = to_tokens(held_examples, loaded, run.data)
+        if saved is not None:
+            saved = check_curvature(saved, loaded)
+        start = _resume_from(folder, forget, retain)
+
+        def on_step(update: Update) -> None:
+            steps = update.provenance["steps"]
+            folder.keep(f"update-{len(steps):03}.safetensors", update.save)
+            facts = {k: v for k, v in steps[-1].items() if k not in ("relative_change", "probes")}
+            folder.log("step", **facts)
+            console.print(step_line(len(steps), run.step.steps, steps[-1]))
+
+        update = unlearn_model(
+            loaded.model,
+            forget=forget,
+            retain=retain,
+            held_out=held_out,
+            targets=loaded.targets,
+            fit=_kept(fit, folder),
+            objective=objective,
+            draw=draw,
+            curvature=saved,
+            damping=damping,
+            relative=relative,
+            exact_norm=run.step.exact_norm,
+            steps=run.step.steps,
+            forget_batch=run.step.forget_batch,
+            refit=run.step.refit,
+            alpha=size.alpha,
+            kl=size.kl,
+            until=size.until,
+            max_kl=size.max_kl,
+            batch_tokens=run.data.batch_tokens,
+            seed=run.seed,
+            start=start,
+            on_step=on_step,
+        )
+        update = Update(
+            update.deltas, {**update.provenance, "model": run.model.model, "config": asdict(run)}
+        )
+        update.save(folder.part / "update.safetensors")
+        lost = update.lost_fraction(loaded.model)
+        if export_model:
+            with stage("export"), update.applied_to(loaded.model) as edited:
+                save_model(edited, loaded.tokenizer, folder.part / "model")
+        metrics = {**_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
+        provenance = {k: v for k, v in update.provenance.items() if k not in ("steps", "config")}
+        manifest = {
+            "kind": "unlearn",
+            **provenance,
+            "seed": run.seed,
+            "git_sha": git_sha(),
+            "config": asked,
+        }
+        folder.finish(manifest, metrics, write_config(run))
+    return {"out": str(out), **metrics}
+
+
+def step_size(run: RunConfig) -> StepSize:
+    """The step's size as asked, a measured KL of ``DEFAULT_KL`` where nothing is said."""
+    until = o.forget_loss_of(run.size.until)
+    kl = run.size.kl
+    if run.size.alpha is None and until is None and kl is None:
+        kl = DEFAULT_KL
+    return StepSize(run.size.alpha, kl, until, run.size.max_kl)
+
+
+def damping_of(run: RunConfig) -> tuple[float, bool]:
+    """(damping, relative)."""
+    absolute, relative = run.step.damping, run.step.relative_damping
+    if absolute is not None and relative is not None:
+        raise InputError("give --damping or --relative-damping, not both")
+    if absolute is not None:
+        return absolute, False
+    return (DEFAULT_DAMPING if relative is None else relative), True
+
+
+def check_curvature(curvature: Curvature, loaded: Loaded) -> Curvature:
+    """A saved curvature, on the model's device, cut to the targets.
+
+    Raises:
+        InputError: it was fitted on other weights, or does not cover every target.
+    """
+    missing = [t.name for t in loaded.targets if t.name not in curvature.blocks]
+    if missing:
+        raise InputError(
+            f"--curvature does not cover {missing[0]}: fit it with the same --layers and --target"
+        )
+    own = [t for t in loaded.targets if t.name in curvature.blocks]
+    digests = curvature.provenance.get("weights_sha256", {})
+    for target in own:
+        if digests.get(target.name) != digest_weights(loaded.model, parameter_names([target])):
+            raise InputError(
+                f"--curvature was fitted on another model: {target.name} differs; fit it on this "
+                "one with kfade fit"
+            )
+    device = loaded.targets[0].weight.device
+    blocks = {t.name: curvature.blocks[t.name].to(device) for t in own}
+    return Curvature(blocks, curvature.provenance)
+
+
+def step_line(number: int, total: int, record: dict[str, Any]) -> str:
+    """One step in a line."""
+    return (
+        f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
+        f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl']:.2e} nats/token "
+        f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
+        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e})"
+    )
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What a person wants to see at the end."""
+    seconds = ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items())
+    loss = result["forget_loss"]
+    return [
+        f"forget loss {loss['before']:.3f} -> {loss['after']:.3f} nats/token",
+        f"retain KL {result['retain_kl']:.2e} nats/token on {result['tokens']['held_out']} "
+        "held-out tokens",
+        f"{100 * result['lost_in_dtype']:.2g} % of the update is lost to rounding in this dtype",
+        f"time: {seconds}",
+        f"update written to {result['out']}/update.safetensors",
+    ]
+
+
+def git_sha() -> str | None:
+    """The commit of the working directory, if it is one of git's."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _kept(fit: Fit, folder: RunDir) -> Fit:
+    """``fit``, kept in the run's state, so that a resumed run need not repeat it."""
+
+    def kept(
+        model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], **arguments: Any
+    ) -> Curvature:
+        name = f"curvature-{digest_weights(model, parameter_names(targets))[:16]}.safetensors"
+        device = targets[0].weight.device
+        if (folder.state / name).is_file():
+            return Curvature.load(folder.state / name, device)
+        curvature = fit(model, batches, targets, **arguments)
+        for old in folder.state.glob("curvature-*"):
+            old.unlink()
+        with stage("save"):
+            folder.keep(name, curvature.save)
+        return curvature
+
+    return kept
+
+
+def _resume_from(
+    folder: RunDir, forget: Sequence[Tokens], retain: Sequence[Tokens]
+) -> Update | None:
+    done = sorted(folder.state.glob("update-*.safetensors"))
+    if not done:
+        return None
+    update = Update.load(done[-1])
+    for name, data in (("forget", forget), ("retain", retain)):
+        if update.provenance[f"{name}_sha256"] != digest_sequences(data):
+            raise InputError(
+                f"{folder.part}: the {name} set has changed since the run was interrupted; "
+                "restore it, or remove the folder"
+            )
+    console.print(f"resuming after step {len(update.provenance['steps'])}")
+    return update
+
+
+def _metrics(
+    update: Update,
+    clock: Clock,
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    held_out: Sequence[Tokens],
+) -> dict[str, Any]:
+    steps = update.provenance["steps"]
+    stages = ("load", "fit", "gradient", "step", "check")
+    seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
+    sets = {"forget": forget, "retain": retain, "held_out": held_out}
+    return {
+        "steps": steps,
+        "retain_kl": steps[-1]["retain_kl"],
+        "forget_loss": {
+            "before": steps[0]["forget_loss_before"],
+            "after": steps[-1]["forget_loss_after"],
+        },
+        "seconds": {**seconds, "total": clock.total},
+        "fit_seconds": {k: clock.seconds.get(k, 0.0) for k in ("covariance", "eigh", "lambda")},
+        "peak_bytes": max(clock.peak_bytes.values()),
+        "peak_bytes_by_stage": clock.peak_bytes,
+        "tokens": {name: sum(s.loss_tokens for s in data) for name, data in sets.items()},
+    }

@@ -1,0 +1,1 @@
+"""Curvature of the model's outputs on the retain set: capture, factors, eigenbases, products."""

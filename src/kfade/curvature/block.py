@@ -1,0 +1,56 @@
+"""One layer's curvature: optional orthogonal bases and a grid of eigenvalues.
+
+    G_layer = (Q_O ⊗ Q_I) diag(Λ) (Q_O ⊗ Q_I)ᵀ
+
+Identity, diagonal, K-FAC and EK-FAC differ in how bases and grid are estimated, not in what is
+done with them, so there is one class. Matrices X [O, I] stand for vectors; X̃ = Q_Oᵀ X Q_I.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EigenBlock:
+    """q_out [O, O] or None (identity), q_in [I, I] or None, eigenvalues Λ [O, I] or [1, 1]."""
+
+    q_out: Tensor | None
+    q_in: Tensor | None
+    eigenvalues: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """X̃ = Q_Oᵀ X Q_I."""
+        if self.q_out is not None:
+            x = self.q_out.T @ x
+        return x if self.q_in is None else x @ self.q_in
+
+    def rotate_back(self, x: Tensor) -> Tensor:
+        """X = Q_O X̃ Q_Iᵀ."""
+        if self.q_out is not None:
+            x = self.q_out @ x
+        return x if self.q_in is None else x @ self.q_in.T
+
+    def to(self, device: torch.device | str) -> EigenBlock:
+        """The same block on another device."""
+        bases = [q if q is None else q.to(device) for q in (self.q_out, self.q_in)]
+        return EigenBlock(bases[0], bases[1], self.eigenvalues.to(device))
+
+    def damping(self, value: float, relative: bool) -> float:
+        """λ: ``value`` itself, or ``value`` times the layer's mean eigenvalue."""
+        return value * self.eigenvalues.mean().item() if relative else value
+
+    def solve(self, x: Tensor, damping: float) -> Tensor:
+        """(G + λI)⁻¹ X with the exact damping Λ + λ, never split over the factors."""
+        return self.rotate_back(self.rotate(x) / (self.eigenvalues + damping))
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """G X."""
+        return self.rotate_back(self.rotate(x) * self.eigenvalues)
+
+    def quadratic(self, x: Tensor) -> Tensor:
+        """Xᵀ G X = Σ Λ ∘ X̃², a scalar."""
+        return (self.rotate(x).square() * self.eigenvalues).sum()

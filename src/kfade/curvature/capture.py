@@ -1,0 +1,82 @@
+"""See the inputs and output gradients of target layers, and nothing else.
+
+No weight gradient is ever formed by autograd: parameters are frozen, and the graph begins at the
+output of the first target it meets. So backward computes activation gradients only and stops at
+the lowest target; blocks below it leave no graph at all.
+
+Shapes: B batch, T positions, I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfade.errors import InputError
+from kfade.layers import Target
+
+Consumer = Callable[[Target, Tensor], None]
+
+
+@contextlib.contextmanager
+def capture(
+    targets: Sequence[Target],
+    *,
+    on_input: Consumer | None = None,
+    on_gradient: Consumer | None = None,
+) -> Iterator[None]:
+    """Within the ``with``, hand over what passes through the targets of a frozen model.
+
+    Args:
+        on_input: called in the forward pass with the first reader of each input tensor and the
+            input [B, T, I] (a column of ones added for a joint bias).
+        on_gradient: called in the backward pass, from the last target to the first, with the
+            gradient [B, T, O] of whatever was sent backward.
+    """
+
+    def hook(target: Target):
+        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor):
+            if on_input is not None and target.input_of == target.name:
+                on_input(target, target.inputs(args[0].detach()))
+            if on_gradient is None or not torch.is_grad_enabled():
+                return None
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            output.register_hook(lambda gradient: on_gradient(target, gradient.detach()))
+            return output
+
+        return forward_hook
+
+    handles = [target.module.register_forward_hook(hook(target)) for target in targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class FiniteCheck:
+    """Notes which layers show NaN or Inf; asks the device once a batch, not once a layer."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, str, Tensor]] = []
+
+    def note(self, what: str, name: str, tensor: Tensor) -> None:
+        """Look at the activations or gradients of a layer."""
+        self._seen.append((what, name, torch.isfinite(tensor).all()))
+
+    def raise_if_broken(self) -> None:
+        """Raises InputError for the first layer noted whose numbers are not finite."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        fine = torch.stack([flag for _, _, flag in seen]).tolist()
+        for (what, name, _), good in zip(seen, fine, strict=True):
+            if not good:
+                raise InputError(
+                    f"NaN or Inf in the {what} of {name}: look at the model's weights there, or "
+                    "load the model in float32 with --dtype float32"
+                )

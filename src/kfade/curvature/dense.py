@@ -1,0 +1,62 @@
+"""The exact Gauss-Newton matrix of a tiny model: slow, obvious, the oracle of the tests.
+
+Shapes: N loss tokens, V vocabulary, P targeted parameters in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfade.batches import Batch
+from kfade.curvature.curvature import Matrices
+from kfade.layers import Target
+from kfade.models import frozen
+
+
+def flatten(matrices: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:
+    """One vector [P]: the targets' matrices in order, each row by row."""
+    return torch.cat([matrices[target.name].reshape(-1) for target in targets])
+
+
+def unflatten(vector_P: Tensor, targets: Sequence[Target]) -> Matrices:
+    """Inverse of :func:`flatten`."""
+    sizes = [target.shape[0] * target.shape[1] for target in targets]
+    parts = vector_P.split(sizes)
+    return {t.name: part.view(t.shape) for t, part in zip(targets, parts, strict=True)}
+
+
+def gauss_newton_matrix(
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]
+) -> Tensor:
+    """G = (1/N) Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, [P, P], J_t the Jacobian of token t's logits.
+
+    By reverse-mode Jacobians through the model's own logits; nothing is shared with the fits.
+    """
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    start = {}
+    for target in targets:
+        start[target.name] = target.from_parameters(parameters)
+    theta_P = flatten(start, targets)
+    total_PP = torch.zeros(len(theta_P), len(theta_P), dtype=theta_P.dtype, device=theta_P.device)
+
+    def logits_NV(vector_P: Tensor, batch: Batch) -> Tensor:
+        changed = {}
+        for target in targets:
+            changed.update(target.to_parameters(unflatten(vector_P, targets)[target.name]))
+        arguments = {"input_ids": batch.input_BT, "use_cache": False}
+        output = torch.func.functional_call(model, changed, (), arguments)
+        return output.logits[batch.loss_BT]
+
+    with frozen(model):
+        for batch in batches:
+            jacobian_NVP = torch.autograd.functional.jacobian(
+                lambda v, batch=batch: logits_NV(v, batch), theta_P
+            )
+            p_NV = logits_NV(theta_P, batch).softmax(dim=-1)
+            mean_NP = torch.einsum("nv,nvp->np", p_NV, jacobian_NVP)
+            weighted = p_NV[..., None] * jacobian_NVP
+            total_PP += torch.einsum("nvp,nvq->pq", weighted, jacobian_NVP) - mean_NP.T @ mean_NP
+    return total_PP / sum(batch.loss_tokens for batch in batches)

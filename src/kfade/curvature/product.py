@@ -1,0 +1,77 @@
+"""Exact Gauss-Newton products and quadratic forms, without forming the matrix.
+
+    δᵀGδ = (1/N) Σ_t żᵀ (diag p − p pᵀ) ż,   ż = J δ
+    G δ  = (1/N) Jᵀ (diag p − p pᵀ) J δ
+
+over the N loss tokens of the batches. A quadratic form costs one forward-mode pass, about three
+forward passes; a product adds a forward and a backward pass.
+
+Shapes: N loss tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from kfade.batches import Batch
+from kfade.curvature.curvature import Matrices
+from kfade.curvature.jacobian import tangents, transpose_product
+from kfade.head import Head, read_head
+from kfade.layers import Target
+from kfade.models import frozen
+from kfade.progress import track
+
+
+def quadratic_form(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    delta: Mapping[str, Tensor],
+) -> float:
+    """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0."""
+    total = 0.0
+    with frozen(model):
+        head = read_head(model)
+        for batch in track(batches, "exact quadratic form", lambda b: b.positions):
+            hidden_ND, tangent_ND = tangents(model, batch, targets, delta)
+            for part in head.chunks(hidden_ND):
+                p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
+                mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
+                total += (p * (logits_dot - mean_N1).square()).sum().double().item()
+    return total / sum(batch.loss_tokens for batch in batches)
+
+
+def gauss_newton_product(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    delta: Mapping[str, Tensor],
+) -> Matrices:
+    """G δ with the exact G of ``batches``, one matrix [O, I] a target."""
+    loss_tokens = sum(batch.loss_tokens for batch in batches)
+
+    def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        _, tangent_ND = tangents(model, batch, targets, delta)
+        u_ND = torch.empty_like(hidden_ND)
+        for part in head.chunks(hidden_ND):
+            p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
+            mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
+            with torch.enable_grad():
+                h = hidden_ND[part].requires_grad_()
+                logits = head(h)
+            fisher_NV = p * (logits_dot - mean_N1) / loss_tokens
+            u_ND[part] = torch.autograd.grad(logits, h, fisher_NV)[0]
+        return u_ND
+
+    return transpose_product(model, batches, targets, from_outputs, "exact product")
+
+
+def _head_tangent(head: Head, hidden_ND: Tensor, tangent_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """(p [N, V], ż [N, V])."""
+    with torch.no_grad(), forward_ad.dual_level():
+        logits = forward_ad.unpack_dual(head(forward_ad.make_dual(hidden_ND, tangent_ND)))
+        return logits.primal.softmax(dim=-1), logits.tangent

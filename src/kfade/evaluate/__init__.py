@@ -1,0 +1,1 @@
+"""Evaluations: each gets a model and cannot know how it was made."""

@@ -1,0 +1,41 @@
+"""Gradient of a forgetting objective with respect to the targeted weights.
+
+Shapes: N loss tokens, D hidden width, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfade.batches import Batch
+from kfade.curvature.curvature import Matrices
+from kfade.curvature.jacobian import transpose_product
+from kfade.head import Head
+from kfade.layers import Target
+from kfade.objectives import Objective
+
+
+def forget_gradient(
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], objective: Objective
+) -> Matrices:
+    """g = ∇_W of the objective's mean per loss token, one matrix [O, I] a target.
+
+    In float32 or better, from captured inputs and output gradients: parameters get no ``.grad``
+    and the model stays bit-identical.
+    """
+    loss_tokens = sum(batch.loss_tokens for batch in batches)
+
+    def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        target_N = batch.at_loss(batch.target_BT)
+        u_ND = torch.empty_like(hidden_ND)
+        for part in head.chunks(hidden_ND):
+            with torch.enable_grad():
+                h = hidden_ND[part].requires_grad_()
+                value = objective(head(h), target_N[part]).sum() / loss_tokens
+            u_ND[part] = torch.autograd.grad(value, h)[0]
+        return u_ND
+
+    return transpose_product(model, batches, targets, from_outputs, "forget gradient")

@@ -1,0 +1,87 @@
+"""Final hidden states and the vocabulary head, applied to a few positions at a time.
+
+A logits tensor of shape [B, T, V] is the largest thing in a language model's forward pass and is
+never needed whole. Everything in kfade that looks at outputs takes the final hidden states of the
+positions that carry loss and runs them through the head in chunks.
+
+Shapes: B batch, T tokens, N loss tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfade.errors import InputError
+
+CHUNK = 512  # positions at a time: 100 MB of float32 logits at a vocabulary of 49k
+
+
+def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
+    """Final hidden states [B, T, D], after the last norm, of right-padded ``input_BT``.
+
+    No attention mask is passed: attention is causal and padding lies at the right, so no live
+    position can see it. ``kfade check`` proves this on the model at hand.
+    """
+    return model.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from a final hidden state to logits: linear, then the model's scale and soft cap."""
+
+    linear: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in float32 or better."""
+        logits_NV = self.linear(hidden_ND)
+        if logits_NV.dtype in (torch.float16, torch.bfloat16):
+            logits_NV = logits_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+    def chunks(self, hidden_ND: Tensor) -> Iterator[slice]:
+        """Slices of at most ``CHUNK`` positions."""
+        for start in range(0, hidden_ND.shape[0], CHUNK):
+            yield slice(start, min(start + CHUNK, hidden_ND.shape[0]))
+
+
+def read_head(model: Any) -> Head:
+    """The head of ``model``, checked against the model's own logits on a few tokens.
+
+    Raises:
+        InputError: the model does something between hidden states and logits that is not a
+            linear map, a scale or a soft cap; every number after it would be wrong.
+    """
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise InputError(
+            f"{type(model).__name__} has no output embeddings: kfade needs a causal language model"
+        )
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    head = Head(linear, float(scale), getattr(config, "final_logit_softcapping", None))
+    tokens_BT = torch.arange(1, 9, device=linear.weight.device)[None] % linear.weight.shape[0]
+    with torch.no_grad():
+        ours = head(hidden_states(model, tokens_BT)[0])
+        theirs = model(input_ids=tokens_BT, use_cache=False).logits[0].to(ours.dtype)
+    if not torch.isfinite(theirs).all():
+        return head  # a broken weight: the layer that holds it is named where it is used
+    # The soft cap runs in float32 here and in the model's own dtype there: allow its rounding.
+    tolerance = 8 * torch.finfo(linear.weight.dtype).eps * theirs.abs().max()
+    if (ours - theirs).abs().max() > tolerance:
+        raise InputError(
+            f"{type(model).__name__} turns hidden states into logits in a way that kfade does not "
+            "know (not a linear map, scale or soft cap): this model is not supported"
+        )
+    return head

@@ -1,0 +1,97 @@
+"""Forward passes only: the loss of a model on batches and its divergence from a reference.
+
+A reference is kept as final hidden states, not as logits: the head is never a target, so two
+models' logits differ by their hidden states alone, and [N, D] is small where [N, V] is not.
+
+Shapes: N loss tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfade.batches import Batch
+from kfade.head import Head, hidden_states, read_head
+from kfade.models import frozen
+from kfade.objectives import Objective
+from kfade.progress import track
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Final hidden states [N, D] of a model at the loss positions of each batch."""
+
+    batches: Sequence[Batch]
+    hidden: Sequence[Tensor]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Number of scored tokens."""
+        return sum(batch.loss_tokens for batch in self.batches)
+
+
+def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
+    """What ``model`` computes on ``batches`` now, to compare an edited model with."""
+    with frozen(model), torch.no_grad():
+        hidden = [
+            batch.at_loss(hidden_states(model, batch.input_BT))
+            for batch in track(batches, name, lambda b: b.positions)
+        ]
+    return Reference(batches, hidden)
+
+
+def mean_objectives(
+    model: nn.Module, batches: Sequence[Batch], objectives: Sequence[Objective]
+) -> list[float]:
+    """Mean of each objective per loss token, from one pass; for cross-entropy, nats."""
+    totals = [0.0 for _ in objectives]
+    with frozen(model), torch.no_grad():
+        head = read_head(model)
+        for batch in batches:
+            hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
+            target_N = batch.at_loss(batch.target_BT)
+            for part in head.chunks(hidden_ND):
+                logits_NV = head(hidden_ND[part])
+                for i, objective in enumerate(objectives):
+                    totals[i] += objective(logits_NV, target_N[part]).double().sum().item()
+    loss_tokens = sum(batch.loss_tokens for batch in batches)
+    return [total / loss_tokens for total in totals]
+
+
+def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
+    """Mean KL(base ‖ edited) in nats per loss token, over the full vocabulary."""
+    total = 0.0
+    with torch.no_grad():
+        for base_ND, edited_ND in zip(base.hidden, edited.hidden, strict=True):
+            for part in head.chunks(base_ND):
+                kl_N = divergence(head(base_ND[part]), head(edited_ND[part]))
+                total += kl_N.double().sum().item()
+    return total / base.loss_tokens
+
+
+def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
+    """KL(p ‖ q) [N] of two rows of logits, accurate at every scale.
+
+    With d = z_q − z_p less its mean Σ p d:  KL = log Σ p e^d = log1p(Σ p f(d)), f(d) = e^d − 1 − d.
+    Every term is positive and of second order, so nothing cancels as q → p. Where some e^d would
+    overflow the first form is used, as a logsumexp.
+    """
+    log_p_NV = base_NV.log_softmax(dim=-1)
+    p_NV = log_p_NV.exp()
+    d_NV = edited_NV - base_NV
+    d_NV = d_NV - (p_NV * d_NV).sum(dim=-1, keepdim=True)
+    near = (p_NV * _exp_remainder(d_NV)).sum(dim=-1).log1p()
+    far = (log_p_NV + d_NV).logsumexp(dim=-1)
+    return torch.where(d_NV.amax(dim=-1) < 80.0, near, far)
+
+
+def _exp_remainder(d: Tensor) -> Tensor:
+    """e^d − 1 − d; as a series where |d| is small, since expm1(d) − d cancels there."""
+    series = torch.ones_like(d)
+    for n in range(9, 2, -1):  # what is left out is below 4e-11 of the sum
+        series.mul_(d / n).add_(1)
+    return torch.where(d.abs() < 0.3, series.mul_(d).mul_(d).mul_(0.5), d.expm1() - d)

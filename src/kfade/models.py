@@ -1,0 +1,107 @@
+"""Load, freeze and save a causal language model: hub id, local folder, or GGUF file.
+
+The only file that imports transformers' loaders. No code from a hub runs unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfade.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a hub id, a local folder, or a GGUF file (which is dequantised).
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``; None keeps the checkpoint's own, float32 for GGUF.
+        device: as PyTorch spells it; None: the GPU if there is one.
+
+    Raises:
+        InputError: nothing there, not a causal language model, quantised weights, NaN or Inf in
+            weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    path = Path(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    source = name
+    gguf = path.suffix == ".gguf"
+    if gguf:
+        if not path.is_file():
+            raise InputError(f"{name}: no such GGUF file")
+        source, options["gguf_file"] = str(path.parent), path.name
+    elif path.exists() and not (path / "config.json").is_file():
+        raise InputError(f"{name}: not a model folder, it has no config.json")
+    wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if gguf else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(
+            f"{name}: could not be loaded as a causal language model ({reason}); give a hub id, a "
+            "folder that from_pretrained loads, or a GGUF file"
+        ) from None
+    if gguf:
+        _forget_gguf(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{name}: its weights are quantised; load the full-precision model and quantise the "
+            "edited one afterwards"
+        )
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name}: NaN or Inf in {parameter_name}; get a whole copy")
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter requiring gradients, both as before on leaving."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a folder of safetensors that ``from_pretrained`` loads."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def model_window(model: Any) -> int | None:
+    """The longest input the model was made for, where its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are dequantised; drop the marks that would stop them from being saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.is_quantized = False

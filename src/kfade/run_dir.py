@@ -1,0 +1,111 @@
+"""Output folders: a folder's existence means that its run is whole.
+
+A run works in ``DIR.part`` and is renamed to ``DIR`` at its end. What an interrupted run has
+finished lies in ``DIR.part/state``, each file written aside and renamed, so that ``--resume`` goes
+on from there. A run that fails before it has anything worth keeping leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kfade.errors import InputError
+
+
+class RunDir:
+    """The output folder of one run; use it in a ``with``, and :meth:`finish` at the end.
+
+    Args:
+        path: the folder to make.
+        config: everything that decides the result; a resumed run must ask for the same.
+        resume: go on with an interrupted run, where there is one.
+
+    Raises:
+        InputError: the folder exists, cannot be written, or holds an interrupted run that was not
+            asked to be resumed or that asked for something else.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.state = self.part / "state"
+        self._config = json.loads(json.dumps(config))
+        self._finished = False
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(
+                f"{path}: already exists and is not empty; choose another --out or remove it"
+            )
+        if self.part.exists():
+            self._check_resume(resume)
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self._write(self.part / "config.json", self._config)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._finished and not any(self.state.iterdir()):
+            shutil.rmtree(self.part, ignore_errors=True)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether something of this run has been finished and kept."""
+        return self.part.exists() and any(self.state.iterdir())
+
+    def keep(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
+        aside = self.part / f"{name}.writing"
+        write(aside)
+        os.replace(aside, self.state / name)
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one line to ``log.jsonl``."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+        with (self.part / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(
+        self, manifest: Mapping[str, Any], metrics: Mapping[str, Any], config_yaml: str
+    ) -> None:
+        """Write manifest, metrics and configuration, drop the state, and give DIR its name."""
+        self._write(self.part / "manifest.json", manifest)
+        self._write(self.part / "metrics.json", metrics)
+        (self.part / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        (self.part / "config.json").unlink()
+        shutil.rmtree(self.state)
+        os.replace(self.part, self.path)
+        self._finished = True
+
+    def _check_resume(self, resume: bool) -> None:
+        if not resume:
+            raise InputError(
+                f"{self.part}: an interrupted run lies there; pass --resume to go on with it, or "
+                "remove the folder"
+            )
+        saved = self.part / "config.json"
+        if saved.is_file() and json.loads(saved.read_text(encoding="utf-8")) != self._config:
+            raise InputError(
+                f"{self.part}: the interrupted run asked for something else; repeat its options, "
+                "or remove the folder"
+            )
+
+    @staticmethod
+    def _write(path: Path, content: Mapping[str, Any]) -> None:
+        aside = path.with_name(path.name + ".writing")
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, path)

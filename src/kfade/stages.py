@@ -1,0 +1,90 @@
+"""Where time and memory go: seconds and peak bytes of named stages of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Clock:
+    """Seconds and peak bytes by stage; repeated stages add up, peaks take the largest."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.started
+
+
+_clock: contextvars.ContextVar[Clock | None] = contextvars.ContextVar("kfade_clock", default=None)
+
+
+@contextlib.contextmanager
+def timing(clock: Clock) -> Iterator[None]:
+    """Note the stages of everything inside the ``with`` in ``clock``."""
+    token = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Name a stage; stages may nest, and an outer one's peak covers its inner ones'."""
+    clock = _clock.get()
+    if clock is None:
+        yield
+        return
+    outer_peaks, clock.peak_bytes = clock.peak_bytes, {}
+    _reset_peak()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _synchronise()
+        seconds = time.perf_counter() - start
+        peak = max([_peak(), *clock.peak_bytes.values()])
+        inner = {**clock.peak_bytes, name: peak}
+        for key, value in inner.items():
+            outer_peaks[key] = max(value, outer_peaks.get(key, 0))
+        clock.peak_bytes = outer_peaks
+        clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
+        _reset_peak()
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # not every system has it, or allows it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Peak bytes since the last reset: on the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

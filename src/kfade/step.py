@@ -1,0 +1,180 @@
+"""One Gauss-Newton step: its direction, its unit of length, and the search for its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.errors import InputError
+
+KL_TOLERANCE = 0.1  # a measured KL is met within 10 %: a held-out sample says no more than that
+LOSS_TOLERANCE = 0.03  # a forgetting target is met within 3 % of the rise asked for
+
+
+@dataclass(frozen=True)
+class Step:
+    """A direction r; the change of weights is α r."""
+
+    direction: Matrices
+    slope: float
+    """Predicted change of the objective per unit of α: gᵀr."""
+    unit_kl: float
+    """½ rᵀG̃r: ½ where r has unit length in the G̃-norm."""
+
+    def predicted_kl(self, alpha: float) -> float:
+        """½ (αr)ᵀG̃(αr) in nats per loss token."""
+        return self.unit_kl * alpha**2
+
+    def scaled(self, factor: float) -> Step:
+        """The same direction, ``factor`` times as long."""
+        direction = {name: matrix * factor for name, matrix in self.direction.items()}
+        return Step(direction, self.slope * factor, self.unit_kl * factor**2)
+
+
+def gauss_newton_step(
+    curvature: Curvature, gradient: Mapping[str, Tensor], *, damping: float, relative: bool
+) -> Step:
+    """r = (G̃ + λI)⁻¹g, scaled so that ‖r‖_G̃ = 1 over all layers together (paper §3, "Step size").
+
+    Args:
+        damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
+
+    Raises:
+        InputError: the direction has no length: the gradient is zero or the curvature is broken.
+    """
+    direction = curvature.solve(gradient, damping=damping, relative=relative)
+    square = curvature.quadratic(direction)
+    if not (math.isfinite(square) and square > 0):
+        raise InputError(
+            f"the step's squared length in the G-norm is {square}: the forget gradient is zero or "
+            "the damping too small for this curvature; look at the forget set, raise --damping"
+        )
+    slope = sum((gradient[n] * direction[n]).sum().double().item() for n in direction)
+    return Step(direction, slope, 0.5 * square).scaled(square**-0.5)
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How far to go; exactly one of the first three is set."""
+
+    alpha: float | None = None
+    """G-norm of each step (the paper's): predicted KL ½α²."""
+    kl: float | None = None
+    """Measured mean KL per loss token on held-out retain data, of the whole run."""
+    until: float | None = None
+    """Mean loss on the forget set at the end of the run, in nats per token."""
+    max_kl: float | None = None
+    """Cap on the measured KL of the whole run, whichever way the size was chosen."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "kl", "until", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {value}: give a positive, finite number")
+        if sum(value is not None for value in (self.alpha, self.kl, self.until)) != 1:
+            raise InputError("give exactly one of --alpha, --kl and --until")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one trial of a step's size measured."""
+
+    alpha: float
+    retain_kl: float
+    """KL(base ‖ edited) in nats per loss token on held-out retain data."""
+    forget_loss: float
+    objective: float
+    """Mean of the forgetting objective on the forget set."""
+
+
+def choose_alpha(
+    probe: Callable[[float], Probe],
+    size: StepSize,
+    *,
+    share: float,
+    start: Probe,
+    guess: float,
+) -> list[Probe]:
+    """Probes made, the chosen one last.
+
+    Args:
+        probe: tries an α; costs forward passes only.
+        share: how much of the run is done after this step, in (0, 1]. The KL after it is aimed at
+            ``kl · share²`` (steps of equal length in one direction), the forget loss at ``share``
+            of its way to ``until``.
+        start: what holds before this step, α = 0.
+        guess: an α to begin with where none is given.
+
+    Raises:
+        InputError: the target cannot be reached along this direction.
+    """
+    probes: list[Probe] = []
+
+    def seen(alpha: float) -> Probe:
+        probes.append(probe(alpha))
+        return probes[-1]
+
+    if size.alpha is not None:
+        chosen = seen(size.alpha)
+    elif size.kl is not None:
+        aim = size.kl * share**2
+        accept = (aim * (1 - KL_TOLERANCE), aim * (1 + KL_TOLERANCE))
+        chosen = _search(seen, lambda p: p.retain_kl, aim, accept, guess, "--kl")
+    else:
+        assert size.until is not None
+        rise = (size.until - start.forget_loss) * share
+        accept = (rise * (1 - LOSS_TOLERANCE), rise * (1 + LOSS_TOLERANCE))
+        chosen = _search(
+            seen, lambda p: p.forget_loss - start.forget_loss, rise, accept, guess, "--until"
+        )
+    if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
+        cap = size.max_kl
+        aim, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
+        scale = math.sqrt(aim / chosen.retain_kl) if math.isfinite(chosen.retain_kl) else 0.1
+        first = chosen.alpha * scale
+        chosen = _search(seen, lambda p: p.retain_kl, aim, accept, first, "--max-kl")
+    assert probes[-1] is chosen
+    return probes
+
+
+def _search(
+    seen: Callable[[float], Probe],
+    measure: Callable[[Probe], float],
+    aim: float,
+    accept: tuple[float, float],
+    guess: float,
+    flag: str,
+) -> Probe:
+    """Bracketed search for an α whose measure lies in ``accept``; measures grow about as α².
+
+    Each trial rescales α by the square root of what is missing, and falls back to the geometric
+    middle of the bracket when that would leave it or does not close in.
+    """
+    low, high, alpha = 0.0, math.inf, guess
+    last = None
+    for trial in range(40):
+        last = seen(alpha)
+        value = measure(last)
+        if accept[0] <= value <= accept[1]:
+            return last
+        if value < accept[0]:
+            low = alpha
+        else:  # too far, or not finite
+            high = alpha
+        factor = math.sqrt(aim / value) if math.isfinite(value) and value > 0 else 1.0
+        proposal = alpha * min(max(factor, 0.1), 10.0)
+        if trial % 4 == 3 or not low < proposal < high or proposal == alpha:
+            proposal = low * 4 if high == math.inf else math.sqrt(max(low, high / 100) * high)
+        alpha = proposal
+        if alpha > 1e12 or (high < math.inf and high - low <= 1e-6 * high):
+            break
+    reached = "nothing" if last is None else f"{measure(last):.4g}"
+    raise InputError(
+        f"{flag}: {aim:.4g} cannot be reached in one step (nearest {reached}): ask for less, or "
+        "take more --steps"
+    )

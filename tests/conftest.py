@@ -1,0 +1,33 @@
+"""Fixtures: one tiny float64 model, its targets, and a few random sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import random_sequences, tiny_llama
+
+from kfade.batches import Batch, Sequence, make_batches
+from kfade.layers import Target, find_targets
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def targets(model) -> list[Target]:
+    return find_targets(model)
+
+
+@pytest.fixture
+def sequences() -> list[Sequence]:
+    return random_sequences(8)
+
+
+@pytest.fixture
+def batches(sequences) -> list[Batch]:
+    """Several batches, with padding in some."""
+    return make_batches(sequences, budget=20)

@@ -1,0 +1,162 @@
+"""Small things that many tests need: tiny models, random sequences, and a snapshot of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kfade.batches import Batch, Sequence
+from kfade.head import read_head
+from kfade.measure import hidden_reference, mean_divergence
+from kfade.update import Update
+
+VOCABULARY = 17
+
+
+def tiny_llama(
+    dtype: torch.dtype = torch.float64,
+    *,
+    layers: int = 2,
+    std: float = 0.5,
+    seed: int = 0,
+    mlp_bias: bool = False,
+) -> LlamaForCausalLM:
+    """A random Llama of hidden size 8 whose outputs are far from uniform.
+
+    Llama's norms compute in float32 whatever the model's dtype, which would cap every comparison
+    in float64 at 1e-7; they are replaced by torch's norm of the same formula.
+    """
+    config = LlamaConfig(
+        hidden_size=8,
+        intermediate_size=12,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=std,
+        mlp_bias=mlp_bias,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=std)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if "norm" in name:
+                norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm)
+    return model.to(dtype).eval()
+
+
+def random_sequences(
+    count: int,
+    *,
+    seed: int = 0,
+    shortest: int = 3,
+    longest: int = 9,
+    one_loss_token: bool = False,
+) -> list[Sequence]:
+    """Random tokens of varied lengths.
+
+    The first third of each is a prompt that is not scored, and every other sequence has an unscored
+    tail; with ``one_loss_token`` only the last token is scored.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
+        tokens = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        first = length - 1 if one_loss_token else max(1, length // 3)
+        last = length - 2 if index % 2 and length - 2 >= first else length - 1
+        made.append(Sequence(tuple(tokens), tuple(first <= t <= last for t in range(length))))
+    return made
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def measured_kl(model: nn.Module, batches: SequenceOf[Batch], update: Update) -> float:
+    """Mean KL(model ‖ model with ``update``) per loss token, as kfade measures it."""
+    before = hidden_reference(model, batches, "before")
+    with update.applied_to(model):
+        after = hidden_reference(model, batches, "after")
+    return mean_divergence(read_head(model), before, after)
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equal dtype, shape and bytes: tells −0 from 0 and takes NaN for itself."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return first.detach().numpy().tobytes() == second.detach().numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything about a model that a computation must leave as it was."""
+
+    weights: dict[str, Tensor]
+    identities: dict[str, int]
+    flags: dict[str, bool]
+    modes: dict[str, bool]
+    hooks: dict[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        parameters = dict(model.named_parameters())
+        return cls(
+            {name: p.detach().clone() for name, p in parameters.items()},
+            {name: id(p) for name, p in parameters.items()},
+            {name: p.requires_grad for name, p in parameters.items()},
+            {name: m.training for name, m in model.named_modules()},
+            {name: _count_hooks(m) for name, m in model.named_modules()},
+        )
+
+    def differences(self, model: nn.Module) -> list[str]:
+        """What is no longer as it was, in words; [] if nothing."""
+        now = Snapshot.of(model)
+        bits = {name: same_bits(w, now.weights[name]) for name, w in self.weights.items()}
+        found = [f"bits of {name}" for name, same in bits.items() if not same]
+        for what in ("identities", "flags", "modes", "hooks"):
+            if getattr(self, what) != getattr(now, what):
+                found.append(what)
+        found += [f"grad of {n}" for n, p in model.named_parameters() if p.grad is not None]
+        return found
+
+
+def _count_hooks(module: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for kind in kinds)
+
+
+class Tripwire(nn.Module):
+    """An activation function that raises in its n-th forward or its n-th backward pass."""
+
+    def __init__(self, inner: nn.Module, *, forward_at: int = 0, backward_at: int = 0) -> None:
+        super().__init__()
+        self.inner = inner
+        self.forward_at, self.backward_at = forward_at, backward_at
+        self.forwards = self.backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        if self.forwards == self.forward_at:
+            raise RuntimeError("tripped in forward")
+        y = self.inner(x)
+        if y.requires_grad:
+            y.register_hook(self._trip_backward)
+        return y
+
+    def _trip_backward(self, gradient: Tensor) -> None:
+        self.backwards += 1
+        if self.backwards == self.backward_at:
+            raise RuntimeError("tripped in backward")

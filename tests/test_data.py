@@ -1,0 +1,518 @@
+"""From JSONL lines to batches: forms, refusals, tokens, masks, packing, batching, drawing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+import zoo
+
+from kfade.batches import (
+    Sequence,
+    digest_sequences,
+    draw_without_replacement,
+    encode,
+    make_batches,
+)
+from kfade.errors import InputError
+from kfade.examples import Example, load_examples, split_holdout
+
+EOS = zoo.WORDS.index("</s>")
+
+
+def write(path, *rows):
+    """A JSONL file of rows, given as objects or as raw lines; its path."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "data.jsonl"
+
+
+def words(tokens):
+    return " ".join(zoo.WORDS[t] for t in tokens)
+
+
+def scored_words(sequence):
+    return words(t for t, scored in zip(sequence.tokens, sequence.scored, strict=True) if scored)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def test_the_four_forms(file):
+    source = write(
+        file,
+        {"text": "a b"},
+        "",  # blank lines count in line numbers and nowhere else
+        {"prompt": "a", "completion": "b", "note": "more keys do no harm"},
+        {"question": "a", "answer": "b"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}]},
+    )
+    assert load_examples(source) == [
+        Example(f"{file}, line 1", text="a b"),
+        Example(f"{file}, line 3", turns=(("user", "a"), ("assistant", "b")), closes=False),
+        Example(
+            f"{file}, line 4",
+            turns=(("user", "a"), ("assistant", "b")),
+            plain_prefix=("Question: ", "\nAnswer: "),
+        ),
+        Example(f"{file}, line 5", turns=(("system", "s"), ("assistant", "b"))),
+    ]
+
+
+def test_lines_end_at_newlines_only(file):
+    # JSON allows these raw within strings; str.splitlines would cut a line at each of them.
+    text = "one\u2028two\u2029three\x85four"
+    source = write(file, json.dumps({"text": text}, ensure_ascii=False), {"text": "a"})
+    assert [e.text for e in load_examples(source)] == [text, "a"]
+
+
+def test_windows_line_ends_and_byte_order_mark(file):
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert [e.text for e in load_examples(str(file))] == ["a", "b"]
+
+
+GOOD = {"text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, '{"text": "a"'], r"line 2: not valid JSON \(Expecting ',' delimiter at column 13"),
+        ([GOOD, GOOD, "[1, 2]"], "line 3: not a JSON object; write one of"),
+        (['"text"'], "line 1: not a JSON object"),
+        ([{"texts": "a", "id": 3}], r'line 1: has the keys texts, id; write one of \{"text"\}'),
+        ([{}], "line 1: has the keys none"),
+        ([{"text": 3}], "line 1: has the keys text; write one of .* all strings"),
+        ([{"prompt": "a"}], "line 1: has the keys prompt"),
+        ([{"question": "a", "answer": None}], "line 1: has the keys question, answer"),
+        ([GOOD, {"text": " \n"}], "line 2: the text to score is empty"),
+        ([{"prompt": "a", "completion": ""}], "line 1: the text to score is empty"),
+        ([{"question": "a", "answer": "  "}], "line 1: the text to score is empty"),
+        ([{"messages": []}], "line 1: no message of the role assistant"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}],
+            "line 1: no message of the role assistant, so nothing to score",
+        ),
+        (
+            [{"messages": [{"role": "assistant"}]}],
+            'line 1: each message needs "role" and "content", both strings',
+        ),
+        ([{"messages": ["a"]}], 'line 1: each message needs "role" and "content"'),
+        ([], r"data\.jsonl holds no examples: give at least one line of the form"),
+    ],
+)
+def test_refusals_name_the_line(file, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_examples(write(file, *rows))
+
+
+def test_an_empty_file_holds_no_examples(file):
+    file.write_text("")
+    with pytest.raises(InputError, match="holds no examples"):
+        load_examples(str(file))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file; give a JSONL file or hf:"):
+        load_examples(str(tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match="no such file"):
+        load_examples(str(tmp_path))
+
+
+def test_not_utf8(file):
+    file.write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(InputError, match=r"not UTF-8 text \(invalid continuation byte at byte 13"):
+        load_examples(str(file))
+
+
+def test_split_holdout():
+    examples = [Example(str(i), text="a") for i in range(10)]
+    fit, held = split_holdout(examples, 3, seed=1)
+    assert len(held) == 3
+    assert sorted([*fit, *held], key=examples.index) == examples
+    assert fit == sorted(fit, key=examples.index)
+    assert split_holdout(examples, 3, seed=1) == (fit, held)
+    assert split_holdout(examples, 3, seed=2) != (fit, held)
+
+
+# --- hf: -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """datasets without a network, its cache in a folder of the test's own, and no bars."""
+    datasets = pytest.importorskip("datasets")
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.fixture
+def folder(offline, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(
+        folder / "train.jsonl", {"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}
+    )
+    write(folder / "test.jsonl", {"question": "e", "answer": "f"})
+    return folder
+
+
+def test_hf_from_a_local_folder(folder):
+    train = load_examples(f"hf:{folder}")
+    assert [e.turns[1] for e in train] == [("assistant", "b"), ("assistant", "d")]
+    assert train[1].where == f"hf:{folder}, row 1"
+    for source in (f"hf:{folder}:test", f"hf:{folder}:default:test"):
+        assert [e.turns[0] for e in load_examples(source)] == [("user", "e")]
+
+
+def test_hf_names_what_is_missing(folder):
+    with pytest.raises(InputError, match=r"could not be loaded \(Unknown split .none.\..*check"):
+        load_examples(f"hf:{folder}:none")
+    with pytest.raises(InputError, match=r"could not be loaded \(BuilderConfig 'none' not found"):
+        load_examples(f"hf:{folder}:none:train")
+
+
+@pytest.mark.usefixtures("offline")
+def test_hf_without_a_network():
+    with pytest.raises(
+        InputError, match=r"hf:nobody/nothing: the data set could not be loaded \(.* give a JSONL"
+    ):
+        load_examples("hf:nobody/nothing")
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf::train", "hf:a:", "hf:a::train", "hf:a:b:c:d"])
+def test_hf_spelling(source):
+    with pytest.raises(InputError, match="write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
+        load_examples(source)
+
+
+def test_hf_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # makes an import fail
+    with pytest.raises(InputError, match=r"needs the package datasets: pip install 'kfade\[hub\]'"):
+        load_examples("hf:some/set")
+
+
+# --- encoding: texts -------------------------------------------------------------------------
+
+PLAIN, CHAT = zoo.tokenizer(), zoo.tokenizer(chat=True)
+
+
+def texts(*contents):
+    return [Example(f"line {i}", text=content) for i, content in enumerate(contents, 1)]
+
+
+def exchange(*turns, prefix=("", "")):
+    return Example("line 1", turns=turns, plain_prefix=prefix)
+
+
+def test_packing_keeps_every_token_once_with_eos_between():
+    contents = ["a b c", "d", "e f g h i j k", "l m"]
+    packed = encode(texts(*contents), PLAIN, length=5)
+    stream = [token for sequence in packed for token in sequence.tokens]
+    assert words(stream) == "a b c </s> d </s> e f g h i j k </s> l m </s>"
+    assert [len(s.tokens) for s in packed] == [5, 5, 5, 2]
+    for sequence in packed:  # the first token of a sequence has nothing to be predicted from
+        assert sequence.scored == (False,) + (True,) * (len(sequence.tokens) - 1)
+
+
+def test_packing_drops_a_last_token_that_could_not_be_scored():
+    packed = encode(texts("a b c d e"), PLAIN, length=5)
+    assert [words(s.tokens) for s in packed] == ["a b c d e"]
+
+
+def test_packing_puts_one_eos_where_the_text_has_one_already():
+    packed = encode(texts("a b </s>", "c"), PLAIN, length=16)
+    assert [words(s.tokens) for s in packed] == ["a b </s> c </s>"]
+
+
+def test_without_packing_each_text_is_a_sequence():
+    made = encode(texts("a b c", "d"), PLAIN, pack=False, length=2)
+    assert [words(s.tokens) for s in made] == ["a b c </s>", "d </s>"]
+    assert [s.scored for s in made] == [(False, True, True, True), (False, True)]
+
+
+def test_packed_texts_come_after_exchanges():
+    examples = [*texts("a b"), exchange(("user", "c"), ("assistant", "d"))]
+    made = encode(examples, PLAIN, length=8)
+    assert [words(s.tokens) for s in made] == ["c d </s>", "a b </s>"]
+
+
+# --- encoding: windows -----------------------------------------------------------------------
+
+
+def test_a_length_over_the_window():
+    with pytest.raises(InputError, match="--sequence-length 9 is over the model's window of 8"):
+        encode(texts("a"), PLAIN, length=9, window=8)
+    assert encode(texts("a"), PLAIN, length=8, window=8)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_exchange_over_the_window(pack):
+    long = exchange(("user", "a b c"), ("assistant", "d e"))
+    fits = encode([long], PLAIN, window=6, length=6, pack=pack)
+    assert words(fits[0].tokens) == "a b c d e </s>"
+    with pytest.raises(
+        InputError, match=r"line 1: 6 tokens, over the model's window of 5; .* pass --truncate"
+    ):
+        encode([long], PLAIN, window=5, length=5, pack=pack)
+    cut = encode([long], PLAIN, window=5, length=5, pack=pack, truncate=True)
+    assert words(cut[0].tokens) == "a b c d e"
+    assert scored_words(cut[0]) == "d e"
+    with pytest.raises(InputError, match="line 1: no token to score within the model's window"):
+        encode([long], PLAIN, window=3, length=3, pack=pack, truncate=True)
+
+
+def test_an_unpacked_text_over_the_window():
+    with pytest.raises(InputError, match="line 2: 5 tokens, over the model's window of 4"):
+        encode(texts("a", "a b c d"), PLAIN, window=4, pack=False)
+    cut = encode(texts("a", "a b c d"), PLAIN, window=4, pack=False, truncate=True)
+    assert [words(s.tokens) for s in cut] == ["a </s>", "a b c d"]
+
+
+# --- encoding: plain exchanges ---------------------------------------------------------------
+
+
+def test_plain_exchange_is_prompt_and_completion_end_to_end():
+    made = encode([exchange(("user", "a b "), ("assistant", "c d"))], PLAIN)
+    assert words(made[0].tokens) == "a b c d </s>"
+    assert scored_words(made[0]) == "c d </s>"
+
+
+def test_a_bare_completion_need_not_be_the_end_of_a_text():
+    # "The capital of France is" | " Paris": no EOS, or forgetting would unlearn to stop.
+    cloze = dataclasses.replace(exchange(("user", "a b"), ("assistant", "c")), closes=False)
+    made = encode([cloze], PLAIN)
+    assert words(made[0].tokens) == "a b c"
+    assert scored_words(made[0]) == "c"
+
+
+def test_plain_questions_carry_their_labels():
+    example = exchange(("user", "a b"), ("assistant", "c"), prefix=("Question: ", "\nAnswer: "))
+    made = encode([example], PLAIN)
+    assert words(made[0].tokens) == "Question: a b Answer: c </s>"
+    assert scored_words(made[0]) == "c </s>"
+
+
+def test_plain_turns_each_end_in_eos():
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    made = encode([exchange(*turns)], PLAIN)
+    assert words(made[0].tokens) == "a b </s> c d </s>"
+    assert scored_words(made[0]) == "b </s> d </s>"
+
+
+class Characters:
+    """A tokenizer of single characters that opens with a BOS: shows every space."""
+
+    bos_token_id, eos_token_id, chat_template = 1, 2, None
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [ord(c) for c in text]
+        self.input_ids = [self.bos_token_id, *ids] if add_special_tokens else ids
+        return self
+
+
+@pytest.mark.parametrize(
+    ("prefix", "prompt", "completion", "text"),
+    [
+        (("", ""), "q", "a", "qa"),
+        (("", ""), "q ", "a", "q a"),
+        (("", ""), "q\n", " a ", "q\n a "),
+        (("Question: ", "\nAnswer: "), "q", "a", "Question: q\nAnswer: a"),
+    ],
+)
+def test_plain_concatenation_is_exact(prefix, prompt, completion, text):
+    example = exchange(("user", prompt), ("assistant", completion), prefix=prefix)
+    made = encode([example], Characters())[0]
+    assert made.tokens[0] == Characters.bos_token_id  # one BOS, at the start only
+    assert made.tokens[-1] == Characters.eos_token_id
+    assert "".join(map(chr, made.tokens[1:-1])) == text
+    # The space before an answer belongs to it, as tokenizers join a space to the word after it.
+    answer = text[len(text.removesuffix(completion).rstrip(" ")) :] if any(prefix) else completion
+    scored = [t for t, is_scored in zip(made.tokens, made.scored, strict=True) if is_scored]
+    assert "".join(map(chr, scored[:-1])) == answer
+
+
+# --- encoding: chat template -----------------------------------------------------------------
+
+
+def test_chat_scores_the_assistants_turns_only():
+    made = encode([exchange(("user", "a b"), ("assistant", "c d"))], CHAT)
+    assert words(made[0].tokens) == "<s> <user> a b <assistant> c d </s>"
+    assert scored_words(made[0]) == "c d </s>"
+
+
+def test_chat_of_several_turns():
+    turns = [
+        *(("system", "s"), ("user", "a"), ("assistant", "b")),
+        *(("user", "c"), ("assistant", "d e"), ("user", "unanswered")),
+    ]
+    made = encode([exchange(*turns)], CHAT)
+    rendered = "<s> <unk> s <user> a <assistant> b </s> <user> c <assistant> d e </s>"
+    assert words(made[0].tokens) == rendered
+    assert scored_words(made[0]) == "b </s> d e </s>"
+
+
+def test_chat_tokens_are_those_of_the_rendered_conversation():
+    turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rendered = CHAT.apply_chat_template(messages, tokenize=False)
+    made = encode([exchange(*turns)], CHAT)
+    assert list(made[0].tokens) == CHAT(rendered, add_special_tokens=False).input_ids
+
+
+def test_chat_template_is_used_where_there_is_one_unless_told():
+    example = exchange(("user", "a"), ("assistant", "b"))
+    assert encode([example], CHAT) == encode([example], CHAT, chat=True)
+    assert encode([example], CHAT, chat=False) == encode([example], PLAIN)
+    assert encode([example], CHAT) != encode([example], PLAIN)
+    with pytest.raises(InputError, match="has no chat template: use --template plain"):
+        encode([example], PLAIN, chat=True)
+
+
+def test_chat_template_without_an_eos_gets_one():
+    tokenizer = zoo.tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(" </s>", "")
+    made = encode([exchange(("user", "a"), ("assistant", "b"))], tokenizer)
+    assert words(made[0].tokens) == "<s> <user> a <assistant> b </s>"
+    assert scored_words(made[0]) == "b </s>"
+
+
+def test_chat_template_that_puts_text_after_the_eos():
+    tokenizer = zoo.tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(" </s>", " </s> x")
+    made = encode([exchange(("user", "a"), ("assistant", "b"))], tokenizer)
+    assert words(made[0].tokens) == "<s> <user> a <assistant> b </s> x"
+    assert scored_words(made[0]) == "b </s>"
+
+
+def test_chat_template_that_rewrites_earlier_turns():
+    # As templates of reasoning models do, which drop the reasoning of earlier answers.
+    tokenizer = zoo.tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else 'x' }}"
+    )
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    with pytest.raises(
+        InputError, match=r"line 1: the chat template rewrites earlier turns, .* --template plain"
+    ):
+        encode([exchange(*turns)], tokenizer)
+
+
+def test_texts_do_not_go_through_the_chat_template():
+    assert encode(texts("a b"), CHAT) == encode(texts("a b"), PLAIN)
+
+
+# --- sequences and batches -------------------------------------------------------------------
+
+
+def test_live_positions_and_loss_tokens():
+    sequence = Sequence((5, 6, 7, 8, 9), (False, False, True, True, False))
+    assert (sequence.live, sequence.loss_tokens) == (3, 2)
+
+
+@pytest.mark.parametrize("scored", [(True, True), (False, False), (False, True, True)])
+def test_a_sequence_without_a_token_to_score_is_a_bug(scored):
+    with pytest.raises(AssertionError, match=r"^$"):
+        Sequence((5, 6), scored)
+
+
+def test_batches_are_exactly_the_sequences():
+    made = [
+        *zoo.sequences((6, 3, 9, 9, 4, 2), seed=4),
+        *zoo.sequences((8, 5), seed=5, prompt=3),
+        Sequence((5, 6, 7, 8, 9), (False, True, False, False, False)),  # an unscored tail
+    ]
+    batches = make_batches(made, budget=16)
+    assert sorted(i for b in batches for i in b.id_B.tolist()) == list(range(len(made)))
+    for batch in batches:
+        for row, number in enumerate(batch.id_B.tolist()):
+            sequence, n = made[number], made[number].live
+            assert batch.live_BT[row].tolist() == [t < n for t in range(batch.live_BT.shape[1])]
+            assert batch.input_BT[row, :n].tolist() == list(sequence.tokens[:n])
+            assert batch.target_BT[row, :n].tolist() == list(sequence.tokens[1 : n + 1])
+            assert batch.loss_BT[row, :n].tolist() == list(sequence.scored[1 : n + 1])
+            assert batch.loss_BT[row, n - 1]  # cut after the last loss position
+            assert not batch.loss_BT[row, n:].any()
+            assert not batch.input_BT[row, n:].any()
+        assert batch.loss_tokens == sum(made[i].loss_tokens for i in batch.id_B.tolist())
+        assert batch.positions == batch.input_BT.numel()
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16, 40, 10_000])
+def test_batches_are_sorted_and_under_the_budget(budget):
+    made = zoo.sequences((6, 3, 9, 9, 4, 2, 8, 5, 7, 3), seed=4)
+    batches = make_batches(made, budget=budget)
+    lengths = [made[i].live for b in batches for i in b.id_B.tolist()]
+    assert lengths == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert batch.positions <= budget or len(batch.id_B) == 1
+        assert batch.input_BT.shape[1] == max(made[i].live for i in batch.id_B.tolist())
+    for batch in batches[:-1]:  # one more sequence would not have fitted
+        assert batch.positions + batch.input_BT.shape[1] > budget
+
+
+def test_no_sequences_make_no_batches():
+    assert make_batches([]) == []
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 5), (10, 1), (7, 6)])
+def test_draws_do_not_repeat_within_a_pass(count, size):
+    per_pass = count // size
+    for start in (0, per_pass, 5 * per_pass):
+        drawn = [
+            i for step in range(start, start + per_pass)
+            for i in draw_without_replacement(count, size, step, seed=3)
+        ]  # fmt: skip
+        assert len(drawn) == per_pass * size == len(set(drawn))
+        assert set(drawn) <= set(range(count))
+
+
+def test_draws_cover_everything():
+    whole = [draw_without_replacement(12, 4, step, seed=0) for step in range(3)]
+    assert sorted(itertools.chain(*whole)) == list(range(12))
+    # Where the size does not divide the count, the rest of a pass is left to later passes.
+    drawn = {i for step in range(20) for i in draw_without_replacement(12, 5, step, seed=0)}
+    assert drawn == set(range(12))
+
+
+def test_draws_hang_on_seed_and_step_only():
+    draws = [draw_without_replacement(50, 10, step, seed=1) for step in range(10)]
+    torch.manual_seed(123)
+    assert [draw_without_replacement(50, 10, step, seed=1) for step in range(10)] == draws
+    assert draws[:5] != draws[5:]  # a new pass, a new permutation
+    assert [draw_without_replacement(50, 10, step, seed=2) for step in range(10)] != draws
+
+
+@pytest.mark.parametrize("size", [None, 5, 9])
+def test_drawing_all(size):
+    for step in (0, 3):
+        assert draw_without_replacement(5, size, step, seed=7) == [0, 1, 2, 3, 4]
+
+
+# --- digest ----------------------------------------------------------------------------------
+
+
+def test_digest_tells_tokens_masks_and_order():
+    first, second = zoo.sequences((6, 5), seed=1)
+    original = digest_sequences([first, second])
+    assert digest_sequences(zoo.sequences((6, 5), seed=1)) == original
+    mask = dataclasses.replace(first, scored=(False, False, *first.scored[2:]))
+    token = dataclasses.replace(first, tokens=(3 + first.tokens[0] % 30, *first.tokens[1:]))
+    others = [[mask, second], [token, second], [second, first], [first]]
+    digests = [digest_sequences(other) for other in others]
+    assert len({original, *digests}) == 5

@@ -1,0 +1,399 @@
+"""What steps, objectives, step sizes and runs must do in theory.
+
+As in test_theory.py, each test also shows the wrong version failing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from helpers import measured_kl, random_sequences, relative_error, same_bits, tiny_llama
+
+import kfade
+from kfade import (
+    EigenBlock,
+    InputError,
+    Update,
+    cross_entropy,
+    find_targets,
+    fit_ekfac,
+    fit_kfac,
+    make_batches,
+    margin,
+)
+from kfade.curvature.factors import CovarianceSum, eigendecompose
+from kfade.gradient import forget_gradient
+from kfade.measure import divergence
+from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step
+from kfade.unlearn import parameter_changes
+
+OBJECTIVES = (margin, cross_entropy)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# --- 6. On least squares, one step is retraining ------------------------------------------------
+
+
+def test_one_step_on_least_squares_is_retraining_without_the_forget_rows():
+    """Guo et al. 2019: W + H_r⁻¹ ∇L_f is the minimiser without the forget rows, if H is theirs.
+
+    Outputs are Gaussian, so G = I ⊗ XᵀX/n; the objective is the forget rows' squared loss.
+    """
+    x, y, forget = randn(40, 6), randn(40, 3, seed=1), 8
+    x_forget, y_forget, x_retain, y_retain = x[:forget], y[:forget], x[forget:], y[forget:]
+    trained = torch.linalg.lstsq(x, y).solution.T
+    retrained = torch.linalg.lstsq(x_retain, y_retain).solution.T
+    assert relative_error(trained, retrained) > 0.1  # there is something to forget
+    # Mean per retain row, as G is: the sums' scales cancel in G⁻¹g.
+    gradient = (x_forget @ trained.T - y_forget).T @ x_forget / len(x_retain)
+
+    def step(rows, scale: float = 1.0) -> torch.Tensor:
+        covariance = CovarianceSum(6, torch.float64, rows.device)
+        covariance.add(rows)
+        values, q_in = eigendecompose(covariance.mean(len(x_retain)), "A")
+        return trained + scale * EigenBlock(None, q_in, values.expand(3, 6)).solve(gradient, 0.0)
+
+    # 1e-10: the condition of XᵀX is below 100, so rounding stays far under.
+    assert relative_error(step(x_retain), retrained) < 1e-10
+    assert relative_error(step(x), retrained) > 1e-2  # the forget rows in the Hessian
+    assert relative_error(step(x_retain, scale=0.9), retrained) > 1e-2  # not all the way
+    assert relative_error(step(x_retain, scale=-1.0), retrained) > 0.1  # downhill
+    # With the forget rows in, the step is too short, but better than none.
+    assert (step(x) - trained).norm() < (step(x_retain) - trained).norm()
+
+
+# --- 8. Signs, predictions, and the margin ------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("fit", [fit_kfac, fit_ekfac])
+def test_a_small_step_forgets_and_its_change_is_predicted(model, batches, targets, fit, objective):
+    forget = random_sequences(3, seed=7)
+    gradient = forget_gradient(model, make_batches(forget), targets, objective)
+    curvature = fit(model, batches, targets)
+    step = gauss_newton_step(curvature, gradient, damping=0.1, relative=True)
+    assert curvature.quadratic(step.direction) == pytest.approx(1.0)
+    assert step.predicted_kl(0.2) == pytest.approx(0.5 * 0.2**2)
+    changes = parameter_changes(targets, step.direction)
+
+    def after(alpha: float, what) -> float:
+        with Update({}).plus(changes, alpha).applied_to(model):
+            return oracles.mean_objective(model, forget, what).item()
+
+    # Cross-entropy is minus the mean log-probability of the targets.
+    loss, value = after(0.0, cross_entropy), after(0.0, objective)
+    assert after(1e-3, cross_entropy) > loss > after(-1e-3, cross_entropy)
+    # Curvature of the objective makes an error linear in α, α / 10 a tenth of it.
+    off = {
+        alpha: abs((after(alpha, objective) - value) / (step.slope * alpha) - 1)
+        for alpha in (3.0, 1e-3, 1e-4)
+    }
+    assert off[3.0] > 0.1
+    assert off[1e-4] < min(1e-2, 0.2 * off[1e-3])
+
+
+def test_the_margin_of_the_papers_text_would_raise_the_target(model, targets):
+    """Its ℓ = z_y − log Σ_{i≠y} exp z_i, ascended as printed, teaches what it should remove."""
+    forget = random_sequences(3, seed=7)
+    before = oracles.mean_objective(model, forget, cross_entropy)
+    for objective, sign in ((margin, 1), (lambda z, y: -margin(z, y), -1)):
+        gradient = forget_gradient(model, make_batches(forget), targets, objective)
+        changes = parameter_changes(targets, gradient)
+        with Update({}).plus(changes, 1e-3).applied_to(model):
+            after = oracles.mean_objective(model, forget, cross_entropy)
+        assert sign * (after - before) > 0
+
+
+def test_forget_gradient_is_autograds_mean_per_loss_token(model, targets):
+    sequences = random_sequences(5, seed=7)
+    loss_tokens = sum(s.loss_tokens for s in sequences)
+    for objective in OBJECTIVES:
+        mean = oracles.mean_objective(model, sequences, objective)
+        looped = oracles.weight_gradients(mean, model, targets)
+        ours = forget_gradient(model, make_batches(sequences, budget=15), targets, objective)
+        for name in looped:
+            assert relative_error(ours[name], looped[name]) < 1e-11  # another order of sums
+            assert relative_error(ours[name], loss_tokens / 5 * looped[name]) > 1e-2
+
+
+def test_margin_equals_its_formula_and_its_gradient_keeps_its_size():
+    """∇ce = (1 − p_y) ∇margin, and ∇margin is −1 at y whatever p_y is."""
+    z, target = 3 * randn(6, 9), torch.arange(6)
+    z[:3, :3] += 10 * torch.eye(3)  # three targets nearly certain
+    logits = z.clone().requires_grad_()
+    for row, y in enumerate(target.tolist()):
+        others = torch.cat([z[row, :y], z[row, y + 1 :]])
+        assert margin(z, target)[row] == pytest.approx((others.logsumexp(0) - z[row, y]).item())
+    by_margin = torch.autograd.grad(margin(logits, target).sum(), logits)[0]
+    by_ce = torch.autograd.grad(cross_entropy(logits, target).sum(), logits)[0]
+    p_y = z.softmax(1).gather(1, target[:, None])
+    assert relative_error(by_ce, (1 - p_y) * by_margin) < 1e-12  # rounding of a few operations
+    assert relative_error(by_ce, by_margin) > 0.1
+    at_y = by_margin.gather(1, target[:, None])
+    assert relative_error(at_y, -torch.ones_like(at_y)) < 1e-12
+
+
+def test_margin_is_exact_where_the_target_is_certain():
+    """A gap of 60 in float32: p_y rounds to 1, and log p − log1p(−p) is infinite."""
+    logits = torch.tensor([[60.0, 0.0, 1.0, -2.0]], requires_grad=True)
+    target = torch.tensor([0])
+    exact = logits.detach().double()[0, 1:].logsumexp(0) - 60.0
+    log_p = logits.detach().log_softmax(1)[0, 0]
+    naive = -(log_p - torch.log1p(-log_p.exp()))
+    assert torch.isinf(naive)
+    assert torch.autograd.grad(cross_entropy(logits, target).sum(), logits)[0][0, 0] == 0.0
+    value = margin(logits, target)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-6)  # float32 rounds at 6e-8
+    gradient = torch.autograd.grad(value.sum(), logits)[0][0]
+    expected = torch.cat([-torch.ones(1), logits.detach()[0, 1:].softmax(0)])
+    assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def test_a_direction_of_no_length_is_refused(model, batches, targets):
+    zero = {t.name: torch.zeros(t.shape, dtype=torch.float64) for t in targets}
+    curvature = fit_kfac(model, batches, targets)
+    with pytest.raises(InputError, match=r"squared length in the G-norm is 0\.0"):
+        gauss_newton_step(curvature, zero, damping=0.1, relative=True)
+    broken = {name: torch.full_like(matrix, math.nan) for name, matrix in zero.items()}
+    with pytest.raises(InputError, match="squared length in the G-norm is nan"):
+        gauss_newton_step(curvature, broken, damping=0.1, relative=True)
+
+
+# --- 12. Runs repeat, and resume ----------------------------------------------------------------
+
+
+def run(model, **changes):
+    data = {
+        "forget": random_sequences(4, seed=7),
+        "retain": random_sequences(6, seed=8),
+        "held_out": random_sequences(3, seed=9),
+    }
+    return kfade.unlearn(model, **{**data, "kl": 0.01, "batch_tokens": 20, **changes})
+
+
+def same_update(one: Update, other: Update) -> bool:
+    assert one.deltas.keys() == other.deltas.keys()
+    return all(same_bits(delta, other.deltas[name]) for name, delta in one.deltas.items())
+
+
+def test_a_seed_gives_one_update_and_another_seed_another(model):
+    first = run(model, seed=3)
+    assert same_update(first, run(model, seed=3))
+    assert first.provenance == run(model, seed=3).provenance
+    assert not same_update(first, run(model, seed=4))
+    # A model of the same weights built anew gives the same update too.
+    assert same_update(first, run(tiny_llama(), seed=3))
+    assert not same_update(first, run(tiny_llama(seed=1), seed=3))
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("size", [{"kl": 0.01}, {"kl": None, "alpha": 0.1}], ids=["kl", "alpha"])
+def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, refit, size):
+    options = {"steps": 2, "forget_batch": 2, "refit": refit, **size}
+    if not refit:  # one curvature for all steps: a resumed run must be given it again
+        options["curvature"] = fit_ekfac(
+            model, make_batches(random_sequences(6, seed=8)), find_targets(model)
+        )
+    saved = []
+
+    def save(update):
+        saved.append(tmp_path / f"{len(saved)}.safetensors")
+        update.save(saved[-1])
+
+    whole = run(model, on_step=save, **options)
+    assert len(saved) == len(whole.provenance["steps"]) == 2
+    halfway = Update.load(saved[0])
+    assert not same_update(whole, halfway)
+    resumed = run(model, start=halfway, **options)
+    assert same_update(whole, resumed)
+    assert resumed.provenance == whole.provenance
+    restarted = run(model, start=Update(halfway.deltas, {**halfway.provenance, "steps": []}),
+                    **options)  # fmt: skip
+    assert not same_update(whole, restarted)
+
+
+def test_a_run_meets_its_kl_and_records_what_it_did(model):
+    update = run(model, kl=0.01, steps=2)
+    first, last = update.provenance["steps"]
+    assert last["retain_kl"] == pytest.approx(0.01, rel=0.1)  # the tolerance of the search
+    assert first["retain_kl"] < 0.5 * last["retain_kl"]
+    held_out = make_batches(random_sequences(3, seed=9))
+    assert measured_kl(model, held_out, update) == pytest.approx(last["retain_kl"])
+    assert measured_kl(model, held_out, Update({})) == 0.0
+    assert last["forget_loss_after"] > first["forget_loss_before"]
+    assert run(model, kl=0.01, max_kl=0.005).provenance["steps"][0]["retain_kl"] <= 0.005
+
+
+# --- 13. The search for the size of a step ------------------------------------------------------
+
+
+def rising(alpha: float) -> float:
+    return 1.0 + alpha
+
+
+START = Probe(alpha=0.0, retain_kl=0.0, forget_loss=1.0, objective=0.0)
+SHAPES = {
+    "quadratic": lambda a: a**2,
+    "steeper": lambda a: a**2 + 50 * a**4,
+    "flatter": lambda a: math.log1p(a**2),
+    "with a knee": lambda a: 1e-3 * a if a < 0.5 else 5e-4 + (a - 0.5) * 3,
+    "not finite beyond 2": lambda a: 0.3 * a**2 if a < 2 else math.nan,
+    "infinite beyond 2": lambda a: 0.3 * a**2 if a < 2 else math.inf,
+}
+
+
+def search(
+    shape, size: StepSize, *, guess=0.1, share=1.0, start=START, loss=rising
+) -> list[Probe]:
+    def probe(alpha: float) -> Probe:
+        kl = start.retain_kl + shape(alpha)
+        return replace(start, alpha=alpha, retain_kl=kl, forget_loss=loss(alpha))
+
+    return choose_alpha(probe, size, share=share, start=start, guess=guess)
+
+
+@pytest.mark.parametrize("guess", [1e-6, 1e-2, 1.0, 1e6])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_search_meets_the_kl_within_a_tenth(shape, guess):
+    for aim in (0.02, 1.0):
+        probes = search(shape, StepSize(kl=aim), guess=guess)
+        assert probes[-1].retain_kl == pytest.approx(aim, rel=0.1)
+    # The first guess alone would not do.
+    assert search(shape, StepSize(alpha=guess))[-1].retain_kl != pytest.approx(0.02, rel=0.1)
+
+
+def test_search_of_a_quadratic_needs_two_probes():
+    assert len(search(lambda a: a**2, StepSize(kl=0.02), guess=1.0)) == 2
+    assert len(search(SHAPES["with a knee"], StepSize(kl=0.02), guess=1.0)) > 2
+
+
+def test_a_part_of_the_way_aims_at_its_share():
+    """KL grows with the square of the way: half the steps, a quarter of it; losses by half."""
+    part = search(lambda a: a**2, StepSize(kl=0.04), share=0.5)[-1]
+    assert part.retain_kl == pytest.approx(0.01, rel=0.1)
+    part = search(lambda a: a**2, StepSize(until=3.0), share=0.5)[-1]
+    assert part.forget_loss == pytest.approx(2.0, abs=0.03 * 1.0)  # 3 % of the rise of 1
+
+
+@pytest.mark.parametrize("guess", [1e-6, 1.0, 1e6])
+def test_search_reaches_a_forgetting_target(guess):
+    losses = (lambda a: 1 + a, lambda a: 1 + 4 * a**3 / (1 + a**3), lambda a: 1 + a**2)
+    for loss in losses:
+        last = search(lambda a: a**2, StepSize(until=2.5), guess=guess, loss=loss)[-1]
+        assert last.forget_loss == pytest.approx(2.5, abs=0.03 * 1.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "size", [{"alpha": 1.7}, {"alpha": 5.0}, {"kl": 0.5}, {"until": 2.6}], ids=str
+)
+def test_a_cap_on_kl_is_never_exceeded(shape, size):
+    for start in (START, replace(START, retain_kl=0.045)):
+        capped = search(shape, StepSize(**size, max_kl=0.05), start=start)[-1]
+        assert 0.045 <= capped.retain_kl <= 0.05
+        assert not search(shape, StepSize(**size), start=start)[-1].retain_kl <= 0.05
+
+
+def test_a_cap_that_is_kept_changes_nothing():
+    free, capped = (
+        search(lambda a: a**2, StepSize(alpha=0.1, max_kl=cap)) for cap in (None, 0.02)
+    )
+    assert free == capped
+    assert len(free) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "loss", "size", "message"),
+    [
+        (lambda a: 0.01 * math.tanh(a), rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
+        (lambda a: 0.0, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
+        (lambda a: 0.0 if a < 1 else 1.0, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
+        (lambda a: math.nan, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
+        (lambda a: a**2, lambda a: 1.5, {"until": 3.0}, "--until: 2 cannot be reached"),
+        (lambda a: a**2, lambda a: 1 - a, {"until": 3.0}, "--until: 2 cannot be reached"),
+        (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}, "--max-kl: 0.019 cannot be reached"),
+    ],
+    ids=["saturates", "flat", "jumps", "never finite", "loss stays", "loss falls", "cap below all"],
+)
+def test_what_cannot_be_reached_is_an_error(shape, loss, size, message):
+    with pytest.raises(InputError, match=message):
+        search(shape, StepSize(**size), loss=loss)
+
+
+@pytest.mark.parametrize("name", ["alpha", "kl", "until", "max_kl"])
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
+def test_step_size_refuses_what_is_not_a_positive_number(name, value):
+    others = {"kl": 0.02} if name == "max_kl" else {}
+    flag = name.replace("_", "-")
+    with pytest.raises(InputError, match=f"--{flag} {value}: give a positive, finite number"):
+        StepSize(**{name: value, **others})
+    assert getattr(StepSize(**{name: 0.5, **others}), name) == 0.5
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"max_kl": 1.0}, {"alpha": 1.0, "kl": 1.0}, {"kl": 1.0, "until": 1.0}], ids=str
+)
+def test_step_size_wants_exactly_one_way(sizes):
+    with pytest.raises(InputError, match="exactly one of --alpha, --kl and --until"):
+        StepSize(**sizes)
+
+
+# --- 14. KL is accurate at every scale ----------------------------------------------------------
+
+
+def logits_pairs(dtype: torch.dtype, scale: float):
+    """Rows of logits, float32 numbers, and the same rows moved by about ``scale``."""
+    base = (3 * randn(6, 40)).float()
+    return base.to(dtype), (base + scale * randn(6, 40, seed=1).float()).to(dtype)
+
+
+def naive(base, edited):
+    """The textbook's formula: cancels where the rows are close."""
+    p, q = base.log_softmax(1), edited.log_softmax(1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def worst_error(formula, base, edited) -> float:
+    ours = formula(base, edited).double().tolist()
+    exact = [oracles.textbook_divergence(*rows) for rows in zip(base, edited, strict=True)]
+    return max(abs(o / e - 1) for o, e in zip(ours, exact, strict=True))
+
+
+SCALES = [10.0, 3.0, 1.0, 0.3, 0.1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_divergence_is_accurate_from_tens_of_nats_to_1e_13(scale):
+    # float64: the series leaves out 4e-11.
+    assert worst_error(divergence, *logits_pairs(torch.float64, scale)) < 1e-10
+    # float32: each log p of size 10 is rounded by 5e-7, and so is each p, relatively.
+    assert worst_error(divergence, *logits_pairs(torch.float32, scale)) < 2e-6
+    if scale <= 1e-3:
+        assert worst_error(naive, *logits_pairs(torch.float32, scale)) > 0.05
+
+
+def test_divergence_is_accurate_where_one_rare_token_moves_far():
+    """KL of 1e-9 with a change of 4 in one logit: no row-wise choice of formula sees both."""
+    base, edited = logits_pairs(torch.float32, 1e-5)
+    base[:, 0] = edited[:, 0] = -20.0
+    edited[:, 0] += 4.0
+    assert worst_error(divergence, base, edited) < 2e-6
+    assert worst_error(naive, base, edited) > 0.05
+
+
+def test_divergence_of_equal_rows_is_zero_and_of_far_rows_finite():
+    base, _ = logits_pairs(torch.float32, 0.0)
+    assert torch.equal(divergence(base, base), torch.zeros(6))
+    # A constant changes nothing but the last bit of each logit.
+    assert divergence(base, base + 2.0).max() < 1e-12
+    far = torch.full_like(base, -300.0)
+    far[:, 0] = 300.0  # e^600 is not a float32
+    assert worst_error(divergence, base, far) < 2e-6
+    assert torch.isnan(divergence(base, torch.full_like(base, math.nan))).all()
