@@ -97,7 +97,8 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     """Equal dtype, shape and bytes: tells −0 from 0 and takes NaN for itself."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    return first.detach().numpy().tobytes() == second.detach().numpy().tobytes()
+    one, other = (x.detach().reshape(-1).view(torch.uint8) for x in (first, second))
+    return torch.equal(one, other)
 
 
 @dataclass(frozen=True)

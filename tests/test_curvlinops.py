@@ -12,9 +12,13 @@ of the summed log-likelihood divided by the D·L loss tokens, and it multiplies 
     its gradient covariance  (1 / (D·L)) Σ g gᵀ = (1/N) Σ g gᵀ    ours
     its corrected eigenvalues (1 / (D·L)) Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² = ours:
 
-the sum over positions is inside the square in both libraries, so the two agree with weight sharing
-too, not only for one position a sequence. With reduction="sum" its gradient covariance and
-eigenvalues are not divided: N = D·L times ours.
+both put the sum over a sequence's positions inside the square. With reduction="sum" its gradient
+covariance and eigenvalues are not divided: N = D·L times ours.
+
+Its EK-FAC refuses more than one loss token a sequence, so it is compared as it is with one loss
+token and all positions live (so weight sharing is in play: M = 7 N), and with several through a
+subclass that lifts the refusal: one sequence's loss terms then go into one gradient, as in ours,
+where labels drawn independently of one another make their cross terms vanish on average.
 
 Labels. Its exact ("type-2") Fisher sends back the V columns √p_k (e_k − p) of a square root of
 diag(p) − p pᵀ, each at all positions at once, and adds up the V results. Ours gets the same by V
@@ -23,6 +27,9 @@ our sampled labels, which are handed to it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, cached_property
 
 import pytest
 import torch
@@ -33,16 +40,13 @@ import kfade
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import token_keys
-from kfade.curvature.fit import (
-    COVARIANCE_STREAM,
-    EIGENVALUE_STREAM,
-    _fit_bases,
-    _fit_eigenvalues,
-)
+from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM, correct_eigenvalues
+from kfade.unlearn import parameter_changes
 
 curvlinops = pytest.importorskip("curvlinops")
 
-SEQUENCES, POSITIONS = 8, 7  # 56 positions: more than any layer is wide, so no factor is singular
+POSITIONS = 7
+LOSS_TOKENS = 30  # at least: more than any layer is wide, so no factor is singular, no basis free
 SEED = 5
 # Exact identities, evaluated in another order: rounding of float64, magnified by the closeness of
 # eigenvalues where a basis enters.
@@ -55,20 +59,23 @@ class Problem:
     The last ``scored`` positions of each sequence carry loss.
     """
 
-    def __init__(self, scored: int):
-        self.model = zoo.tiny("llama")
-        self.targets = kfade.find_targets(self.model)
-        prompt = POSITIONS + 1 - scored
-        sequences = zoo.sequences((POSITIONS + 1,) * SEQUENCES, seed=9, prompt=prompt)
+    def __init__(self, scored: int, family: str = "llama", joint_bias: bool = False):
+        self.model = zoo.tiny(family)
+        self.targets = kfade.find_targets(self.model, joint_bias=joint_bias)
+        count, prompt = -(-LOSS_TOKENS // scored), POSITIONS + 1 - scored
+        sequences = zoo.sequences((POSITIONS + 1,) * count, seed=9, prompt=prompt)
         (self.batch,) = kfade.make_batches(sequences)
-        self.loss_tokens = SEQUENCES * scored
+        self.loss_tokens = count * scored
         assert self.batch.loss_tokens == self.loss_tokens
         assert self.batch.live_BT.all()
         self.network = AtLossPositions(self.model, scored)
-        self.parameters = [t.module.weight for t in self.targets]
-        self.data = [(self.batch.input_BT, self.batch.target_BT[:, -scored:])]
+        self.joint_bias = joint_bias
+        names = [n for t in self.targets for n in (t.name, t.bias) if n is not None]
+        self.parameters = [self.model.get_parameter(name) for name in names]
+        target_BL = self.batch.target_BT[:, -scored:]
+        self.data = [(self.batch.input_BT, target_BL[:, 0] if scored == 1 else target_BL)]
 
-    def operator(self, kind, reduction="mean", joint=False, **options):
+    def operator(self, kind, reduction="mean", **options):
         """curvlinops' operator on this problem."""
         return kind(
             self.network,
@@ -77,9 +84,46 @@ class Problem:
             self.data,
             check_deterministic=False,
             kfac_approx="expand",
-            separate_weight_and_bias=not joint,
+            separate_weight_and_bias=not self.joint_bias,
             **options,
         )
+
+    def fit(self, fit, *arguments, **options):
+        """One of kfade's fits on this problem."""
+        return fit(self.model, [self.batch], self.targets, *arguments, **options)
+
+    @cached_property
+    def exact_factors(self):
+        """(A / tr A, S tr A) of each target by name, S summed over the V columns.
+
+        A block holds the product of the factors' eigenvalues; how a scale is shared between A and
+        S cannot be told from it and makes no difference, so A is given trace 1 here.
+        """
+        a, s = {}, {}
+        for k in range(zoo.VOCABULARY):
+            for name, block in self.fit(kfade.fit_kfac, draw=column(k)).blocks.items():
+                grid, q_out, q_in = block.eigenvalues, block.q_out, block.q_in
+                a[name] = q_in @ torch.diag(grid.sum(0) / grid.sum()) @ q_in.T
+                s[name] = s.get(name, 0) + q_out @ torch.diag(grid.sum(1)) @ q_out.T
+        return {name: (a[name], s[name]) for name in a}
+
+    @cached_property
+    def exact_kfac(self):
+        blocks = {}
+        for name, (a, s) in self.exact_factors.items():
+            (a_values, q_in), (s_values, q_out) = torch.linalg.eigh(a), torch.linalg.eigh(s)
+            blocks[name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
+        return Curvature(blocks)
+
+    @cached_property
+    def exact_ekfac(self):
+        grids = {}
+        for k in range(zoo.VOCABULARY):
+            found = self.fit(correct_eigenvalues, self.exact_kfac, draw=column(k))
+            for name, block in found.blocks.items():
+                grids[name] = grids.get(name, 0) + block.eigenvalues
+        blocks = self.exact_kfac.blocks
+        return Curvature({n: replace(blocks[n], eigenvalues=grids[n]) for n in grids})
 
     def probabilities(self):
         with torch.no_grad():
@@ -92,7 +136,7 @@ class Problem:
 
 
 class AtLossPositions(nn.Module):
-    """Logits [D, V, L] at the last ``scored`` positions, classes second as torch's losses ask."""
+    """Logits at the last ``scored`` positions as torch's losses ask: [D, V], or [D, V, L]."""
 
     def __init__(self, model, scored):
         super().__init__()
@@ -100,13 +144,18 @@ class AtLossPositions(nn.Module):
 
     def forward(self, input_BT):
         logits_BTV = self.model(input_BT, use_cache=False).logits
+        if self.scored == 1:
+            return logits_BTV[:, -1]
         return logits_BTV[:, -self.scored :].transpose(1, 2)
+
+
+one_problem = cache(Problem)
 
 
 @pytest.fixture(params=[POSITIONS, 3, 1], ids=lambda scored: f"{scored} scored")
 def problem(request):
     with zoo.Double():
-        yield Problem(request.param)
+        yield one_problem(request.param)
 
 
 def column(k):
@@ -120,51 +169,16 @@ def column(k):
     return draw
 
 
-def exact_factors(problem):
-    """(A, S) of each target by name, S summed over the V columns."""
-    a, s = {}, {}
-    for k in range(zoo.VOCABULARY):
-        found = _fit_bases(problem.model, [problem.batch], problem.targets, column(k), 0)
-        for name, (s_values, q_out, a_values, q_in) in found.items():
-            a[name] = q_in @ torch.diag(a_values) @ q_in.T
-            s[name] = s.get(name, 0) + q_out @ torch.diag(s_values) @ q_out.T
-    return {name: (a[name], s[name]) for name in a}
-
-
-def exact_kfac(problem):
-    blocks = {}
-    for name, (a, s) in exact_factors(problem).items():
-        (a_values, q_in), (s_values, q_out) = torch.linalg.eigh(a), torch.linalg.eigh(s)
-        blocks[name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
-    return Curvature(blocks)
-
-
-def exact_ekfac(problem):
-    kfac = exact_kfac(problem)
-    bases = {name: (block.q_out, block.q_in) for name, block in kfac.blocks.items()}
-    grids = {}
-    for k in range(zoo.VOCABULARY):
-        found = _fit_eigenvalues(
-            problem.model, [problem.batch], problem.targets, bases, column(k), 0
-        )
-        grids = {name: grids.get(name, 0) + grid for name, grid in found.items()}
-    return Curvature({name: EigenBlock(*bases[name], grids[name]) for name in bases})
-
-
-def random_matrices(problem):
-    generator = torch.Generator().manual_seed(3)
-    return {
-        t.name: torch.randn(t.shape, generator=generator, dtype=torch.float64)
-        for t in problem.targets
-    }
-
-
 def check_products(problem, ours, theirs, factor=1.0):
     """G x, (G + λI)⁻¹ x and xᵀGx of both, for a random x and λ from tiny to large."""
-    x = random_matrices(problem)
-    listed = list(x.values())
-    for name, product in zip(x, theirs @ listed, strict=True):
-        torch.testing.assert_close(ours.matvec(x)[name] * factor, product, **TOLERANCE)
+    generator = torch.Generator().manual_seed(3)
+    x = {}
+    for target in problem.targets:
+        x[target.name] = torch.randn(target.shape, generator=generator, dtype=torch.float64)
+    listed = list(parameter_changes(problem.targets, x).values())
+    product = parameter_changes(problem.targets, ours.matvec(x))
+    for mine, other in zip(product.values(), theirs @ listed, strict=True):
+        torch.testing.assert_close(mine * factor, other, **TOLERANCE)
     form = sum((a * b).sum() for a, b in zip(listed, theirs @ listed, strict=True))
     assert ours.quadratic(x) * factor == pytest.approx(form.item(), rel=1e-6)
     largest = max(block.eigenvalues.max().item() for block in ours.blocks.values())
@@ -172,63 +186,48 @@ def check_products(problem, ours, theirs, factor=1.0):
         inverse = curvlinops.KFACInverseLinearOperator(
             theirs, damping=damping * factor, use_exact_damping=True
         )
-        solved = ours.solve(x, damping=damping, relative=False)
-        for name, product in zip(x, inverse @ listed, strict=True):
-            torch.testing.assert_close(solved[name] / factor, product, **TOLERANCE)
+        solved = parameter_changes(problem.targets, ours.solve(x, damping=damping, relative=False))
+        for mine, other in zip(solved.values(), inverse @ listed, strict=True):
+            torch.testing.assert_close(mine / factor, other, **TOLERANCE)
 
 
 # --- the exact Fisher ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_kronecker_factors(problem, reduction):
+def test_kfac_factors_and_products(problem, reduction):
     theirs = problem.operator(
         curvlinops.KFACLinearOperator, reduction, fisher_type=curvlinops.FisherType.TYPE2
     )
     theirs.compute_kronecker_factors()
     factor = problem.loss_tokens if reduction == "sum" else 1
-    ours = exact_factors(problem)
     for target in problem.targets:
-        a, s = ours[target.name]
+        a, s = problem.exact_factors[target.name]
         their_a = theirs._input_covariances[problem.key(target)]
         their_s = theirs._gradient_covariances[problem.key(target)]
-        torch.testing.assert_close(a, their_a, **TOLERANCE)
-        torch.testing.assert_close(s * factor, their_s, **TOLERANCE)
+        torch.testing.assert_close(a, their_a / their_a.trace(), **TOLERANCE)
+        torch.testing.assert_close(s * factor, their_s * their_a.trace(), **TOLERANCE)
+    check_products(problem, problem.exact_kfac, theirs, factor)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_kfac_products(problem, reduction):
-    theirs = problem.operator(
-        curvlinops.KFACLinearOperator, reduction, fisher_type=curvlinops.FisherType.TYPE2
-    )
-    factor = problem.loss_tokens if reduction == "sum" else 1
-    check_products(problem, exact_kfac(problem), theirs, factor)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_ekfac_eigenvalues_and_products(problem, reduction):
-    theirs = problem.operator(
-        curvlinops.EKFACLinearOperator, reduction, fisher_type=curvlinops.FisherType.TYPE2
-    )
-    factor = problem.loss_tokens if reduction == "sum" else 1
-    ours = exact_ekfac(problem)
-    theirs.compute_eigenvalue_correction()
-    for position, target in enumerate(problem.targets):
-        # Bases agree up to signs, which squares do not show; eigenvalues ascend in both.
-        their_grid = theirs._corrected_eigenvalues[problem.key(target)][position]
-        our_grid = ours.blocks[target.name].eigenvalues
-        torch.testing.assert_close(our_grid * factor, their_grid, **TOLERANCE)
-    check_products(problem, ours, theirs, factor)
-
-
-def test_the_correction_is_not_idle():
-    # Negative control: K-FAC's and EK-FAC's eigenvalues differ by far more than the tolerance.
+def test_ekfac_eigenvalues_and_products(reduction):
     with zoo.Double():
-        problem = Problem(POSITIONS)
-        kfac, ekfac = exact_kfac(problem), exact_ekfac(problem)
-    for name, block in kfac.blocks.items():
-        gap = (block.eigenvalues - ekfac.blocks[name].eigenvalues).norm()
-        assert gap > 0.1 * block.eigenvalues.norm()
+        problem = one_problem(1)
+        theirs = problem.operator(
+            curvlinops.EKFACLinearOperator, reduction, fisher_type=curvlinops.FisherType.TYPE2
+        )
+        theirs.compute_eigenvalue_correction()
+        factor = problem.loss_tokens if reduction == "sum" else 1
+        for position, target in enumerate(problem.targets):
+            # Bases agree up to signs, which squares do not show; eigenvalues ascend in both.
+            their_grid = theirs._corrected_eigenvalues[problem.key(target)][position]
+            our_grid = problem.exact_ekfac.blocks[target.name].eigenvalues
+            torch.testing.assert_close(our_grid * factor, their_grid, **TOLERANCE)
+            # Negative control: the correction is far larger than the tolerance.
+            kfac_grid = problem.exact_kfac.blocks[target.name].eigenvalues
+            assert (our_grid - kfac_grid).norm() > 0.1 * kfac_grid.norm()
+        check_products(problem, problem.exact_ekfac, theirs, factor)
 
 
 # --- sampled labels, end to end --------------------------------------------------------------
@@ -243,7 +242,7 @@ def drawn_labels(problem, stream):
 
 
 def handing_over(kind, streams):
-    """``kind`` with labels taken from ``streams`` in turn instead of its own draws."""
+    """``kind`` with labels taken from ``streams`` in turn, and any number of loss tokens."""
 
     class WithOurLabels(kind):
         labels = iter(streams)
@@ -251,49 +250,34 @@ def handing_over(kind, streams):
         def draw_label(self, output):
             return next(self.labels)
 
+        def _rearrange_for_larger_than_2d_output(self, output, y):
+            parent = curvlinops.KFACLinearOperator
+            return parent._rearrange_for_larger_than_2d_output(self, output, y)
+
     return WithOurLabels
 
 
-def test_kfac_with_our_labels(problem):
-    kind = handing_over(curvlinops.KFACLinearOperator, [drawn_labels(problem, COVARIANCE_STREAM)])
-    theirs = problem.operator(kind, fisher_type=curvlinops.FisherType.MC)
-    ours = kfade.fit_kfac(
-        problem.model, [problem.batch], problem.targets, draw=kfade.sampled_labels, seed=SEED
-    )
+def check_sampled(problem, fit, kind, streams):
+    streams = [drawn_labels(problem, stream) for stream in streams]
+    theirs = problem.operator(handing_over(kind, streams), fisher_type=curvlinops.FisherType.MC)
+    ours = problem.fit(fit, draw=kfade.sampled_labels, seed=SEED)
     check_products(problem, ours, theirs)
+
+
+def test_kfac_with_our_labels(problem):
+    check_sampled(problem, kfade.fit_kfac, curvlinops.KFACLinearOperator, [COVARIANCE_STREAM])
 
 
 def test_ekfac_with_our_labels(problem):
     # A fresh draw for the eigenvalues, as our fit makes one.
-    streams = [drawn_labels(problem, s) for s in (COVARIANCE_STREAM, EIGENVALUE_STREAM)]
-    assert not torch.equal(*streams)
-    kind = handing_over(curvlinops.EKFACLinearOperator, streams)
-    theirs = problem.operator(kind, fisher_type=curvlinops.FisherType.MC)
-    ours = kfade.fit_ekfac(
-        problem.model, [problem.batch], problem.targets, draw=kfade.sampled_labels, seed=SEED
-    )
-    check_products(problem, ours, theirs)
+    streams = [COVARIANCE_STREAM, EIGENVALUE_STREAM]
+    assert not torch.equal(*(drawn_labels(problem, stream) for stream in streams))
+    check_sampled(problem, kfade.fit_ekfac, curvlinops.EKFACLinearOperator, streams)
 
 
-def test_joint_biases_agree_too():
-    # GPT-NeoX, weights and biases as one matrix on both sides.
+@pytest.mark.parametrize("family", ["gpt_neox", "phi"])
+def test_joint_weights_and_biases(family):
     with zoo.Double():
-        problem = Problem(POSITIONS)
-        problem.model = zoo.tiny("gpt_neox")
-        problem.targets = kfade.find_targets(problem.model, joint_bias=True)
-        problem.network = AtLossPositions(problem.model, POSITIONS)
-        problem.parameters = [p for t in problem.targets for p in (t.module.weight, t.module.bias)]
-        streams = [drawn_labels(problem, s) for s in (COVARIANCE_STREAM, EIGENVALUE_STREAM)]
-        kind = handing_over(curvlinops.EKFACLinearOperator, streams)
-        theirs = problem.operator(kind, fisher_type=curvlinops.FisherType.MC, joint=True)
-        ours = kfade.fit_ekfac(
-            problem.model, [problem.batch], problem.targets, draw=kfade.sampled_labels, seed=SEED
-        )
-        x = random_matrices(problem)
-        split = [part for t in problem.targets for part in t.to_parameters(x[t.name]).values()]
-        products = iter(theirs @ split)
-        for target in problem.targets:
-            expected = {target.name: next(products), target.bias: next(products)}
-            torch.testing.assert_close(
-                ours.matvec(x)[target.name], target.from_parameters(expected), **TOLERANCE
-            )
+        problem = Problem(POSITIONS, family, joint_bias=True)
+        streams = [COVARIANCE_STREAM, EIGENVALUE_STREAM]
+        check_sampled(problem, kfade.fit_ekfac, curvlinops.EKFACLinearOperator, streams)

@@ -219,6 +219,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, refit, size)
     assert not same_update(whole, restarted)
 
 
+def test_every_step_draws_labels_of_its_own(model):
+    seen = []
+
+    def noted(p_NV, key_N):
+        seen.append(set(key_N.tolist()))
+        return kfade.square_root_draw(p_NV, key_N)
+
+    run(model, draw=noted, steps=2, batch_tokens=1000)
+    assert len(seen) == 4  # two passes of EK-FAC a step, one batch a pass
+    assert len(set.union(*seen)) == sum(map(len, seen))
+    run(model, draw=noted, steps=1, batch_tokens=1000)
+    assert seen[4:] == seen[:2]  # the same keys would have shown
+
+
 def test_a_run_meets_its_kl_and_records_what_it_did(model):
     update = run(model, kl=0.01, steps=2)
     first, last = update.provenance["steps"]
@@ -318,7 +332,7 @@ def test_a_cap_that_is_kept_changes_nothing():
         (lambda a: math.nan, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
         (lambda a: a**2, lambda a: 1.5, {"until": 3.0}, "--until: 2 cannot be reached"),
         (lambda a: a**2, lambda a: 1 - a, {"until": 3.0}, "--until: 2 cannot be reached"),
-        (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}, "--max-kl: 0.019 cannot be reached"),
+        (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}, "--max-kl: 0.019 cannot be"),
     ],
     ids=["saturates", "flat", "jumps", "never finite", "loss stays", "loss falls", "cap below all"],
 )

@@ -59,7 +59,8 @@ def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
             continue
         residual = (attempt @ vectors - vectors * values).norm()
         if residual <= 1e-4 * attempt.norm():
-            return values.clamp(min=0).to(matrix_DD), vectors.to(matrix_DD)
+            # Contiguous, as it is when read from a file: products then agree to the last bit.
+            return values.clamp(min=0).to(matrix_DD), vectors.to(matrix_DD).contiguous()
     raise RuntimeError(f"the eigendecomposition of {name} failed in float64 too")
 
 

@@ -81,52 +81,6 @@ def fit_kfac(
     seed: int = 0,
 ) -> Curvature:
     """G̃ = S ⊗ A for each layer, in the eigenbases of S and A."""
-    blocks = {}
-    for name, (s_values, q_out, a_values, q_in) in _fit_bases(
-        model, batches, targets, draw, seed
-    ).items():
-        blocks[name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
-    return Curvature(blocks, _provenance("kfac", batches, draw, seed))
-
-
-def fit_ekfac(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    targets: Sequence[Target],
-    *,
-    draw: Draw = square_root_draw,
-    seed: int = 0,
-) -> Curvature:
-    """K-FAC's bases with eigenvalues measured in them, sequence by sequence."""
-    factors = _fit_bases(model, batches, targets, draw, seed)
-    bases = {name: (q_out, q_in) for name, (_, q_out, _, q_in) in factors.items()}
-    grids = _fit_eigenvalues(model, batches, targets, bases, draw, seed)
-    blocks = {name: EigenBlock(*bases[name], grids[name]) for name in bases}
-    return Curvature(blocks, _provenance("ekfac", batches, draw, seed))
-
-
-def pseudo_gradients(draw: Draw, seed: int, stream: int):
-    """What :func:`backward` asks for: gradients [N, D] of the summed pseudo-log-likelihood."""
-
-    def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
-        row_N, position_N = batch.loss_BT.nonzero(as_tuple=True)
-        key_N = token_keys(seed, stream, batch.id_B[row_N], position_N)
-        u_ND = torch.empty_like(hidden_ND)
-        for part in head.chunks(hidden_ND):
-            with torch.enable_grad():
-                h = hidden_ND[part].requires_grad_()
-                logits = head(h)
-            u_NV = draw(logits.detach().softmax(dim=-1), key_N[part])
-            u_ND[part] = torch.autograd.grad(logits, h, u_NV)[0]
-        return u_ND
-
-    return from_outputs
-
-
-def _fit_bases(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], draw: Draw, seed: int
-) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(λ_S, Q_O, λ_A, Q_I) of every target; targets with one input share λ_A and Q_I."""
     dtype = sum_dtype(targets[0].weight.dtype)
     a_sums: dict[str, CovarianceSum] = {}
     s_sums: dict[str, CovarianceSum] = {}
@@ -170,7 +124,59 @@ def _fit_bases(
             else:
                 name = f"{target.name} (S)"
                 s_eigen[target.name] = eigendecompose(matrix.mean(loss_tokens), name)
-    return {t.name: (*s_eigen[t.name], *a_eigen[t.input_of]) for t in targets}
+    blocks = {}
+    for target in targets:
+        s_values, q_out = s_eigen[target.name]
+        a_values, q_in = a_eigen[target.input_of]
+        blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
+    return Curvature(blocks, _provenance("kfac", batches, draw, seed))
+
+
+def fit_ekfac(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    *,
+    draw: Draw = square_root_draw,
+    seed: int = 0,
+) -> Curvature:
+    """K-FAC's bases with eigenvalues measured in them, sequence by sequence."""
+    kfac = fit_kfac(model, batches, targets, draw=draw, seed=seed)
+    return correct_eigenvalues(model, batches, targets, kfac, draw=draw, seed=seed)
+
+
+def correct_eigenvalues(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    kfac: Curvature,
+    *,
+    draw: Draw = square_root_draw,
+    seed: int = 0,
+) -> Curvature:
+    """EK-FAC from a K-FAC fit: the same bases, Λ measured with a fresh draw."""
+    bases = {name: (block.q_out, block.q_in) for name, block in kfac.blocks.items()}
+    grids = _fit_eigenvalues(model, batches, targets, bases, draw, seed)
+    blocks = {name: EigenBlock(*bases[name], grids[name]) for name in bases}
+    return Curvature(blocks, _provenance("ekfac", batches, draw, seed))
+
+
+def pseudo_gradients(draw: Draw, seed: int, stream: int):
+    """What :func:`backward` asks for: gradients [N, D] of the summed pseudo-log-likelihood."""
+
+    def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        row_N, position_N = batch.loss_BT.nonzero(as_tuple=True)
+        key_N = token_keys(seed, stream, batch.id_B[row_N], position_N)
+        u_ND = torch.empty_like(hidden_ND)
+        for part in head.chunks(hidden_ND):
+            with torch.enable_grad():
+                h = hidden_ND[part].requires_grad_()
+                logits = head(h)
+            u_NV = draw(logits.detach().softmax(dim=-1), key_N[part])
+            u_ND[part] = torch.autograd.grad(logits, h, u_NV)[0]
+        return u_ND
+
+    return from_outputs
 
 
 def _fit_eigenvalues(

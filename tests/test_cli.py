@@ -1,0 +1,388 @@
+"""The command line from end to end on tiny models: what it writes, and every way to be refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from kfade.cli import main
+from kfade.update import Update
+
+FORGET = [{"prompt": "the cat sat on", "completion": " the mat"} for _ in range(4)]
+RETAIN = [{"text": f"the {noun} ran over the hill and the dog sat"} for noun in "abcdefghij"]
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    zoo.tiny("llama", dtype=torch.float32).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def setup(tmp_path, model_dir) -> dict[str, str]:
+    return {
+        "model": str(model_dir),
+        "forget": str(write_lines(tmp_path / "forget.jsonl", FORGET)),
+        "retain": str(write_lines(tmp_path / "retain.jsonl", RETAIN)),
+        "out": str(tmp_path / "out"),
+    }
+
+
+def unlearn(setup: dict[str, str], *more: str) -> int:
+    return main(
+        [
+            *("unlearn", setup["model"], "--forget", setup["forget"], "--retain", setup["retain"]),
+            *("--out", setup["out"], "--sequence-length", "8", *more),
+        ]
+    )
+
+
+def leftovers(setup: dict[str, str]) -> list[str]:
+    return [p.name for p in Path(setup["out"]).parent.iterdir() if p.name.startswith("out")]
+
+
+def test_a_run_writes_what_it_promises(setup, capsys):
+    assert unlearn(setup, "--kl", "0.01", "--json", "--export-model", "--steps", "2") == 0
+    printed = json.loads(capsys.readouterr().out)  # one JSON object and nothing else
+    out = Path(setup["out"])
+    names = {p.name for p in out.iterdir()}
+    assert names == {
+        *("update.safetensors", "manifest.json", "metrics.json", "config.yaml", "log.jsonl"),
+        "model",
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {**metrics, "out": setup["out"]} == printed
+    assert len(metrics["steps"]) == 2
+    for step in metrics["steps"]:
+        assert {"predicted_kl", "measured_kl", "forget_loss_before", "forget_loss_after"} <= set(step)
+    assert metrics["retain_kl"] == pytest.approx(0.01, rel=0.1)
+    assert metrics["forget_loss"]["after"] > metrics["forget_loss"]["before"]
+    assert {"load", "fit", "gradient", "step", "check", "total"} == set(metrics["seconds"])
+    assert {"retain", "forget"} <= set(metrics["tokens"])
+    assert metrics["peak_bytes"] > 0
+    # The exported model is the base plus the update, to the bit.
+    edited, _ = AutoModelForCausalLM.from_pretrained(out / "model"), None
+    base = AutoModelForCausalLM.from_pretrained(setup["model"])
+    Update.load(out).apply(base)
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, dict(edited.named_parameters())[name]), name
+
+
+def test_config_replays_a_run(setup, tmp_path):
+    assert unlearn(setup, "--alpha", "0.05", "--labels", "sampled", "--layers", "1") == 0
+    config = Path(setup["out"]) / "config.yaml"
+    arguments = ["unlearn", setup["model"], "--config", str(config), "--out", str(tmp_path / "o2")]
+    assert main(arguments) == 0
+    first = load_file(Path(setup["out"]) / "update.safetensors")
+    second = load_file(tmp_path / "o2" / "update.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # An option given goes before the file.
+    other = str(tmp_path / "o3")
+    assert main([*arguments[:4], "--alpha", "0.01", "--out", other]) == 0
+    third = load_file(Path(other) / "update.safetensors")
+    assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
+def test_apply_then_revert(setup, tmp_path, capsys):
+    assert unlearn(setup, "--kl", "0.01") == 0
+    edited, back = str(tmp_path / "edited"), str(tmp_path / "back")
+    assert main(["apply", setup["model"], setup["out"], "--out", edited, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base_weights"] is True
+    assert main(["revert", edited, setup["out"], "--out", back]) == 0
+    base = load_file(Path(setup["model"]) / "model.safetensors")
+    changed = load_file(Path(edited) / "model.safetensors")
+    restored = load_file(Path(back) / "model.safetensors")
+    assert any(not torch.equal(base[name], changed[name]) for name in base)
+    for name in base:  # one rounding of a float32 weight
+        assert torch.allclose(base[name], restored[name], rtol=1e-6, atol=1e-8)
+
+
+def test_apply_to_a_descendant_is_allowed_and_said(setup, tmp_path, capsys):
+    assert unlearn(setup, "--kl", "0.01") == 0
+    child = tmp_path / "child"
+    model = AutoModelForCausalLM.from_pretrained(setup["model"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(child)
+    zoo.tokenizer().save_pretrained(child)
+    assert main(["apply", str(child), setup["out"], "--out", str(tmp_path / "o"), "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["base_weights"] is False
+    assert "fine-tuned" in output.err
+
+
+def test_a_saved_curvature_gives_the_same_update(setup, tmp_path, capsys):
+    fitted, second = str(tmp_path / "fit"), str(tmp_path / "o2")
+    arguments = ["--retain", setup["retain"], "--sequence-length", "8"]
+    assert main(["fit", setup["model"], *arguments, "--out", fitted, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert {"load", "covariance", "eigh", "lambda", "save", "total"} == set(metrics["seconds"])
+    assert unlearn(setup, "--kl", "0.01") == 0
+    assert unlearn({**setup, "out": second}, "--kl", "0.01", "--curvature", fitted) == 0
+    ours = load_file(Path(setup["out"]) / "update.safetensors")
+    theirs = load_file(Path(second) / "update.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_saved_curvature_of_another_model_is_refused(setup, tmp_path, capsys):
+    fitted, other = str(tmp_path / "fit"), tmp_path / "other"
+    arguments = ["--retain", setup["retain"], "--sequence-length", "8"]
+    assert main(["fit", setup["model"], *arguments, "--layers", "0", "--out", fitted]) == 0
+    zoo.tiny("llama", dtype=torch.float32, seed=5).save_pretrained(other)
+    zoo.tokenizer().save_pretrained(other)
+    capsys.readouterr()
+    changed = {**setup, "model": str(other)}
+    assert unlearn(changed, "--curvature", fitted, "--layers", "0") == 2
+    assert "fitted on another model" in capsys.readouterr().err
+    assert unlearn(setup, "--curvature", fitted) == 2
+    assert "does not cover" in capsys.readouterr().err
+    assert leftovers(setup) == []
+
+
+def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch):
+    """Cut off after its first step, as if by a signal, and resumed."""
+    arguments = ("--alpha", "0.02", "--steps", "3", "--forget-batch", "2")
+    whole = {**setup, "out": str(tmp_path / "whole")}
+    assert unlearn(whole, *arguments) == 0
+    calls = []
+
+    def interrupted(*line):
+        calls.append(line)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kfade.cli.unlearn.step_line", interrupted)
+    assert unlearn(setup, *arguments) == 130
+    monkeypatch.undo()
+    assert leftovers(setup) == ["out.part"]
+    assert unlearn(setup, *arguments) == 2  # not without being told to
+    assert unlearn(setup, *arguments, "--seed", "1", "--resume") == 2  # nor another run
+    assert unlearn(setup, *arguments, "--resume") == 0
+    assert leftovers(setup) == ["out"]
+    first = load_file(Path(whole["out"]) / "update.safetensors")
+    second = load_file(Path(setup["out"]) / "update.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sigkill_leaves_something_to_resume_or_nothing(setup):
+    """Killed for real at some moment: the folder DIR never exists half-written."""
+    command = [sys.executable, "-m", "kfade", "unlearn", setup["model"], "--out", setup["out"]]
+    command += ["--forget", setup["forget"], "--retain", setup["retain"], "--alpha", "0.01"]
+    command += ["--steps", "400", "--sequence-length", "8"]
+    part = Path(setup["out"] + ".part")
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list((part / "state").glob("update-*")):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert leftovers(setup) == ["out.part"]
+    newest = sorted((part / "state").glob("update-*"))[-1]
+    assert len(Update.load(newest).provenance["steps"]) >= 1  # whole, not torn
+
+
+def test_check_passes_on_a_sound_model(setup, capsys):
+    code = main(["check", setup["model"], "--retain", setup["retain"], "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"], result
+    assert code == 0
+    names = [finding["name"] for finding in result["findings"]]
+    assert names == [
+        *("targets", "padding and batch size", "exact quadratic form", "fitted curvature")
+    ]
+
+
+def test_check_fails_when_padding_leaks(setup, capsys, monkeypatch):
+    """Control: a model that looks at the width of its batch must not pass."""
+    import kfade.curvature.jacobian as jacobian
+
+    honest = jacobian.hidden_states
+
+    def leaky(model, input_BT):
+        return honest(model, input_BT) * (1 + 0.1 * input_BT.shape[1])
+
+    monkeypatch.setattr(jacobian, "hidden_states", leaky)
+    assert main(["check", setup["model"], "--retain", setup["retain"], "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [f["passed"] for f in findings if f["name"] == "padding and batch size"] == [False]
+
+
+def corrupt(path: Path, name: str) -> None:
+    tensors = load_file(path)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--forget", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (("--retain", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (("--target", "*.nothing.weight"), r"no weight matches '\*.nothing.weight'"),
+        (("--layers", "0-99"), "this model has blocks 0 to"),
+        (("--layers", "first"), "write block numbers as"),
+        (("--alpha", "-1"), "--alpha -1.0: give a positive, finite number"),
+        (("--kl", "nan"), "--kl nan: give a positive"),
+        (("--kl", "0.1", "--alpha", "0.1"), "give exactly one of"),
+        (("--max-kl", "0"), "--max-kl 0.0: give a positive"),
+        (("--until", "loss=3"), "write forget_loss=NUMBER"),
+        (("--until", "forget_loss=0.0001"), "already; ask for more"),
+        (("--until", "forget_loss=-1"), "--until -1.0: give a positive"),
+        (("--damping", "-1"), "--damping -1.0: give a finite number"),
+        (("--damping", "1", "--relative-damping", "1"), "not both"),
+        (("--steps", "0"), "--steps 0: give 1 or more"),
+        (("--forget-batch", "99"), "the forget set has 4"),
+        (("--holdout", "10"), "--holdout 10: give 1 to 9"),
+        (("--estimator", "shampoo"), "--estimator shampoo: give ekfac"),
+        (("--labels", "true"), "--labels true: give sqrt"),
+        (("--objective", "loss"), "--objective loss: give margin"),
+        (("--template", "llama"), "--template llama: give auto"),
+        (("--template", "chat"), "no chat template"),
+        (("--sequence-length", "100000"), "over the model's window"),
+        (("--sequence-length", "1"), "--sequence-length must be 2 or more"),
+        (("--dtype", "int8"), "--dtype int8: give one of"),
+        (("--curvature", "nowhere"), "no such curvature file"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml: no such configuration"),
+    ],
+)
+def test_bad_options(setup, capsys, more, message):
+    """One line, exit code 2, nothing left on disk."""
+    import re
+
+    assert unlearn(setup, *more) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kfade: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert leftovers(setup) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a b"}', "{oops"], "line 2: not valid JSON"),
+        (['{"txt": "a b"}'], "line 1: has the keys txt"),
+        ([], "holds no examples"),
+        (['{"text": " "}'], "line 1: the text to score is empty"),
+        (['{"prompt": "' + "a " * 200 + '", "completion": "b"}'], "over the model's window"),
+    ],
+)
+def test_bad_forget_data(setup, capsys, lines, message):
+    Path(setup["forget"]).write_text("\n".join(lines))
+    assert unlearn(setup) == 2
+    assert message in capsys.readouterr().err
+    assert leftovers(setup) == []
+
+
+def test_long_sequences_are_cut_only_when_asked(setup):
+    row = {"prompt": "the cat", "completion": " sat" * 200}
+    write_lines(Path(setup["forget"]), [row])
+    assert unlearn(setup, "--kl", "0.01") == 2
+    assert unlearn(setup, "--kl", "0.01", "--truncate") == 0
+
+
+def test_an_output_folder_of_another_run_is_refused(setup, capsys):
+    Path(setup["out"]).mkdir()
+    (Path(setup["out"]) / "manifest.json").write_text("{}")
+    assert unlearn(setup) == 2
+    assert "already exists and is not empty" in capsys.readouterr().err
+    assert [p.name for p in Path(setup["out"]).iterdir()] == ["manifest.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(setup, capsys):
+    blocker = Path(setup["out"]).with_name("file")
+    blocker.write_text("")
+    assert unlearn({**setup, "out": str(blocker / "run")}) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_update_of_another_model_is_refused(setup, tmp_path, capsys):
+    assert unlearn(setup, "--kl", "0.01") == 0
+    for family, message in (("gpt2", "does not have"), ("qwen3", "the model has")):
+        folder = tmp_path / family
+        model = zoo.tiny(family, dtype=torch.float32)
+        if family == "qwen3":  # same names; make the shapes differ
+            for block in model.model.layers:
+                for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
+                    linear.weight = torch.nn.Parameter(linear.weight.detach().repeat(2, 1))
+            with pytest.raises(Exception, match="the model has"):
+                Update.load(setup["out"]).apply(model)
+            continue
+        model.save_pretrained(folder)
+        zoo.tokenizer().save_pretrained(folder)
+        assert main(["apply", str(folder), setup["out"], "--out", str(tmp_path / "o")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "o").exists()
+
+
+def test_nan_in_weights_names_the_weight(setup, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    zoo.tiny("llama", dtype=torch.float32).save_pretrained(broken)
+    zoo.tokenizer().save_pretrained(broken)
+    corrupt(broken / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    assert unlearn({**setup, "model": str(broken)}) == 2
+    assert "NaN or Inf in model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    assert leftovers(setup) == []
+
+
+def test_overflowing_activations_name_the_layer(setup, tmp_path, capsys):
+    """Finite weights, infinite activations: the first layer that shows it is named."""
+    broken = tmp_path / "broken"
+    model = zoo.tiny("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(3e38)
+    model.save_pretrained(broken)
+    zoo.tokenizer().save_pretrained(broken)
+    assert unlearn({**setup, "model": str(broken)}) == 2
+    assert "activations of model.layers.0.mlp.down_proj.weight" in capsys.readouterr().err
+    assert leftovers(setup) == []
+
+
+def test_out_of_memory_says_what_to_lower(setup, capsys, monkeypatch):
+    def full(*arguments, **named):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+
+    monkeypatch.setattr("kfade.cli.unlearn.unlearn_model", full)
+    assert unlearn(setup) == 2
+    assert "lower --batch-tokens" in capsys.readouterr().err
+    assert leftovers(setup) == []
+
+
+def test_unknown_config_keys_and_types(setup, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    for text, message in (
+        ("step:\n  stepz: 2\n", "unknown key 'stepz'"),
+        ("step:\n  steps: two\n", "'two' is not int"),
+        ("step: [1]\n", "expected settings"),
+        ("step: {", "not valid YAML"),
+    ):
+        config.write_text(text)
+        assert unlearn(setup, "--config", str(config)) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["unlearn", "fit", "apply", "revert", "check", "demo"])
+def test_help_names_every_option(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage" in text
+    assert "--json" in text

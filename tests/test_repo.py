@@ -1,0 +1,138 @@
+"""The house rules that a machine can check: who imports whom, sizes, paths, docstrings, prints."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import kfade
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "kfade"
+FILES = sorted(SOURCE.rglob("*.py"))
+LONGEST = 400
+
+# A file imports from its own rung or a lower one. A folder stands for all that is in it.
+LADDER = [
+    {"config", "run_dir", "errors", "progress", "stages"},
+    {"models", "layers", "head", "examples", "batches", "objectives"},
+    {"curvature"},
+    {"measure", "gradient", "step", "update", "unlearn"},
+    {"evaluate", "baselines"},
+    {"demo", "sweep", "report"},
+    {"cli"},
+    {"__init__", "__main__"},  # the public names, and the way in
+]
+
+
+def part(path: Path) -> str:
+    """The ladder's name of a file: its folder within kfade, or its own."""
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def rung(name: str) -> int:
+    found = [i for i, names in enumerate(LADDER) if name in names]
+    assert found, f"kfade.{name} has no rung: add it to LADDER in tests/test_repo.py"
+    return found[0]
+
+
+def kfade_modules(path: Path) -> set[str]:
+    """The parts of kfade that a file imports, anywhere in it; ``__init__`` for the package."""
+    package = ["kfade", *path.relative_to(SOURCE).parts[:-1]]
+    imported = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            if base == "kfade":  # "from kfade import update" names a module or a public name
+                imported += [f"kfade.{alias.name}" for alias in node.names]
+            else:
+                imported.append(base)
+    found = set()
+    for name in imported:
+        if name == "kfade":
+            found.add("__init__")
+        elif name.startswith("kfade."):
+            first = name.split(".")[1]
+            module = (SOURCE / first).is_dir() or (SOURCE / f"{first}.py").is_file()
+            found.add(first if module else "__init__")
+    return found
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_import_ladder(path):
+    own = rung(part(path))
+    too_high = {name for name in kfade_modules(path) if rung(name) > own}
+    assert not too_high, f"{relative(path)} imports from above its rung: {sorted(too_high)}"
+
+
+def test_the_ladder_test_sees_imports():
+    # Negative control, and the one import cycle that matters: evaluation must not know how a
+    # model was made.
+    assert {"curvature", "layers", "models"} <= kfade_modules(SOURCE / "unlearn.py")
+    assert rung("curvature") > rung("layers")
+    assert len(FILES) > 25
+
+
+def test_evaluation_knows_no_curvature():
+    for path in SOURCE.glob("evaluate/**/*.py"):
+        assert "curvature" not in kfade_modules(path), relative(path)
+
+
+def test_config_stops_at_the_command_line():
+    knowing = {part(path) for path in FILES if "config" in kfade_modules(path)}
+    assert knowing <= {"cli"}
+
+
+def test_loaders_are_imported_in_one_file():
+    loaders = re.compile(r"import .*\bAuto(Model|Tokenizer|Config)")
+    found = [path.name for path in FILES if loaders.search(path.read_text(encoding="utf-8"))]
+    assert found == ["models.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_file_is_too_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_print_is_for_the_command_line(path):
+    if part(path) in ("cli", "demo"):
+        return
+    calls = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"
+    ]
+    assert not calls, f"{relative(path)} prints in lines {calls}"
+
+
+def test_no_machine_paths():
+    shipped = [*SOURCE.rglob("*"), *(ROOT / "docs").rglob("*"), ROOT / "README.md"]
+    texts = {".py", ".md", ".yaml", ".yml", ".json", ".jsonl", ".toml", ".txt", ".html", ".svg"}
+    for path in shipped:
+        if path.is_file() and path.suffix in texts:
+            text = path.read_text(encoding="utf-8")
+            found = re.search(r"/(work|tmp|root|home/\w+)/", text)
+            assert not found, f"{relative(path)} holds the path {found and found.group()}"
+
+
+@pytest.mark.parametrize("name", kfade.__all__)
+def test_public_names_are_documented(name):
+    public = getattr(kfade, name)
+    assert public.__doc__
+    # A dataclass without a docstring of its own gets its signature for one.
+    assert not public.__doc__.startswith(f"{name}(")
+
+
+def test_public_names_are_few_and_listed_once():
+    assert len(kfade.__all__) == len(set(kfade.__all__)) <= 20
