@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from kfade.cli import main
 from kfade.update import Update
 
-FORGET = [{"prompt": "the cat sat on", "completion": " the mat"} for _ in range(4)]
-RETAIN = [{"text": f"the {noun} ran over the hill and the dog sat"} for noun in "abcdefghij"]
+FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
+RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
 
 
 def write_lines(path: Path, rows: list) -> Path:
@@ -71,7 +71,9 @@ def test_a_run_writes_what_it_promises(setup, capsys):
     assert {**metrics, "out": setup["out"]} == printed
     assert len(metrics["steps"]) == 2
     for step in metrics["steps"]:
-        assert {"predicted_kl", "measured_kl", "forget_loss_before", "forget_loss_after"} <= set(step)
+        assert {"predicted_kl", "measured_kl", "forget_loss_before", "forget_loss_after"} <= set(
+            step
+        )
     assert metrics["retain_kl"] == pytest.approx(0.01, rel=0.1)
     assert metrics["forget_loss"]["after"] > metrics["forget_loss"]["before"]
     assert {"load", "fit", "gradient", "step", "check", "total"} == set(metrics["seconds"])
@@ -294,7 +296,7 @@ def test_bad_forget_data(setup, capsys, lines, message):
 
 
 def test_long_sequences_are_cut_only_when_asked(setup):
-    row = {"prompt": "the cat", "completion": " sat" * 200}
+    row = {"prompt": "a b", "completion": " c d e f" * 50}
     write_lines(Path(setup["forget"]), [row])
     assert unlearn(setup, "--kl", "0.01") == 2
     assert unlearn(setup, "--kl", "0.01", "--truncate") == 0

@@ -223,9 +223,7 @@ def test_ekfac_keeps_the_exact_diagonal_in_its_basis(model, targets):
         fit_ekfac(model, batches, targets, draw=bases_then_draw(k, loss_tokens))
         for k in range(VOCABULARY)
     ]
-    kfac = [
-        fit_kfac(model, batches, targets, draw=one_of_all_draws(k)) for k in range(VOCABULARY)
-    ]
+    kfac = [fit_kfac(model, batches, targets, draw=one_of_all_draws(k)) for k in range(VOCABULARY)]
     for t in targets:
         first = fits[0].blocks[t.name]
         grids = [fit.blocks[t.name].eigenvalues for fit in fits]
@@ -578,9 +576,7 @@ def test_matrix_free_products_equal_the_dense_matrix(biased, batches):
     product = gauss_newton_product(model, batches, targets, direction)
     assert relative_error(flatten(product, targets), g @ delta) < 1e-9
     # Layers do act on one another: the blocks alone are not the matrix.
-    alone = sum(
-        quadratic_form(model, batches, [t], {t.name: direction[t.name]}) for t in targets
-    )
+    alone = sum(quadratic_form(model, batches, [t], {t.name: direction[t.name]}) for t in targets)
     assert abs(alone / form - 1) > PLAIN
 
 

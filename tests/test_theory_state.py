@@ -33,9 +33,7 @@ from kfade.unlearn import parameter_changes
 
 def directions(targets) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {
-        t.name: torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in targets
-    }
+    return {t.name: torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in targets}
 
 
 def run(model, batches, targets, **options):

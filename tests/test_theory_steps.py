@@ -263,9 +263,7 @@ SHAPES = {
 }
 
 
-def search(
-    shape, size: StepSize, *, guess=0.1, share=1.0, start=START, loss=rising
-) -> list[Probe]:
+def search(shape, size: StepSize, *, guess=0.1, share=1.0, start=START, loss=rising) -> list[Probe]:
     def probe(alpha: float) -> Probe:
         kl = start.retain_kl + shape(alpha)
         return replace(start, alpha=alpha, retain_kl=kl, forget_loss=loss(alpha))
@@ -316,9 +314,7 @@ def test_a_cap_on_kl_is_never_exceeded(shape, size):
 
 
 def test_a_cap_that_is_kept_changes_nothing():
-    free, capped = (
-        search(lambda a: a**2, StepSize(alpha=0.1, max_kl=cap)) for cap in (None, 0.02)
-    )
+    free, capped = (search(lambda a: a**2, StepSize(alpha=0.1, max_kl=cap)) for cap in (None, 0.02))
     assert free == capped
     assert len(free) == 1
 

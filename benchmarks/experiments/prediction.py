@@ -34,6 +34,7 @@ from kfade.demo.data import data_file
 from kfade.demo.run import demo_model
 from kfade.examples import Example, load_examples, parse_example
 from kfade.gradient import forget_gradient
+from kfade.head import read_head
 from kfade.measure import hidden_reference, mean_divergence, mean_objectives
 from kfade.models import save_model
 from kfade.objectives import cross_entropy
@@ -72,7 +73,6 @@ def main() -> None:
         piece(f"shipped {estimator}", lambda e=estimator: prediction(shipped, fits.get(e)))
     for estimator in ("identity", "diagonal", "kfac", "ekfac"):
         piece(f"equal KL {estimator}", lambda e=estimator: equal_kl(shipped, fits.get(e)))
-    del shipped, fits
     memorised = Setting.memorised(arguments.data, arguments.cache.expanduser())
     fits = Fits(memorised)
     for estimator in ("kfac", "ekfac"):
@@ -92,9 +92,7 @@ class Setting:
     @classmethod
     def shipped(cls, data: Path) -> Setting:
         model, tokenizer = kfade.load_model(demo_model())
-        forget = kfade.encode(
-            load_examples(str(data_file("forget.jsonl"))), tokenizer, chat=False
-        )
+        forget = kfade.encode(load_examples(str(data_file("forget.jsonl"))), tokenizer, chat=False)
         lines = (data / "wikitext" / "wikitext-2-test.raw.txt").read_text().splitlines()
         texts = [Example("wikitext", text=line.strip()) for line in lines if len(line) > 400]
         # Every tenth paragraph: spread over the articles; held-out ones come from other articles.
@@ -173,7 +171,7 @@ def prediction(setting: Setting, curvature: kfade.Curvature) -> dict:
         "held_out": quadratic_form(model, setting.held_out, targets, step.direction),
     }
     changes = parameter_changes(targets, step.direction)
-    head = kfade.head.read_head(model)
+    head = read_head(model)
     base = {
         name: hidden_reference(model, batches, name)
         for name, batches in (("fit", setting.own), ("held_out", setting.held_out))

@@ -148,9 +148,10 @@ def make_batches(
 
 
 def draw_without_replacement(count: int, size: int | None, step: int, seed: int) -> list[int]:
-    """Numbers of the ``step``-th batch of ``size`` out of ``count``, passing through all in turn.
+    """Numbers of the ``step``-th batch of ``size`` out of ``count``.
 
-    A new permutation begins when one is used up; None takes all at every step.
+    Batches are cut from a permutation, and a new one begins where what is left of the old is less
+    than a batch. None takes all at every step.
     """
     if size is None or size >= count:
         return list(range(count))
@@ -213,8 +214,23 @@ def _plain_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
     return tokens, scored
 
 
+def _close_turn(answer: list[int], tokenizer: Any) -> tuple[list[int], int]:
+    """A rendered turn and where its scored part ends: with EOS, or with the template's own mark.
+
+    Some templates close a turn by another special token than EOS; one that closes it by none gets
+    an EOS.
+    """
+    marks = [i for i, token in enumerate(answer) if token in tokenizer.all_special_ids]
+    if tokenizer.eos_token_id in answer:
+        return answer, answer.index(tokenizer.eos_token_id) + 1
+    if marks:
+        return answer, marks[-1] + 1
+    closed = _with_eos(answer, tokenizer)
+    return closed, len(closed)
+
+
 def _chat_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens of the rendered chat; each assistant turn is scored up to and with its EOS.
+    """Tokens of the rendered chat; each assistant turn is scored up to and with its end.
 
     The text before a turn and the turn itself are tokenised apart, as they are in generation.
     """
@@ -239,11 +255,7 @@ def _chat_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[bool
             )
         prompt = tokenizer(before[len(done) :], add_special_tokens=False).input_ids
         answer = tokenizer(after[len(before) :], add_special_tokens=False).input_ids
-        eos = tokenizer.eos_token_id
-        if eos in answer:
-            end = answer.index(eos) + 1
-        else:
-            answer, end = _with_eos(answer, tokenizer), len(answer) + 1
+        answer, end = _close_turn(answer, tokenizer)
         tokens += prompt + answer
         scored += [False] * len(prompt) + [t < end for t in range(len(answer))]
         done = after

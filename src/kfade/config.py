@@ -9,7 +9,7 @@ import contextlib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +148,11 @@ def override(config: RunConfig, **given: Any) -> RunConfig:
     result = config
     for stage in fields(RunConfig):
         part = getattr(result, stage.name)
-        if stage.name in values:
-            result = replace(result, **{stage.name: values.pop(stage.name)})
-        elif not isinstance(part, int):
+        if is_dataclass(part):
             own = {f.name: values.pop(f.name) for f in fields(part) if f.name in values}
             result = replace(result, **{stage.name: replace(part, **own)})
+        elif stage.name in values:
+            result = replace(result, **{stage.name: values.pop(stage.name)})
     assert not values, f"no such setting: {', '.join(values)}"
     return result
 

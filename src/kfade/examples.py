@@ -128,9 +128,12 @@ def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:
             f"{source}: reading data sets from the hub needs the package datasets: "
             "pip install 'kfade[hub]'"
         ) from None
-    split = rest[-1] if rest else "train"
-    config = rest[0] if len(rest) == 2 else None
     try:
+        # One word after the name is a configuration where the data set has one so called.
+        if len(rest) == 1 and rest[0] in datasets.get_dataset_config_names(name):
+            rest.append("train")
+        split = rest[-1] if rest else "train"
+        config = rest[0] if len(rest) == 2 else None
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises whatever its many back ends raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -62,11 +62,6 @@ class RunDir:
         if not self._finished and not any(self.state.iterdir()):
             shutil.rmtree(self.part, ignore_errors=True)
 
-    @property
-    def resumable(self) -> bool:
-        """Whether something of this run has been finished and kept."""
-        return self.part.exists() and any(self.state.iterdir())
-
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
         aside = self.part / f"{name}.writing"

@@ -50,7 +50,9 @@ class StepRecord:
     forget_loss_before: float
     forget_loss_after: float
     predicted_objective_change: float
+    """α gᵀr, of the step's own forget batch."""
     measured_objective_change: float
+    """On the forget sequences that are measured (all, up to ``MEASURED_SEQUENCES``)."""
     relative_change: dict[str, float] = field(default_factory=dict)
     """‖ΔW‖ / ‖W‖ of this step by weight."""
     probes: list[dict[str, float]] = field(default_factory=list)
@@ -124,10 +126,20 @@ def unlearn(
     for index in range(len(update.provenance["steps"]), steps):
         chosen = draw_without_replacement(len(forget), forget_batch, index, seed)
         forget_batches = batches_of([forget[i] for i in chosen])
+        with stage("check"):
+            before, reference = gauge.measure(update), gauge.latest
+        if size.until is not None and size.until <= before.forget_loss:
+            if index > 0:
+                break
+            raise InputError(
+                f"--until forget_loss={size.until:.4g}: the loss is {before.forget_loss:.4g} "
+                "already; ask for more"
+            )
+        if curvature is None or (refit and index > 0):
+            at, key = (update, seed + index) if refit else (Update({}), seed)
+            with stage("fit"), at.applied_to(model):
+                curvature = fit(model, retain_batches, targets, draw=draw, seed=key)
         with update.applied_to(model):
-            if curvature is None or (refit and index > 0):
-                with stage("fit"):
-                    curvature = fit(model, retain_batches, targets, draw=draw, seed=seed + index)
             with stage("gradient"):
                 gradient = forget_gradient(model, forget_batches, targets, objective)
             with stage("step"):
@@ -137,14 +149,6 @@ def unlearn(
                     step, exact = step.scaled(exact**-0.5), 1.0
         changes = parameter_changes(targets, step.direction)
         with stage("check"):
-            before, reference = gauge.measure(update), gauge.latest
-            if size.until is not None and size.until <= before.forget_loss:
-                if index > 0:
-                    break
-                raise InputError(
-                    f"--until forget_loss={size.until:.4g}: the loss is {before.forget_loss:.4g} "
-                    "already; ask for more"
-                )
             probes = choose_alpha(
                 lambda trial: gauge.measure(update.plus(changes, trial), trial),  # noqa: B023
                 size,
@@ -195,6 +199,7 @@ class Gauge:
     def measure(self, update: Update, alpha: float = 0.0) -> Probe:
         """Retain KL from the base, and forget loss, of the model with ``update`` applied."""
         with update.applied_to(self._model) as model:
+            self.latest = self.base
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
             objectives = (cross_entropy, self._objective)

@@ -20,7 +20,7 @@ from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.layers import find_targets
 from kfade.measure import hidden_reference, mean_divergence
-from kfade.models import frozen
+from kfade.models import frozen, model_window
 from kfade.objectives import margin
 from kfade.stages import stage
 from kfade.step import gauss_newton_step
@@ -61,11 +61,13 @@ def check(
     of them fails.
     """
     given = {name: value for name, value in locals().items() if name != "json"}
-    run = override(RunConfig(), **given, sequence_length=LENGTH, template="plain")
+    run = override(RunConfig(), **given, template="plain")
     fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
     with session() as clock:
         examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
         loaded = load(run.model, run.fit)
+        length = min(LENGTH, model_window(loaded.model) or LENGTH)
+        run = override(run, sequence_length=length)
         texts = [example for example in examples if example.text] or examples
         tokens = to_tokens(texts[: 4 * SEQUENCES], loaded, run.data)[:SEQUENCES]
         findings = [_targets(loaded), _padding(loaded, tokens)]

@@ -12,10 +12,11 @@ from rich.table import Table
 from kfade.cli import options as o
 from kfade.cli.session import console, load, session, show
 from kfade.cli.unlearn import run_unlearn, summary
-from kfade.config import DataConfig, FitConfig, ModelConfig, RunConfig, SizeConfig
+from kfade.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
 from kfade.demo.data import data_file
 from kfade.demo.run import PROMPTS, demo_model, examine, table_rows
 from kfade.errors import InputError
+from kfade.stages import stage
 from kfade.update import Update
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet.")]
@@ -32,8 +33,8 @@ def demo_config(model: str) -> RunConfig:
             sequence_length=128,
             holdout=50,
         ),
-        fit=FitConfig(layers="8-20"),
-        size=SizeConfig(kl=0.02),
+        step=StepConfig(relative_damping=0.01),
+        size=SizeConfig(kl=0.01),
     )
 
 
@@ -54,13 +55,17 @@ def demo(
     config = demo_config(model or demo_model())
     with session() as clock:
         loaded = load(config.model, config.fit)
-        before = examine(loaded.model, loaded.tokenizer)
+        with stage("questions"):
+            before = examine(loaded.model, loaded.tokenizer)
     metrics = run_unlearn(config, out, loaded=loaded)
-    with session() as after_clock, Update.load(out).applied_to(loaded.model) as edited:
+    update = Update.load(out)
+    with session() as after_clock, stage("questions"), update.applied_to(loaded.model) as edited:
         after = examine(edited, loaded.tokenizer)
-    metrics["seconds"]["load"] = clock.seconds["load"]
-    metrics["seconds"]["questions"] = clock.total - clock.seconds["load"] + after_clock.total
-    metrics["seconds"]["total"] += clock.total + after_clock.total
+    metrics["seconds"].update(
+        load=clock.seconds["load"],
+        questions=clock.seconds["questions"] + after_clock.seconds["questions"],
+        total=clock.total,
+    )
     result = {**metrics, "before": before, "after": after, "kl_budget": config.size.kl}
     (out / "demo.json").write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
     if not json:

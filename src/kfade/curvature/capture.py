@@ -37,9 +37,13 @@ def capture(
             gradient [B, T, O] of whatever was sent backward.
     """
 
+    first: dict[str, Target] = {}
+    for target in targets:
+        first.setdefault(target.input_of, target)
+
     def hook(target: Target):
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor):
-            if on_input is not None and target.input_of == target.name:
+            if on_input is not None and target is first[target.input_of]:
                 on_input(target, target.inputs(args[0].detach()))
             if on_gradient is None or not torch.is_grad_enabled():
                 return None

@@ -25,6 +25,7 @@ class CovarianceSum:
     """Σ rowᵀ row over streamed rows, lower triangle of [D, D], in panels."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = width
         self.sum_ = torch.zeros(width, width, dtype=dtype, device=device)
 
     def add(self, rows_RD: Tensor) -> None:
@@ -38,6 +39,10 @@ class CovarianceSum:
         """The symmetric matrix Σ / count."""
         lower = torch.tril(self.sum_)
         return (lower + torch.tril(lower, -1).T) / count
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.sum_ = self.sum_.new_empty(0)
 
 
 def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -86,8 +86,8 @@ def fit_kfac(
     s_sums: dict[str, CovarianceSum] = {}
     for target in targets:
         device = target.weight.device
-        if target.input_of == target.name:
-            a_sums[target.name] = CovarianceSum(target.shape[1], dtype, device)
+        if target.input_of not in a_sums:
+            a_sums[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
         s_sums[target.name] = CovarianceSum(target.shape[0], dtype, device)
     pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
     check = FiniteCheck()
@@ -95,7 +95,7 @@ def fit_kfac(
 
     def on_input(target: Target, a_BTI: Tensor) -> None:
         check.note("activations", target.name, a_BTI)
-        a_sums[target.name].add(a_BTI[live])
+        a_sums[target.input_of].add(a_BTI[live])
 
     def on_gradient(target: Target, g_BTO: Tensor) -> None:
         check.note("gradients", target.name, g_BTO)
@@ -109,25 +109,21 @@ def fit_kfac(
                 backward(model, head, batch, pseudo)
             check.raise_if_broken()
     loss_tokens, positions = _counts(batches)
-    a_eigen, s_eigen = {}, {}
-    work = [(t, s) for t in targets for s in (a_sums, s_sums) if t.name in s]
-
-    def cost(item: tuple[Target, dict[str, CovarianceSum]]) -> float:
-        target, sums = item
-        return target.shape[1 if sums is a_sums else 0] ** 3
-
+    eigen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    work = [("A", name, positions) for name in a_sums]
+    work += [("S", name, loss_tokens) for name in s_sums]
+    sums = {"A": a_sums, "S": s_sums}
     with stage("eigh"):
-        for target, sums in track(work, "eigendecompositions", cost):
-            matrix = sums.pop(target.name)  # freed as soon as it is decomposed
-            if sums is a_sums:
-                a_eigen[target.name] = eigendecompose(matrix.mean(positions), f"{target.name} (A)")
-            else:
-                name = f"{target.name} (S)"
-                s_eigen[target.name] = eigendecompose(matrix.mean(loss_tokens), name)
+        for factor, name, count in track(
+            work, "eigendecompositions", lambda w: sums[w[0]][w[1]].width ** 3
+        ):
+            mean = sums[factor][name].mean(count)
+            eigen[factor, name] = eigendecompose(mean, f"{factor} of {name}")
+            sums[factor][name].free()
     blocks = {}
     for target in targets:
-        s_values, q_out = s_eigen[target.name]
-        a_values, q_in = a_eigen[target.input_of]
+        s_values, q_out = eigen["S", target.name]
+        a_values, q_in = eigen["A", target.input_of]
         blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
     return Curvature(blocks, _provenance("kfac", batches, draw, seed))
 
@@ -208,7 +204,8 @@ def _fit_eigenvalues(
         check.note("activations", target.name, a_BTI)
         a_RI = a_BTI[live].to(grids[target.name].dtype)
         q_in = bases[target.name][1]
-        inputs[target.name] = (a_RI if q_in is None else a_RI @ q_in, readers[target.name])
+        rotated = a_RI if q_in is None else a_RI @ q_in
+        inputs[target.input_of] = (rotated, readers[target.input_of])
 
     def on_gradient(target: Target, g_BTO: Tensor) -> None:
         check.note("gradients", target.name, g_BTO)

@@ -49,7 +49,7 @@ def transpose_product(
 
     def on_input(target: Target, a_BTI: Tensor) -> None:
         check.note("activations", target.name, a_BTI)
-        inputs[target.name] = a_BTI[live]
+        inputs[target.input_of] = a_BTI[live]
 
     def on_gradient(target: Target, g_BTO: Tensor) -> None:
         check.note("gradients", target.name, g_BTO)

@@ -1,0 +1,56 @@
+"""The README's commands run as printed, on a tiny model and tiny data."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import kfade
+from kfade.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A folder with forget.jsonl, retain.jsonl and a tiny model called MODEL, as working folder."""
+    zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "MODEL")
+    zoo.tokenizer().save_pretrained(tmp_path / "MODEL")
+    forget = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
+    retain = [{"text": f"{x} k l m n o p q r s t u v w {y}"} for x in "abcdef" for y in "xyz"]
+    for name, rows in (("forget", forget), ("retain", retain)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_shell_blocks(desk):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "kfade"
+        if words[1] in ("unlearn", "fit"):
+            words += ["--sequence-length", "8"]  # the tiny model's window is short
+        assert main(words[1:]) == 0, line
+
+
+def test_python_block(desk):
+    (block,) = blocks("python")
+    block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
+    block = block.replace("tokenizer)\n", "tokenizer, length=8)\n")
+    names: dict = {}
+    exec(block, names)
+    assert isinstance(names["update"], kfade.Update)
+    assert names["update"].provenance["steps"][0]["retain_kl"] == pytest.approx(0.01, rel=0.1)
