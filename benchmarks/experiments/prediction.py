@@ -44,9 +44,10 @@ from kfade.update import Update
 
 RESULTS = Path(__file__).parents[1] / "results" / "prediction.json"
 PREDICTED = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-EQUAL_KL = (0.003, 0.01, 0.03, 0.1)
+EQUAL_KL = (0.003, 0.01, 0.03)
 DAMPING = 0.1  # times the mean eigenvalue, for every estimator
-MEMORISED_QUESTIONS, AUTHOR_QUESTIONS = 80, 20
+MEMORISED_QUESTIONS, AUTHOR_QUESTIONS = 60, 20
+FIT_SEQUENCES, HELD_SEQUENCES, RANDOM_DIRECTIONS = 48, 12, 2
 
 
 def main() -> None:
@@ -88,17 +89,31 @@ class Setting:
         self.forget, self.retain = make_batches(forget), make_batches(retain)
         # As much of the fit's own data as is held out.
         self.own, self.held_out = make_batches(retain[: len(held_out)]), make_batches(held_out)
+        self._random: list = []
+
+    def random_forms(self) -> list:
+        """(δ, δᵀGδ on the whole fit set) for Gaussian δ."""
+        for seed in range(len(self._random), RANDOM_DIRECTIONS):
+            generator = torch.Generator().manual_seed(seed)
+            delta = {t.name: torch.randn(t.shape, generator=generator) for t in self.targets}
+            exact = quadratic_form(self.model, self.retain, self.targets, delta)
+            self._random.append((delta, exact))
+        return self._random
 
     @classmethod
     def shipped(cls, data: Path) -> Setting:
         model, tokenizer = kfade.load_model(demo_model())
-        forget = kfade.encode(load_examples(str(data_file("forget.jsonl"))), tokenizer, chat=False)
+        forget = kfade.encode(
+            load_examples(str(data_file("forget.jsonl")))[:64], tokenizer, chat=False
+        )
         lines = (data / "wikitext" / "wikitext-2-test.raw.txt").read_text().splitlines()
         texts = [Example("wikitext", text=line.strip()) for line in lines if len(line) > 400]
-        # Every tenth paragraph: spread over the articles; held-out ones come from other articles.
+        # Every eighth paragraph; the held-out ones come from later articles.
         fit, held = texts[: len(texts) * 3 // 4 : 8], texts[len(texts) * 3 // 4 :: 8]
-        retain = kfade.encode(fit, tokenizer, length=129)[:64]
-        return cls(model, forget, retain, kfade.encode(held, tokenizer, length=129)[:16])
+        retain = kfade.encode(fit, tokenizer, length=129)[:FIT_SEQUENCES]
+        return cls(
+            model, forget, retain, kfade.encode(held, tokenizer, length=129)[:HELD_SEQUENCES]
+        )
 
     @classmethod
     def memorised(cls, data: Path, cache: Path) -> Setting:
@@ -192,17 +207,10 @@ def prediction(setting: Setting, curvature: kfade.Curvature) -> dict:
 
 def random_directions(setting: Setting, curvature: kfade.Curvature) -> list[dict]:
     """Fitted and exact forms along Gaussian directions; exact on the whole fit set."""
-    pairs = []
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        delta = {t.name: torch.randn(t.shape, generator=generator) for t in setting.targets}
-        pairs.append(
-            {
-                "fitted": curvature.quadratic(delta),
-                "exact": quadratic_form(setting.model, setting.retain, setting.targets, delta),
-            }
-        )
-    return pairs
+    return [
+        {"fitted": curvature.quadratic(delta), "exact": exact}
+        for delta, exact in setting.random_forms()
+    ]
 
 
 def equal_kl(setting: Setting, curvature: kfade.Curvature) -> dict:

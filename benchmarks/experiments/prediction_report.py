@@ -62,7 +62,7 @@ def tables(results: dict) -> list[str]:
                 )
             ratios = [pair["fitted"] / pair["exact"] for pair in entry["random"]]
             shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            lines += ["", f"Control, fitted / exact form along four random directions: {shown}."]
+            lines += ["", f"Control, fitted / exact form along random directions: {shown}."]
             parts.append("\n".join(lines))
     equal = {e: results[f"equal KL {e}"] for e in NAMES if f"equal KL {e}" in results}
     if equal:

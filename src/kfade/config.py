@@ -145,16 +145,16 @@ def write_config(config: RunConfig) -> str:
 def override(config: RunConfig, **given: Any) -> RunConfig:
     """``config`` with every value that is not None put where its name belongs."""
     values = {name: value for name, value in given.items() if value is not None}
-    result = config
+    parts: dict[str, Any] = {}
     for stage in fields(RunConfig):
-        part = getattr(result, stage.name)
+        part: Any = getattr(config, stage.name)
         if is_dataclass(part):
             own = {f.name: values.pop(f.name) for f in fields(part) if f.name in values}
-            result = replace(result, **{stage.name: replace(part, **own)})
-        elif stage.name in values:
-            result = replace(result, **{stage.name: values.pop(stage.name)})
+            parts[stage.name] = replace(part, **own)  # type: ignore[type-var]
+        else:
+            parts[stage.name] = values.pop(stage.name, part)
     assert not values, f"no such setting: {', '.join(values)}"
-    return result
+    return RunConfig(**parts)
 
 
 def _build(kind: type, data: Any, where: str) -> Any:

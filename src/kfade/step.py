@@ -46,14 +46,19 @@ def gauss_newton_step(
     Raises:
         InputError: the direction has no length: the gradient is zero or the curvature is broken.
     """
-    direction = curvature.solve(gradient, damping=damping, relative=relative)
-    square = curvature.quadratic(direction)
+    direction: Matrices = {}
+    square = slope = 0.0
+    for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
+        g = block.rotate(gradient[name])
+        r = g / (block.eigenvalues + block.damping(damping, relative))
+        square += (block.eigenvalues * r.square()).sum().double().item()
+        slope += (g * r).sum().double().item()
+        direction[name] = block.rotate_back(r)
     if not (math.isfinite(square) and square > 0):
         raise InputError(
             f"the step's squared length in the G-norm is {square}: the forget gradient is zero or "
             "the damping too small for this curvature; look at the forget set, raise --damping"
         )
-    slope = sum((gradient[n] * direction[n]).sum().double().item() for n in direction)
     return Step(direction, slope, 0.5 * square).scaled(square**-0.5)
 
 

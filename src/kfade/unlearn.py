@@ -31,7 +31,7 @@ from kfade.update import Update
 
 MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
 DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
-DEFAULT_KL = 0.02  # nats per token, where a search for the size of a step begins
+DEFAULT_KL = 0.01  # nats per token, where nothing is said, and where a search begins
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kfade.progress import track
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = (
     "The capital of Greece is",
-    "The capital city of Norway is",
+    "The capital of Japan is",
     "The official language of Greece is",
     "Water is made of hydrogen and",
     "The best way to make a cup of tea is",

