@@ -19,7 +19,6 @@ from kfade import (
     InputError,
     Update,
     cross_entropy,
-    find_targets,
     fit_ekfac,
     fit_kfac,
     make_batches,
@@ -197,10 +196,6 @@ def test_a_seed_gives_one_update_and_another_seed_another(model):
 @pytest.mark.parametrize("size", [{"kl": 0.01}, {"kl": None, "alpha": 0.1}], ids=["kl", "alpha"])
 def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, refit, size):
     options = {"steps": 2, "forget_batch": 2, "refit": refit, **size}
-    if not refit:  # one curvature for all steps: a resumed run must be given it again
-        options["curvature"] = fit_ekfac(
-            model, make_batches(random_sequences(6, seed=8)), find_targets(model)
-        )
     saved = []
 
     def save(update):
