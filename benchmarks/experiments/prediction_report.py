@@ -118,6 +118,8 @@ def draw(results: dict) -> None:
         ylabel="forget loss, nats/token",
         title="Forgetting at equal KL",
     )
+    axes[1].set_xticks([0.003, 0.01, 0.03], ["0.003", "0.01", "0.03"])
+    axes[1].minorticks_off()
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -34,7 +34,7 @@ def demo_config(model: str) -> RunConfig:
             holdout=50,
         ),
         fit=FitConfig(estimator="kfac"),  # EK-FAC takes half as long again
-        size=SizeConfig(kl=0.01),
+        size=SizeConfig(kl=0.005),
     )
 
 
