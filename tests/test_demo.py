@@ -66,7 +66,8 @@ def smollm2():
 def test_the_real_model_knows_capitals(smollm2):
     """Control of the demo: there is something to forget."""
     questions = read_questions(data_file("forget_test.jsonl"))[:16]
-    assert answer_by_likelihood(*smollm2, questions).accuracy >= 0.6  # chance: 0.25
+    for result in answer_by_likelihood(*smollm2, questions).values():
+        assert result.accuracy >= 0.6  # chance: 0.25
 
 
 @needs_model

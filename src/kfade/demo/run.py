@@ -42,12 +42,13 @@ def examine(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """Accuracy on the three sets of test questions, and what the model says to a few prompts."""
     accuracy = {}
     for name, file in QUESTIONS.items():
-        result = answer_by_likelihood(model, tokenizer, read_questions(data_file(file)))
-        accuracy[name] = {
-            "accuracy": result.accuracy,
-            "standard_error": result.standard_error,
-            "questions": len(result.correct),
-        }
+        results = answer_by_likelihood(model, tokenizer, read_questions(data_file(file)))
+        for scoring, result in results.items():
+            accuracy[f"{name}, {scoring}"] = {
+                "accuracy": result.accuracy,
+                "standard_error": result.standard_error,
+                "questions": len(result.correct),
+            }
     answers = [continue_text(model, tokenizer, prompt) for prompt in track(PROMPTS, "answers")]
     return {"accuracy": accuracy, "answers": answers}
 

@@ -1,7 +1,9 @@
 """Multiple choice by likelihood.
 
-A question's choices are scored by log p(choice | question) / tokens of the choice, the
-length-normalised likelihood; the largest wins. Chance is one over the number of choices.
+A question's choices are scored by log p(choice | question), in all or per token of the choice; the
+largest wins. Per token, a long name gains from the spelling of its later tokens, which says nothing
+of the question; in all, a short one gains from being short. So both are told. Chance is one over
+the number of choices.
 """
 
 from __future__ import annotations
@@ -77,27 +79,41 @@ class ChoiceResult:
 
 def answer_by_likelihood(
     model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int = 4096
-) -> ChoiceResult:
-    """Answer each question with its likeliest continuation, a space before each choice."""
+) -> dict[str, ChoiceResult]:
+    """Answer each question with its likeliest continuation, a space before each choice.
+
+    Returns:
+        Results by scoring: ``total`` log-likelihood, and its mean ``per token``.
+    """
     sequences = [
         _continuation(tokenizer, question.question, f" {choice}")
         for question in questions
         for choice in question.choices
     ]
-    scores = iter(mean_log_likelihoods(model, sequences, batch_tokens=batch_tokens))
+    totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens)
+    means = [total / s.loss_tokens for total, s in zip(totals, sequences, strict=True)]
+    return {
+        "total": ChoiceResult(_right(questions, totals)),
+        "per token": ChoiceResult(_right(questions, means)),
+    }
+
+
+def _right(questions: Sequence[Question], scores: Sequence[float]) -> tuple[bool, ...]:
+    """Whether each question's best-scored choice is the right one."""
+    rest = iter(scores)
     correct = []
     for question in questions:
-        own = [next(scores) for _ in question.choices]
+        own = [next(rest) for _ in question.choices]
         correct.append(own.index(max(own)) == question.answer)
-    return ChoiceResult(tuple(correct))
+    return tuple(correct)
 
 
-def mean_log_likelihoods(
+def log_likelihoods(
     model: nn.Module, sequences: Sequence[Tokens], *, batch_tokens: int = 4096
 ) -> list[float]:
-    """Mean log-probability of each sequence's scored tokens, in nats."""
+    """Summed log-probability of each sequence's scored tokens, in nats."""
     device = next(model.parameters()).device
-    means = [0.0] * len(sequences)
+    totals = [0.0] * len(sequences)
     batches = make_batches(sequences, budget=batch_tokens, device=device)
     with frozen(model), torch.no_grad():
         head = read_head(model)
@@ -110,10 +126,9 @@ def mean_log_likelihoods(
                 values.append(log_p.gather(1, target_N[part, None])[:, 0].double())
             sums = torch.zeros(batch.loss_BT.shape, dtype=torch.float64, device=device)
             sums[batch.loss_BT] = torch.cat(values)
-            rows = (sums.sum(dim=1) / batch.loss_BT.sum(dim=1)).tolist()
-            for index, mean in zip(batch.id_B.tolist(), rows, strict=True):
-                means[index] = mean
-    return means
+            for index, total in zip(batch.id_B.tolist(), sums.sum(dim=1).tolist(), strict=True):
+                totals[index] = total
+    return totals
 
 
 def _continuation(tokenizer: Any, start: str, continuation: str) -> Tokens:
