@@ -19,6 +19,14 @@ from typing import Any
 from kfade.errors import InputError
 
 
+def check_free(path: Path) -> None:
+    """Raises InputError where ``path`` is a file, or a folder that holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{path}: already exists and is not empty; choose another --out or remove it"
+        )
+
+
 class RunDir:
     """The output folder of one run; use it in a ``with``, and :meth:`finish` at the end.
 
@@ -38,10 +46,7 @@ class RunDir:
         self.state = self.part / "state"
         self._config = json.loads(json.dumps(config))
         self._finished = False
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(
-                f"{path}: already exists and is not empty; choose another --out or remove it"
-            )
+        check_free(path)
         if self.part.exists():
             self._check_resume(resume)
         try:

@@ -15,7 +15,7 @@ from kfade.cli.unlearn import run_unlearn, summary
 from kfade.config import DataConfig, FitConfig, ModelConfig, RunConfig, SizeConfig
 from kfade.demo.data import data_file
 from kfade.demo.run import PROMPTS, demo_model, examine, table_rows
-from kfade.errors import InputError
+from kfade.run_dir import check_free
 from kfade.stages import stage
 from kfade.update import Update
 
@@ -50,8 +50,7 @@ def demo(
     Fits on 64 countries, asks about 40 others; neighbouring geography and general knowledge must
     stay. Under five minutes on two cores.
     """
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: already exists and is not empty; remove it or give --out")
+    check_free(out)
     config = demo_config(model or demo_model())
     with session() as clock:
         loaded = load(config.model, config.fit)

@@ -13,6 +13,7 @@ from kfade.cli import options as o
 from kfade.cli.session import console, session, show
 from kfade.errors import InputError
 from kfade.models import load_model, save_model
+from kfade.run_dir import check_free
 from kfade.stages import stage
 from kfade.update import Update
 
@@ -62,8 +63,7 @@ def _edit(
 ) -> None:
     update = Update.load(path)
     part = out.with_name(out.name + ".part")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already exists and is not empty; choose another --out")
+    check_free(out)
     with session():
         with stage("load"):
             model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
