@@ -62,7 +62,7 @@ def _edit(
     sign: int,
 ) -> None:
     update = Update.load(path)
-    part = out.with_name(out.name + ".part")
+    part = out.with_name(out.name + ".writing")  # not .part: an interrupted run may lie there
     check_free(out)
     with session():
         with stage("load"):
@@ -76,8 +76,9 @@ def _edit(
             save_model(model, tokenizer, part)
             part.replace(out)
         except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
             raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     if sign > 0 and not is_base:
         console.print(
             "note: these are not the weights that the update was computed on; applied as to a "
