@@ -1,0 +1,124 @@
+"""One log format for every evaluation: JSON lines that can be resumed and that the report reads.
+
+    {"format": "kfade-eval-1", "benchmark": "kl", ...}      what was measured, on what, how
+    {"item": "0", ...}                                       one line an item, in the order measured
+    {"aggregate": {...}}                                     last, when all items are there
+
+An interrupted evaluation leaves a log without an aggregate; opened again with the same header it
+goes on after the items that it has. A last line that was cut off in writing is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kfade.errors import InputError
+
+FORMAT = "kfade-eval-1"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A log as it was read."""
+
+    header: dict[str, Any]
+    """``benchmark`` and everything that decides the numbers."""
+    items: dict[str, dict[str, Any]]
+    """Values by item id, in the order measured."""
+    aggregate: dict[str, Any] | None
+    """None: the evaluation was interrupted."""
+
+
+class ItemLog:
+    """Writes a log item by item; use it in a ``with``.
+
+    Args:
+        path: the file; where it exists, what it holds is kept.
+        header: ``benchmark`` and everything that decides the numbers.
+
+    Raises:
+        InputError: the file holds an evaluation with another header.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self._path = path
+        wanted = json.loads(json.dumps({"format": FORMAT, **header}))
+        self.items: dict[str, dict[str, Any]] = {}
+        """Values of the items measured so far."""
+        if path.is_file() and path.stat().st_size:
+            found = read_log(path, partial=True)
+            if found.header != wanted:
+                raise InputError(
+                    f"{path}: holds an evaluation that asked for something else; repeat its "
+                    "options, or remove it"
+                )
+            self.items = found.items
+        aside = path.with_name(path.name + ".writing")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(wanted) + "\n")
+            for item, values in self.items.items():
+                file.write(json.dumps({"item": item, **values}) + "\n")
+        aside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> ItemLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, item: str, **values: Any) -> None:
+        """One item's values, on disk at once."""
+        assert item not in self.items, f"item {item} was measured before"
+        self.items[item] = json.loads(json.dumps(values))
+        self._line({"item": item, **values})
+
+    def finish(self, aggregate: Mapping[str, Any]) -> None:
+        """The figures over all items: the last line."""
+        self._line({"aggregate": dict(aggregate)})
+
+    def _line(self, content: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(content) + "\n")
+        self._file.flush()
+
+
+def read_log(path: Path, *, partial: bool = False) -> Evaluation:
+    """Read what :class:`ItemLog` wrote; an unfinished one only if ``partial``.
+
+    Raises:
+        InputError: no such file, not a log of this format, or unfinished.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such evaluation log; give what a kfade eval wrote")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            assert isinstance(row, dict)
+        except (json.JSONDecodeError, AssertionError):
+            if number == len(lines) and rows:
+                break  # cut off in writing: the file does not end in a newline
+            raise InputError(f"{path}, line {number}: not a line of an evaluation log") from None
+        rows.append(row)
+    if not rows or rows[0].get("format") != FORMAT:
+        raise InputError(f"{path}: not an evaluation log of this version of kfade")
+    items = {
+        str(r["item"]): {k: v for k, v in r.items() if k != "item"} for r in rows if "item" in r
+    }
+    aggregate = rows[-1].get("aggregate")
+    if aggregate is None and not partial:
+        raise InputError(f"{path}: this evaluation was interrupted; repeat it with --resume")
+    return Evaluation(rows[0], items, aggregate)
