@@ -19,7 +19,7 @@ def group_bytes(group: Sequence[Target], estimator: str) -> int:
 
     K-FAC: Σ over distinct inputs I² + Σ over layers O², which the bases replace one by one, and
     the eigenvalues O·I. EK-FAC: the bases once more in the model's dtype, where that is another.
-    All estimators: the grids O·I, and one more where products are squared.
+    All estimators: the grids O·I, and two more where a sequence's product is turned and squared.
     """
     dtype = group[0].weight.dtype
     size = sum_dtype(dtype).itemsize
@@ -28,7 +28,7 @@ def group_bytes(group: Sequence[Target], estimator: str) -> int:
     if estimator == "identity":
         return 0
     if estimator == "diagonal":
-        return size * (sum(grids) + max(grids))
+        return size * (sum(grids) + 2 * max(grids))
     widths = [*inputs.values(), *(target.shape[0] for target in group)]
     factors = sum(width**2 for width in widths)
     decomposing = factors + DECOMPOSITION * max(widths) ** 2
@@ -36,7 +36,7 @@ def group_bytes(group: Sequence[Target], estimator: str) -> int:
     if estimator == "kfac":
         return size * max(decomposing, finished)
     cast = factors * dtype.itemsize if dtype.itemsize < size else 0
-    return max(size * decomposing, size * (finished + max(grids)) + cast)
+    return max(size * decomposing, size * (finished + 2 * max(grids)) + cast)
 
 
 def group_targets(
