@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 
 import pytest
@@ -55,7 +56,7 @@ def test_groups_are_as_few_as_the_budget_allows(targets):
         groups = group_targets(targets, "kfac", budget)
         assert [t for group in groups for t in group] == targets  # all, once, in order
         assert all(group_bytes(group, "kfac") <= budget for group in groups)
-        for left, right in zip(groups[:-1], groups[1:], strict=True):
+        for left, right in itertools.pairwise(groups):
             unit = [t for t in right if t.input_of == right[0].input_of]
             assert group_bytes([*left, *unit], "kfac") > budget  # it would not have fitted
         seen.add(len(groups))
