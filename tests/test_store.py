@@ -317,11 +317,11 @@ def test_sums_of_another_fit_are_refused(what, model, targets, batches, tmp_path
     cut_short(fit_ekfac, model, batches, targets, 3, store=store)
     left = files(tmp_path)
     assert left == ["sums-000-covariance-000.safetensors"]
+    options = {"batches": {"budget": 30}, **OTHER}.get(what, {})
     with monkeypatch.context() as patch:
         if what == "processes":
             patch.setattr(store_module.distributed, "count", lambda: 2)
         with pytest.raises(kfade.InputError, match=r"sums of another fit .* differ"):
-            options = {"batches": {"budget": 30}, **OTHER}.get(what, {})
             fit_here(tmp_path, model, targets, **options)
     assert files(tmp_path) == left
     assert differences(fit_here(tmp_path, model, targets), fit_ekfac(model, batches, targets)) == []

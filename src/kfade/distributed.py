@@ -121,8 +121,9 @@ def shard(blocks: Iterable[nn.Module]) -> None:
 def missing(model: nn.Module, passes: int) -> int:
     """How many passes through ``model`` this process makes fewer than the one that makes most.
 
-    All processes gather the weights of a sharded model together, so each has to make as many; the
-    missing ones repeat a batch and count for nothing. 0 where the model is whole.
+    All processes gather the weights of a sharded model together, so each has to make as many: after
+    its own it repeats any batch, which counts for nothing. To be asked before the first of them. 0
+    where the model is whole.
     """
     if not any(_is_shard(parameter) for parameter in model.parameters()):
         return 0

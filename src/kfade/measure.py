@@ -42,11 +42,12 @@ def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> R
     """What ``model`` computes on ``batches`` now, to compare an edited model with."""
     with frozen(model), torch.no_grad():
         own = distributed.share(batches, lambda batch: batch.positions)
+        missing = distributed.missing(model, len(own))
         hidden = [
             batch.at_loss(hidden_states(model, batch.input_BT))
             for batch in track(own, name, lambda b: b.positions)
         ]
-        for _ in range(distributed.missing(model, len(own))):
+        for _ in range(missing):
             hidden_states(model, batches[-1].input_BT)
     return Reference(batches, hidden)
 
@@ -59,6 +60,7 @@ def mean_objectives(
     with frozen(model), torch.no_grad():
         head = read_head(model)
         own = distributed.share(batches, lambda batch: batch.positions)
+        missing = distributed.missing(model, len(own))
         for batch in own:
             hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
             target_N = batch.at_loss(batch.target_BT)
@@ -66,7 +68,7 @@ def mean_objectives(
                 logits_NV = head(hidden_ND[part])
                 for i, objective in enumerate(objectives):
                     totals[i] += objective(logits_NV, target_N[part]).double().sum().item()
-        for _ in range(distributed.missing(model, len(own))):
+        for _ in range(missing):
             hidden_states(model, batches[-1].input_BT)
     totals = distributed.sum_numbers(totals, batches[0].input_BT.device)
     loss_tokens = sum(batch.loss_tokens for batch in batches)

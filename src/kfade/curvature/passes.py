@@ -82,6 +82,7 @@ def run_pass(
 
     with frozen(model):
         head = read_head(model)
+        missing = distributed.missing(model, len(own) - done)
         for number, batch in enumerate(track(own[done:], name, lambda b: b.positions), done + 1):
             sums.begin(batch)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):
@@ -89,7 +90,7 @@ def run_pass(
             _refuse_broken(seen)
             if keeper is not None:
                 keeper.save(number, sums.tensors())
-        for _ in range(distributed.missing(model, len(own) - done)):
+        for _ in range(missing):
             with capture(targets, on_gradient=lambda target, gradient: None):
                 backward(model, head, batches[-1], from_outputs)
 

@@ -38,13 +38,14 @@ def quadratic_form(
     with frozen(model):
         head = read_head(model)
         own = distributed.share(batches, lambda batch: batch.positions)
+        missing = distributed.missing(model, len(own))
         for batch in track(own, "exact quadratic form", lambda b: b.positions):
             hidden_ND, tangent_ND = tangents(model, batch, targets, delta)
             for part in head.chunks(hidden_ND):
                 p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
                 mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
                 total += (p * (logits_dot - mean_N1).square()).sum().double().item()
-        for _ in range(distributed.missing(model, len(own))):
+        for _ in range(missing):
             tangents(model, batches[-1], targets, delta)
     [total] = distributed.sum_numbers([total], batches[0].input_BT.device)
     return total / sum(batch.loss_tokens for batch in batches)

@@ -1,0 +1,167 @@
+"""What each of several processes computes for tests/test_distributed.py; torchrun starts it.
+
+    distributed_worker.py FOLDER
+
+Every process writes FOLDER/rank-R.pt, a dictionary of numbers and tensors. :func:`compute` is also
+called by the tests themselves, without processes, for the numbers that must come out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from helpers import random_sequences, tiny_llama
+
+import kfade
+from kfade import (
+    distributed,
+    find_targets,
+    fit_diagonal,
+    fit_ekfac,
+    fit_kfac,
+    make_batches,
+    margin,
+    square_root_draw,
+)
+from kfade.curvature.groups import group_bytes
+from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.curvature.store import Store
+from kfade.gradient import forget_gradient
+from kfade.head import read_head
+from kfade.layers import decoder_blocks, digest_weights
+from kfade.measure import hidden_reference, mean_divergence, mean_objectives
+
+RETAIN = random_sequences(27)
+FORGET = random_sequences(5, seed=2)
+HELD_OUT = random_sequences(4, seed=1)
+FITS = {"diagonal": fit_diagonal, "kfac": fit_kfac, "ekfac": fit_ekfac}
+
+
+def batches_of(sequences, budget=20):
+    return make_batches(sequences, budget=budget)
+
+
+class Counted:
+    """A draw that counts its calls, one a batch, and fails at the n-th."""
+
+    __name__ = "square_root_draw"
+
+    def __init__(self, fail_at: int = 0) -> None:
+        self.calls, self.fail_at = 0, fail_at
+
+    def __call__(self, p_NV, key_N):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("cut short")
+        return square_root_draw(p_NV, key_N)
+
+
+def tensors_of(curvature) -> dict[str, torch.Tensor]:
+    """What does not depend on the signs of eigenvectors: G x for one x."""
+    x = {name: torch.linspace(-1, 1, b.eigenvalues.numel(), dtype=torch.float64)
+         .reshape(b.eigenvalues.shape) for name, b in curvature.blocks.items()}  # fmt: skip
+    return curvature.matvec(x)
+
+
+def bits_of(curvature) -> dict[str, torch.Tensor]:
+    parts = ("q_out", "q_in", "eigenvalues")
+    return {f"{name}/{part}": getattr(block, part)
+            for name, block in curvature.blocks.items() for part in parts}  # fmt: skip
+
+
+def compute(folder: Path, sharded: bool) -> dict:
+    """Everything that must not depend on the number of processes."""
+    model = tiny_llama()
+    if sharded:
+        distributed.shard(decoder_blocks(model)[1])
+    targets = find_targets(model)
+    before = {name: distributed.whole(p.detach()).clone() for name, p in model.named_parameters()}
+    batches = batches_of(RETAIN)
+    found: dict = {"batches": len(batches), "digest": digest_weights(model, before)}
+    for name, fit in FITS.items():
+        draw = Counted()
+        found[f"G of {name}"] = tensors_of(fit(model, batches, targets, draw=draw))
+        found[f"passes of {name}"] = draw.calls
+    found["G, one batch"] = tensors_of(fit_ekfac(model, batches_of(RETAIN, 1000), targets))
+    kept = folder / f"kept-{sharded}"
+    if distributed.rank() == 0:
+        kept.mkdir()
+    distributed.wait()
+    options = {"memory": group_bytes(targets[:2], "ekfac"), "store": Store(kept)}
+    found["G, stored in groups"] = tensors_of(fit_ekfac(model, batches, targets, **options))
+    gradient = forget_gradient(model, batches_of(FORGET), targets, margin)
+    found["gradient"] = gradient
+    found["gradient, one batch"] = forget_gradient(model, batches_of(FORGET, 1000), targets, margin)
+    measured = batches_of(HELD_OUT)
+    found["quadratic form"] = quadratic_form(model, measured, targets, gradient)
+    found["product"] = gauss_newton_product(model, measured, targets, gradient)
+    update = kfade.unlearn(
+        model, forget=FORGET, retain=RETAIN, held_out=HELD_OUT, targets=targets,
+        kl=0.02, steps=2, batch_tokens=20,
+    )  # fmt: skip
+    found["update"], found["provenance"] = update.deltas, update.provenance
+    base = hidden_reference(model, measured, "base")
+    found["references"] = len(base.hidden)
+    with update.applied_to(model):
+        after = hidden_reference(model, measured, "after")
+        found["objective"] = mean_objectives(model, batches_of(FORGET), [margin])
+    found["divergence"] = mean_divergence(read_head(model), base, after)
+    found["lost"] = update.lost_fraction(model)
+    found["weights kept"] = all(
+        torch.equal(distributed.whole(p.detach()), before[name])
+        for name, p in model.named_parameters()
+    )
+    found["numbers held"] = sum(t.weight.to_local().numel() if sharded else t.weight.numel()
+                                for t in targets)  # fmt: skip
+    update.apply(model)
+    found["edited"] = {n: distributed.whole(p.detach()) for n, p in model.named_parameters()}
+    return found
+
+
+def interrupted(folder: Path, sharded: bool) -> dict:
+    """A fit cut short in each process, elsewhere in each, and gone on with."""
+    model = tiny_llama()
+    if sharded:
+        distributed.shard(decoder_blocks(model)[1])
+    targets, batches = find_targets(model), batches_of(RETAIN)
+    kept = folder / f"interrupted-{sharded}"
+    if distributed.rank() == 0:
+        kept.mkdir()
+    distributed.wait()
+    fit = functools.partial(fit_ekfac, model, batches, targets, store=Store(kept, seconds=0.0))
+    # A sharded model's processes run in step, so all of them stop in the same pass.
+    first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
+    with contextlib.suppress(RuntimeError):
+        fit(draw=first)
+    if distributed.rank() == 1:  # as if it had been slower in writing
+        for path in kept.glob("sums-*-001.safetensors"):
+            path.unlink()
+    distributed.wait()
+    rest = Counted()
+    resumed, whole = fit(draw=rest), fit_ekfac(model, batches, targets)
+    return {
+        "first": first.calls,
+        "rest": rest.calls,
+        "resumed": bits_of(resumed),
+        "whole": bits_of(whole),
+        "files": sorted(path.name for path in kept.iterdir()),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with distributed.processes():
+        results = {"count": distributed.count(), "rank": distributed.rank()}
+        results["whole"] = compute(folder, sharded=False)
+        results["interrupted"] = interrupted(folder, sharded=False)
+        results["sharded"] = compute(folder, sharded=True)
+        results["interrupted, sharded"] = interrupted(folder, sharded=True)
+        torch.save(results, folder / f"rank-{distributed.rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,248 @@
+"""Several processes compute what one computes: fits, gradients, measurements, whole updates.
+
+distributed_worker.py runs under torchrun with 2 and with 3 processes (gloo) and leaves what each
+process has found; it is compared with what this process finds by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch
+from helpers import relative_error, same_bits, tiny_llama
+
+from kfade import distributed, find_targets, margin
+from kfade.gradient import forget_gradient
+from kfade.layers import decoder_blocks
+
+# Sums in another order, and eigenvectors that turn them into angles; see test_theory.py.
+EXACT, EIGENVECTORS = 1e-11, 1e-8
+KINDS = ("whole", "sharded")
+COUNTS = (2, 3)
+# Matrices that go through eigenvectors only where they do not matter, or not at all, agree to the
+# rounding of sums; EK-FAC's and all that is made with it to the eigenvectors'.
+MATRICES = {
+    "G of diagonal": EXACT,
+    "G of kfac": EXACT,
+    "G of ekfac": EIGENVECTORS,
+    "G, one batch": EIGENVECTORS,
+    "G, stored in groups": EIGENVECTORS,
+    "gradient": EXACT,
+    "gradient, one batch": EXACT,
+    "product": EXACT,
+    "update": EIGENVECTORS,
+    "edited": EIGENVECTORS,
+}
+SOURCE = Path(distributed.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> dict:
+    return distributed_worker.compute(tmp_path_factory.mktemp("alone"), sharded=False)
+
+
+@pytest.fixture(scope="module", params=COUNTS)
+def found(request, tmp_path_factory) -> list[dict]:
+    """What each of 2 or 3 processes has found."""
+    folder = tmp_path_factory.mktemp("processes")
+    tests = Path(__file__).parent
+    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(request.param)]
+    run = subprocess.Popen(
+        [*command, str(tests / "distributed_worker.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, messages = run.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # torchrun then ends its processes, which wait for one another
+        run.wait(60)
+        raise
+    assert run.returncode == 0, messages[-4000:]
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(request.param)]
+
+
+def test_there_is_one_group_of_all(found):
+    assert [(f["count"], f["rank"]) for f in found] == [(len(found), i) for i in range(len(found))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", MATRICES)
+def test_every_process_has_the_matrices_of_one(what, kind, found, expected):
+    theirs = expected[what]
+    for rank in found:
+        ours = rank[kind][what]
+        assert list(ours) == list(theirs)
+        errors = [relative_error(ours[name], theirs[name]) for name in theirs]
+        assert max(errors) < MATRICES[what]
+        # One step: processes whose weights differ in a bit would drift apart.
+        assert all(same_bits(ours[name], found[0][kind][what][name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_process_measures_what_one_measures(kind, found, expected):
+    for rank in found:
+        ours = rank[kind]
+        assert ours["quadratic form"] == pytest.approx(expected["quadratic form"], rel=EXACT)
+        assert ours["objective"] == pytest.approx(expected["objective"], rel=EIGENVECTORS)
+        assert ours["divergence"] == pytest.approx(expected["divergence"], rel=1e-6)
+        assert ours["lost"] == pytest.approx(expected["lost"], rel=0.2)  # rounding itself
+        assert ours["digest"] == expected["digest"]
+    assert 0.01 < expected["divergence"] < 0.03  # there is something to measure
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_recorded_alike(kind, found, expected):
+    theirs = expected["provenance"]
+    for rank in found:
+        ours = rank[kind]["provenance"]
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"steps"}:
+            assert ours[key] == theirs[key]
+        assert len(ours["steps"]) == len(theirs["steps"]) == 2
+        for our_step, their_step in zip(ours["steps"], theirs["steps"], strict=True):
+            for key, value in their_step.items():
+                if key == "probes":
+                    assert len(our_step[key]) == len(value)
+                elif key == "relative_change":
+                    assert our_step[key] == pytest.approx(value, rel=1e-6)
+                else:
+                    assert our_step[key] == pytest.approx(value, rel=1e-6, abs=1e-12)
+
+
+def test_the_work_is_shared(found, expected):
+    """Each batch is computed once, by one process; sharded, all compute as often as the busiest."""
+    total = expected["batches"]
+    assert total > 3
+    assert expected["passes of ekfac"] == 2 * total
+    for estimator, passes in (("diagonal", 1), ("kfac", 1), ("ekfac", 2)):
+        whole = [rank["whole"][f"passes of {estimator}"] for rank in found]
+        assert sum(whole) == passes * total
+        assert min(whole) > 0
+        sharded = [rank["sharded"][f"passes of {estimator}"] for rank in found]
+        assert sharded == [max(whole)] * len(found)
+    references = [rank["whole"]["references"] for rank in found]
+    assert sum(references) == expected["references"]
+    assert max(references) < expected["references"]
+
+
+def test_a_sharded_model_is_spread_and_left_as_it_was(found, expected):
+    held = [rank["sharded"]["numbers held"] for rank in found]
+    assert sum(held) == expected["numbers held"] == 6 * 8 * 12
+    assert max(held) < 0.6 * expected["numbers held"]
+    for rank in found:
+        assert rank["whole"]["numbers held"] == expected["numbers held"]
+        assert rank["whole"]["weights kept"]
+        assert rank["sharded"]["weights kept"]
+
+
+@pytest.mark.parametrize("kind", ["interrupted", "interrupted, sharded"])
+def test_an_interrupted_fit_goes_on_bit_for_bit(kind, found, expected):
+    """Each process from its own sums; the second has lost its own and begins again."""
+    for number, rank in enumerate(found):
+        result = rank[kind]
+        assert result["first"] == (2 if "sharded" in kind else 1 + number)
+        for name, tensor in result["whole"].items():
+            assert same_bits(result["resumed"][name], tensor)
+        assert result["files"] == ["curvature-000.safetensors"]
+    plain = "sharded" if "sharded" in kind else "whole"
+    counts = [rank["whole"]["passes of ekfac"] for rank in found]
+    rest = [rank[kind]["rest"] for rank in found]
+    if plain == "whole":
+        done = [0, 0, 2]
+        assert rest == [c - d for c, d in zip(counts, done[: len(found)], strict=True)]
+    else:
+        assert len(set(rest)) == 1  # in step: those with fewer batches left run along
+
+
+def test_one_share_alone_is_far_off(monkeypatch, expected):
+    """Negative control: what a process has before the sum is not what all have after it."""
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    model = tiny_llama()
+    batches, targets = distributed_worker.batches_of(distributed_worker.FORGET), find_targets(model)
+    ours = forget_gradient(model, batches, targets, margin)
+    assert min(relative_error(ours[name], expected["gradient"][name]) for name in ours) > 0.1
+
+
+# --- One process, and none ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def processes_of(monkeypatch):
+    def set_count(count: int, rank: int = 0) -> None:
+        monkeypatch.setattr(distributed, "count", lambda: count)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+
+    return set_count
+
+
+def test_work_is_dealt_dearest_first(processes_of):
+    processes_of(2)
+    # 5 | 4 and 3 | and 3 is then even: 5 + 3 = 8 and 4 + 3 = 7, and 1 to the second.
+    assert distributed.deal([1, 3, 5, 3, 4]) == [1, 1, 0, 0, 1]
+    assert distributed.deal([2, 2, 2, 2]) == [0, 1, 0, 1]
+    assert distributed.deal([]) == []
+    assert distributed.deal([7]) == [0]
+    processes_of(3)
+    # Cubes of widths, as eigendecompositions are dealt: one wide matrix outweighs all others.
+    assert distributed.deal([27, 1, 1, 1, 1]) == [0, 1, 2, 1, 2]
+    processes_of(1)
+    assert distributed.deal([1, 3, 5]) == [0, 0, 0]
+
+
+def test_shares_are_a_partition_in_order(processes_of):
+    items = list(range(20))
+    shares = []
+    for rank in range(3):
+        processes_of(3, rank)
+        shares.append(distributed.share(items, lambda i: 1.0 + i % 4))
+    assert sorted(i for share in shares for i in share) == items
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(1.0 + i % 4 for i in share) for share in shares]
+    assert max(loads) - min(loads) <= 1.0  # 50 in three: no unfair share
+    processes_of(1)
+    assert distributed.share(items, lambda i: 1.0) == items
+
+
+def test_without_torchrun_nothing_happens(monkeypatch):
+    for size in (None, "1"):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if size is not None:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        with distributed.processes():
+            assert not torch.distributed.is_initialized()
+            assert (distributed.count(), distributed.rank()) == (1, 0)
+    tensor = torch.arange(3.0)
+    distributed.sum_to(0, tensor)
+    assert distributed.sum_everywhere(tensor) is tensor
+    assert distributed.spread_from(0, tensor) is tensor
+    assert torch.equal(tensor, torch.arange(3.0))
+    assert distributed.sum_numbers([0.1, 2.0]) == [0.1, 2.0]
+    distributed.wait()
+
+
+def test_one_process_keeps_its_model_whole():
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    distributed.shard(decoder_blocks(model)[1])
+    assert model.model.layers[0].mlp.up_proj.weight is weight
+    assert distributed.whole(weight) is weight
+    assert distributed.missing(model, 3) == 0
+    values = torch.ones_like(weight)
+    with torch.no_grad():
+        distributed.fill(weight, values)
+    assert torch.equal(weight, values)
+
+
+def test_importing_kfade_does_not_import_what_only_shards_need():
+    code = "import sys, kfade; print('torch.distributed.fsdp' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(SOURCE)}, timeout=120)  # fmt: skip
+    assert run.stdout.strip() == "False"
