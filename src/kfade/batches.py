@@ -91,10 +91,7 @@ def encode(
     Raises:
         InputError: a sequence is longer than the window; the chat template is missing or unusable.
     """
-    if chat is None:
-        chat = tokenizer.chat_template is not None
-    elif chat and tokenizer.chat_template is None:
-        raise InputError("this tokenizer has no chat template: use --template plain")
+    chat = _uses_chat(chat, tokenizer)
     limit = min(length, window) if window else length
     if pack and window and length > window:
         raise InputError(
@@ -127,6 +124,25 @@ def encode(
         if len(tokens) > 1:
             sequences.append(Sequence(tuple(tokens), (False,) + (True,) * (len(tokens) - 1)))
     return sequences
+
+
+def encode_prompt(example: Example, tokenizer: Any, *, chat: bool | None = None) -> tuple[int, ...]:
+    """Tokens of ``example``'s turns, all of them, up to where the next answer begins.
+
+    Rendered as :func:`encode` renders the turns before an answer.
+
+    Raises:
+        InputError: the chat template is missing, or nothing is left of the turns.
+    """
+    if _uses_chat(chat, tokenizer):
+        messages = [{"role": role, "content": content} for role, content in example.turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        tokens, _ = _plain_tokens(example, tokenizer)
+    if not tokens:
+        raise InputError(f"{example.where}: an empty prompt; remove the line or fill it")
+    return tuple(tokens)
 
 
 def make_batches(
@@ -168,6 +184,12 @@ def digest_sequences(sequences: SequenceOf[Sequence]) -> str:
     for sequence in sequences:
         digest.update(repr((sequence.tokens, sequence.scored)).encode())
     return digest.hexdigest()
+
+
+def _uses_chat(chat: bool | None, tokenizer: Any) -> bool:
+    if chat and tokenizer.chat_template is None:
+        raise InputError("this tokenizer has no chat template: use --template plain")
+    return tokenizer.chat_template is not None if chat is None else chat
 
 
 def _collate(

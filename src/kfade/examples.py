@@ -41,14 +41,15 @@ def load_examples(source: str) -> list[Example]:
     Raises:
         InputError: no such file or data set, a malformed line, an unknown form, an empty set.
     """
-    if source.startswith("hf:"):
-        rows: Iterable[tuple[str, Any]] = _hub_rows(source)
-    else:
-        rows = _file_rows(Path(source))
-    examples = [parse_example(row, where) for where, row in rows]
+    examples = [parse_example(row, where) for where, row in read_rows(source)]
     if not examples:
         raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
     return examples
+
+
+def read_rows(source: str) -> Iterable[tuple[str, Any]]:
+    """(where, row) of a JSONL file or of ``hf:NAME[:CONFIG][:SPLIT]``, whatever the rows hold."""
+    return _hub_rows(source) if source.startswith("hf:") else _file_rows(Path(source))
 
 
 def parse_example(row: Any, where: str) -> Example:
@@ -65,7 +66,7 @@ def parse_example(row: Any, where: str) -> Example:
             turns = (("user", question), ("assistant", answer))
             example = Example(where, turns=turns, plain_prefix=("Question: ", "\nAnswer: "))
         case {"messages": [*messages]}:
-            example = Example(where, turns=tuple(_turn(m, where) for m in messages))
+            example = Example(where, turns=tuple(parse_turn(m, where) for m in messages))
         case _:
             keys = ", ".join(map(str, row)) or "none"
             raise InputError(f"{where}: has the keys {keys}; write one of {FORMS}, all strings")
@@ -90,7 +91,8 @@ def _assistant(example: Example) -> list[str]:
     return [content for role, content in example.turns if role == "assistant"]
 
 
-def _turn(message: Any, where: str) -> tuple[str, str]:
+def parse_turn(message: Any, where: str) -> tuple[str, str]:
+    """(role, content) of one message."""
     match message:
         case {"role": str(role), "content": str(content)}:
             return role, content

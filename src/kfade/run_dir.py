@@ -79,13 +79,21 @@ class RunDir:
         with (self.part / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def publish(self, name: str) -> None:
+        """Move a file of the state, now whole, to where it will lie in DIR."""
+        os.replace(self.state / name, self.part / name)
+
     def finish(
-        self, manifest: Mapping[str, Any], metrics: Mapping[str, Any], config_yaml: str
+        self,
+        manifest: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        config_yaml: str | None = None,
     ) -> None:
         """Write manifest, metrics and configuration, drop the state, and give DIR its name."""
         self._write(self.part / "manifest.json", manifest)
         self._write(self.part / "metrics.json", metrics)
-        (self.part / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        if config_yaml is not None:
+            (self.part / "config.yaml").write_text(config_yaml, encoding="utf-8")
         (self.part / "config.json").unlink()
         shutil.rmtree(self.state)
         os.replace(self.part, self.path)

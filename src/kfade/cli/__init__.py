@@ -12,7 +12,18 @@ import sys
 import torch
 import typer
 
-from kfade.cli import check, demo, edit, fit, unlearn
+from kfade.cli import (
+    check,
+    demo,
+    edit,
+    eval_choice,
+    eval_kl,
+    eval_memorisation,
+    eval_quantisation,
+    fit,
+    unlearn,
+)
+from kfade.cli.eval import eval_app
 from kfade.errors import InputError
 
 app = typer.Typer(
@@ -28,6 +39,11 @@ app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
+app.add_typer(eval_app, name="eval")
+eval_app.command("kl")(eval_kl.kl)
+eval_app.command("choice")(eval_choice.choice)
+eval_app.command("memorisation")(eval_memorisation.memorisation)
+eval_app.command("quantisation")(eval_quantisation.quantisation)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,11 @@ from kfade.errors import InputError
 from kfade.objectives import Objective, cross_entropy, margin
 
 DATA, FIT, STEP, SIZE, RUN = "Data", "Curvature", "Step", "Step size (give one)", "Run"
+JUDGED = "What is judged"
 
 
-def _option(panel: str, text: str, *names: str):
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+def _option(panel: str, text: str, *names: str, **checks: Any):
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **checks)
 
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
@@ -114,6 +115,27 @@ ExportModel = Annotated[
 ]
 Json = Annotated[bool, _option(RUN, "Print one JSON object on stdout.", "--json")]
 Out = Annotated[Path, _option(RUN, "Folder to write; it must not exist yet.", "--out")]
+UpdateDir = Annotated[
+    Path | None,
+    _option(JUDGED, "Judge MODEL with this update: folder of a kfade unlearn run.", "--update"),
+]
+Quantise = Annotated[
+    str | None,
+    _option(JUDGED, "Judge it rounded to nearest: int8 or int4. [as it is]", "--quantise"),
+]
+Positions = Annotated[
+    int,
+    _option(
+        DATA,
+        "Positions in one forward pass; lower it to save memory. [4096]",
+        "--batch-tokens",
+        min=1,
+    ),
+]
+ResamplingSeed = Annotated[int, _option(RUN, "Seed of what is resampled. [0]", "--seed")]
+Limit = Annotated[
+    int | None, _option(DATA, "Take the first so many items only. [all]", "--limit", min=1)
+]
 
 
 def fit_of(word: str) -> Fit:

@@ -84,8 +84,9 @@ class ItemLog:
         self._line({"item": item, **values})
 
     def finish(self, aggregate: Mapping[str, Any]) -> None:
-        """The figures over all items: the last line."""
+        """The figures over all items: the last line, after which the file is closed."""
         self._line({"aggregate": dict(aggregate)})
+        self._file.close()
 
     def _line(self, content: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(content) + "\n")
