@@ -44,7 +44,7 @@ from kfade.evaluate.divergence import (
     token_strings,
 )
 from kfade.evaluate.log import ItemLog, read_log
-from kfade.models import model_window
+from kfade.models import load_tokenizer, model_window
 from kfade.stages import stage
 
 COMPLETIONS = "completions.jsonl"
@@ -116,6 +116,9 @@ def kl(
     with evaluation("kl", out, resume, settings) as run:
         rounding = None if edited else quantise
         base = load_subject(model, update=update, quantise=rounding, **where)
+        if edited:
+            theirs = load_tokenizer(edited, trust_remote_code=bool(trust_remote_code))
+            _check_vocabulary(edited, base.tokenizer.get_vocab(), theirs.get_vocab())
         window = model_window(base.model)
         longest = window + 1 - max_new_tokens if window else None  # the last one is not read
         asked = encode_prompts(examples, base.tokenizer, chat=chat, longest=longest)
@@ -129,12 +132,13 @@ def kl(
         judged, tokenizer = base, base.tokenizer
         reference = _in_memory(base, groups)
         if edited:
-            vocabulary = tokenizer.get_vocab()
+            rows = base.model.get_output_embeddings().weight.shape[0]
             reference = _streamed(base, groups, run, batch_tokens)
             del base, judged
             _free()
             judged = load_subject(edited, quantise=quantise, **where)
-            _check_vocabulary(vocabulary, judged, reference)
+            own: Any = judged.model.get_output_embeddings()
+            _check_vocabulary(edited, rows, own.weight.shape[0])
         with judged.edited() as changed:
             digests["edited_sha256"] = digest_model(changed)
         with run.items(**digests, completions_sha256=digest_sequences(texts)) as log:
@@ -224,16 +228,12 @@ def _streamed(
     return lambda number: Outputs.load(run.folder.state / name(number), head, groups[number])
 
 
-def _check_vocabulary(
-    vocabulary: Mapping[str, int], judged: Subject, reference: Callable[[int], Outputs]
-) -> None:
-    """Raises InputError where the two models' tokens are not the same."""
-    own: Any = judged.model.get_output_embeddings()
-    base: Any = reference(0).head.linear
-    if judged.tokenizer.get_vocab() != vocabulary or own.weight.shape[0] != base.weight.shape[0]:
+def _check_vocabulary(name: str, base: object, edited: object) -> None:
+    """Raises InputError where the two models' tokens, or their numbers, are not the same."""
+    if base != edited:
         raise InputError(
-            f"--edited {judged.name}: its vocabulary is not MODEL's, so their outputs cannot be "
-            "compared token by token"
+            f"--edited {name}: its vocabulary is not MODEL's, so their outputs cannot be compared "
+            "token by token"
         )
 
 
