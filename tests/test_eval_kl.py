@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import random_sequences, tiny_llama
 
 from kfade.batches import make_batches
 from kfade.cli import main
+from kfade.cli.eval import load_subject
 from kfade.errors import InputError
 from kfade.evaluate.bootstrap import bootstrap
 from kfade.evaluate.divergence import (
@@ -314,6 +316,20 @@ def test_command_resumes_to_the_same(desk, monkeypatch):
         for figure in ("value", "low", "high"):
             ours, theirs = (log.aggregate["kl_per_token"][figure] for log in (cut, whole))
             assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_two_models_are_never_in_memory_together(desk, monkeypatch):
+    seen = []
+
+    def watched(*arguments, **named):
+        assert all(model() is None for model in seen), "the base model is still there"
+        subject = load_subject(*arguments, **named)
+        seen.append(weakref.ref(subject.model))
+        return subject
+
+    monkeypatch.setattr("kfade.cli.eval_kl.load_subject", watched)
+    assert kl("--edited", "edited") == 0
+    assert len(seen) == 2
 
 
 def test_completions_are_kept_and_used_again(desk, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from torch import nn
 
-from kfade.cli.session import session
+from kfade.cli.session import console, session
 from kfade.cli.unlearn import git_sha
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
@@ -72,8 +72,12 @@ def load_subject(
         model, tokenizer = load_model(
             name, dtype=dtype, device=device, trust_remote_code=bool(trust_remote_code)
         )
-        with change.applied_to(model):  # refuses an update of another model before any work
-            return Subject(name, model, tokenizer, change, rounding)
+        if update and not change.fits_base(model):  # raises where shapes or names differ
+            console.print(
+                "note: these are not the weights that the update was computed on; judged as on a "
+                "fine-tuned descendant"
+            )
+    return Subject(name, model, tokenizer, change, rounding)
 
 
 def digest_model(model: nn.Module) -> str:

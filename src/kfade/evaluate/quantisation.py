@@ -121,9 +121,12 @@ def overall(by_weight: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[
     for word in ("bfloat16", "int8", "int4"):
         entries = [entry[word] for entry in by_weight.values()]
         size = sum(e["norm"] ** 2 for e in entries)
-        surviving = sum(e["surviving"] * e["norm"] ** 2 for e in entries) / size
-        lost = (sum((e["lost"] * e["norm"]) ** 2 for e in entries) / size) ** 0.5
-        result[word] = {"surviving": surviving, "lost": lost}
+        surviving = sum(e["surviving"] * e["norm"] ** 2 for e in entries)
+        lost = sum((e["lost"] * e["norm"]) ** 2 for e in entries)
+        result[word] = {
+            "surviving": surviving / size if size else 1.0,
+            "lost": (lost / size) ** 0.5 if size else 0.0,
+        }
     return result
 
 
