@@ -12,7 +12,7 @@ import sys
 import torch
 import typer
 
-from kfade.cli import check, demo, edit, fit, unlearn
+from kfade.cli import check, demo, edit, fit, report, unlearn
 from kfade.errors import InputError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
+app.command("report")(report.report)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
 
