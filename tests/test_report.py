@@ -29,7 +29,7 @@ from kfade.report.interactive import legend, log_ticks, plotly_chart, power
 from kfade.report.names import method_of, set_name, short
 from kfade.report.tables import chart_rows, run_tables
 from kfade.report.texts import completions, generations
-from kfade.report.values import Value, headline, measured_values, value_of
+from kfade.report.values import Value, headline, measured_values, value_of, wilson
 
 
 def measured(benchmark: str, aggregate: dict, items: dict | None = None, **header) -> Measured:
@@ -160,14 +160,21 @@ def test_numbers_are_short(value, text):
     assert short(value) == text
 
 
+def test_an_interval_of_none_of_a_few_has_a_width():
+    low, high = wilson(0.0, 10)
+    assert low == pytest.approx(0, abs=1e-12)
+    assert high == pytest.approx(0.38416 / 1.38416)  # z²/n / (1 + z²/n)
+
+
 def test_headline_has_base_and_interval(everything):
     rows = {(r.metric.group, r.metric.name): r.values for r in headline(read_results(everything))}
     loss = rows["Forgetting", "loss on the forget set"]
     assert (loss["Tiny-135M"].value, loss["ekfac"].value) == (1.7, 9.0)
     forget = rows["Forgetting", "forget test: accuracy by text"]
     assert forget["Tiny-135M"].value == 0.875
-    # 1.96 √(0.45 · 0.55 / 40) = 0.1542
-    assert forget["ekfac"].low == pytest.approx(0.45 - 0.1542, abs=1e-4)
+    # Wilson: (0.45 + 0.04802 ± 1.96 √(0.0061875 + 0.0006003)) / 1.09604
+    assert forget["ekfac"].low == pytest.approx(0.3071, abs=1e-4)
+    assert forget["ekfac"].high == pytest.approx(0.6017, abs=1e-4)
     assert forget["ekfac"].count == 40
     assert rows["Utility", "general test: accuracy by text"]["Tiny-135M"].value == 0.75
     quality = rows["Forgetting", "TOFU forget quality"]
@@ -189,7 +196,7 @@ def test_tofu_intervals_come_from_the_items():
     values = {m.name: v for m, v in measured_values(measured("tofu", aggregate, items))}
     # s = √½, s/√2 = ½
     assert values["TOFU forget set: ROUGE-L recall"].high == pytest.approx(0.5 + 1.96 / 2)
-    assert values["TOFU forget set: probability"].high == 1.0
+    assert values["TOFU forget set: probability"].high is None  # all alike
 
 
 def test_known_and_unknown_benchmarks():

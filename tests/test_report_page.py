@@ -6,8 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 import report_data as data
+import torch
+import zoo
 
 from kfade.cli import main
+from kfade.report.names import short
 
 pytest.importorskip("plotly", reason="the page needs plotly: pip install 'kfade[report]'")
 pytest.importorskip("jinja2", reason="the page needs jinja2: pip install 'kfade[report]'")
@@ -58,6 +61,28 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert len(elements.named("figure")) == 9
     heads = [th for th in elements.named("th") if "aria-sort" in th]
     assert len(heads) == 9 + 10
+
+
+def test_what_kfade_unlearn_writes(tmp_path, monkeypatch):
+    """The folders of the other tests are made up; this one is real, of a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    zoo.tiny("llama", dtype=torch.float32).save_pretrained("MODEL")
+    zoo.tokenizer().save_pretrained("MODEL")
+    forget = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
+    retain = [{"text": f"{x} k l m n o p q r s {y}"} for x in "abcdef" for y in "xyz"]
+    for name, rows in (("forget", forget), ("retain", retain)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = "unlearn MODEL --forget forget.jsonl --retain retain.jsonl --sequence-length 8"
+    assert main([*command.split(), "--steps", "2", "--out", "run"]) == 0
+    page = written(tmp_path, "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "K-FADE, ekfac, margin, on MODEL." in page
+    assert f">{short(metrics['retain_kl'])}<" in page
+    figures = [figure["id"] for figure in Elements(page).named("figure")]
+    assert figures == [
+        f"figure-{key}"
+        for key in ("kl-forgetting", "predicted-measured", "update-blocks", "seconds", "memory")
+    ]
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -94,7 +94,7 @@ def value_of(entry: Any, count: int | None = None) -> Value | None:
         value, error = entry.get("value"), entry.get("standard_error")
         if not isinstance(value, int | float):
             return None
-        if error is not None:
+        if error:  # of none at all, nothing can be said: one item, or all alike
             return Value(value, value - SIGMAS * error, value + SIGMAS * error, count)
         return Value(value, entry.get("low"), entry.get("high"), count)
     if isinstance(entry, bool) or not isinstance(entry, int | float):
@@ -105,6 +105,17 @@ def value_of(entry: Any, count: int | None = None) -> Value | None:
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean: the sample's standard deviation over √n."""
     return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Ends of Wilson's 95 % interval of a share; not of no width where it is 0 or 1.
+
+    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
+    """
+    square = SIGMAS**2 / count
+    half = SIGMAS * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    middle = share + square / 2
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)
 
 
 def measured_values(measured: Measured) -> Iterator[tuple[Metric, Value]]:
@@ -151,9 +162,7 @@ def _tofu(figures: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]) ->
         value = value_of(forget.get(key), count)
         if value is not None and value.low is None and len(own) > 1:
             error = standard_error([of_item(item) for item in own])
-            value = replace(
-                value, low=value.value - SIGMAS * error, high=value.value + SIGMAS * error
-            )
+            value = value_of({"value": value.value, "standard_error": error}, count)
         yield metric, value
     yield MODEL_UTILITY, value_of(figures.get("model_utility"))
 
@@ -161,6 +170,9 @@ def _tofu(figures: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]) ->
 def _choice(figures: Mapping[str, Any], name: str) -> Found:
     for scoring, (words, formula) in SCORINGS.items():
         entry = value_of(figures.get("accuracy", {}).get(scoring), figures.get("questions"))
+        if entry is not None and entry.count:
+            low, high = wilson(entry.value, entry.count)
+            entry = replace(entry, low=low, high=high)
         chance = figures.get("chance")
         by_chance = f" By chance: {100 * chance:.0f} %." if chance is not None else ""
         yield _accuracy(f"{name}: accuracy by {words}", formula + by_chance), entry
