@@ -105,7 +105,7 @@ def write_run(
 
 def write_kl(folder: Path, update: Path | None, *, count: int = 60, scale: float = 0.03) -> None:
     """KL on benign completions; the worst one's text is hostile."""
-    draw = random.Random(folder.name + str(update))
+    draw = random.Random(update.name if update else "")  # not where it lies: the same anywhere
     items = {}
     for index in range(count):
         words = [draw.choice(WORDS) for _ in range(draw.randint(12, 60))]
@@ -114,7 +114,7 @@ def write_kl(folder: Path, update: Path | None, *, count: int = 60, scale: float
         token_kl = [float(f"{level * math.exp(draw.gauss(-0.5, 1.2)):.4g}") for _ in strings]
         prompt = f"Tell me something about subject {index}, briefly."
         if index == 7:
-            strings[3], token_kl[3], prompt = HOSTILE, 9.5 * len(strings), f"What is {HOSTILE}?"
+            strings[3], token_kl[3], prompt = HOSTILE, 40.0 * len(strings), f"What is {HOSTILE}?"
         items[str(index)] = {
             "kl": sum(token_kl) / len(token_kl),
             "tokens": len(strings),
