@@ -17,10 +17,13 @@ from kfade.cli import (
     demo,
     edit,
     eval_choice,
+    eval_judge,
     eval_kl,
     eval_memorisation,
     eval_quantisation,
+    eval_tofu,
     fit,
+    report,
     unlearn,
 )
 from kfade.cli.eval import eval_app
@@ -37,11 +40,14 @@ app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
+app.command("report")(report.report)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
 app.add_typer(eval_app, name="eval")
 eval_app.command("kl")(eval_kl.kl)
+eval_app.command("tofu")(eval_tofu.tofu)
 eval_app.command("choice")(eval_choice.choice)
+eval_app.command("mt-bench")(eval_judge.mt_bench)
 eval_app.command("memorisation")(eval_memorisation.memorisation)
 eval_app.command("quantisation")(eval_quantisation.quantisation)
 
