@@ -17,7 +17,6 @@ from kfade.batches import make_batches
 from kfade.cli import main
 from kfade.cli.eval import load_subject
 from kfade.errors import InputError
-from kfade.evaluate.bootstrap import bootstrap
 from kfade.evaluate.divergence import (
     Outputs,
     divergences,
@@ -28,6 +27,7 @@ from kfade.evaluate.divergence import (
     token_strings,
 )
 from kfade.evaluate.log import read_log
+from kfade.evaluate.uncertainty import bootstrap
 from kfade.update import Update
 
 

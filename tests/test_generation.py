@@ -7,58 +7,70 @@ from collections import Counter
 import pytest
 import torch
 import zoo
+from helpers import greedy
 from transformers import GenerationConfig
 
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import end_tokens, generate, generate_texts
 
-PROMPTS = [[1, 8, 9], [1, 7], [1, 10, 11, 12, 13], [1]]
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 5, 9, 30]]
 END = 2
 
 
-def one_by_one(model, prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        tokens.append(int(logits.argmax()))
-        if tokens[-1] == END:
-            break
-    new = tokens[len(prompt) :]
-    return new[:-1] if new[-1:] == [END] else new
+def continued(model, prompts=PROMPTS, **options) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+
+    def note(index, tokens):
+        assert index not in found
+        found[index] = tokens
+
+    generate(model, zoo.tokenizer(), prompts, note, **options)
+    return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_greedy_is_the_likeliest_token_each_time(family, batch):
-    # In float32: Gemma's soft-capped attention casts the mask's least float64 to minus infinity.
-    model, tokenizer = zoo.tiny(family, dtype=torch.float32), zoo.tokenizer()
-    texts = generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch=batch)
-    expected = [
-        tokenizer.decode(one_by_one(model, prompt, 9), skip_special_tokens=True)
-        for prompt in PROMPTS
-    ]
-    assert texts == expected
-    assert len(set(texts)) > 1  # the prompts matter
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "phi"])
+@pytest.mark.parametrize("batch_tokens", [1, 45, 4096])
+def test_a_padded_batch_says_what_each_prompt_alone_says(family, batch_tokens):
+    # float32: in float64 transformers' eager attention makes NaN of a row that is all padding
+    model = zoo.tiny(family, dtype=torch.float32)
+    model.generation_config.eos_token_id = [20, 21, 22]
+    found = continued(model, max_new_tokens=8, batch_tokens=batch_tokens)
+    expected = {i: greedy(model, p, [END, 20, 21, 22], 8) for i, p in enumerate(PROMPTS)}
+    assert found == expected
+    assert len({tuple(tokens) for tokens in expected.values()}) > 1  # the prompts matter
 
 
-def test_a_text_ends_at_the_first_end_token():
+def test_a_continuation_ends_with_its_end_token():
     model, tokenizer = zoo.tiny("llama"), zoo.tokenizer()
-    whole = [one_by_one(model, prompt, 9) for prompt in PROMPTS]
-    ends = whole[0][3]  # what the first text says in the fourth place shall end it
-    model.generation_config = GenerationConfig(eos_token_id=[END, ends])
-    texts = generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch=4)
-    for text, tokens in zip(texts, whole, strict=True):
-        kept = tokens[: tokens.index(ends)] if ends in tokens else tokens
-        assert text == tokenizer.decode(kept, skip_special_tokens=True)
+    whole = [greedy(model, prompt, [END], 9) for prompt in PROMPTS]
+    ends = whole[0][3]  # what the first one says in the fourth place shall end it
+    model.generation_config.eos_token_id = [END, ends]
+    found = continued(model, max_new_tokens=9)
+    texts = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=9)
+    for index, tokens in enumerate(whole):
+        kept = tokens[: tokens.index(ends) + 1] if ends in tokens else tokens
+        assert found[index] == kept
+        said = kept[:-1] if kept[-1] in (END, ends) else kept
+        assert texts[index] == tokenizer.decode(said)
+    assert found[0][-1] == ends
+
+
+def test_ends_of_model_and_tokenizer():
+    model = zoo.tiny("llama")
+    model.generation_config.eos_token_id = [7, 9]
+    assert end_tokens(model, zoo.tokenizer()) == [2, 7, 9]
+    model.generation_config.eos_token_id = 7
+    assert end_tokens(model, zoo.tokenizer()) == [2, 7]
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, zoo.tokenizer()) == [2]
 
 
 def test_the_models_own_settings_do_not_count_and_stay():
-    model, tokenizer = zoo.tiny("llama"), zoo.tokenizer()
-    plain = generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch=4)
+    model = zoo.tiny("llama")
+    plain = continued(model, max_new_tokens=9)
     own = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0)
     model.generation_config = own
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch=4) == plain
+    assert continued(model, max_new_tokens=9) == plain
     assert model.generation_config is own
     assert own.repetition_penalty == 5.0
 
@@ -67,8 +79,9 @@ def test_sampling_draws_from_the_softmax():
     model, tokenizer = zoo.tiny("llama"), zoo.tokenizer()
     state = torch.get_rng_state()
     count = 4000
-    texts = generate(
-        model, tokenizer, [[1, 8]] * count, max_new_tokens=1, batch=count, temperature=2.0, seed=3
+    texts = generate_texts(
+        *(model, tokenizer, [[1, 8]] * count),
+        **{"max_new_tokens": 1, "batch_tokens": 3 * count, "temperature": 2.0, "seed": 3},
     )
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
@@ -83,25 +96,26 @@ def test_sampling_draws_from_the_softmax():
 
 
 def test_a_seed_repeats_and_another_does_not():
-    model, tokenizer = zoo.tiny("llama"), zoo.tokenizer()
+    model = zoo.tiny("llama")
 
-    def draw(seed: int) -> list[str]:
-        return generate(
-            model, tokenizer, PROMPTS, max_new_tokens=9, batch=2, temperature=1.0, seed=seed
-        )
+    def draw(seed: int) -> dict[int, list[int]]:
+        return continued(model, max_new_tokens=9, batch_tokens=30, temperature=1.0, seed=seed)
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
-def test_the_models_window_ends_a_text():
-    model, tokenizer = zoo.tiny("gpt2"), zoo.tokenizer()
+def test_the_models_window_ends_a_continuation_but_not_its_neighbours():
+    model = zoo.tiny("gpt2")
+    model.generation_config.eos_token_id = None
     longest = [1] + [8] * (zoo.WINDOW - 3)
-    texts = generate(model, tokenizer, [longest, [1, 8]], max_new_tokens=9, batch=2)
-    assert len(texts[0].split()) <= 2
+    found = continued(model, [longest, [5, 6, 7]], max_new_tokens=9)
+    assert found[0] == greedy(model, longest, [END], 2)
+    assert found[1] == greedy(model, [5, 6, 7], [END], 9)
+    assert len(found[1]) > 2  # in a batch with the other it would end there
     with pytest.raises(InputError, match="a prompt of 32 tokens leaves no room"):
-        generate(model, tokenizer, [[8] * zoo.WINDOW], max_new_tokens=9, batch=2)
+        continued(model, [[8] * zoo.WINDOW], max_new_tokens=9)
 
 
 def test_no_prompts_no_texts():
-    assert generate(zoo.tiny("llama"), zoo.tokenizer(), [], max_new_tokens=9, batch=2) == []
+    assert generate_texts(zoo.tiny("llama"), zoo.tokenizer(), [], max_new_tokens=9) == []

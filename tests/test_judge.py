@@ -205,10 +205,10 @@ def test_answers_of_a_turn_follow_the_turn_before(tmp_path, chat):
     model, tokenizer = zoo.tiny("llama"), zoo.tokenizer(chat=chat)
     questions = read_bench(questions_file(tmp_path))
     with ItemLog(tmp_path / "a.jsonl", {}) as log:
-        answer_questions(model, tokenizer, questions, log, runs=2, max_new_tokens=3, batch=2)
+        answer_questions(model, tokenizer, questions, log, runs=2, max_new_tokens=3)
     assert set(log.items) == {f"{run}/{n}" for run in (0, 1) for n in (1, 2, 3)}
     first, second = log.items["0/1"]["answers"]
-    start = f"Question: a b\nAnswer: {first}\n\nQuestion: c\nAnswer:"
+    start = f"Question: a b\nAnswer: {first} </s> Question: c\nAnswer:"
     if chat:
         start = f"<s> <user> a b <assistant> {first} </s> <user> c <assistant>"
     tokens = tokenizer(start, add_special_tokens=False).input_ids
@@ -222,15 +222,16 @@ def test_answers_of_a_turn_follow_the_turn_before(tmp_path, chat):
     assert log.items["0/2"] != log.items["1/2"]  # ... and writing is sampled
 
 
-def test_a_resumed_evaluation_draws_the_same(tmp_path):
+def test_a_resumed_evaluation_draws_the_same(tmp_path, monkeypatch):
     model, tokenizer = zoo.tiny("llama"), zoo.tokenizer()
     rows = [{"question_id": i, "category": "writing", "turns": [w]} for i, w in enumerate("abcde")]
     questions = read_bench(questions_file(tmp_path, rows))
-    options = {"max_new_tokens": 4, "batch": 2}
+    monkeypatch.setattr("kfade.evaluate.mt_bench.BLOCK", 2)
+    options = {"max_new_tokens": 4, "batch_tokens": 8}
     with ItemLog(tmp_path / "whole.jsonl", {}) as whole:
         answer_questions(model, tokenizer, questions, whole, **options)
     with ItemLog(tmp_path / "cut.jsonl", {}) as cut:
-        for key in ("0/0", "0/1", "0/2"):  # cut off within the second batch
+        for key in ("0/0", "0/1", "0/2"):  # cut off within the second block
             cut.add(key, **whole.items[key])
         answer_questions(model, tokenizer, questions, cut, **options)
     assert cut.items == whole.items
@@ -239,7 +240,8 @@ def test_a_resumed_evaluation_draws_the_same(tmp_path):
 def test_without_a_chat_template_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):
     said = " yes \nQuestion: and you?\nAnswer: no"
     monkeypatch.setattr(
-        "kfade.evaluate.mt_bench.generate", lambda model, tok, prompts, **_: [said] * len(prompts)
+        "kfade.evaluate.mt_bench.generate_texts",
+        lambda model, tok, prompts, **_: [said] * len(prompts),
     )
     questions = read_bench(questions_file(tmp_path))
     with ItemLog(tmp_path / "a.jsonl", {}) as log:

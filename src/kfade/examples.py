@@ -18,6 +18,7 @@ from typing import Any
 from kfade.errors import InputError
 
 FORMS = '{"text"}, {"prompt", "completion"}, {"question", "answer"} or {"messages"}'
+PLAIN_QA = ("Question: ", "\nAnswer: ")  # before question and answer, without a chat template
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ def read_rows(source: str) -> Iterable[tuple[str, Any]]:
     return _hub_rows(source) if source.startswith("hf:") else _file_rows(Path(source))
 
 
+def read_utf8(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def parse_example(row: Any, where: str) -> Example:
     """One row in any of the four forms."""
     if not isinstance(row, Mapping):
@@ -64,7 +77,7 @@ def parse_example(row: Any, where: str) -> Example:
             example = Example(where, turns=turns, closes=False)
         case {"question": str(question), "answer": str(answer)}:
             turns = (("user", question), ("assistant", answer))
-            example = Example(where, turns=turns, plain_prefix=("Question: ", "\nAnswer: "))
+            example = Example(where, turns=turns, plain_prefix=PLAIN_QA)
         case {"messages": [*messages]}:
             example = Example(where, turns=tuple(parse_turn(m, where) for m in messages))
         case _:
@@ -102,12 +115,8 @@ def parse_turn(message: Any, where: str) -> tuple[str, str]:
 def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a JSONL file or hf:NAME[:CONFIG][:SPLIT]")
-    try:
-        # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from kfade.cli.session import show
 from kfade.errors import InputError
 from kfade.evaluate.choice import SCORINGS, answer_questions, summarise, verdict
 from kfade.evaluate.lm_eval import check_installed, run_tasks
+from kfade.evaluate.log import digest
 from kfade.evaluate.questions import Question, read_questions
 from kfade.models import model_window
 from kfade.stages import stage
@@ -111,7 +111,7 @@ def _ask(
     cloze: bool,
     batch_tokens: int,
 ) -> None:
-    digests["data_sha256"] = hashlib.sha256(repr(list(questions)).encode()).hexdigest()
+    digests["data_sha256"] = digest(questions)
     with run.items(**digests) as log:
         missing = [i for i in range(len(questions)) if str(i) not in log.items]
 

@@ -14,10 +14,9 @@ from kfade.cli.eval import digest_model, evaluation, load_subject, settings_of
 from kfade.cli.session import console, show
 from kfade.errors import InputError
 from kfade.evaluate.judge import Judge
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.log import ItemLog, digest
 from kfade.evaluate.mt_bench import (
     answer_questions,
-    digest_bench,
     judge_answers,
     read_bench,
     summarise,
@@ -66,10 +65,6 @@ Runs = Annotated[
     typer.Option("--runs", min=1, help="Answer and judge so many times.", rich_help_panel=JUDGE),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=o.DATA)]
-Batch = Annotated[
-    int,
-    typer.Option("--batch", min=1, help="Questions answered at a time.", rich_help_panel=o.DATA),
-]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.", rich_help_panel=o.RUN)]
 
 
@@ -87,7 +82,7 @@ def mt_bench(
     max_new_tokens: MaxNewTokens = 1024,
     template: o.Template = None,
     limit: o.Limit = None,
-    batch: Batch = 8,
+    batch_tokens: o.Positions = 4096,
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
@@ -110,7 +105,7 @@ def mt_bench(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         with subject.edited() as edited:
-            about = {"weights_sha256": digest_model(edited), "data_sha256": digest_bench(asked)}
+            about = {"weights_sha256": digest_model(edited), "data_sha256": digest(asked)}
             header = {"benchmark": "mt-bench answers", **settings, **about}
             header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
             with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:
@@ -122,7 +117,7 @@ def mt_bench(
                     runs=runs,
                     chat=chat,
                     max_new_tokens=max_new_tokens,
-                    batch=batch,
+                    batch_tokens=batch_tokens,
                     seed=seed,
                 )
                 answers.finish({"answers": len(answers.items)})

@@ -30,7 +30,6 @@ from kfade.evaluate.completions import (
     Prompt,
     complete,
     completed,
-    digest_prompts,
     encode_prompts,
     read_prompts,
 )
@@ -43,7 +42,7 @@ from kfade.evaluate.divergence import (
     summarise,
     token_strings,
 )
-from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models import load_tokenizer, model_window
 from kfade.stages import stage
 
@@ -120,7 +119,7 @@ def kl(
             theirs = load_tokenizer(edited, trust_remote_code=bool(trust_remote_code))
             _check_vocabulary(edited, base.tokenizer.get_vocab(), theirs.get_vocab())
         window = model_window(base.model)
-        longest = window + 1 - max_new_tokens if window else None  # the last one is not read
+        longest = window - max_new_tokens if window else None
         asked = encode_prompts(examples, base.tokenizer, chat=chat, longest=longest)
         digests = {"base_sha256": digest_model(base.model)}
         folder = completions or run.folder.state
@@ -158,15 +157,15 @@ def _completions(
     base: Subject,
     prompts: Sequence[Prompt],
     folder: Path,
-    digest: str,
+    weights: str,
     max_new_tokens: int,
     batch_tokens: int,
 ) -> list[dict[str, Any]]:
     """Completions of all prompts: those that ``folder`` has, and new ones, which it then has."""
     header = {
         "benchmark": "completions",
-        "weights_sha256": digest,
-        "prompts_sha256": digest_prompts(prompts),
+        "weights_sha256": weights,
+        "prompts_sha256": digest([prompt.tokens for prompt in prompts]),
         "max_new_tokens": max_new_tokens,
         "decoding": "greedy",
     }

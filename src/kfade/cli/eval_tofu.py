@@ -20,11 +20,10 @@ from kfade.cli.eval import (
 )
 from kfade.cli.session import console, show
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.log import ItemLog, digest
 from kfade.evaluate.tofu import (
     LEGACY_ITEMS,
     TofuQuestion,
-    digest_questions,
     evaluate_tofu,
     load_rouge_l_recall,
     read_tofu,
@@ -182,7 +181,7 @@ def _about(subject: Subject, questions: list[TofuQuestion], template: str) -> di
     with subject.edited() as edited:
         return {
             "weights_sha256": digest_model(edited),
-            "data_sha256": digest_questions(questions),
+            "data_sha256": digest(questions),
             "prompt_format": template_for(template, edited, subject.tokenizer),
         }
 

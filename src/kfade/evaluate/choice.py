@@ -17,19 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.batches import Sequence as Tokens
-from kfade.evaluate.questions import LETTERS, Question, letter_prompt, read_questions, text_prompt
+from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
 from kfade.evaluate.tokens import log_probability, token_values
 from kfade.progress import track
-
-__all__ = [
-    "ChoiceResult",
-    "Question",
-    "answer_by_likelihood",
-    "answer_questions",
-    "log_likelihoods",
-    "read_questions",
-    "summarise",
-]
 
 CHUNK = 256  # questions whose answers are kept at once; their sequences are sorted by length
 SCORINGS = ("letters", "text", "text_per_token", "text_per_character")

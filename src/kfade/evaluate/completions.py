@@ -7,21 +7,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from transformers import GenerationConfig
 
 from kfade.batches import Sequence as Tokens
 from kfade.batches import encode_prompt
 from kfade.errors import InputError
+from kfade.evaluate.generation import generate
 from kfade.evaluate.log import ItemLog
-from kfade.examples import Example, parse_turn, read_rows
-from kfade.models import frozen
-from kfade.progress import track
+from kfade.examples import PLAIN_QA, Example, parse_turn, read_rows
 
 FORMS = '{"instruction"[, "input"]}, {"prompt"}, {"question"} or {"messages"}'
 
@@ -76,11 +71,6 @@ def encode_prompts(
     return prompts
 
 
-def digest_prompts(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 over the prompts' tokens: says what completions answer."""
-    return hashlib.sha256(repr([prompt.tokens for prompt in prompts]).encode()).hexdigest()
-
-
 def complete(
     model: Any,
     tokenizer: Any,
@@ -100,9 +90,9 @@ def complete(
 
     generate(
         model,
+        tokenizer,
         [prompts[i].tokens for i in missing],
         note,
-        ends=end_tokens(model, tokenizer),
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
     )
@@ -112,63 +102,6 @@ def completed(prompt: Prompt, tokens: Sequence[int]) -> Tokens:
     """Prompt and completion as one sequence, scored on the completion."""
     scored = (False,) * len(prompt.tokens) + (True,) * len(tokens)
     return Tokens((*prompt.tokens, *tokens), scored)
-
-
-def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    note: Callable[[int, list[int]], None],
-    *,
-    ends: Sequence[int],
-    max_new_tokens: int,
-    batch_tokens: int = 4096,
-) -> None:
-    """Greedy completions; ``note(index, tokens)`` is called for each as soon as it is whole.
-
-    Plain argmax: a penalty or a temperature in the model's own settings for generation does not
-    count. A completion ends with the first of the ``ends``, which belongs to it, or after
-    ``max_new_tokens``. Prompts are padded at the left and masked; ``batch_tokens`` bounds the
-    positions that a batch holds at its end.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    groups: list[list[int]] = []
-    while order:
-        count = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
-        groups.append(order[:count])
-        order = order[count:]
-    device = next(model.parameters()).device
-    own = model.generation_config
-    plain = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(ends) or None,
-        pad_token_id=ends[0] if ends else 0,
-    )
-    try:
-        model.generation_config = plain  # what ``generate`` fills gaps from
-        with frozen(model), torch.no_grad():
-            for group in track(groups, "completions", len):
-                width = max(len(prompts[i]) for i in group)
-                pads = [width - len(prompts[i]) for i in group]
-                rows = [[0] * n + list(prompts[i]) for n, i in zip(pads, group, strict=True)]
-                live = [[0] * n + [1] * (width - n) for n in pads]
-                output = model.generate(
-                    input_ids=torch.tensor(rows, device=device),
-                    attention_mask=torch.tensor(live, device=device),
-                    generation_config=plain,
-                )
-                for index, tokens in zip(group, output[:, width:].tolist(), strict=True):
-                    stop = next((t for t, token in enumerate(tokens) if token in ends), len(tokens))
-                    note(index, tokens[: stop + 1])
-    finally:
-        model.generation_config = own
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those of the model's own settings."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return sorted({end for end in ends if end is not None})
 
 
 def _parse(row: Any, where: str) -> Example:
@@ -181,8 +114,7 @@ def _parse(row: Any, where: str) -> Example:
         case {"prompt": str(text)}:
             example = Example(where, turns=(("user", text),))
         case {"question": str(text)}:
-            prefix = ("Question: ", "\nAnswer: ")
-            example = Example(where, turns=(("user", text),), plain_prefix=prefix)
+            example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_QA)
         case {"messages": [*messages]}:
             turns = tuple(parse_turn(message, where) for message in messages)
             while turns and turns[-1][0] == "assistant":

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kfade.batches import Batch
-from kfade.evaluate.bootstrap import RESAMPLES, bootstrap
 from kfade.evaluate.tokens import by_sequence
+from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
 from kfade.head import Head, read_head
 from kfade.measure import Reference, divergence, hidden_reference
 from kfade.models import frozen

@@ -21,6 +21,7 @@ its AUC = P(member's > non-member's) + ½ P(equal): 0.5 tells nothing, 1 everyth
 from __future__ import annotations
 
 import math
+import statistics
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from kfade.evaluate.uncertainty import standard_error
 
 MIN_K = 0.2
 SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus")
@@ -113,9 +116,10 @@ def _summarise_set(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float]) -> dict[str, float]:
-    """Mean over texts with its standard error."""
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {"value": float(np.mean(values)), "standard_error": spread / math.sqrt(len(values))}
+    """Mean over texts with its standard error, where there are several."""
+    error = standard_error(values)
+    figure = {"value": statistics.fmean(values)}
+    return figure if error is None else {**figure, "standard_error": error}
 
 
 def _mean_of_smallest(values: Tensor, share: float) -> float:

@@ -7,23 +7,22 @@ seed, and is judged anew.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from kfade.batches import encode_prompt
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.judge import Judge, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog
-from kfade.examples import read_rows
+from kfade.evaluate.uncertainty import standard_error
+from kfade.examples import PLAIN_QA, Example, read_rows
 from kfade.progress import track
 
 # FastChat's sampling by category; 0 is greedy.
@@ -39,6 +38,7 @@ TEMPERATURES = {
 }
 OTHER_TEMPERATURE = 0.7
 NEXT_QUESTION = "\nQuestion:"  # where a model without a chat template begins to ask itself
+BLOCK = 16  # questions between two writes of the log
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,6 @@ def read_bench(path: Path) -> list[BenchQuestion]:
     return list(questions.values())
 
 
-def digest_bench(questions: Sequence[BenchQuestion]) -> str:
-    """SHA-256 over the questions: says what was asked."""
-    content = json.dumps([astuple(question) for question in questions])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def answer_questions(
     model: nn.Module,
     tokenizer: Any,
@@ -88,41 +82,41 @@ def answer_questions(
     runs: int = 1,
     chat: bool | None = None,
     max_new_tokens: int = 1024,
-    batch: int = 8,
+    batch_tokens: int = 4096,
     seed: int = 0,
 ) -> None:
-    """Answer what ``log`` does not hold yet, a batch of questions at a time.
+    """Answer what ``log`` does not hold yet, a block of questions at a time.
 
-    A batch that was cut off is answered anew as a whole, so a resumed evaluation draws the same.
+    A block that was cut off is answered anew as a whole, so a resumed evaluation draws the same.
 
     Args:
         chat: use the chat template; None: if there is one. Without, ``Question: `` and
             ``Answer: ``, and an answer ends where the model asks the next question itself.
+
+    Raises:
+        InputError: the chat template is missing; a conversation outgrows the model's window.
     """
-    if chat is None:
-        chat = tokenizer.chat_template is not None
-    elif chat and tokenizer.chat_template is None:
-        raise InputError("this tokenizer has no chat template: use --template plain")
-    work = [(run, part) for run in range(runs) for part in _batches(questions, batch)]
-    for number, (run, part) in enumerate(track(work, "answers", lambda w: len(w[1]))):
-        if all(f"{run}/{question.id}" in log.items for question in part):
+    plain = chat is False or tokenizer.chat_template is None
+    work = [(run, block) for run in range(runs) for block in _blocks(questions)]
+    for number, (run, block) in enumerate(track(work, "answers", lambda w: len(w[1]))):
+        if all(f"{run}/{question.id}" in log.items for question in block):
             continue
-        answers: list[list[str]] = [[] for _ in part]
-        for turn in range(max(len(question.turns) for question in part)):
-            asked = [i for i, question in enumerate(part) if turn < len(question.turns)]
-            texts = generate(
+        answers: list[list[str]] = [[] for _ in block]
+        for turn in range(max(len(question.turns) for question in block)):
+            asked = [i for i, question in enumerate(block) if turn < len(question.turns)]
+            said = [_conversation(block[i], answers[i]) for i in asked]
+            texts = generate_texts(
                 model,
                 tokenizer,
-                [_prompt(part[i].turns[: turn + 1], answers[i], tokenizer, chat) for i in asked],
+                [encode_prompt(example, tokenizer, chat=chat) for example in said],
                 max_new_tokens=max_new_tokens,
-                batch=batch,
-                temperature=part[0].temperature,
+                batch_tokens=batch_tokens,
+                temperature=block[0].temperature,
                 seed=seed * 1_000_003 + number * 101 + turn,
             )
             for i, text in zip(asked, texts, strict=True):
-                cut = text if chat else text.split(NEXT_QUESTION)[0]
-                answers[i].append(cut.strip())
-        for question, own in zip(part, answers, strict=True):
+                answers[i].append((text.split(NEXT_QUESTION)[0] if plain else text).strip())
+        for question, own in zip(block, answers, strict=True):
             if f"{run}/{question.id}" not in log.items:
                 log.add(f"{run}/{question.id}", category=question.category, answers=own)
 
@@ -193,8 +187,8 @@ def summarise(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ratings = [rating for group in runs.values() for rating in group]
     return {
         "score": statistics.fmean(ratings) if ratings else None,
-        "standard_error": _standard_error(run_means),
-        "standard_error_questions": _standard_error(question_means),
+        "standard_error": standard_error(run_means),
+        "standard_error_questions": standard_error(question_means),
         "by_run": _means(runs),
         "by_turn": _means(turns),
         "by_category": _means(categories),
@@ -203,30 +197,25 @@ def summarise(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _batches(questions: Sequence[BenchQuestion], batch: int) -> list[list[BenchQuestion]]:
+def _blocks(questions: Sequence[BenchQuestion]) -> list[list[BenchQuestion]]:
     """Questions of one temperature together."""
     groups: dict[float, list[BenchQuestion]] = defaultdict(list)
     for question in questions:
         groups[question.temperature].append(question)
     return [
-        group[start : start + batch]
+        group[start : start + BLOCK]
         for group in groups.values()
-        for start in range(0, len(group), batch)
+        for start in range(0, len(group), BLOCK)
     ]
 
 
-def _prompt(turns: Sequence[str], answers: Sequence[str], tokenizer: Any, chat: bool) -> list[int]:
-    """Tokens of the conversation so far, up to where the model speaks."""
-    if not chat:
-        said = [f"Question: {t}\nAnswer: {a}\n\n" for t, a in zip(turns, answers, strict=False)]
-        return list(tokenizer(f"{''.join(said)}Question: {turns[-1]}\nAnswer:").input_ids)
-    messages = []
-    for number, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if number < len(answers):
-            messages.append({"role": "assistant", "content": answers[number]})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+def _conversation(question: BenchQuestion, answers: Sequence[str]) -> Example:
+    """The conversation so far, up to where the model speaks again."""
+    turns: list[tuple[str, str]] = []
+    for turn, answer in zip(question.turns, answers, strict=False):
+        turns += [("user", turn), ("assistant", answer)]
+    turns.append(("user", question.turns[len(answers)]))
+    return Example(f"question {question.id}", turns=tuple(turns), plain_prefix=PLAIN_QA)
 
 
 def _question(row: Any, where: str) -> BenchQuestion:
@@ -244,7 +233,3 @@ def _question(row: Any, where: str) -> BenchQuestion:
 
 def _means(groups: Mapping[str, Iterable[float]]) -> dict[str, float]:
     return {name: statistics.fmean(ratings) for name, ratings in sorted(groups.items())}
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -7,12 +7,14 @@ The prompts are those of lm-evaluation-harness, zero-shot, to the character: wit
 from __future__ import annotations
 
 import csv
-import json
+import io
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kfade.errors import InputError
+from kfade.examples import read_rows, read_utf8
 
 LETTERS = string.ascii_uppercase
 
@@ -58,36 +60,25 @@ def read_questions(path: Path) -> list[Question]:
         return [question for file in files for question in read_questions(file)]
     if not path.is_file():
         raise InputError(f"{path}: no such file of questions")
-    try:
-        questions = _read_csv(path) if path.suffix == ".csv" else _read_json_lines(path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if path.suffix == ".csv":
+        questions = _read_csv(path)
+    else:
+        questions = [_question(row, where) for where, row in read_rows(str(path))]
     if not questions:
         raise InputError(f"{path} holds no questions")
     return questions
 
 
-def _read_json_lines(path: Path) -> list[Question]:
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question = Question(
-                row["question"], tuple(row["choices"]), row["answer"], row.get("subject", "")
-            )
-            assert isinstance(question.question, str)
-            assert 2 <= len(question.choices) <= len(LETTERS)
-            assert all(isinstance(choice, str) for choice in question.choices)
-            assert question.answer in range(len(question.choices))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError):
-            raise InputError(
-                f'{path}, line {number}: write {{"question": "...", "choices": ["...", ...], '
-                '"answer": number of the right one, from 0}'
-            ) from None
-        questions.append(question)
-    return questions
+def _question(row: Any, where: str) -> Question:
+    match row:
+        case {"question": str(question), "choices": [*choices], "answer": int(answer)}:
+            texts = all(isinstance(choice, str) for choice in choices)
+            if texts and 2 <= len(choices) <= len(LETTERS) and answer in range(len(choices)):
+                return Question(question, tuple(choices), answer, str(row.get("subject", "")))
+    raise InputError(
+        f'{where}: write {{"question": "...", "choices": ["...", ...], "answer": number of the '
+        "right one, from 0}"
+    )
 
 
 def _read_csv(path: Path) -> list[Question]:
@@ -95,15 +86,14 @@ def _read_csv(path: Path) -> list[Question]:
     for ending in ("_test", "_val", "_dev"):
         subject = subject.removesuffix(ending)
     questions = []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        for row in reader:
-            question, *choices, letter = row if len(row) >= 4 else ("", "", "")
-            if not letter or letter not in LETTERS[: len(choices)]:
-                raise InputError(
-                    f"{path}, line {reader.line_num}: write a question, its choices and the right "
-                    "one's letter, as in: question,first,second,third,fourth,A"
-                )
-            answer = LETTERS.index(letter)
-            questions.append(Question(question, tuple(choices), answer, subject.replace("_", " ")))
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
+    for row in reader:
+        question, *choices, letter = row if len(row) >= 4 else ("", "", "")
+        if not letter or letter not in LETTERS[: len(choices)]:
+            raise InputError(
+                f"{path}, line {reader.line_num}: write a question, its choices and the right "
+                "one's letter, as in: question,first,second,third,fourth,A"
+            )
+        answer = LETTERS.index(letter)
+        questions.append(Question(question, tuple(choices), answer, subject.replace("_", " ")))
     return questions

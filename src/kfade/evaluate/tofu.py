@@ -8,10 +8,9 @@ values is in ``tofu_logs.py``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from kfade.batches import Sequence as Tokens
 from kfade.batches import encode
 from kfade.errors import InputError
 from kfade.evaluate.choice import log_likelihoods
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.tofu_logs import SETS
-from kfade.examples import Example, read_rows
+from kfade.examples import Example, read_rows, read_utf8
 from kfade.models import model_window
 from kfade.progress import track
 
@@ -78,12 +77,6 @@ def read_tofu(
     return questions
 
 
-def digest_questions(questions: Sequence[TofuQuestion]) -> str:
-    """SHA-256 over questions and answers: says on what a model was measured."""
-    content = json.dumps([astuple(question) for question in questions])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def evaluate_tofu(
     model: nn.Module,
     tokenizer: Any,
@@ -111,19 +104,16 @@ def evaluate_tofu(
     pending = [question for question in questions if question.id not in log.items]
     encoded = [_encode(question, tokenizer, template, legacy=legacy) for question in pending]
     _check_window(pending, encoded, model_window(model))
-    if not pending:
-        return
-    longest = max(len(item.prompt) for item in encoded) + max_new_tokens
     starts = range(0, len(pending), BLOCK)
     for start in track(starts, "TOFU", lambda s: min(BLOCK, len(pending) - s)):
         part = encoded[start : start + BLOCK]
         losses = _losses(model, [item.answers for item in part], batch_tokens)
-        generated = generate(
+        generated = generate_texts(
             model,
             tokenizer,
             [item.prompt for item in part],
             max_new_tokens=max_new_tokens,
-            batch=max(1, batch_tokens // longest),
+            batch_tokens=batch_tokens,
         )
         block = pending[start : start + BLOCK]
         for question, own, text in zip(block, losses, generated, strict=True):
@@ -149,8 +139,6 @@ def template_for(word: str, model: Any, tokenizer: Any) -> str:
     """
     if word not in TEMPLATES:
         raise InputError(f"--template {word}: give one of {', '.join(TEMPLATES)}")
-    if word == "chat" and tokenizer.chat_template is None:
-        raise InputError("this tokenizer has no chat template: use --template plain")
     if word != "auto":
         return word
     if model.config.model_type == "phi":
@@ -255,10 +243,11 @@ def _rows(name: str, folder: Path | None) -> list[tuple[str, Any]]:
         raise InputError(
             f"{folder}: has no {name}.json; give the folder of a copy of the data set {HUB_NAME}"
         )
-    if not path.read_text(encoding="utf-8-sig").lstrip().startswith("["):
+    text = read_utf8(path)
+    if not text.lstrip().startswith("["):
         return list(read_rows(str(path)))
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON ({error.msg})") from None
     return [(f"{path}, row {index}", row) for index, row in enumerate(rows)]

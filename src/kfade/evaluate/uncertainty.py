@@ -1,8 +1,10 @@
-"""Bootstrap intervals: how far a figure would move with other items of the same kind."""
+"""Intervals and standard errors: how far a figure would move with other items of its kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,3 +40,8 @@ def bootstrap(
         {"value": float(v), "low": float(a), "high": float(b)}
         for v, a, b in zip(values, low, high, strict=True)
     ]
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean: s/√n, s the sample's standard deviation; None for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
