@@ -83,7 +83,8 @@ def encode(
     """Sequences of ``examples``, in their order, packed texts after the exchanges.
 
     Args:
-        length: tokens of a packed sequence; texts are joined end to end, each closed by EOS.
+        length: tokens of a packed sequence; texts are joined end to end, each closed by EOS
+            unless its example says that it does not close.
         window: the model's longest input; longer exchanges are an error, or cut if ``truncate``.
         chat: use the tokenizer's chat template for exchanges; None: if it has one.
         pack: False keeps one text a sequence.
@@ -100,7 +101,9 @@ def encode(
     sequences, stream = [], []
     for example in examples:
         if example.text is not None:
-            tokens = _with_eos(tokenizer(example.text).input_ids, tokenizer)
+            tokens = tokenizer(example.text).input_ids
+            if example.closes:
+                tokens = _with_eos(tokens, tokenizer)
             if pack:
                 stream.extend(tokens)
                 continue

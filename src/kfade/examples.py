@@ -33,7 +33,7 @@ class Example:
     plain_prefix: tuple[str, str] = ("", "")
     """What goes before prompt and completion where there is no chat template."""
     closes: bool = True
-    """Whether the scored text is a whole answer, which ends with EOS."""
+    """Whether the scored text is a whole answer or document, which ends with EOS."""
 
 
 def load_examples(source: str) -> list[Example]:

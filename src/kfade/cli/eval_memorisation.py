@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,12 +136,16 @@ def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
 def _tokens(
     examples: Mapping[str, list[Example]], subject: Any, chat: bool | None, truncate: bool
 ) -> tuple[list[str], list[Tokens]]:
-    """Item names and token sequences, one a text."""
+    """Item names and token sequences, one a text.
+
+    A ``{"text"}`` gets no EOS: it may be a passage, and an end that no model could foresee would
+    put its extraction strength at 0.
+    """
     names: list[str] = []
     sequences: list[Tokens] = []
     for name, own in examples.items():
         sequences += encode(
-            own,
+            [replace(example, closes=example.text is None and example.closes) for example in own],
             subject.tokenizer,
             window=model_window(subject.model),
             chat=chat,
