@@ -140,17 +140,14 @@ def kl(
             _check_vocabulary(edited, rows, own.weight.shape[0])
         with judged.edited() as changed:
             digests["edited_sha256"] = digest_model(changed)
-        with run.items(**digests, completions_sha256=digest_sequences(texts)) as log:
+        digests["completions_sha256"] = digest_sequences(texts)
+        with run.items(**digests) as log:
             _measure(log, judged, groups, reference, asked, answers, tokenizer)
-            aggregate = {
-                **summarise(log.items, seed=seed),
-                "max_new_tokens": max_new_tokens,
-            }
             if completions is None:
                 run.folder.publish(COMPLETIONS)
-            items = log.items
-            run.finish(log, aggregate, **digests, completions_sha256=digest_sequences(texts))
-    show(run.result, json, _lines(run.result, items))
+            aggregate = {**summarise(log.items, seed=seed), "max_new_tokens": max_new_tokens}
+            run.finish(log, aggregate, **digests)
+    show(run.result, json, _lines(run.result, log.items))
 
 
 def _completions(

@@ -45,6 +45,11 @@ class TofuItem:
         return statistics.fmean(self.false_losses) - self.base_loss
 
     @property
+    def evenness(self) -> float:
+        """min(TR, 1/TR): 1 where true and wrong answers are equally likely."""
+        return math.exp(-abs(self.log_truth_ratio))
+
+    @property
     def probability(self) -> float:
         """exp(−loss): the geometric mean over tokens of the answer's probabilities."""
         return math.exp(-self.answer_loss)
@@ -103,7 +108,7 @@ def forget_parts(log: TofuLog) -> dict[str, float]:
     return {
         "rouge_l": _mean(item.rouge_l for item in items),
         "probability": _mean(item.probability for item in items),
-        "truth_ratio": _mean(math.exp(-abs(item.log_truth_ratio)) for item in items),
+        "truth_ratio": _mean(item.evenness for item in items),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kfade.evaluate.uncertainty import bootstrap
 from kfade.report.charts import Axis, Chart, Series
 from kfade.report.data import Log, Results, Subject
 from kfade.report.inside import change_by_block, predicted_measured, stage_memory, stage_seconds
@@ -132,17 +133,21 @@ def kl_quantiles(runs: Sequence[Subject], *, seed: int = 0) -> Chart | None:
             values = np.array([item["kl"] for item in kl.log.items.values()])
             if not len(values):
                 continue
-            low, high = quantile_band(values, QUANTILES, seed=seed)
+
+            def quantiles(chosen: np.ndarray, values: np.ndarray = values) -> np.ndarray:
+                return np.quantile(values[chosen], QUANTILES)
+
+            band = bootstrap(quantiles, len(values), seed=seed, resamples=RESAMPLES)
             series.append(
                 Series(
                     run.name if len(run.of("kl")) == 1 else f"{run.name}: {kl.path.name}",
                     tuple(100 * QUANTILES),
-                    tuple(np.quantile(values, QUANTILES)),
+                    tuple(point["value"] for point in band),
                     "line",
                     colour,
                     dashed=number > 0,
-                    low=tuple(low),
-                    high=tuple(high),
+                    low=tuple(point["low"] for point in band),
+                    high=tuple(point["high"] for point in band),
                 )
             )
     if not series:
@@ -156,18 +161,6 @@ def kl_quantiles(runs: Sequence[Subject], *, seed: int = 0) -> Chart | None:
         Axis(KL_AXIS, log=True),
         tuple(series),
     )
-
-
-def quantile_band(
-    values: np.ndarray, at: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ends [len(at)] of pointwise 95 % percentile bootstrap intervals of quantiles."""
-    generator = np.random.default_rng(seed)
-    drawn = np.stack(
-        [np.quantile(generator.choice(values, len(values)), at) for _ in range(resamples)]
-    )
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return low, high
 
 
 def kl_forgetting(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Group = Literal["Forgetting", "Specificity", "Utility", "Further"]
 GROUPS: tuple[Group, ...] = ("Forgetting", "Specificity", "Utility", "Further")
@@ -79,24 +76,24 @@ KL_TAIL = Metric(
     "The 95 % quantile over completions of the mean KL of their tokens; 95 % bootstrap interval.",
     "lower",
 )
-# Name, formula, and the value of one item of the log, for the interval.
-TOFU_FORGET: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], float]]] = {
+# By the aggregate's key: name, formula, and the item's value, for the interval.
+TOFU_FORGET = {
     "rouge_l": (
         "ROUGE-L recall",
         "Longest common subsequence of what the model says and the true answer, over the answer's "
         "length, words stemmed; mean over questions.",
-        lambda item: item["rouge_l"],
+        "rouge_l",
     ),
     "probability": (
         "probability",
         "exp(−loss per token) of the true answer; mean over questions.",
-        lambda item: math.exp(-item["answer_loss"]),
+        "probability",
     ),
     "truth_ratio": (
         "truth ratio",
         "min(TR, 1/TR), TR = p(paraphrased answer) / geometric mean of p(wrong answers), "
         "each per token; mean over questions.",
-        lambda item: math.exp(-abs(statistics.fmean(item["false_losses"]) - item["base_loss"])),
+        "evenness",
     ),
 }
 SCORINGS = {

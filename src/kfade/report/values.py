@@ -7,11 +7,12 @@ interval, or with ``standard_error``, which makes one: value ± 1.96 standard er
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kfade.evaluate.tofu_read import log_of
+from kfade.evaluate.uncertainty import standard_error
 from kfade.report.data import Measured, Results, Subject
 from kfade.report.metrics import (
     ACCURACIES,
@@ -102,11 +103,6 @@ def value_of(entry: Any, count: int | None = None) -> Value | None:
     return Value(entry, count=count)
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean: the sample's standard deviation over √n."""
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Ends of Wilson's 95 % interval of a share; not of no width where it is 0 or 1.
 
@@ -125,7 +121,7 @@ def measured_values(measured: Measured) -> Iterator[tuple[Metric, Value]]:
         case "kl":
             found = _kl(figures)
         case "tofu":
-            found = _tofu(figures, measured.log.items)
+            found = _tofu(measured)
         case "choice":
             found = _choice(figures, set_name(measured))
         case "memorisation":
@@ -152,18 +148,16 @@ def _kl(figures: Mapping[str, Any]) -> Found:
     yield KL_TAIL, value_of(figures.get("quantiles", {}).get("95"), count)
 
 
-def _tofu(figures: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]) -> Found:
+def _tofu(measured: Measured) -> Found:
+    figures = measured.aggregate
     count = figures.get("items", {}).get("forget")
     yield FORGET_QUALITY, value_of(figures.get("forget_quality"), count)
-    forget = figures.get("forget", {})
-    own = [item for name, item in items.items() if name.startswith("forget/")]
+    own = log_of(measured.log.items, str(measured.path)).sets["forget"].values()
     for key, (name, formula, of_item) in TOFU_FORGET.items():
         metric = Metric("Forgetting", f"TOFU forget set: {name}", PLAIN, formula)
-        value = value_of(forget.get(key), count)
-        if value is not None and value.low is None and len(own) > 1:
-            error = standard_error([of_item(item) for item in own])
-            value = value_of({"value": value.value, "standard_error": error}, count)
-        yield metric, value
+        error = standard_error([getattr(item, of_item) for item in own])
+        value = {"value": figures.get("forget", {}).get(key), "standard_error": error}
+        yield metric, value_of(value, count)
     yield MODEL_UTILITY, value_of(figures.get("model_utility"))
 
 
