@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kfade.batches import Sequence as Tokens
 from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
-from kfade.evaluate.tokens import log_probability, token_values
+from kfade.evaluate.tokens import log_likelihoods, token_values
 from kfade.progress import track
 
 CHUNK = 256  # questions whose answers are kept at once; their sequences are sorted by length
@@ -113,23 +113,6 @@ def summarise(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             name: {"questions": len(some), **_accuracies(some)} for name, some in own.items()
         }
     return result
-
-
-def log_likelihoods(
-    model: nn.Module,
-    sequences: Sequence[Tokens],
-    *,
-    batch_tokens: int = 4096,
-    name: str = "likelihoods",
-) -> list[float]:
-    """Summed log-probability of each sequence's scored tokens, in nats."""
-    totals = [0.0] * len(sequences)
-
-    def note(index: int, values: Tensor) -> None:
-        totals[index] = values.sum().item()
-
-    token_values(model, sequences, log_probability, note, name=name, batch_tokens=batch_tokens)
-    return totals
 
 
 def _score_letters(

@@ -19,10 +19,10 @@ from torch import nn
 from kfade.batches import Sequence as Tokens
 from kfade.batches import encode
 from kfade.errors import InputError
-from kfade.evaluate.choice import log_likelihoods
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.tofu_logs import SETS
+from kfade.evaluate.tokens import log_likelihoods
 from kfade.examples import Example, read_rows, read_utf8
 from kfade.models import model_window
 from kfade.progress import track

@@ -55,6 +55,23 @@ def token_values(
                 note(index, values)
 
 
+def log_likelihoods(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    *,
+    batch_tokens: int = 4096,
+    name: str = "likelihoods",
+) -> list[float]:
+    """Summed log-probability of each sequence's scored tokens, in nats."""
+    totals = [0.0] * len(sequences)
+
+    def note(index: int, values: Tensor) -> None:
+        totals[index] = values.sum().item()
+
+    token_values(model, sequences, log_probability, note, name=name, batch_tokens=batch_tokens)
+    return totals
+
+
 def by_sequence(batch: Batch, values: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the sequence, its part) of ``values`` [N, ...], in float64 on the CPU.
 
