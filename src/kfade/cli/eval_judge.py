@@ -60,6 +60,10 @@ JudgeTimeout = Annotated[
         "--judge-timeout", min=1, help="Seconds to wait for one judgement.", rich_help_panel=JUDGE
     ),
 ]
+JudgeMaxTokens = Annotated[
+    int,
+    typer.Option("--judge-max-tokens", min=1, help="Longest judgement.", rich_help_panel=JUDGE),
+]
 Runs = Annotated[
     int,
     typer.Option("--runs", min=1, help="Answer and judge so many times.", rich_help_panel=JUDGE),
@@ -78,6 +82,7 @@ def mt_bench(
     quantise: o.Quantise = None,
     judge_key_env: JudgeKeyEnv = None,
     judge_timeout: JudgeTimeout = 300.0,
+    judge_max_tokens: JudgeMaxTokens = 1024,
     runs: Runs = 1,
     max_new_tokens: MaxNewTokens = 1024,
     template: o.Template = None,
@@ -96,7 +101,13 @@ def mt_bench(
     --judge-url http://localhost:8000/v1 --judge-model NAME --runs 3 --out out/mt-bench`
     """
     settings = {k: v for k, v in settings_of(locals()).items() if k not in _WHERE}
-    judge = Judge(judge_url, judge_model, _key(judge_key_env), timeout=judge_timeout)
+    judge = Judge(
+        judge_url,
+        judge_model,
+        _key(judge_key_env),
+        timeout=judge_timeout,
+        max_tokens=judge_max_tokens,
+    )
     chat = o.chat_of(template or "auto")
     asked = read_bench(questions)[:limit]
     with evaluation("mt-bench", out, resume, settings) as run:
