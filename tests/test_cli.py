@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kfade.cli import main
+from kfade.cli.session import show
 from kfade.update import Update
 
 FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
@@ -388,3 +389,8 @@ def test_help_names_every_option(command, capsys):
     text = capsys.readouterr().out
     assert "Usage" in text
     assert "--json" in text
+
+
+def test_brackets_in_what_a_model_says_are_printed(capsys):
+    show({}, False, ["said '[/INST]' and [[rating]]"])
+    assert capsys.readouterr().err == "said '[/INST]' and [[rating]]\n"

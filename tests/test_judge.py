@@ -358,7 +358,8 @@ def test_the_command_from_end_to_end(model_dir, serve, tmp_path, monkeypatch, ca
     assert bench(model_dir, tmp_path, server.url + "/v1", *options, "--resume", "--json") == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out)
-    assert "1 of 10 replies of the judge held no" in captured.err
+    said = " ".join(captured.err.split())
+    assert "1 of 10 replies of the judge held no [[rating]] from 1 to 10" in said
     assert (printed["judged"], printed["unrated"]) == (10, 1)
     out = tmp_path / "out"
     names = {path.name for path in out.iterdir()}

@@ -32,7 +32,7 @@ from kfade.models import load_model, model_window
 from kfade.progress import reporting
 from kfade.stages import Clock, stage, timing
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets
 
 
 @contextlib.contextmanager
