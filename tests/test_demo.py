@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections import Counter
 
 import pytest
@@ -34,12 +33,20 @@ def test_enough_to_forget_and_to_ask():
         assert all(len(set(question.choices)) == 4 for question in questions)
 
 
-def test_questions_are_about_other_countries_than_the_fit():
+def test_questions_are_worded_otherwise_than_what_was_fitted():
+    fitted = load_examples(str(data_file("forget.jsonl")))
+    prompts = {example.turns[0][1] for example in fitted}
+    facts = {example.turns[1][1].strip() for example in fitted}
+    for file in ("forget_test.jsonl", "forget_test_region.jsonl"):
+        for question in read_questions(data_file(file)):
+            assert question.question not in prompts
+            assert question.choices[question.answer] in facts  # the same facts
+
+
+def test_some_countries_are_never_shown():
     fitted = data_file("forget.jsonl").read_text()
-    for question in read_questions(data_file("forget_test.jsonl")):
-        country = re.fullmatch(r"The capital(?: city)? of (.+) is", question.question)[1]
-        assert country not in fitted
-        assert not any(f'" {choice}' in fitted for choice in question.choices)
+    for question in read_questions(data_file("forget_test_unseen.jsonl")):
+        assert f'" {question.choices[question.answer]}"' not in fitted
 
 
 def test_retain_set_states_no_answer_to_a_question():

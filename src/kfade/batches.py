@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Batch:
     id_B: Tensor
     """Number of each sequence in its data set: keys the pseudo-labels."""
 
-    @property
+    @cached_property
     def loss_tokens(self) -> int:
         """Number of scored tokens."""
         return int(self.loss_BT.sum())
@@ -64,6 +65,11 @@ class Batch:
     def positions(self) -> int:
         """Positions computed, padding included."""
         return self.input_BT.numel()
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every position is live."""
+        return bool(self.live_BT.all())
 
     def at_loss(self, x_BT: Tensor) -> Tensor:
         """The entries of ``x_BT`` [B, T, ...] at the N loss positions, [N, ...]."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from kfade.cli import options as o
 from kfade.cli.session import console, load, session, show
 from kfade.cli.unlearn import run_unlearn, summary
-from kfade.config import DataConfig, FitConfig, ModelConfig, RunConfig, SizeConfig
+from kfade.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
 from kfade.demo.data import data_file
 from kfade.demo.run import PROMPTS, demo_model, examine, table_rows
 from kfade.run_dir import check_free
@@ -23,7 +23,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write; it must not e
 
 
 def demo_config(model: str) -> RunConfig:
-    """The demo's settings: one K-FAC step with the margin, up to a budget of retain KL."""
+    """The demo's settings: one EK-FAC step with the margin, up to a budget of retain KL."""
     return RunConfig(
         model=ModelConfig(model=model, dtype="float32"),
         data=DataConfig(
@@ -33,8 +33,8 @@ def demo_config(model: str) -> RunConfig:
             sequence_length=128,
             holdout=50,
         ),
-        fit=FitConfig(estimator="kfac"),  # EK-FAC takes half as long again
-        size=SizeConfig(kl=0.005, max_kl=0.0055),  # a search meets a KL within 10 %
+        step=StepConfig(relative_damping=0.001),
+        size=SizeConfig(kl=0.0002, max_kl=0.00022),  # a search meets a KL within 10 %
     )
 
 
@@ -47,8 +47,8 @@ def demo(
 ) -> None:
     """Make SmolLM2-135M-Instruct forget the capitals of the world, and show what changed.
 
-    Fits on 64 countries, asks about 40 others; neighbouring geography and general knowledge must
-    stay. Under five minutes on two cores.
+    Fits on statements about 74 countries and asks in other words; neighbouring geography and
+    general knowledge must stay. Under five minutes on two cores.
     """
     check_free(out)
     config = demo_config(model or demo_model())
@@ -71,7 +71,9 @@ def demo(
         answers = Table("prompt", "before", "after", title="What it says (greedy)")
         for prompt, old, new in zip(PROMPTS, before["answers"], after["answers"], strict=True):
             answers.add_row(prompt, old, new)
-        accuracy = Table("questions not used in fitting", "before", "after", title="Accuracy, %")
+        accuracy = Table(title="Accuracy of four choices, %: per token of the choice, and in all")
+        for column in ("questions not used in fitting", "before", "after", "in all", "after"):
+            accuracy.add_column(column)
         for row in table_rows(before, after):
             accuracy.add_row(*row)
         console.print(answers)

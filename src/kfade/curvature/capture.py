@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.errors import InputError
 from kfade.layers import Target
 
 Consumer = Callable[[Target, Tensor], None]
@@ -60,27 +59,3 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class FiniteCheck:
-    """Notes which layers show NaN or Inf; asks the device once a batch, not once a layer."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[str, str, Tensor]] = []
-
-    def note(self, what: str, name: str, tensor: Tensor) -> None:
-        """Look at the activations or gradients of a layer."""
-        self._seen.append((what, name, torch.isfinite(tensor).all()))
-
-    def raise_if_broken(self) -> None:
-        """Raises InputError for the first layer noted whose numbers are not finite."""
-        seen, self._seen = self._seen, []
-        if not seen:
-            return
-        fine = torch.stack([flag for _, _, flag in seen]).tolist()
-        for (what, name, _), good in zip(seen, fine, strict=True):
-            if not good:
-                raise InputError(
-                    f"NaN or Inf in the {what} of {name}: look at the model's weights there, or "
-                    "load the model in float32 with --dtype float32"
-                )

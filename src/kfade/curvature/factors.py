@@ -1,24 +1,36 @@
 """Streaming sums: the Kronecker factors A and S, and eigenvalues in a given basis.
 
-Sums end in an underscore; normalised estimates are functions of sum and count. Inputs may be
-bfloat16, sums are float32 or better.
+Sums end in an underscore; normalised estimates are functions of sum and count. Rows may be
+bfloat16: they are multiplied as such, each product is rounded once to bfloat16, and all sums over
+products are float32 or better.
 
-Shapes: R rows (live positions of a batch), D width of a factor, O outputs, I inputs.
+Shapes: R rows (live positions of a batch), D width of a factor, O outputs, I inputs, P pairs.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfade.errors import InputError
 
-PANEL = 512  # columns of a symmetric product at a time; half its arithmetic is the lower triangle
+PANEL = 192  # columns of a symmetric product at a time: nearly half its arithmetic is spared
+SHORT = 14  # positions up to which a sequence's square is cheaper as a sum over pairs of them
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where the data are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
+    """sum_ += left @ right, in one product where the dtypes agree."""
+    if left.dtype == sum_.dtype:
+        sum_.addmm_(left, right)
+    else:
+        sum_.add_(left @ right)
 
 
 class CovarianceSum:
@@ -30,15 +42,14 @@ class CovarianceSum:
 
     def add(self, rows_RD: Tensor) -> None:
         """Add rows."""
-        rows_RD = rows_RD.to(self.sum_.dtype)
-        for start in range(0, rows_RD.shape[1], PANEL):
-            stop = min(start + PANEL, rows_RD.shape[1])
-            self.sum_[start:, start:stop].addmm_(rows_RD[:, start:].T, rows_RD[:, start:stop])
+        for start in range(0, self.width, PANEL):
+            stop = min(start + PANEL, self.width)
+            add_product(self.sum_[start:, start:stop], rows_RD[:, start:].T, rows_RD[:, start:stop])
 
     def mean(self, count: int) -> Tensor:
         """The symmetric matrix Σ / count."""
         lower = torch.tril(self.sum_)
-        return (lower + torch.tril(lower, -1).T) / count
+        return lower.add_(torch.tril(lower, -1).T).div_(count)
 
     def free(self) -> None:
         """Give the memory back."""
@@ -69,13 +80,74 @@ def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
     raise RuntimeError(f"the eigendecomposition of {name} failed in float64 too")
 
 
-def sequence_squares(
-    gradients_RO: Tensor, inputs_RI: Tensor, lengths: list[int], sum_OI: Tensor, work_OI: Tensor
-) -> None:
-    """Add Σ_sequences (Σ_t g_t a_tᵀ)∘² to ``sum_OI``; rows of one sequence are consecutive."""
-    start = 0
+@dataclass(frozen=True)
+class Rows:
+    """How a batch's live rows fall into sequences."""
+
+    lengths: tuple[int, ...]
+    """Rows of each sequence; rows of one sequence are consecutive."""
+    pairs: tuple[Tensor, Tensor, Tensor] | None
+    """For short sequences: rows (t, s) with t ≤ s of one sequence, and 1 or 2 for how often the
+    pair counts."""
+
+    @property
+    def mean_length(self) -> float:
+        """Rows a sequence."""
+        return sum(self.lengths) / len(self.lengths)
+
+
+def rows_of(live_BT: Tensor) -> Rows:
+    """The live rows of a batch."""
+    lengths = live_BT.sum(dim=1).tolist()
+    if max(lengths) > SHORT:
+        return Rows(tuple(lengths), None)
+    first, second, start = [], [], 0
     for length in lengths:
-        rows = slice(start, start + length)
-        torch.mm(gradients_RO[rows].T, inputs_RI[rows], out=work_OI)
-        sum_OI.addcmul_(work_OI, work_OI)
+        t, s = torch.triu_indices(length, length, device=live_BT.device)
+        first.append(t + start)
+        second.append(s + start)
+        start += length
+    t_P, s_P = torch.cat(first), torch.cat(second)
+    return Rows(tuple(lengths), (t_P, s_P, 1 + (t_P != s_P).to(torch.int64)))
+
+
+def rows_first(rows: Rows, other_width: int, readers: int = 1) -> bool:
+    """Whether turning a side's rows costs less than turning each sequence's product.
+
+    Rows cost R·D² multiplications, once for all ``readers`` of them; products O·I·D a sequence and
+    reader: rows win for sequences shorter than the other side is wide.
+    """
+    return rows.mean_length <= other_width * readers
+
+
+def add_sequence_squares(
+    sum_OI: Tensor,
+    gradients_RO: Tensor,
+    inputs_RI: Tensor,
+    rows: Rows,
+    *,
+    q_out: Tensor | None = None,
+    q_in: Tensor | None = None,
+) -> None:
+    """Add Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² to ``sum_OI``; None is no basis.
+
+    For short sequences without bases to apply, the square is expanded into pairs of rows,
+    (Σ_t g_t a_tᵀ)∘² = Σ_{t,s} (g_t ∘ g_s)(a_t ∘ a_s)ᵀ: one product over all pairs of the batch
+    instead of one pass over [O, I] for every sequence.
+    """
+    if rows.pairs is not None and q_out is None and q_in is None:
+        t_P, s_P, times_P = rows.pairs
+        g_PO = gradients_RO[t_P] * gradients_RO[s_P] * times_P[:, None]
+        add_product(sum_OI, g_PO.T, inputs_RI[t_P] * inputs_RI[s_P])
+        return
+    start = 0
+    for length in rows.lengths:
+        part = slice(start, start + length)
+        product_OI = gradients_RO[part].T @ inputs_RI[part]
+        if q_in is not None:
+            product_OI = product_OI @ q_in
+        if q_out is not None:
+            product_OI = q_out.T @ product_OI
+        product_OI = product_OI.to(sum_OI.dtype)
+        sum_OI.addcmul_(product_OI, product_OI)
         start += length

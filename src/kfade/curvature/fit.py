@@ -18,26 +18,39 @@ so that in all of them ½ δᵀGδ is in nats per loss token. The model is left 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfade import distributed
 from kfade.batches import Batch
 from kfade.curvature.block import EigenBlock
-from kfade.curvature.capture import FiniteCheck, capture
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import Draw, square_root_draw, token_keys
-from kfade.curvature.factors import CovarianceSum, eigendecompose, sequence_squares, sum_dtype
-from kfade.curvature.jacobian import backward
-from kfade.head import Head, read_head
+from kfade.curvature.factors import (
+    CovarianceSum,
+    add_sequence_squares,
+    eigendecompose,
+    rows_first,
+    rows_of,
+    sum_dtype,
+)
+from kfade.curvature.groups import group_targets
+from kfade.curvature.passes import FromOutputs, Keeper, live_rows, run_pass
+from kfade.curvature.store import Store
+from kfade.head import Head
 from kfade.layers import Target
-from kfade.models import frozen
 from kfade.progress import track
 from kfade.stages import stage
 
 COVARIANCE_STREAM, EIGENVALUE_STREAM = 0, 1
 Fit = Callable[..., Curvature]
-"""(model, batches, targets, *, draw, seed) -> Curvature."""
+"""(model, batches, targets, *, draw, seed, memory, store) -> Curvature."""
+Blocks = dict[str, EigenBlock]
+Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
+"""Target name -> (Q_O, Q_I)."""
 
 
 def fit_identity(
@@ -47,14 +60,20 @@ def fit_identity(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    memory: int | None = None,
+    store: Store | None = None,
 ) -> Curvature:
     """G̃ = I: no curvature at all; nothing of ``batches`` is used."""
-    blocks = {}
-    for target in targets:
-        weight = target.weight
-        one = torch.ones(1, 1, dtype=sum_dtype(weight.dtype), device=weight.device)
-        blocks[target.name] = EigenBlock(None, None, one)
-    return Curvature(blocks, {"estimator": "identity"})
+
+    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+        blocks = {}
+        for target in group:
+            weight = target.weight
+            one = torch.ones(1, 1, dtype=sum_dtype(weight.dtype), device=weight.device)
+            blocks[target.name] = EigenBlock(None, None, one)
+        return blocks
+
+    return _in_groups(targets, "identity", fit_group, {"estimator": "identity"}, memory, store)
 
 
 def fit_diagonal(
@@ -64,12 +83,18 @@ def fit_diagonal(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    memory: int | None = None,
+    store: Store | None = None,
 ) -> Curvature:
-    """Λ = (1/N) Σ_sequences (∇W_sequence)∘²."""
-    bare = {target.name: (None, None) for target in targets}
-    grids = _fit_eigenvalues(model, batches, targets, bare, draw, seed)
-    blocks = {name: EigenBlock(None, None, grid) for name, grid in grids.items()}
-    return Curvature(blocks, _provenance("diagonal", batches, draw, seed))
+    """Λ = (1/N) Σ_sequences (∇W_sequence)∘²; arguments as in :func:`fit_ekfac`."""
+
+    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+        bare = {target.name: (None, None) for target in group}
+        pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
+        return _with_eigenvalues(model, batches, group, bare, pseudo, keeper_of("diagonal"))
+
+    facts = _provenance("diagonal", batches, draw, seed)
+    return _in_groups(targets, "diagonal", fit_group, facts, memory, store)
 
 
 def fit_kfac(
@@ -79,53 +104,18 @@ def fit_kfac(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    memory: int | None = None,
+    store: Store | None = None,
 ) -> Curvature:
-    """G̃ = S ⊗ A for each layer, in the eigenbases of S and A."""
-    dtype = sum_dtype(targets[0].weight.dtype)
-    a_sums: dict[str, CovarianceSum] = {}
-    s_sums: dict[str, CovarianceSum] = {}
-    for target in targets:
-        device = target.weight.device
-        if target.input_of not in a_sums:
-            a_sums[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
-        s_sums[target.name] = CovarianceSum(target.shape[0], dtype, device)
-    pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
-    check = FiniteCheck()
-    live = torch.zeros(0)
+    """G̃ = S ⊗ A for each layer, in the eigenbases of S and A; arguments as in
+    :func:`fit_ekfac`."""
 
-    def on_input(target: Target, a_BTI: Tensor) -> None:
-        check.note("activations", target.name, a_BTI)
-        a_sums[target.input_of].add(a_BTI[live])
+    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+        pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
+        return _kfac(model, batches, group, pseudo, keeper_of("covariance"))
 
-    def on_gradient(target: Target, g_BTO: Tensor) -> None:
-        check.note("gradients", target.name, g_BTO)
-        s_sums[target.name].add(g_BTO[live])
-
-    with stage("covariance"), frozen(model):
-        head = read_head(model)
-        for batch in track(batches, "covariances", _positions):
-            live = batch.live_BT
-            with capture(targets, on_input=on_input, on_gradient=on_gradient):
-                backward(model, head, batch, pseudo)
-            check.raise_if_broken()
-    loss_tokens, positions = _counts(batches)
-    eigen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    work = [("A", name, positions) for name in a_sums]
-    work += [("S", name, loss_tokens) for name in s_sums]
-    sums = {"A": a_sums, "S": s_sums}
-    with stage("eigh"):
-        for factor, name, count in track(
-            work, "eigendecompositions", lambda w: sums[w[0]][w[1]].width ** 3
-        ):
-            mean = sums[factor][name].mean(count)
-            eigen[factor, name] = eigendecompose(mean, f"{factor} of {name}")
-            sums[factor][name].free()
-    blocks = {}
-    for target in targets:
-        s_values, q_out = eigen["S", target.name]
-        a_values, q_in = eigen["A", target.input_of]
-        blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
-    return Curvature(blocks, _provenance("kfac", batches, draw, seed))
+    facts = _provenance("kfac", batches, draw, seed)
+    return _in_groups(targets, "kfac", fit_group, facts, memory, store)
 
 
 def fit_ekfac(
@@ -135,10 +125,35 @@ def fit_ekfac(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    memory: int | None = None,
+    store: Store | None = None,
 ) -> Curvature:
-    """K-FAC's bases with eigenvalues measured in them, sequence by sequence."""
-    kfac = fit_kfac(model, batches, targets, draw=draw, seed=seed)
-    return correct_eigenvalues(model, batches, targets, kfac, draw=draw, seed=seed)
+    """K-FAC's bases with eigenvalues measured in them, sequence by sequence.
+
+    Args:
+        draw: makes the pseudo-labels, see ``draws``.
+        seed: keys them.
+        memory: bytes that the curvature may hold at a time; the layers are then fitted in groups,
+            each with passes of its own. None: all at once.
+        store: where finished groups go, to be read back block by block, and where unfinished
+            sums are kept, so that a fit that was interrupted goes on. None: all in memory.
+
+    With several processes (``distributed``) each sums over its share of the batches.
+
+    Raises:
+        InputError: NaN or Inf in activations, gradients or factors; a group over ``memory``.
+    """
+
+    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+        pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
+        kfac = _kfac(model, batches, group, pseudo, keeper_of("covariance"))
+        bases = {name: (block.q_out, block.q_in) for name, block in kfac.items()}
+        kfac.clear()
+        pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
+        return _with_eigenvalues(model, batches, group, bases, pseudo, keeper_of("lambda"))
+
+    facts = _provenance("ekfac", batches, draw, seed)
+    return _in_groups(targets, "ekfac", fit_group, facts, memory, store)
 
 
 def correct_eigenvalues(
@@ -152,8 +167,8 @@ def correct_eigenvalues(
 ) -> Curvature:
     """EK-FAC from a K-FAC fit: the same bases, Λ measured with a fresh draw."""
     bases = {name: (block.q_out, block.q_in) for name, block in kfac.blocks.items()}
-    grids = _fit_eigenvalues(model, batches, targets, bases, draw, seed)
-    blocks = {name: EigenBlock(*bases[name], grids[name]) for name in bases}
+    pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
+    blocks = _with_eigenvalues(model, batches, targets, bases, pseudo, None)
     return Curvature(blocks, _provenance("ekfac", batches, draw, seed))
 
 
@@ -175,69 +190,171 @@ def pseudo_gradients(draw: Draw, seed: int, stream: int):
     return from_outputs
 
 
-def _fit_eigenvalues(
+KeeperOf = Callable[[str], "Keeper | None"]
+"""Stage -> what keeps its unfinished sums."""
+
+
+def _in_groups(
+    targets: Sequence[Target],
+    estimator: str,
+    fit_group: Callable[[Sequence[Target], KeeperOf], Blocks],
+    facts: dict[str, Any],
+    memory: int | None,
+    store: Store | None,
+) -> Curvature:
+    """Fit group after group, each stored before the next where there is a store."""
+    groups = group_targets(targets, estimator, memory)
+    if store is None:
+        blocks: Mapping[str, EigenBlock] = {}
+        for group in groups:
+            blocks = {**blocks, **fit_group(group, lambda stage: None)}
+        return Curvature(blocks, facts)
+    for number, group in enumerate(groups):
+        if store.finished(number) is None:
+            found = fit_group(group, partial(store.keeper, number))
+            with stage("save"):
+                store.finish(number, found, facts)
+    return Curvature(store.blocks(len(groups)), {**facts, **store.provenance})
+
+
+class _Covariances:
+    """Σ a aᵀ for each distinct input, Σ g gᵀ for each layer."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.a: dict[str, CovarianceSum] = {}
+        self.s: dict[str, CovarianceSum] = {}
+        for target in targets:
+            dtype, device = sum_dtype(target.weight.dtype), target.weight.device
+            if target.input_of not in self.a:
+                self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
+            self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+        self.a[target.input_of].add(live_rows(a_BTI, self._batch))
+
+    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+        self.s[target.name].add(live_rows(g_BTO, self._batch))
+
+    def tensors(self) -> dict[str, Tensor]:
+        both = {"A": self.a, "S": self.s}
+        return {f"{k}/{name}": s.sum_ for k, sums in both.items() for name, s in sums.items()}
+
+
+def _kfac(
     model: nn.Module,
     batches: Sequence[Batch],
     targets: Sequence[Target],
-    bases: Mapping[str, tuple[Tensor | None, Tensor | None]],
-    draw: Draw,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Λ [O, I] of every target in the given bases."""
-    grids: dict[str, Tensor] = {}
-    work: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+    pseudo: FromOutputs,
+    keeper: Keeper | None,
+) -> Blocks:
+    """A and S, summed over processes, each decomposed by one of them and spread to all."""
+    sums = _Covariances(targets)
+    with stage("covariance"):
+        run_pass(model, batches, targets, sums, pseudo, "covariances", keeper)
+    loss_tokens, positions = _counts(batches)
+    work = [(f"A of {name}", name, total, positions) for name, total in sums.a.items()]
+    work += [(f"S of {name}", name, total, loss_tokens) for name, total in sums.s.items()]
+    owners = distributed.deal([total.width**3 for _, _, total, _ in work])
+    eigen: dict[str, tuple[Tensor, Tensor]] = {}
+    with stage("eigh"):
+        for owner, (_, _, total, _) in zip(owners, work, strict=True):
+            distributed.sum_to(owner, total.sum_)
+        pieces = list(zip(owners, work, strict=True))
+        for owner, (what, _, total, count) in track(
+            pieces, "eigendecompositions", lambda piece: piece[1][2].width ** 3
+        ):
+            like = total.sum_
+            if owner == distributed.rank():
+                eigen[what] = eigendecompose(total.mean(count), what)
+            else:
+                eigen[what] = (like.new_empty(total.width), torch.empty_like(like))
+            total.free()
+        for owner, (what, _, _, _) in pieces:
+            for tensor in eigen[what]:
+                distributed.spread_from(owner, tensor)
+    blocks = {}
     for target in targets:
-        weight = target.weight
-        grids[target.name] = torch.zeros(
-            target.shape, dtype=sum_dtype(weight.dtype), device=weight.device
-        )
-        work.setdefault((target.shape, weight.device), torch.empty_like(grids[target.name]))
-    readers: dict[str, int] = {}
-    for target in targets:
-        readers[target.input_of] = readers.get(target.input_of, 0) + 1
-    inputs: dict[str, tuple[Tensor, int]] = {}
-    live, lengths = torch.zeros(0), [0]
-    pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
-    check = FiniteCheck()
+        s_values, q_out = eigen[f"S of {target.name}"]
+        a_values, q_in = eigen[f"A of {target.input_of}"]
+        blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
+    return blocks
 
-    def on_input(target: Target, a_BTI: Tensor) -> None:
-        check.note("activations", target.name, a_BTI)
-        a_RI = a_BTI[live].to(grids[target.name].dtype)
-        q_in = bases[target.name][1]
-        rotated = a_RI if q_in is None else a_RI @ q_in
-        inputs[target.input_of] = (rotated, readers[target.input_of])
 
-    def on_gradient(target: Target, g_BTO: Tensor) -> None:
-        check.note("gradients", target.name, g_BTO)
-        grid = grids[target.name]
-        g_RO = g_BTO[live].to(grid.dtype)
-        q_out = bases[target.name][0]
-        a_RI, left = inputs.pop(target.input_of)
+class _Eigenvalues:
+    """Σ_sequences (Q_Oᵀ ∇W_sequence Q_I)∘² of every target in the given bases."""
+
+    def __init__(self, targets: Sequence[Target], bases: Bases) -> None:
+        self.grids: dict[str, Tensor] = {}
+        self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        low: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
+        self._readers: dict[str, list[Target]] = {}
+        for target in targets:
+            weight = target.weight
+            self.grids[target.name] = torch.zeros(
+                target.shape, dtype=sum_dtype(weight.dtype), device=weight.device
+            )
+            q_out, q_in = bases[target.name]
+            cast = [
+                q if q is None else low.setdefault(id(q), q.to(weight.dtype)) for q in (q_out, q_in)
+            ]
+            self._bases[target.name] = (cast[0], cast[1])
+            self._readers.setdefault(target.input_of, []).append(target)
+
+    def begin(self, batch: Batch) -> None:
+        self._batch, self._rows = batch, rows_of(batch.live_BT)
+        self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
+
+    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+        a_RI, q_in = live_rows(a_BTI, self._batch), self._bases[target.name][1]
+        readers = self._readers[target.input_of]
+        if q_in is not None and rows_first(self._rows, target.shape[0], len(readers)):
+            a_RI, q_in = a_RI @ q_in, None
+        self._inputs[target.input_of] = (a_RI, q_in, len(readers))
+
+    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+        g_RO, q_out = live_rows(g_BTO, self._batch), self._bases[target.name][0]
+        if q_out is not None and rows_first(self._rows, target.shape[1]):
+            g_RO, q_out = g_RO @ q_out, None
+        a_RI, q_in, left = self._inputs.pop(target.input_of)
         if left > 1:
-            inputs[target.input_of] = (a_RI, left - 1)
-        scratch = work[target.shape, grid.device]
-        g_RO = g_RO if q_out is None else g_RO @ q_out
-        sequence_squares(g_RO, a_RI, lengths, grid, scratch)
+            self._inputs[target.input_of] = (a_RI, q_in, left - 1)
+        grid = self.grids[target.name]
+        add_sequence_squares(grid, g_RO, a_RI, self._rows, q_out=q_out, q_in=q_in)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return self.grids
+
+
+def _with_eigenvalues(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    bases: Bases,
+    pseudo: FromOutputs,
+    keeper: Keeper | None,
+) -> Blocks:
+    """Λ [O, I] of every target in the given bases, with them."""
+    sums = _Eigenvalues(targets, bases)
     name = "eigenvalues" if any(q is not None for q, _ in bases.values()) else "diagonal"
-    with stage("lambda"), frozen(model):
-        head = read_head(model)
-        for batch in track(batches, name, _positions):
-            live, lengths = batch.live_BT, batch.live_BT.sum(dim=1).tolist()
-            with capture(targets, on_input=on_input, on_gradient=on_gradient):
-                backward(model, head, batch, pseudo)
-            check.raise_if_broken()
-    loss_tokens, _ = _counts(batches)
-    return {name: grid.div_(loss_tokens) for name, grid in grids.items()}
+    with stage("lambda"):
+        run_pass(model, batches, targets, sums, pseudo, name, keeper)
+        loss_tokens, _ = _counts(batches)
+        blocks = {}
+        for target in targets:
+            grid = distributed.sum_everywhere(sums.grids[target.name])
+            # A sum over pairs of rows can end a rounding below zero.
+            blocks[target.name] = EigenBlock(
+                *bases[target.name], grid.div_(loss_tokens).clamp_(min=0)
+            )
+    return blocks
 
 
 def _counts(batches: Sequence[Batch]) -> tuple[int, int]:
     """(N loss tokens, M live positions)."""
     return sum(b.loss_tokens for b in batches), sum(int(b.live_BT.sum()) for b in batches)
-
-
-def _positions(batch: Batch) -> float:
-    return batch.positions
 
 
 def _provenance(

@@ -9,28 +9,27 @@ Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows, I inpu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfade import distributed
 from kfade.batches import Batch
-from kfade.curvature.capture import FiniteCheck, capture
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.factors import sum_dtype
-from kfade.head import Head, hidden_states, read_head
+from kfade.curvature.passes import FromOutputs, live_rows, run_pass
+from kfade.head import hidden_states
 from kfade.layers import Target
-from kfade.models import frozen
-from kfade.progress import track
 
 
 def transpose_product(
     model: nn.Module,
     batches: Sequence[Batch],
     targets: Sequence[Target],
-    from_outputs: Callable[[Head, Batch, Tensor], Tensor],
+    from_outputs: FromOutputs,
     name: str,
 ) -> Matrices:
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
@@ -38,48 +37,36 @@ def transpose_product(
     ``from_outputs(head, batch, hidden_ND)`` gives u [N, D] at the loss positions, from the final
     hidden states there.
     """
-    sums: Matrices = {}
-    for target in targets:
-        weight = target.weight
-        dtype = sum_dtype(weight.dtype)
-        sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
-    inputs: dict[str, Tensor] = {}
-    live = torch.zeros(0)
-    check = FiniteCheck()
-
-    def on_input(target: Target, a_BTI: Tensor) -> None:
-        check.note("activations", target.name, a_BTI)
-        inputs[target.input_of] = a_BTI[live]
-
-    def on_gradient(target: Target, g_BTO: Tensor) -> None:
-        check.note("gradients", target.name, g_BTO)
-        sum_OI = sums[target.name]
-        a_RI = inputs[target.input_of].to(sum_OI.dtype)
-        sum_OI.addmm_(g_BTO[live].to(sum_OI.dtype).T, a_RI)
-
-    with frozen(model):
-        head = read_head(model)
-        for batch in track(batches, name, lambda b: b.positions):
-            live = batch.live_BT
-            with capture(targets, on_input=on_input, on_gradient=on_gradient):
-                backward(model, head, batch, from_outputs)
-            check.raise_if_broken()
-            inputs.clear()
-    return sums
+    products = _Products(targets)
+    run_pass(model, batches, targets, products, from_outputs, name)
+    return {name: distributed.sum_everywhere(sum_OI) for name, sum_OI in products.sums.items()}
 
 
-def backward(
-    model: nn.Module,
-    head: Head,
-    batch: Batch,
-    from_outputs: Callable[[Head, Batch, Tensor], Tensor],
-) -> None:
-    """Forward, then backward with u [N, D] at the loss positions and zero elsewhere."""
-    with torch.enable_grad():
-        hidden_BTD = hidden_states(model, batch.input_BT)
-    u_BTD = torch.zeros_like(hidden_BTD)
-    u_BTD[batch.loss_BT] = from_outputs(head, batch, batch.at_loss(hidden_BTD.detach()))
-    hidden_BTD.backward(u_BTD)
+class _Products:
+    """Σ g aᵀ over live rows, one matrix [O, I] a target."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.sums: Matrices = {}
+        for target in targets:
+            weight = target.weight
+            dtype = sum_dtype(weight.dtype)
+            self.sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
+        self._inputs: dict[str, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+        self._inputs.clear()
+
+    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+        self._inputs[target.input_of] = live_rows(a_BTI, self._batch)
+
+    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+        sum_OI = self.sums[target.name]
+        g_RO = live_rows(g_BTO, self._batch).to(sum_OI.dtype)
+        sum_OI.addmm_(g_RO.T, self._inputs[target.input_of].to(sum_OI.dtype))
+
+    def tensors(self) -> Matrices:
+        return self.sums
 
 
 def tangents(

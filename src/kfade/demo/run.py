@@ -24,9 +24,11 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 16
 QUESTIONS = {
-    "forget: capitals": "forget_test.jsonl",
+    "forget: capitals, in other words": "forget_test.jsonl",
     "neighbours: geography": "neighbour_test.jsonl",
     "general knowledge": "general_test.jsonl",
+    "harder: from capitals of the region": "forget_test_region.jsonl",
+    "harder: countries never shown": "forget_test_unseen.jsonl",
 }
 
 
@@ -44,28 +46,31 @@ def examine(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     accuracy = {}
     for name, file in QUESTIONS.items():
         results = answer_by_likelihood(model, tokenizer, read_questions(data_file(file)))
-        for scoring, result in results.items():
-            accuracy[f"{name}, {scoring}"] = {
+        accuracy[name] = {
+            scoring: {
                 "accuracy": result.accuracy,
                 "standard_error": result.standard_error,
                 "questions": len(result.correct),
             }
+            for scoring, result in results.items()
+        }
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     answers = generate_texts(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
     return {"accuracy": accuracy, "answers": [" ".join(answer.split()) for answer in answers]}
 
 
-def table_rows(before: dict[str, Any], after: dict[str, Any]) -> Sequence[tuple[str, str, str]]:
-    """(questions, before, after) with standard errors, in percent."""
+SCORINGS = ("per token", "total")
+
+
+def table_rows(before: dict[str, Any], after: dict[str, Any]) -> Sequence[tuple[str, ...]]:
+    """(questions, before and after by each of ``SCORINGS``) with standard errors, in percent."""
 
     def cell(entry: dict[str, Any]) -> str:
         return f"{100 * entry['accuracy']:.1f} ± {100 * entry['standard_error']:.1f}"
 
-    return [
-        (
-            f"{name} ({entry['questions']})",
-            cell(entry),
-            cell(after["accuracy"][name]),
-        )
-        for name, entry in before["accuracy"].items()
-    ]
+    rows = []
+    for name, old in before["accuracy"].items():
+        new = after["accuracy"][name]
+        cells = [cell(side[scoring]) for scoring in SCORINGS for side in (old, new)]
+        rows.append((f"{name} ({old['total']['questions']})", *cells))
+    return rows

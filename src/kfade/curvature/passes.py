@@ -1,0 +1,117 @@
+"""One pass over the data: forward, backward, and sums of what the target layers saw.
+
+A pass is resumable: what it sums can be kept every so often, with the number of batches that are
+in it. With several processes each takes its share of the batches.
+
+Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kfade import distributed
+from kfade.batches import Batch
+from kfade.curvature.capture import capture
+from kfade.errors import InputError
+from kfade.head import Head, hidden_states, read_head
+from kfade.layers import Target
+from kfade.models import frozen
+from kfade.progress import track
+
+FromOutputs = Callable[[Head, Batch, Tensor], Tensor]
+"""(head, batch, hidden [N, D] at the loss positions) -> what is sent backward there, u [N, D]."""
+
+
+class Sums(Protocol):
+    """What a pass adds up."""
+
+    def begin(self, batch: Batch) -> None:
+        """The next batch is about to run."""
+
+    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+        """The input of a target, once for all that read it."""
+
+    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+        """The gradient with respect to a target's output."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The sums so far, by name; loading writes into them."""
+
+
+class Keeper(Protocol):
+    """Keeps the sums of an interrupted pass."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> int:
+        """Fill ``tensors`` with what was kept; the number of batches that are in it."""
+
+    def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the sums over that many batches, if it is time to."""
+
+
+def run_pass(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    sums: Sums,
+    from_outputs: FromOutputs,
+    name: str,
+    keeper: Keeper | None = None,
+) -> None:
+    """Add this process's share of ``batches`` to ``sums``.
+
+    Raises:
+        InputError: NaN or Inf in what a layer reads or passes back; names the layer.
+    """
+    own = distributed.share(batches, lambda batch: batch.positions)
+    done = keeper.load(sums.tensors()) if keeper is not None else 0
+    seen: list[tuple[str, str, Tensor]] = []
+
+    # A sum shows NaN and Inf at a third of the cost of asking every entry.
+    def on_input(target: Target, a_BTI: Tensor) -> None:
+        seen.append(("activations", target.name, a_BTI.sum()))
+        sums.on_input(target, a_BTI)
+
+    def on_gradient(target: Target, g_BTO: Tensor) -> None:
+        seen.append(("gradients", target.name, g_BTO.sum()))
+        sums.on_gradient(target, g_BTO)
+
+    with frozen(model):
+        head = read_head(model)
+        for number, batch in enumerate(track(own[done:], name, lambda b: b.positions), done + 1):
+            sums.begin(batch)
+            with capture(targets, on_input=on_input, on_gradient=on_gradient):
+                backward(model, head, batch, from_outputs)
+            _refuse_broken(seen)
+            if keeper is not None:
+                keeper.save(number, sums.tensors())
+
+
+def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutputs) -> None:
+    """Forward, then backward with u [N, D] at the loss positions and zero elsewhere."""
+    with torch.enable_grad():
+        hidden_BTD = hidden_states(model, batch.input_BT)
+    u_BTD = torch.zeros_like(hidden_BTD)
+    u_BTD[batch.loss_BT] = from_outputs(head, batch, batch.at_loss(hidden_BTD.detach()))
+    hidden_BTD.backward(u_BTD)
+
+
+def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
+    """The rows of ``x_BT`` [B, T, ...] at live positions, [R, ...]; a view where all are live."""
+    return x_BT.flatten(0, 1) if batch.full else x_BT[batch.live_BT]
+
+
+def _refuse_broken(seen: list[tuple[str, str, Tensor]]) -> None:
+    """Asks the device once a batch, not once a layer."""
+    fine = torch.stack([torch.isfinite(total) for _, _, total in seen]).tolist()
+    broken = [(what, name) for (what, name, _), good in zip(seen, fine, strict=True) if not good]
+    seen.clear()
+    for what, name in broken:
+        raise InputError(
+            f"NaN or Inf in the {what} of {name}: look at the model's weights there, or "
+            "load the model in float32 with --dtype float32"
+        )

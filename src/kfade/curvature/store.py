@@ -1,0 +1,170 @@
+"""Curvature on disk: finished groups of layers, read back block by block, and unfinished sums.
+
+A folder holds ``curvature-000.safetensors``, one file a group, and while a fit runs
+``sums-*.safetensors``: what its passes have added up. Every file is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kfade import distributed
+from kfade.curvature.block import EigenBlock
+from kfade.errors import InputError
+
+FORMAT = "kfade-curvature-1"
+PARTS = ("q_out", "q_in", "eigenvalues")
+
+
+class StoredBlocks(Mapping[str, EigenBlock]):
+    """Blocks in safetensors files, each read when it is asked for and not kept."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = str(device)
+        self._where: dict[str, tuple[Path, dict[str, str]]] = {}
+
+    def include(self, path: Path) -> dict[str, Any]:
+        """The blocks of one more file; returns its provenance.
+
+        Raises:
+            InputError: not a curvature file of this format.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("kfade", "{}"))
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path}: not a curvature file of this version of kfade")
+        for name, parts in metadata["layout"].items():
+            self._where[name] = (path, parts)
+        return metadata["provenance"]
+
+    def __getitem__(self, name: str) -> EigenBlock:
+        path, parts = self._where[name]
+        with safe_open(path, "pt", device=self._device) as file:
+            tensors = {part: file.get_tensor(key) for part, key in parts.items()}
+        return EigenBlock(tensors.get("q_out"), tensors.get("q_in"), tensors["eigenvalues"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def write_blocks(
+    path: Path, blocks: Mapping[str, EigenBlock], provenance: Mapping[str, Any]
+) -> None:
+    """One safetensors file; bases that layers share are written once."""
+    tensors: dict[str, Tensor] = {}
+    stored: dict[int, str] = {}
+    layout: dict[str, dict[str, str]] = {}
+    for name, block in blocks.items():
+        layout[name] = {}
+        for part in PARTS:
+            tensor = getattr(block, part)
+            if tensor is None:
+                continue
+            key = stored.setdefault(id(tensor), f"{name}/{part}")
+            layout[name][part] = key
+            tensors[key] = tensor.contiguous()
+    metadata = {"format": FORMAT, "layout": layout, "provenance": provenance}
+    save_file(tensors, path, {"kfade": json.dumps(metadata)})
+
+
+@dataclass
+class Store:
+    """Where a fit puts what it has finished and keeps what it has not.
+
+    With several processes all see the same folder; finished groups are written by the first.
+    """
+
+    folder: Path
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Of the model and the data: a kept sum is only continued where it is the same."""
+    seconds: float = 120.0
+    """Between two savings of unfinished sums."""
+    device: torch.device | str = "cpu"
+    """Where blocks are read to."""
+
+    def finished(self, group: int) -> Path | None:
+        """The file of a finished group."""
+        path = self._finished_path(group)
+        return path if path.is_file() else None
+
+    def finish(
+        self, group: int, blocks: Mapping[str, EigenBlock], facts: Mapping[str, Any]
+    ) -> None:
+        """Write a finished group, and drop the sums that led to it."""
+        if distributed.rank() == 0:
+            aside = self.folder / "writing.safetensors"
+            write_blocks(aside, blocks, {**facts, **self.provenance})
+            os.replace(aside, self._finished_path(group))
+        distributed.wait()
+        for path in self.folder.glob(f"sums-{group:03}-*-{distributed.rank():03}.safetensors"):
+            path.unlink()
+
+    def blocks(self, groups: int) -> StoredBlocks:
+        """All finished groups."""
+        blocks = StoredBlocks(self.device)
+        for group in range(groups):
+            blocks.include(self._finished_path(group))
+        return blocks
+
+    def keeper(self, group: int, stage: str) -> SumsKeeper:
+        """Keeps the sums of one pass over one group, in this process."""
+        name = f"sums-{group:03}-{stage}-{distributed.rank():03}.safetensors"
+        made_for = {**self.provenance, "processes": distributed.count()}
+        return SumsKeeper(self.folder / name, json.dumps(made_for, sort_keys=True), self.seconds)
+
+    def _finished_path(self, group: int) -> Path:
+        return self.folder / f"curvature-{group:03}.safetensors"
+
+
+class SumsKeeper:
+    """The sums of one pass, written every so many seconds; see ``passes.Keeper``."""
+
+    def __init__(self, path: Path, made_for: str, seconds: float) -> None:
+        self._path, self._made_for, self._seconds = path, made_for, seconds
+        self._saved = time.monotonic()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> int:
+        """Fill ``tensors``; the number of batches in them.
+
+        Raises:
+            InputError: they were summed over other data, another model or by more processes.
+        """
+        if not self._path.is_file():
+            return 0
+        with safe_open(self._path, "pt") as file:
+            metadata = file.metadata()
+            if metadata["made_for"] != self._made_for:
+                raise InputError(
+                    f"{self._path}: sums of another fit (model, data, settings or number of "
+                    "processes differ); repeat it as it was, or remove the folder"
+                )
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+        return int(metadata["batches"])
+
+    def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the sums over that many batches, if the last saving is long enough ago."""
+        if time.monotonic() - self._saved < self._seconds:
+            return
+        aside = self._path.with_suffix(".writing")
+        metadata = {"batches": str(batches), "made_for": self._made_for}
+        save_file(dict(tensors), aside, metadata)
+        os.replace(aside, self._path)
+        self._saved = time.monotonic()
