@@ -21,6 +21,7 @@ from kfade.cli import (
     eval_memorisation,
     eval_quantisation,
     fit,
+    sweep,
     unlearn,
 )
 from kfade.cli.eval import eval_app
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
+app.command("sweep")(sweep.sweep)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
 app.command("check")(check.check)
