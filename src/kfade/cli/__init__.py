@@ -13,6 +13,7 @@ import torch
 import typer
 
 from kfade.cli import (
+    attack,
     check,
     demo,
     edit,
@@ -39,6 +40,7 @@ app.command("fit")(fit.fit)
 app.command("sweep")(sweep.sweep)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
+app.command("attack")(attack.attack)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
 app.add_typer(eval_app, name="eval")
