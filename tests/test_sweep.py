@@ -22,7 +22,7 @@ from kfade.head import hidden_states
 from kfade.objectives import cross_entropy, margin
 from kfade.step import StepSize
 from kfade.sweep import Outcome, Point, cut, grid, pareto, pick, sweep, targets_within
-from kfade.unlearn import unlearn
+from kfade.unlearn import Gauge, unlearn
 from kfade.update import Update
 
 OBJECTIVES = {"margin": margin, "ce": cross_entropy}
@@ -125,14 +125,24 @@ def slow_answers(model, sequences) -> tuple[float, float]:
     return losses / tokens, sum(probabilities) / len(probabilities)
 
 
-def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature):
+def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkeypatch):
+    measured: list[Update] = []
+    real = Gauge.measure
+
+    def noted(self, update, alpha=0.0):
+        measured.append(update)
+        return real(self, update, alpha)
+
+    monkeypatch.setattr(Gauge, "measure", noted)
     sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
     points = grid(["margin", "ce"], ["all", "1"], [0.03, 1.0], sizes, relative=True)
     before = Snapshot.of(model)
     outcomes = run(model, points, sets, targets, curvature)
     assert before.differences(model) == []
     assert [o.point for o in outcomes] == points
-    for found in outcomes[::3]:
+    edits = measured[:]
+    assert len(edits) == len(points)  # an α costs one measurement, and the base none
+    for found, edit in list(zip(outcomes, edits, strict=True))[::3]:
         point = found.point
         own = targets_within(targets, point.layers)
         assert len(own) == (3 if point.layers == "1" else 6)
@@ -145,6 +155,9 @@ def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature):
             damping=point.damping,
             alpha=point.size.alpha,
         )
+        assert update.deltas.keys() == edit.deltas.keys()
+        for name, delta in update.deltas.items():
+            assert torch.allclose(edit.deltas[name], delta, rtol=1e-12, atol=0)
         step = update.provenance["steps"][0]
         assert found.alpha == step["alpha"] == point.size.alpha
         assert found.retain_kl == pytest.approx(step["retain_kl"], rel=1e-9)
@@ -329,7 +342,6 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
     fitted, tmp_path, monkeypatch, capsys, trial, gradients
 ):
     import kfade.cli.sweep_run as sweep_run
-    from kfade.unlearn import Gauge
 
     grid = ("--kl", "0.001,0.01,0.1", "--objective", "margin,ce")
     assert main(command(fitted, tmp_path / "whole", *grid)) == 0
