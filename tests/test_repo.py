@@ -20,7 +20,7 @@ LADDER = [
     {"config", "run_dir", "errors", "progress", "stages"},
     {"models", "layers", "head", "examples", "batches", "objectives"},
     {"curvature"},
-    {"measure", "gradient", "step", "update", "unlearn"},
+    {"measure", "gradient", "step", "update", "unlearn", "lora"},
     {"evaluate", "baselines"},
     {"demo", "sweep", "report"},
     {"cli"},

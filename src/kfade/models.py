@@ -74,6 +74,21 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The modules of a model named as for :func:`load_model`: their kinds and shapes, no weights.
+
+    Raises:
+        InputError: nothing there, or nothing that is a model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, options = _source(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter requiring gradients, both as before on leaving."""

@@ -13,6 +13,7 @@ import torch
 import typer
 
 from kfade.cli import (
+    attack,
     check,
     demo,
     edit,
@@ -24,6 +25,7 @@ from kfade.cli import (
     eval_tofu,
     fit,
     report,
+    sweep,
     unlearn,
 )
 from kfade.cli.eval import eval_app
@@ -38,9 +40,13 @@ app = typer.Typer(
 )
 app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
+app.command("sweep")(sweep.sweep)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
 app.command("report")(report.report)
+app.command("merge")(edit.merge)
+app.command("export-lora")(edit.export_lora)
+app.command("attack")(attack.attack)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
 app.add_typer(eval_app, name="eval")

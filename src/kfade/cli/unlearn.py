@@ -162,7 +162,7 @@ def run_unlearn(
         if export_model:
             with stage("export"), update.applied_to(loaded.model) as edited:
                 save_model(edited, loaded.tokenizer, folder.part / "model")
-        metrics = {**_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
+        metrics = {**run_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
         provenance = {k: v for k, v in update.provenance.items() if k not in ("steps", "config")}
         manifest = {
             "kind": "unlearn",
@@ -290,13 +290,14 @@ def _resume_from(
     return update
 
 
-def _metrics(
+def run_metrics(
     update: Update,
     clock: Clock,
     forget: Sequence[Tokens],
     retain: Sequence[Tokens],
     held_out: Sequence[Tokens],
 ) -> dict[str, Any]:
+    """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
     steps = update.provenance["steps"]
     stages = ("load", "fit", "gradient", "step", "check")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
