@@ -26,8 +26,10 @@ class Checkpoint:
     """A training run right after an evaluation."""
 
     curve: list[Row]
+    provenance: dict[str, Any]
+    """Digests of weights and data, versions."""
     kept: dict[str, Tensor]
-    """Deltas of the evaluation to keep, by parameter name."""
+    """Deltas of the evaluation to keep, by parameter name; none if it is the last one."""
     tensors: dict[str, Tensor]
     """What is trained."""
     state: dict[str, Tensor]
@@ -37,6 +39,7 @@ class Checkpoint:
     def of(
         cls,
         curve: Sequence[Row],
+        provenance: dict[str, Any],
         kept: dict[str, Tensor],
         trainable: Trainable,
         optimizer: Optimizer,
@@ -47,7 +50,7 @@ class Checkpoint:
             for name, tensor in trainable.tensors.items()
             for key, value in optimizer.state[tensor].items()
         }
-        return cls(list(curve), kept, trainable.tensors, state)
+        return cls(list(curve), provenance, kept, trainable.tensors, state)
 
     def restore(self, trainable: Trainable, optimizer: Optimizer) -> None:
         """Set what is trained, and the optimiser, to where they were."""
@@ -69,18 +72,19 @@ class Checkpoint:
             for part, own in parts.items()
             for name, tensor in own.items()
         }
-        save_file(tensors, path, {"curve": json.dumps(self.curve)})
+        about = {"curve": json.dumps(self.curve), "provenance": json.dumps(self.provenance)}
+        save_file(tensors, path, about)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """What :meth:`save` wrote."""
         parts: dict[str, dict[str, Tensor]] = {"kept": {}, "tensors": {}, "state": {}}
         with safe_open(path, "pt") as file:
-            curve = json.loads(file.metadata()["curve"])
+            about = {key: json.loads(value) for key, value in file.metadata().items()}
             for key in file.keys():  # noqa: SIM118
                 part, _, name = key.partition(":")
                 parts[part][name] = file.get_tensor(key)
-        return cls(curve, **parts)
+        return cls(about["curve"], about["provenance"], **parts)
 
 
 def keep(curve: Sequence[Mapping[str, Any]], max_kl: float | None) -> int:

@@ -87,7 +87,7 @@ def train(
     Raises:
         InputError: an empty set, impossible settings, a loss that is not finite.
     """
-    _check(forget, retain, held_out, settings, evaluate_every)
+    _check(forget, retain, held_out, settings, evaluate_every, max_kl)
     device = next(model.parameters()).device
     sets = {"forget": forget, "retain": retain}
     provenance = _provenance(model, trainable, forget, retain, held_out)
@@ -107,7 +107,7 @@ def train(
         else:
             start.restore(trainable, optimizer)
             curve = list(start.curve)
-        kept = start.kept if start else {}
+        kept = start.kept or trainable.deltas() if start else {}
         references = References(net, terms, sets, batch_tokens=batch_tokens)
         losses: list[float] = []
         for step in track(range(int(curve[-1]["step"]), settings.steps), "training"):
@@ -127,10 +127,11 @@ def train(
                 curve.append({**row, "loss": sum(losses) / len(losses)})
                 losses = []
                 deltas = trainable.deltas()
-                if keep(curve, max_kl) == done:
-                    kept = deltas
+                is_kept = keep(curve, max_kl) == done
+                kept = deltas if is_kept else kept
                 if on_evaluation is not None:
-                    checkpoint = Checkpoint.of(curve, kept, trainable, optimizer)
+                    other = {} if is_kept else kept
+                    checkpoint = Checkpoint.of(curve, provenance, other, trainable, optimizer)
                     on_evaluation(checkpoint, Update(deltas, {**provenance, "curve": curve}))
     return Update(kept, {**provenance, "curve": curve, "kept_step": keep(curve, max_kl)})
 
@@ -177,9 +178,10 @@ def _backward(
 
 def _step(optimizer: Optimizer, trainable: Trainable, settings: Settings, step: int) -> None:
     """Change what is trained by the mean of the gradients of a step's batches."""
-    tensors = [t for t in trainable.tensors.values() if t.grad is not None]
+    tensors = trainable.tensors.values()
     for tensor in tensors:
-        tensor.grad /= settings.accumulate
+        if tensor.grad is not None:
+            tensor.grad /= settings.accumulate
     if settings.clip is not None:
         nn.utils.clip_grad_norm_(tensors, settings.clip)
     for group in optimizer.param_groups:
@@ -274,6 +276,7 @@ def _check(
     held_out: Sequence[Tokens],
     settings: Settings,
     evaluate_every: int | None,
+    max_kl: float | None,
 ) -> None:
     sets = {"forget set": forget, "retain set": retain, "held-out retain set": held_out}
     for name, sequences in sets.items():
@@ -292,3 +295,5 @@ def _check(
     for name, value in {**rest, "--warm-up": settings.warm_up}.items():
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"{name} {value}: give a finite number, 0 or more")
+    if max_kl is not None and not max_kl > 0:
+        raise InputError(f"--max-kl {max_kl}: give a number above 0")

@@ -15,6 +15,7 @@ from kfade.baselines import elm as erasing
 from kfade.baselines import rmu as representations
 from kfade.baselines.losses import Term, closeness, likelihood, preference, simple_preference
 from kfade.baselines.sophia import Sophia
+from kfade.layers import Target, find_targets
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Defaults:
     optimizer: type[Optimizer] = AdamW
     lora: int = 0
     """Rank of low-rank changes; 0 trains the weights themselves."""
+    layers: str | None = None
+    """Blocks of whose linear maps all are trained, attention's too; ``Method.trains`` when None."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Method:
 
     terms: tuple[Term, ...]
     defaults: Defaults
+    trains: tuple[str, ...] | None = None
+    """Names of the weights that are trained; every parameter of the model when None."""
+    last_block: int | None = None
+    """Blocks after it are not run."""
 
 
 # The TOFU family trains with a trainer that clips, and lets the rate fall linearly.
@@ -101,7 +108,7 @@ def soul(*, gamma: float = 2.0) -> Method:
 
 
 def rmu(
-    model: nn.Module,
+    model: Any,
     *,
     layer: int = 7,
     coefficient: float = 6.5,
@@ -110,19 +117,18 @@ def rmu(
 ) -> Method:
     """RMU: forget representations at block ``layer`` to c u, retain ones held; Zephyr's settings.
 
-    Train :func:`~kfade.baselines.rmu.trained_weights`.
-
     Raises:
         InputError: the model has no such block.
     """
     block = representations.find_block(model, layer)
-    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+    width = model.get_input_embeddings().weight.shape[1]
     vector_D = representations.control_vector(width, coefficient, seed)
     terms = (
         representations.steering(block, vector_D),
         representations.holding(block, retain_weight),
     )
-    return Method(terms, Defaults(lr=5e-5, batch=4, steps=150))
+    names = tuple(representations.trained_weights(model, layer))
+    return Method(terms, Defaults(lr=5e-5, batch=4, steps=150), names, last_block=layer)
 
 
 def elm(guidance: erasing.Guidance, *, retain_weight: float = 1.0) -> Method:
@@ -135,7 +141,19 @@ def elm(guidance: erasing.Guidance, *, retain_weight: float = 1.0) -> Method:
         closeness(retain_weight),
         erasing.fluency(guidance, 1.0),
     )
-    return Method(terms, Defaults(lr=5e-5, batch=1, accumulate=4, steps=750, lora=256))
+    defaults = Defaults(lr=5e-5, batch=1, accumulate=4, steps=750, lora=256, layers="4-7")
+    return Method(terms, defaults)
+
+
+def block_targets(model: nn.Module, layers: str | None) -> list[Target]:
+    """Every linear map of the blocks ``layers``, attention's too; of all blocks when None.
+
+    Raises:
+        InputError: the model has no such blocks.
+    """
+    first = find_targets(model, layers=layers)[0]
+    blocks = first.name.partition(f".{first.block}.")[0]
+    return find_targets(model, layers=layers, pattern=f"{blocks}.*")
 
 
 def _difference(retain_weight: float) -> tuple[Term, ...]:

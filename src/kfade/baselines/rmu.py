@@ -89,7 +89,9 @@ def find_block(model: nn.Module, layer: int) -> nn.Module:
     Raises:
         InputError: the model has no such block.
     """
-    return model.get_submodule(f"{blocks_name(_targets(model, layer)[0])}.{layer}")
+    first = _targets(model, layer)[0]
+    blocks = first.name.partition(f".{first.block}.")[0]
+    return model.get_submodule(f"{blocks}.{layer}")
 
 
 def trained_weights(model: nn.Module, layer: int) -> list[str]:
@@ -102,11 +104,6 @@ def trained_weights(model: nn.Module, layer: int) -> list[str]:
     for target in _targets(model, layer):  # in the order of the forward pass
         last[target.block] = target.name
     return [last[b] for b in range(max(0, layer + 1 - TRAINED_BLOCKS), layer + 1)]
-
-
-def blocks_name(target: Target) -> str:
-    """Name of the list of decoder blocks that ``target`` lies in."""
-    return target.name.partition(f".{target.block}.")[0]
 
 
 def _targets(model: nn.Module, layer: int) -> list[Target]:

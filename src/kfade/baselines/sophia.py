@@ -43,7 +43,7 @@ class Sophia(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step along the gradients that the tensors hold."""
         assert closure is None, "gradients are computed before the step"
         for group in self.param_groups:

@@ -13,6 +13,7 @@ import torch
 import typer
 
 from kfade.cli import (
+    baseline,
     check,
     demo,
     edit,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
+app.command("baseline")(baseline.baseline)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
 app.command("check")(check.check)
