@@ -12,7 +12,13 @@ from torch.nn.functional import cosine_similarity
 
 import kfade.head
 from kfade.baselines import losses, methods, rmu
-from kfade.baselines.elm import Guidance, soft_cross_entropy, steered_sample, steered_target
+from kfade.baselines.elm import (
+    Guidance,
+    fluent_prompt,
+    soft_cross_entropy,
+    steered_sample,
+    steered_target,
+)
 from kfade.baselines.losses import Net
 from kfade.baselines.sophia import TOKENS, Sophia
 from kfade.batches import Sequence, make_batches
@@ -355,6 +361,11 @@ def test_elm_refuses_what_is_over_the_window(model):
     sequence = random_sequences(1, shortest=9, longest=9)[0]
     with pytest.raises(InputError, match="make 14 tokens, over the model's window of 12"):
         steered_target(net_of(model), sequence, guidance(window=12))
+    with pytest.raises(InputError, match="window of 6 tokens is too short"):
+        fluent_prompt(sequence.tokens, guidance(window=6, fluent_tokens=4))
+    cut = fluent_prompt((5, 6, 7, 8, 2), guidance(window=9, fluent_tokens=4))
+    assert cut == [5, 6, 7, 9, 10]  # and four more: the window
+    assert fluent_prompt((5, 6, 2), guidance(fluent_tokens=4)) == [5, 6, 9, 10]  # no EOS
 
 
 # Sophia

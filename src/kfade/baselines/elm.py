@@ -160,11 +160,13 @@ def fluent_prompt(tokens: Sequence[int], guidance: Guidance) -> list[int]:
     """A forget text without its EOS, cut to leave room within the window, and the bridge."""
     prompt = [*tokens[:-1]] if tokens[-1] == guidance.eos else [*tokens]
     if guidance.window is not None:
-        prompt = prompt[: guidance.window - len(guidance.bridge) - guidance.fluent_tokens]
-    if not prompt:
-        raise InputError(
-            f"the model's window of {guidance.window} tokens is too short for ELM's continuations"
-        )
+        room = guidance.window - len(guidance.bridge) - guidance.fluent_tokens
+        if room < 1:
+            raise InputError(
+                f"the model's window of {guidance.window} tokens is too short for ELM's "
+                "continuations"
+            )
+        prompt = prompt[:room]
     return [*prompt, *guidance.bridge]
 
 

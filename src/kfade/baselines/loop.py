@@ -108,7 +108,7 @@ def train(
             start.restore(trainable, optimizer)
             curve = list(start.curve)
         kept = start.kept or trainable.deltas() if start else {}
-        references = References(net, terms, sets, batch_tokens=batch_tokens)
+        references = References(net, terms, sets)
         losses: list[float] = []
         for step in track(range(int(curve[-1]["step"]), settings.steps), "training"):
             _look_ahead(references, trainable, sets, settings, step, seed)

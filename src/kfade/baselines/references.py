@@ -16,8 +16,8 @@ from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.progress import track
 
-AHEAD = 65536  # positions computed at a time: the base weights come and go once
-LIMIT = 4 * 2**30  # bytes kept
+AHEAD = 65536  # the base weights come and go once for so many positions
+LIMIT = 4 * 2**30
 
 Drawn = dict[str, list[int]]
 """Numbers of the sequences in a batch, by set."""
@@ -28,7 +28,8 @@ class References:
 
     Args:
         sets: the sequences that the terms' batches are drawn from, by name.
-        batch_tokens: positions in one forward pass.
+        ahead: positions computed at a time.
+        limit: bytes kept.
     """
 
     def __init__(
@@ -37,12 +38,11 @@ class References:
         terms: Sequence[Term],
         sets: dict[str, Sequence[Tokens]],
         *,
-        batch_tokens: int,
         ahead: int = AHEAD,
         limit: int = LIMIT,
     ) -> None:
         self._net, self._terms, self._sets = net, terms, sets
-        self._batch_tokens, self._ahead, self._limit = batch_tokens, ahead, limit
+        self._ahead, self._limit = ahead, limit
         self._rows: dict[tuple[int, int], Row] = {}
 
     def rows(self, term: int, numbers: Sequence[int]) -> Rows:
@@ -74,18 +74,14 @@ class References:
             positions += own
         device = next(self._net.model.parameters()).device
         with torch.no_grad():
-            for term in sorted({k for k, _ in wanted}):
-                numbers = [i for k, i in wanted if k == term]
-                sequences = [self._sequence((term, i)) for i in numbers]
-                batches = make_batches(sequences, budget=self._batch_tokens, device=device)
-                for batch in track(batches, "base outputs", lambda b: b.positions):
-                    reference = self._terms[term].reference
-                    assert reference is not None
-                    rows = reference(self._net, batch)
-                    for i, row in zip(batch.id_B.tolist(), rows, strict=True):
-                        # Copies: a slice would keep its whole batch alive.
-                        kept = tuple(x.to("cpu", copy=True) for x in row)
-                        self._rows[term, numbers[i]] = kept
+            for key in track(list(wanted), "base outputs", lambda k: self._sequence(k).live):
+                reference = self._terms[key[0]].reference
+                assert reference is not None
+                # One by one: what a sequence shares a batch with would show in the last digits,
+                # and a resumed run would not end where an uninterrupted one does.
+                (batch,) = make_batches([self._sequence(key)], device=device)
+                (row,) = reference(self._net, batch)
+                self._rows[key] = tuple(x.to("cpu", copy=True) for x in row)
 
     def _needed(self, drawn: Drawn) -> list[tuple[int, int]]:
         return [

@@ -115,21 +115,25 @@ def baseline(
         every = max(1, settings.steps // 10) if evaluate_every is None else evaluate_every
         count = sum(tensor.numel() for tensor in trainable.tensors.values())
         console.print(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")
-        update = train(
-            loaded.model,
-            chosen.terms,
-            trainable,
-            forget=forget_tokens,
-            retain=retain_tokens,
-            held_out=held_out,
-            settings=settings,
-            evaluate_every=every,
-            max_kl=max_kl,
-            batch_tokens=run.data.batch_tokens,
-            seed=run.seed,
-            start=_resume_from(folder, {"forget": forget_tokens, "retain": retain_tokens}),
-            on_evaluation=_on_evaluation(folder, settings.steps, checkpoints),
-        )
+        try:
+            update = train(
+                loaded.model,
+                chosen.terms,
+                trainable,
+                forget=forget_tokens,
+                retain=retain_tokens,
+                held_out=held_out,
+                settings=settings,
+                evaluate_every=every,
+                max_kl=max_kl,
+                batch_tokens=run.data.batch_tokens,
+                seed=run.seed,
+                start=_resume_from(folder, {"forget": forget_tokens, "retain": retain_tokens}),
+                on_evaluation=_on_evaluation(folder, settings.steps, checkpoints),
+            )
+        except InputError:  # it would be met again: nothing to go on with
+            (folder.state / STATE).unlink(missing_ok=True)
+            raise
         provenance = {**update.provenance, "model": run.model.model, "method": method}
         Update(update.deltas, {**provenance, "config": asked}).save(
             folder.part / "update.safetensors"

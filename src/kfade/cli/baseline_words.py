@@ -63,7 +63,8 @@ def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], M
 
 def guidance(loaded: Loaded, concept: str, eta: float, seed: int) -> Guidance:
     """ELM's texts about ``concept``, in the model's tokens."""
-    tokenizer = loaded.tokenizer
+    tokenizer, window = loaded.tokenizer, model_window(loaded.model)
+    longest = Guidance.fluent_tokens
 
     def tokens(text: str, **options: Any) -> tuple[int, ...]:
         return tuple(tokenizer(text, **options).input_ids)
@@ -77,8 +78,9 @@ def guidance(loaded: Loaded, concept: str, eta: float, seed: int) -> Guidance:
         ),
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
-        window=model_window(loaded.model),
+        window=window,
         eta=eta,
+        fluent_tokens=min(longest, window // 4) if window else longest,
         seed=seed,
     )
 
