@@ -17,7 +17,7 @@ LONGEST = 400
 
 # A file imports from its own rung or a lower one. A folder stands for all that is in it.
 LADDER = [
-    {"config", "run_dir", "errors", "progress", "stages"},
+    {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "layers", "head", "examples", "batches", "objectives"},
     {"curvature"},
     {"measure", "gradient", "step", "update", "unlearn", "lora"},

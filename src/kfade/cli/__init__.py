@@ -14,6 +14,7 @@ import typer
 
 from kfade.cli import (
     attack,
+    baseline,
     check,
     demo,
     edit,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
 app.command("sweep")(sweep.sweep)
+app.command("baseline")(baseline.baseline)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
 app.command("report")(report.report)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -199,8 +201,12 @@ def _groups(base: Subject, texts: Sequence[Tokens], batch_tokens: int) -> list[l
 
 
 def _in_memory(base: Subject, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
-    """The base model's outputs on a group, computed when they are asked for."""
-    return lambda number: outputs(base.model, groups[number], "base model")
+    """The base model's outputs on a group, computed when they are asked for.
+
+    Read by a copy of its head: an update may change the head itself.
+    """
+    head = copy.deepcopy(outputs(base.model, [], "base model").head)
+    return lambda number: replace(outputs(base.model, groups[number], "base model"), head=head)
 
 
 def _streamed(
