@@ -94,13 +94,14 @@ def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch,
 
 
 def test_two_processes_fit_the_same(desk, tmp_path):
-    assert main(arguments(desk)) == 0
+    # EK-FAC is left out: where eigenvalues coincide its basis, and so its Λ, is anyone's.
+    assert main(arguments(desk, "--estimator", "kfac")) == 0
     two = {**desk, "out": str(tmp_path / "two")}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "kfade", *arguments(two, "--json")],
+        [*command, "-m", "kfade", *arguments(two, "--estimator", "kfac", "--json")],
         capture_output=True,
         text=True,
         env=environment,
