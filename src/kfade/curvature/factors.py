@@ -68,7 +68,8 @@ def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise InputError(f"NaN or Inf in the curvature of {name}: look at the model's weights")
     # A backward-stable eigh leaves a residual of a few D·eps; 1e-4 is far above it in float32 and
     # far below anything that would change a step.
-    for attempt in (matrix_DD, matrix_DD.cpu().double()):
+    for exactly in (False, True):
+        attempt = matrix_DD.cpu().double() if exactly else matrix_DD
         try:
             values, vectors = torch.linalg.eigh(attempt)
         except torch.linalg.LinAlgError:

@@ -11,29 +11,32 @@ from kfade.curvature.factors import sum_dtype
 from kfade.errors import InputError
 from kfade.layers import Target
 
-DECOMPOSITION = (
-    6  # matrices [D, D] that one eigendecomposition holds: the mean, its copies, Q, work
-)
+DECOMPOSITION = 6  # matrices [D, D] of one eigendecomposition: the mean, its copies, Q, work
 
 
 def group_bytes(group: Sequence[Target], estimator: str) -> int:
     """Bytes of curvature that fitting ``group`` holds at its peak.
 
     K-FAC: Σ over distinct inputs I² + Σ over layers O², which the bases replace one by one, and
-    the eigenvalues O·I. All estimators: the grids O·I, and one more where products are squared.
+    the eigenvalues O·I. EK-FAC: the bases once more in the model's dtype, where that is another.
+    All estimators: the grids O·I, and two more where a sequence's product is turned and squared.
     """
-    size = sum_dtype(group[0].weight.dtype).itemsize
+    dtype = group[0].weight.dtype
+    size = sum_dtype(dtype).itemsize
     inputs = {target.input_of: target.shape[1] for target in group}
     grids = [target.shape[0] * target.shape[1] for target in group]
     if estimator == "identity":
         return 0
     if estimator == "diagonal":
-        return size * (sum(grids) + max(grids))
+        return size * (sum(grids) + 2 * max(grids))
     widths = [*inputs.values(), *(target.shape[0] for target in group)]
     factors = sum(width**2 for width in widths)
     decomposing = factors + DECOMPOSITION * max(widths) ** 2
-    finished = factors + sum(grids) + (max(grids) if estimator == "ekfac" else 0)
-    return size * max(decomposing, finished)
+    finished = factors + sum(grids)
+    if estimator == "kfac":
+        return size * max(decomposing, finished)
+    cast = factors * dtype.itemsize if dtype.itemsize < size else 0
+    return max(size * decomposing, size * (finished + 2 * max(grids)) + cast)
 
 
 def group_targets(
