@@ -161,3 +161,17 @@ class Tripwire(nn.Module):
         self.backwards += 1
         if self.backwards == self.backward_at:
             raise RuntimeError("tripped in backward")
+
+
+def greedy(
+    model: nn.Module, prompt: SequenceOf[int], ends: SequenceOf[int], count: int
+) -> list[int]:
+    """One sequence, no padding, no cache: the plainest loop; an end token is kept."""
+    tokens = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] in ends:
+            break
+    return tokens[len(prompt) :]

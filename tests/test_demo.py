@@ -11,7 +11,8 @@ import pytest
 from kfade.cli import main
 from kfade.demo.data import data_file
 from kfade.demo.run import HUB_ID, QUESTIONS, demo_model
-from kfade.evaluate.choice import answer_by_likelihood, read_questions
+from kfade.evaluate.choice import answer_by_likelihood
+from kfade.evaluate.questions import read_questions
 from kfade.examples import load_examples
 from kfade.models import load_model
 from kfade.update import Update

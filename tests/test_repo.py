@@ -17,12 +17,12 @@ LONGEST = 400
 
 # A file imports from its own rung or a lower one. A folder stands for all that is in it.
 LADDER = [
-    {"config", "run_dir", "errors", "progress", "stages", "distributed"},
+    {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "layers", "head", "examples", "batches", "objectives"},
     {"curvature"},
-    {"measure", "gradient", "step", "update", "unlearn"},
+    {"measure", "gradient", "step", "update", "unlearn", "lora"},
     {"evaluate", "baselines"},
-    {"demo", "sweep", "report"},
+    {"demo", "sweep", "report", "plan"},
     {"cli"},
     {"__init__", "__main__"},  # the public names, and the way in
 ]

@@ -321,6 +321,7 @@ def test_sums_of_another_fit_are_refused(what, model, targets, batches, tmp_path
     with monkeypatch.context() as patch:
         if what == "processes":
             patch.setattr(store_module.distributed, "count", lambda: 2)
+        options = {"batches": {"budget": 30}, **OTHER}.get(what, {})
         with pytest.raises(kfade.InputError, match=r"sums of another fit .* differ"):
             fit_here(tmp_path, model, targets, **options)
     assert files(tmp_path) == left

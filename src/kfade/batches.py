@@ -89,7 +89,8 @@ def encode(
     """Sequences of ``examples``, in their order, packed texts after the exchanges.
 
     Args:
-        length: tokens of a packed sequence; texts are joined end to end, each closed by EOS.
+        length: tokens of a packed sequence; texts are joined end to end, each closed by EOS
+            unless its example says that it does not close.
         window: the model's longest input; longer exchanges are an error, or cut if ``truncate``.
         chat: use the tokenizer's chat template for exchanges; None: if it has one.
         pack: False keeps one text a sequence.
@@ -97,10 +98,7 @@ def encode(
     Raises:
         InputError: a sequence is longer than the window; the chat template is missing or unusable.
     """
-    if chat is None:
-        chat = tokenizer.chat_template is not None
-    elif chat and tokenizer.chat_template is None:
-        raise InputError("this tokenizer has no chat template: use --template plain")
+    chat = _uses_chat(chat, tokenizer)
     limit = min(length, window) if window else length
     if pack and window and length > window:
         raise InputError(
@@ -109,7 +107,9 @@ def encode(
     sequences, stream = [], []
     for example in examples:
         if example.text is not None:
-            tokens = _with_eos(tokenizer(example.text).input_ids, tokenizer)
+            tokens = tokenizer(example.text).input_ids
+            if example.closes:
+                tokens = _with_eos(tokens, tokenizer)
             if pack:
                 stream.extend(tokens)
                 continue
@@ -133,6 +133,25 @@ def encode(
         if len(tokens) > 1:
             sequences.append(Sequence(tuple(tokens), (False,) + (True,) * (len(tokens) - 1)))
     return sequences
+
+
+def encode_prompt(example: Example, tokenizer: Any, *, chat: bool | None = None) -> tuple[int, ...]:
+    """Tokens of ``example``'s turns, all of them, up to where the next answer begins.
+
+    Rendered as :func:`encode` renders the turns before an answer.
+
+    Raises:
+        InputError: the chat template is missing, or nothing is left of the turns.
+    """
+    if _uses_chat(chat, tokenizer):
+        messages = [{"role": role, "content": content} for role, content in example.turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        tokens, _ = _plain_tokens(example, tokenizer)
+    if not tokens:
+        raise InputError(f"{example.where}: an empty prompt; remove the line or fill it")
+    return tuple(tokens)
 
 
 def make_batches(
@@ -184,6 +203,12 @@ def digest_batches(batches: SequenceOf[Batch]) -> str:
         for tensor in (batch.input_BT, batch.loss_BT, batch.live_BT, batch.id_B):
             digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _uses_chat(chat: bool | None, tokenizer: Any) -> bool:
+    if chat and tokenizer.chat_template is None:
+        raise InputError("this tokenizer has no chat template: use --template plain")
+    return tokenizer.chat_template is not None if chat is None else chat
 
 
 def _collate(

@@ -18,6 +18,7 @@ from typing import Any
 from kfade.errors import InputError
 
 FORMS = '{"text"}, {"prompt", "completion"}, {"question", "answer"} or {"messages"}'
+PLAIN_QA = ("Question: ", "\nAnswer: ")  # before question and answer, without a chat template
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Example:
     plain_prefix: tuple[str, str] = ("", "")
     """What goes before prompt and completion where there is no chat template."""
     closes: bool = True
-    """Whether the scored text is a whole answer, which ends with EOS."""
+    """Whether the scored text is a whole answer or document, which ends with EOS."""
 
 
 def load_examples(source: str) -> list[Example]:
@@ -41,14 +42,27 @@ def load_examples(source: str) -> list[Example]:
     Raises:
         InputError: no such file or data set, a malformed line, an unknown form, an empty set.
     """
-    if source.startswith("hf:"):
-        rows: Iterable[tuple[str, Any]] = _hub_rows(source)
-    else:
-        rows = _file_rows(Path(source))
-    examples = [parse_example(row, where) for where, row in rows]
+    examples = [parse_example(row, where) for where, row in read_rows(source)]
     if not examples:
         raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
     return examples
+
+
+def read_rows(source: str) -> Iterable[tuple[str, Any]]:
+    """(where, row) of a JSONL file or of ``hf:NAME[:CONFIG][:SPLIT]``, whatever the rows hold."""
+    return _hub_rows(source) if source.startswith("hf:") else _file_rows(Path(source))
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def parse_example(row: Any, where: str) -> Example:
@@ -63,9 +77,9 @@ def parse_example(row: Any, where: str) -> Example:
             example = Example(where, turns=turns, closes=False)
         case {"question": str(question), "answer": str(answer)}:
             turns = (("user", question), ("assistant", answer))
-            example = Example(where, turns=turns, plain_prefix=("Question: ", "\nAnswer: "))
+            example = Example(where, turns=turns, plain_prefix=PLAIN_QA)
         case {"messages": [*messages]}:
-            example = Example(where, turns=tuple(_turn(m, where) for m in messages))
+            example = Example(where, turns=tuple(parse_turn(m, where) for m in messages))
         case _:
             keys = ", ".join(map(str, row)) or "none"
             raise InputError(f"{where}: has the keys {keys}; write one of {FORMS}, all strings")
@@ -90,7 +104,8 @@ def _assistant(example: Example) -> list[str]:
     return [content for role, content in example.turns if role == "assistant"]
 
 
-def _turn(message: Any, where: str) -> tuple[str, str]:
+def parse_turn(message: Any, where: str) -> tuple[str, str]:
+    """(role, content) of one message."""
     match message:
         case {"role": str(role), "content": str(content)}:
             return role, content
@@ -100,12 +115,8 @@ def _turn(message: Any, where: str) -> tuple[str, str]:
 def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a JSONL file or hf:NAME[:CONFIG][:SPLIT]")
-    try:
-        # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

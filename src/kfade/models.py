@@ -35,30 +35,18 @@ def load_model(
         InputError: nothing there, not a causal language model, quantised weights, NaN or Inf in
             weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
-    path = Path(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    source = name
-    gguf = path.suffix == ".gguf"
-    if gguf:
-        if not path.is_file():
-            raise InputError(f"{name}: no such GGUF file")
-        source, options["gguf_file"] = str(path.parent), path.name
-    elif path.exists() and not (path / "config.json").is_file():
-        raise InputError(f"{name}: not a model folder, it has no config.json")
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    source, options = _source(name)
+    gguf = "gguf_file" in options
     wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if gguf else "auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(
-            f"{name}: could not be loaded as a causal language model ({reason}); give a hub id, a "
-            "folder that from_pretrained loads, or a GGUF file"
-        ) from None
+    with _loading(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, trust_remote_code=trust_remote_code, **options
+        )
     if gguf:
         _forget_gguf(model)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -71,6 +59,34 @@ def load_model(
             raise InputError(f"{name}: NaN or Inf in {parameter_name}; get a whole copy")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model named as for :func:`load_model`, without its weights.
+
+    Raises:
+        InputError: nothing there, or nothing that is a model.
+    """
+    from transformers import AutoTokenizer
+
+    source, options = _source(name)
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The modules of a model named as for :func:`load_model`: their kinds and shapes, no weights.
+
+    Raises:
+        InputError: nothing there, or nothing that is a model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, options = _source(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -98,6 +114,31 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def model_window(model: Any) -> int | None:
     """The longest input the model was made for, where its configuration says."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """What transformers' loaders call the model, and the options that they need for it."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{name}: no such GGUF file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(f"{name}: not a model folder, it has no config.json")
+    return name, {}
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turns the loaders' many complaints into one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(
+            f"{name}: could not be loaded as a causal language model ({reason}); give a hub id, a "
+            "folder that from_pretrained loads, or a GGUF file"
+        ) from None
 
 
 def _forget_gguf(model: Any) -> None:

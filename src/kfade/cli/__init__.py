@@ -12,7 +12,26 @@ import sys
 import torch
 import typer
 
-from kfade.cli import check, demo, edit, fit, unlearn
+from kfade import distributed
+from kfade.cli import (
+    attack,
+    baseline,
+    check,
+    demo,
+    edit,
+    eval_choice,
+    eval_judge,
+    eval_kl,
+    eval_memorisation,
+    eval_quantisation,
+    eval_tofu,
+    fit,
+    report,
+    sweep,
+    unlearn,
+)
+from kfade.cli.eval import eval_app
+from kfade.cli.session import console
 from kfade.errors import InputError
 
 app = typer.Typer(
@@ -24,16 +43,33 @@ app = typer.Typer(
 )
 app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
+app.command("sweep")(sweep.sweep)
+app.command("baseline")(baseline.baseline)
 app.command("apply")(edit.apply)
 app.command("revert")(edit.revert)
+app.command("report")(report.report)
+app.command("merge")(edit.merge)
+app.command("export-lora")(edit.export_lora)
+app.command("attack")(attack.attack)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
+app.add_typer(eval_app, name="eval")
+eval_app.command("kl")(eval_kl.kl)
+eval_app.command("tofu")(eval_tofu.tofu)
+eval_app.command("choice")(eval_choice.choice)
+eval_app.command("mt-bench")(eval_judge.mt_bench)
+eval_app.command("memorisation")(eval_memorisation.memorisation)
+eval_app.command("quantisation")(eval_quantisation.quantisation)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command, in each process that ``torchrun`` started; returns the exit code."""
     try:
-        app(args=arguments)
+        with distributed.processes():
+            if distributed.count() > 1:
+                _check_several(sys.argv[1:] if arguments is None else arguments)
+                console.quiet = distributed.rank() > 0
+            app(args=arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except InputError as error:
@@ -47,6 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command with --resume goes on", 130)
     return 0
+
+
+def _check_several(arguments: list[str]) -> None:
+    if arguments[:1] not in (["fit"], ["unlearn"]):
+        raise InputError(
+            f"kfade {' '.join(arguments[:1])}: only fit and unlearn run in several processes; "
+            "start it without torchrun"
+        )
 
 
 def _out_of_memory() -> int:

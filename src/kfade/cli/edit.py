@@ -1,23 +1,46 @@
-"""``kfade apply`` and ``kfade revert``: write a model with an update added or taken away."""
+"""What is done with updates: ``kfade apply`` and ``revert``, ``merge``, and ``export-lora``."""
 
 from __future__ import annotations
 
+import json as json_text
 import shutil
+from collections.abc import Sequence
+from functools import reduce
+from itertools import combinations
+from operator import add
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from kfade.cli import options as o
 from kfade.cli.session import console, session, show
+from kfade.cli.unlearn import git_sha
 from kfade.errors import InputError
-from kfade.models import load_model, save_model
-from kfade.run_dir import check_free
+from kfade.lora import to_lora
+from kfade.models import load_model, load_skeleton, save_model
+from kfade.run_dir import RunDir, check_free
 from kfade.stages import stage
+from kfade.unlearn import versions
 from kfade.update import Update
 
 UpdatePath = Annotated[Path, typer.Argument(help="Folder of a kfade unlearn run, or its file.")]
+
+UpdatePaths = Annotated[
+    list[Path], typer.Argument(help="Folders of kfade runs, or their update files; two or more.")
+]
+Rank = Annotated[int, typer.Option("--rank", help="Rank of each weight's adapter.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--model", help="Where the model lies. [as UPDATE says]", show_default=False),
+]
+LoraOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Folder to write. [lora-RANK in the update's folder]", show_default=False
+    ),
+]
 
 
 def apply(
@@ -84,11 +107,10 @@ def _edit(
             "note: these are not the weights that the update was computed on; applied as to a "
             "fine-tuned descendant"
         )
-    size = sum(torch.linalg.vector_norm(d).item() ** 2 for d in update.deltas.values()) ** 0.5
     result = {
         "out": str(out),
         "weights": len(update.deltas),
-        "norm": size,
+        "norm": _norm(update),
         "lost_in_dtype": lost,
         "base_weights": is_base,
     }
@@ -98,3 +120,136 @@ def _edit(
         f"{100 * lost:.2g} % of it is lost to rounding in this dtype",
     ]
     show(result, as_json, lines)
+
+
+def merge(updates: UpdatePaths, out: o.Out, json: o.Json = False) -> None:
+    """Write the sum of several updates as one: `kfade apply` then makes all changes at once.
+
+    Updates of different models, or of one model at different times, are added all the same, and it
+    is said.
+    """
+    if len(updates) < 2:
+        raise InputError(f"{updates[0]}: one update only; give two or more to add up")
+    with session() as clock, RunDir(out, {"updates": [str(path) for path in updates]}) as folder:
+        with stage("load"):
+            loaded = [Update.load(path) for path in updates]
+        notes = _compare(updates, loaded)
+        merged = Update(reduce(add, loaded).deltas, _common(loaded))
+        merged.save(folder.part / "update.safetensors")
+        metrics: dict[str, Any] = {
+            "weights": len(merged.deltas),
+            "norm": _norm(merged),
+            "norms": [_norm(update) for update in loaded],
+            "seconds": {"total": clock.total},
+        }
+        manifest = {
+            "kind": "merge",
+            "updates": [str(path) for path in updates],
+            "notes": notes,
+            **merged.provenance,
+            "versions": versions(),
+            "git_sha": git_sha(),
+        }
+        folder.finish(manifest, metrics)
+    for note in notes:
+        console.print(f"note: {note}")
+    lines = [f"sum of {len(updates)} updates, {len(merged.deltas)} weights, written to {out}"]
+    show({"out": str(out), **metrics, "notes": notes}, json, lines)
+
+
+def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
+    """What is to be said of the updates' bases.
+
+    Raises:
+        InputError: they change one weight in different shapes.
+    """
+    notes = []
+    for (path, one), (other_path, other) in combinations(zip(paths, updates, strict=True), 2):
+        for name in one.deltas.keys() & other.deltas.keys():
+            shapes = [tuple(update.deltas[name].shape) for update in (one, other)]
+            if shapes[0] != shapes[1]:
+                raise InputError(
+                    f"{other_path} changes {name} of shape {shapes[1]}, {path} of {shapes[0]}: "
+                    "they are of different models"
+                )
+        models = [update.provenance.get("model") for update in (one, other)]
+        digests = [update.provenance.get("weights_sha256") for update in (one, other)]
+        if one.deltas.keys() == other.deltas.keys() and digests[0] != digests[1]:
+            notes.append(
+                f"{other_path} was computed on other weights than {path}; their sum is exact if "
+                "those were the other's result, and to first order otherwise"
+            )
+        elif models[0] != models[1]:
+            notes.append(f"{path} was computed on {models[0]}, {other_path} on {models[1]}")
+    return notes
+
+
+def _common(updates: Sequence[Update]) -> dict[str, Any]:
+    """Provenance of a sum: that of all parts, and what they agree on about their base."""
+    parts = [update.provenance for update in updates]
+    common: dict[str, Any] = {"merged": parts}
+    if all(part.get("model") == parts[0].get("model") for part in parts):
+        common["model"] = parts[0].get("model")
+    same_weights = all(update.deltas.keys() == updates[0].deltas.keys() for update in updates)
+    digests = {part.get("weights_sha256") for part in parts}
+    if same_weights and len(digests) == 1:  # else nothing was hashed over the sum's weights
+        common["weights_sha256"] = digests.pop()
+    return common
+
+
+def export_lora(
+    update: UpdatePath,
+    rank: Rank,
+    out: LoraOut = None,
+    model: BaseModel = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    json: o.Json = False,
+) -> None:
+    """Write the LoRA adapter that is nearest to UPDATE, as the package peft loads it.
+
+    Each weight's change is cut to its largest singular values; the relative error, ‖ΔW − BA‖ /
+    ‖ΔW‖, is told in all and, in `metrics.json`, by weight. MODEL's weights are not needed.
+    """
+    loaded = Update.load(update)
+    folder_of = update if update.is_dir() else update.parent
+    out = out or folder_of / f"lora-{rank}"
+    name = model or loaded.provenance.get("model")
+    if not name:
+        raise InputError(f"{update}: does not say of which model it is; give --model")
+    with session() as clock, RunDir(out, {"update": str(update), "rank": rank}) as folder:
+        with stage("load"):
+            skeleton = load_skeleton(name, trust_remote_code=bool(trust_remote_code))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with stage("decompose"):
+            lora = to_lora(loaded, skeleton, rank, base=name, device=device)
+        lora.save(folder.part / "adapter_model.safetensors")
+        config = json_text.dumps(lora.config, indent=2) + "\n"
+        (folder.part / "adapter_config.json").write_text(config, encoding="utf-8")
+        metrics = {
+            "rank": rank,
+            "relative_error": lora.error,
+            "relative_errors": lora.errors,
+            "parameters": sum(tensor.numel() for tensor in lora.tensors.values()),
+            "seconds": {"total": clock.total},
+        }
+        manifest = {
+            "kind": "lora",
+            "update": str(update),
+            "model": name,
+            "versions": versions(),
+            "git_sha": git_sha(),
+        }
+        folder.finish(manifest, metrics)
+    worst = max(lora.errors, key=lambda weight: lora.errors[weight])
+    lines = [
+        f"adapter of rank {rank} for {len(lora.errors)} weights written to {out}",
+        f"{100 * lora.error:.3g} % of the update's norm is left out; of {worst} "
+        f"{100 * lora.errors[worst]:.3g} %",
+    ]
+    show({"out": str(out), **metrics}, json, lines)
+
+
+def _norm(update: Update) -> float:
+    """‖ΔW‖ over all weights."""
+    return sum(torch.linalg.vector_norm(d).item() ** 2 for d in update.deltas.values()) ** 0.5

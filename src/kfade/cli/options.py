@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,11 @@ from kfade.errors import InputError
 from kfade.objectives import Objective, cross_entropy, margin
 
 DATA, FIT, STEP, SIZE, RUN = "Data", "Curvature", "Step", "Step size (give one)", "Run"
+JUDGED = "What is judged"
 
 
-def _option(panel: str, text: str, *names: str):
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+def _option(panel: str, text: str, *names: str, **checks: Any):
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **checks)
 
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
@@ -61,6 +62,10 @@ Target = Annotated[
 JointBias = Annotated[
     bool | None,
     _option(FIT, "Change biases too, as one more column.", "--joint-bias/--no-joint-bias"),
+]
+Memory = Annotated[
+    str | None,
+    _option(FIT, "What a device may hold, as in 20GB: fit the layers in groups that fit. [all]"),
 ]
 CurvatureDir = Annotated[
     Path | None, _option(FIT, "Use a curvature that kfade fit saved.", "--curvature")
@@ -114,6 +119,27 @@ ExportModel = Annotated[
 ]
 Json = Annotated[bool, _option(RUN, "Print one JSON object on stdout.", "--json")]
 Out = Annotated[Path, _option(RUN, "Folder to write; it must not exist yet.", "--out")]
+UpdateDir = Annotated[
+    Path | None,
+    _option(JUDGED, "Judge MODEL with this update: folder of a kfade unlearn run.", "--update"),
+]
+Quantise = Annotated[
+    str | None,
+    _option(JUDGED, "Judge it rounded to nearest: int8 or int4. [as it is]", "--quantise"),
+]
+Positions = Annotated[
+    int,
+    _option(
+        DATA,
+        "Positions in one forward pass; lower it to save memory. [4096]",
+        "--batch-tokens",
+        min=1,
+    ),
+]
+ResamplingSeed = Annotated[int, _option(RUN, "Seed of what is resampled. [0]", "--seed")]
+Limit = Annotated[
+    int | None, _option(DATA, "Take the first so many items only. [all]", "--limit", min=1)
+]
 
 
 def fit_of(word: str) -> Fit:
@@ -174,3 +200,17 @@ def forget_loss_of(word: str | None) -> float | None:
     if name != "forget_loss" or not math.isfinite(number):
         raise InputError(f"--until {word}: write forget_loss=NUMBER, in nats per token")
     return number
+
+
+def bytes_of(size: str, option: str = "--memory") -> int:
+    """Bytes of ``20GB``, ``800MB`` or a plain number; powers of 1000."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = size.strip().rstrip("BGKMTbgkmt")
+    unit = size.strip()[len(number) :].upper()
+    try:
+        value = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise InputError(f"{option} {size}: write a size as 20GB or 800MB")
+    return value

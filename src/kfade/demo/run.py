@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from kfade.demo.data import data_file
-from kfade.evaluate.choice import answer_by_likelihood, read_questions
-from kfade.progress import track
+from kfade.evaluate.choice import answer_by_likelihood
+from kfade.evaluate.generation import generate_texts
+from kfade.evaluate.questions import read_questions
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = (
@@ -22,6 +22,7 @@ PROMPTS = (
     "Water is made of hydrogen and",
     "The best way to make a cup of tea is",
 )
+ANSWER_TOKENS = 16
 QUESTIONS = {
     "forget: capitals, in other words": "forget_test.jsonl",
     "neighbours: geography": "neighbour_test.jsonl",
@@ -53,22 +54,9 @@ def examine(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
             }
             for scoring, result in results.items()
         }
-    answers = [continue_text(model, tokenizer, prompt) for prompt in track(PROMPTS, "answers")]
-    return {"accuracy": accuracy, "answers": answers}
-
-
-def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int = 16) -> str:
-    """Greedy continuation of ``prompt``, on one line."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-    text = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    answers = generate_texts(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+    return {"accuracy": accuracy, "answers": [" ".join(answer.split()) for answer in answers]}
 
 
 SCORINGS = ("per token", "total")

@@ -1,63 +1,28 @@
 """Multiple choice by likelihood.
 
-A question's choices are scored by log p(choice | question), in all or per token of the choice; the
-largest wins. Per token, a long name gains from the spelling of its later tokens, which says nothing
-of the question; in all, a short one gains from being short. So both are told. Chance is one over
-the number of choices.
+A question's choices are scored by log p(choice | question); the largest wins. By letters, as
+lm-evaluation-harness does for MMLU and WMDP: all choices are shown and p is that of a letter. Small
+models do not follow letters, so also by the choices' own texts: in all, per token, and per
+character (the harness's ``acc_norm``). In all, a short text gains from being short; per token, a
+long name gains from the spelling of its later tokens. Chance is one over the number of choices.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfade.batches import Sequence as Tokens
-from kfade.batches import make_batches
-from kfade.errors import InputError
-from kfade.head import hidden_states, read_head
-from kfade.models import frozen
+from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
+from kfade.evaluate.tokens import log_likelihoods, token_values
 from kfade.progress import track
 
-
-@dataclass(frozen=True)
-class Question:
-    """The beginning of a text and its possible continuations."""
-
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSONL file of ``{"question", "choices", "answer"}``.
-
-    Raises:
-        InputError: no such file, a malformed line, an answer that is not among the choices.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of questions")
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            question = Question(row["question"], tuple(row["choices"]), row["answer"])
-            question.choices[question.answer]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
-            raise InputError(
-                f'{path}, line {number}: write {{"question": "...", "choices": ["...", ...], '
-                '"answer": number of the right one, from 0}'
-            ) from None
-        questions.append(question)
-    if not questions:
-        raise InputError(f"{path} holds no questions")
-    return questions
+CHUNK = 256  # questions whose answers are kept at once; their sequences are sorted by length
+SCORINGS = ("letters", "text", "text_per_token", "text_per_character")
 
 
 @dataclass(frozen=True)
@@ -85,53 +50,164 @@ def answer_by_likelihood(
     Returns:
         Results by scoring: ``total`` log-likelihood, and its mean ``per token``.
     """
-    sequences = [
-        _continuation(tokenizer, question.question, f" {choice}")
-        for question in questions
-        for choice in question.choices
-    ]
-    totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens)
-    means = [total / s.loss_tokens for total, s in zip(totals, sequences, strict=True)]
+    scored = _score_texts(
+        model, tokenizer, questions, [q.question for q in questions], None, batch_tokens
+    )
     return {
-        "total": ChoiceResult(_right(questions, totals)),
-        "per token": ChoiceResult(_right(questions, means)),
+        word: ChoiceResult(
+            tuple(
+                _best(scores[key]) == q.answer for scores, q in zip(scored, questions, strict=True)
+            )
+        )
+        for word, key in (("total", "text"), ("per token", "text_per_token"))
     }
 
 
-def _right(questions: Sequence[Question], scores: Sequence[float]) -> tuple[bool, ...]:
-    """Whether each question's best-scored choice is the right one."""
-    rest = iter(scores)
-    correct = []
-    for question in questions:
-        own = [next(rest) for _ in question.choices]
-        correct.append(own.index(max(own)) == question.answer)
-    return tuple(correct)
+def answer_questions(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    note: Callable[[int, dict[str, list[float]]], None],
+    *,
+    cloze: bool = False,
+    window: int | None = None,
+    batch_tokens: int = 4096,
+) -> None:
+    """Call ``note(index, scores)`` for each question: a score of each choice by each scoring.
+
+    Args:
+        cloze: the question is the beginning of a text that a choice continues; it is put as it is,
+            not as ``Question: ... Answer:``, where texts are scored.
+        window: the model's longest input; of a longer one the last tokens are kept.
+    """
+    starts = range(0, len(questions), CHUNK)
+    for start in track(starts, "questions", lambda s: min(CHUNK, len(questions) - s)):
+        some = questions[start : start + CHUNK]
+        contexts = [q.question if cloze else text_prompt(q) for q in some]
+        letters = _score_letters(model, tokenizer, some, window, batch_tokens)
+        texts = _score_texts(model, tokenizer, some, contexts, window, batch_tokens)
+        for index, (letter, text) in enumerate(zip(letters, texts, strict=True), start):
+            note(index, {"letters": letter, **text})
 
 
-def log_likelihoods(
-    model: nn.Module, sequences: Sequence[Tokens], *, batch_tokens: int = 4096
-) -> list[float]:
-    """Summed log-probability of each sequence's scored tokens, in nats."""
-    device = next(model.parameters()).device
-    totals = [0.0] * len(sequences)
-    batches = make_batches(sequences, budget=batch_tokens, device=device)
-    with frozen(model), torch.no_grad():
-        head = read_head(model)
-        for batch in track(batches, "questions", lambda b: b.positions):
-            hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
-            target_N = batch.at_loss(batch.target_BT)
-            values = []
-            for part in head.chunks(hidden_ND):
-                log_p = head(hidden_ND[part]).log_softmax(dim=-1)
-                values.append(log_p.gather(1, target_N[part, None])[:, 0].double())
-            sums = torch.zeros(batch.loss_BT.shape, dtype=torch.float64, device=device)
-            sums[batch.loss_BT] = torch.cat(values)
-            for index, total in zip(batch.id_B.tolist(), sums.sum(dim=1).tolist(), strict=True):
-                totals[index] = total
-    return totals
+def verdict(scores: Mapping[str, Sequence[float]], answer: int) -> dict[str, bool]:
+    """Whether the best-scored choice is the right one, by scoring; the first of equals counts."""
+    return {scoring: _best(scores[scoring]) == answer for scoring in SCORINGS}
 
 
-def _continuation(tokenizer: Any, start: str, continuation: str) -> Tokens:
+def summarise(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy with its standard error by scoring, in all and by subject.
+
+    Each item has ``correct`` (by scoring), ``subject`` and ``choices`` (their number). In all, each
+    question counts alike, as in the harness's groups.
+    """
+    subjects = sorted({item["subject"] for item in items})
+    result: dict[str, Any] = {
+        "questions": len(items),
+        "chance": sum(1 / item["choices"] for item in items) / len(items),
+        "accuracy": _accuracies(items),
+    }
+    if len(subjects) > 1:
+        own = {name: [item for item in items if item["subject"] == name] for name in subjects}
+        result["subjects"] = {
+            name: {"questions": len(some), **_accuracies(some)} for name, some in own.items()
+        }
+    return result
+
+
+def _score_letters(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    window: int | None,
+    batch_tokens: int,
+) -> list[list[float]]:
+    """log p of each letter; one forward pass a question where a letter is one token."""
+    prompts = [letter_prompt(question) for question in questions]
+    most = max(len(question.choices) for question in questions)
+    ends = [_continuation(tokenizer, "Answer:", f" {letter}") for letter in LETTERS[:most]]
+    if any(end.loss_tokens > 1 for end in ends):
+        sequences = [
+            _continuation(tokenizer, prompt, f" {letter}", window)
+            for prompt, question in zip(prompts, questions, strict=True)
+            for letter in LETTERS[: len(question.choices)]
+        ]
+        totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="letters")
+        return _by_question(questions, totals)
+    letters = [end.tokens[-1] for end in ends]
+    scores: list[list[float]] = [[] for _ in questions]
+
+    def all_letters(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        return logits_NV.log_softmax(dim=-1)[:, letters]
+
+    def note(index: int, values: Tensor) -> None:
+        scores[index] = values[0, : len(questions[index].choices)].tolist()
+
+    sequences = [_continuation(tokenizer, prompt, " A", window) for prompt in prompts]
+    token_values(model, sequences, all_letters, note, name="letters", batch_tokens=batch_tokens)
+    return scores
+
+
+def _score_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    contexts: Sequence[str],
+    window: int | None,
+    batch_tokens: int,
+) -> list[dict[str, list[float]]]:
+    """log p of each choice's text after the question's context: in all and by its lengths."""
+    sequences = [
+        _continuation(tokenizer, context, f" {choice}", window)
+        for context, question in zip(contexts, questions, strict=True)
+        for choice in question.choices
+    ]
+    totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="texts")
+    by_question = _by_question(questions, totals)
+    tokens = _by_question(questions, [sequence.loss_tokens for sequence in sequences])
+    return [
+        {
+            "text": scores,
+            "text_per_token": [s / n for s, n in zip(scores, counts, strict=True)],
+            "text_per_character": [
+                s / max(1, len(choice)) for s, choice in zip(scores, q.choices, strict=True)
+            ],
+        }
+        for q, scores, counts in zip(questions, by_question, tokens, strict=True)
+    ]
+
+
+def _by_question(questions: Sequence[Question], values: Sequence[Any]) -> list[list[Any]]:
+    """``values`` of all choices in a row, as a list of each question's own."""
+    rest = iter(values)
+    return [[next(rest) for _ in question.choices] for question in questions]
+
+
+def _best(scores: Sequence[float]) -> int:
+    return scores.index(max(scores))
+
+
+def _accuracies(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    results = {s: ChoiceResult(tuple(item["correct"][s] for item in items)) for s in SCORINGS}
+    return {
+        scoring: {"value": result.accuracy, "standard_error": result.standard_error}
+        for scoring, result in results.items()
+    }
+
+
+def _continuation(
+    tokenizer: Any, start: str, continuation: str, window: int | None = None
+) -> Tokens:
+    """Both texts tokenised together; scored is what comes after the tokens of the first alone.
+
+    Together, since some tokenizers would put a mark of their own before a continuation tokenised
+    apart. The last ``window`` + 1 tokens are kept: the last is only scored, not read.
+    """
     before = tokenizer(start).input_ids
-    after = tokenizer(continuation, add_special_tokens=False).input_ids
-    return Tokens((*before, *after), (False,) * len(before) + (True,) * len(after))
+    tokens = tokenizer(start + continuation).input_ids
+    if len(tokens) <= len(before):  # the boundary was swallowed by one token
+        tokens = [*before, *tokenizer(continuation, add_special_tokens=False).input_ids]
+    scored = [False] * len(before) + [True] * (len(tokens) - len(before))
+    if window is not None:
+        tokens, scored = tokens[-window - 1 :], [False, *scored[-window - 1 :][1:]]
+    return Tokens(tuple(tokens), tuple(scored))

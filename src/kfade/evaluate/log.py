@@ -10,9 +10,10 @@ goes on after the items that it has. A last line that was cut off in writing is 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,8 +85,9 @@ class ItemLog:
         self._line({"item": item, **values})
 
     def finish(self, aggregate: Mapping[str, Any]) -> None:
-        """The figures over all items: the last line."""
+        """The figures over all items: the last line, after which the file is closed."""
         self._line({"aggregate": dict(aggregate)})
+        self._file.close()
 
     def _line(self, content: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(content) + "\n")
@@ -122,3 +124,8 @@ def read_log(path: Path, *, partial: bool = False) -> Evaluation:
     if aggregate is None and not partial:
         raise InputError(f"{path}: this evaluation was interrupted; repeat it with --resume")
     return Evaluation(rows[0], items, aggregate)
+
+
+def digest(rows: Sequence[Any]) -> str:
+    """SHA-256 over plain values or dataclasses: says in a header on what a model was measured."""
+    return hashlib.sha256(json.dumps(list(rows), default=astuple).encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""Measure the model that is being trained against the model that it was.
+
+The figures of :class:`kfade.unlearn.Gauge`; but here the vocabulary head may be among what is
+trained (as it is wherever it is tied to trained embeddings), so each side has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfade.baselines.losses import Net
+from kfade.batches import Batch
+from kfade.measure import divergence, hidden_reference, mean_objectives
+from kfade.objectives import cross_entropy
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model does, in nats per scored token."""
+
+    forget_loss: float
+    """Cross-entropy on the forget set."""
+    retain_loss: float
+    """Cross-entropy on held-out retain data."""
+    retain_kl: float
+    """KL(base ‖ model) there."""
+
+
+class Gauge:
+    """Made while the model is the base model; :meth:`measure` takes it as it is by then."""
+
+    def __init__(self, net: Net, forget: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+        self._net, self._forget = net, forget
+        self._base = hidden_reference(net.model, held_out, "base reference")
+
+    def measure(self) -> Measured:
+        """Forward passes over the forget and the held-out batches."""
+        head, base_head = self._net.head, self._net.base_head
+        (forget_loss,) = mean_objectives(self._net.model, self._forget, [cross_entropy])
+        now = hidden_reference(self._net.model, self._base.batches, "held-out KL")
+        loss = kl = 0.0
+        with torch.no_grad():
+            for batch, base_ND, hidden_ND in zip(
+                now.batches, self._base.hidden, now.hidden, strict=True
+            ):
+                target_N = batch.at_loss(batch.target_BT)
+                for part in head.chunks(hidden_ND):
+                    logits_NV = head(hidden_ND[part])
+                    loss += cross_entropy(logits_NV, target_N[part]).double().sum().item()
+                    kl_N = divergence(base_head(base_ND[part]), logits_NV)
+                    kl += kl_N.double().sum().item()
+        return Measured(forget_loss, loss / now.loss_tokens, kl / now.loss_tokens)

@@ -1,0 +1,160 @@
+"""The methods: what each minimises, and how its reference code trains.
+
+Learning rates are those of 7B models; a small model needs its own sweep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from kfade.baselines import elm as erasing
+from kfade.baselines import rmu as representations
+from kfade.baselines.losses import Term, closeness, likelihood, preference, simple_preference
+from kfade.baselines.sophia import Sophia
+from kfade.layers import Target, find_targets
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Training as the reference code does it where nothing is said."""
+
+    lr: float
+    batch: int = 32
+    epochs: float | None = None
+    """Passes over the forget set; or else ``steps``."""
+    steps: int | None = None
+    accumulate: int = 1
+    warm_up: Literal["epoch", "tenth", "none"] = "none"
+    """Steps of one epoch, a tenth of all steps, or none."""
+    decay: bool = False
+    weight_decay: float = 0.01
+    clip: float | None = None
+    optimizer: type[Optimizer] = AdamW
+    lora: int = 0
+    """Rank of low-rank changes; 0 trains the weights themselves."""
+    layers: str | None = None
+    """Blocks of whose linear maps all are trained, attention's too; ``Method.trains`` when None."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sum of terms to minimise, and how to."""
+
+    terms: tuple[Term, ...]
+    defaults: Defaults
+    trains: tuple[str, ...] | None = None
+    """Names of the weights that are trained; every parameter of the model when None."""
+    last_block: int | None = None
+    """Blocks after it are not run."""
+
+
+# The TOFU family trains with a trainer that clips, and lets the rate fall linearly.
+TOFU: dict[str, Any] = {"lr": 1e-5, "warm_up": "epoch", "decay": True, "clip": 1.0}
+
+
+def gradient_ascent() -> Method:
+    """GA: −CE_f."""
+    return Method((likelihood("forget", -1.0),), Defaults(**TOFU, epochs=5))
+
+
+def gradient_difference(*, retain_weight: float = 1.0) -> Method:
+    """GD: −CE_f + CE_r."""
+    return Method(_difference(retain_weight), Defaults(**TOFU, epochs=5))
+
+
+def kl_minimisation(*, retain_weight: float = 1.0) -> Method:
+    """KL-min: −CE_f + KL(base ‖ current) on retain tokens."""
+    terms = (likelihood("forget", -1.0), closeness(retain_weight))
+    return Method(terms, Defaults(**TOFU, epochs=5))
+
+
+def npo(*, beta: float = 0.1, coefficient: float = 1.0, retain_weight: float = 1.0) -> Method:
+    """NPO: c (2/β) softplus(−β (L − L_base)) + CE_r."""
+    terms = (preference(beta, coefficient), likelihood("retain", retain_weight))
+    return Method(terms, Defaults(**TOFU, epochs=10))
+
+
+def simnpo(
+    *,
+    beta: float = 2.5,
+    gamma: float = 0.0,
+    coefficient: float = 0.1375,
+    retain_weight: float = 1.0,
+) -> Method:
+    """SimNPO: c (2/β) softplus(−β (L/|y| − γ)) + CE_r; β and c as for 5 % of TOFU."""
+    terms = (
+        simple_preference(beta, gamma, coefficient),
+        likelihood("retain", retain_weight),
+    )
+    return Method(terms, Defaults(**TOFU, epochs=10))
+
+
+def soul(*, gamma: float = 2.0) -> Method:
+    """SOUL: −CE_f + γ CE_r by Sophia."""
+    defaults = Defaults(
+        lr=5e-6,
+        epochs=5,
+        warm_up="tenth",
+        decay=True,
+        weight_decay=0.1,
+        clip=1.0,
+        optimizer=Sophia,
+    )
+    return Method(_difference(gamma), defaults)
+
+
+def rmu(
+    model: Any,
+    *,
+    layer: int = 7,
+    coefficient: float = 6.5,
+    retain_weight: float = 1200.0,
+    seed: int = 0,
+) -> Method:
+    """RMU: forget representations at block ``layer`` to c u, retain ones held; Zephyr's settings.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    block = representations.find_block(model, layer)
+    width = model.get_input_embeddings().weight.shape[1]
+    vector_D = representations.control_vector(width, coefficient, seed)
+    terms = (
+        representations.steering(block, vector_D),
+        representations.holding(block, retain_weight),
+    )
+    names = tuple(representations.trained_weights(model, layer))
+    return Method(terms, Defaults(lr=5e-5, batch=4, steps=150), names, last_block=layer)
+
+
+def elm(guidance: erasing.Guidance, *, retain_weight: float = 1.0) -> Method:
+    """ELM: erasure + KL on retain text + fluency; low-rank changes of attention and feed-forward.
+
+    3000 forget sequences one by one, four a step.
+    """
+    terms = (
+        erasing.erasure(guidance),
+        closeness(retain_weight),
+        erasing.fluency(guidance, 1.0),
+    )
+    defaults = Defaults(lr=5e-5, batch=1, accumulate=4, steps=750, lora=256, layers="4-7")
+    return Method(terms, defaults)
+
+
+def block_targets(model: nn.Module, layers: str | None) -> list[Target]:
+    """Every linear map of the blocks ``layers``, attention's too; of all blocks when None.
+
+    Raises:
+        InputError: the model has no such blocks.
+    """
+    first = find_targets(model, layers=layers)[0]
+    blocks = first.name.partition(f".{first.block}.")[0]
+    return find_targets(model, layers=layers, pattern=f"{blocks}.*")
+
+
+def _difference(retain_weight: float) -> tuple[Term, ...]:
+    return (likelihood("forget", -1.0), likelihood("retain", retain_weight))

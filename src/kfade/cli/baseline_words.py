@@ -1,0 +1,155 @@
+"""What the words and numbers of ``kfade baseline`` stand for: a method, weights, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kfade.baselines import methods
+from kfade.baselines.elm import Guidance
+from kfade.baselines.loop import Settings, steps_per_epoch
+from kfade.baselines.methods import Defaults, Method
+from kfade.baselines.weights import Dense, Lora, Trainable
+from kfade.cli.baseline_options import METHODS
+from kfade.cli.session import Loaded
+from kfade.errors import InputError
+from kfade.layers import Target, find_targets
+from kfade.models import model_window
+
+
+def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], Method]:
+    """The method of that name with the loss options ``given``; to be called with model and seed.
+
+    Raises:
+        InputError: no such method, or an option that it does not have.
+    """
+
+    def only(*names: str) -> dict[str, Any]:
+        other = [name for name in given if name not in names]
+        if other:
+            raise InputError(f"--{other[0].replace('_', '-')} is no option of {word}: leave it out")
+        return dict(given)
+
+    match word:
+        case "ga":
+            only()
+            return lambda loaded, seed: methods.gradient_ascent()
+        case "gd":
+            own = only("retain_weight")
+            return lambda loaded, seed: methods.gradient_difference(**own)
+        case "kl-min":
+            own = only("retain_weight")
+            return lambda loaded, seed: methods.kl_minimisation(**own)
+        case "npo":
+            own = only("beta", "coefficient", "retain_weight")
+            return lambda loaded, seed: methods.npo(**own)
+        case "simnpo":
+            own = only("beta", "gamma", "coefficient", "retain_weight")
+            return lambda loaded, seed: methods.simnpo(**own)
+        case "soul":
+            own = only("gamma")
+            return lambda loaded, seed: methods.soul(**own)
+        case "rmu":
+            own = only("layer", "coefficient", "retain_weight")
+            return lambda loaded, seed: methods.rmu(loaded.model, seed=seed, **own)
+        case "elm":
+            own = only("concept", "eta", "retain_weight")
+            if "concept" not in own:
+                raise InputError("--concept is missing: say in words what elm is to erase")
+            concept, eta = own.pop("concept"), own.pop("eta", Guidance.eta)
+            return lambda loaded, seed: methods.elm(guidance(loaded, concept, eta, seed), **own)
+    raise InputError(f"METHOD {word}: give {METHODS}")
+
+
+def guidance(loaded: Loaded, concept: str, eta: float, seed: int) -> Guidance:
+    """ELM's texts about ``concept``, in the model's tokens."""
+    tokenizer, window = loaded.tokenizer, model_window(loaded.model)
+    longest = Guidance.fluent_tokens
+
+    def tokens(text: str, **options: Any) -> tuple[int, ...]:
+        return tuple(tokenizer(text, **options).input_ids)
+
+    return Guidance(
+        expert=tokens(f"What follows was written by an expert on {concept}:\n"),
+        novice=tokens(f"What follows was written by somebody who never heard of {concept}:\n"),
+        bridge=tokens(
+            "\nBut enough of that; let us turn to something else altogether.",
+            add_special_tokens=False,
+        ),
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        window=window,
+        eta=eta,
+        fluent_tokens=min(longest, window // 4) if window else longest,
+        seed=seed,
+    )
+
+
+def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed: int) -> Trainable:
+    """The weights that the method trains where nothing is ``given``, or those that are.
+
+    Raises:
+        InputError: nothing matches, an impossible rank, or a block that the method never runs.
+    """
+    model, pattern = loaded.model, given.get("target")
+    rank, dropout = given.get("lora", method.defaults.lora), given["lora_dropout"]
+    if rank < 0 or not 0 <= dropout < 1:
+        raise InputError("--lora must be 0 or more, --lora-dropout 0 or more and below 1")
+    layers = given.get("layers", None if pattern else method.defaults.layers)
+    names = method.trains
+    if layers or pattern:
+        # Whole feed-forward weights, as kfade unlearn changes; attention too where it is usual.
+        wide = pattern is None and (rank > 0 or "layers" not in given)
+        found = (
+            methods.block_targets(model, layers)
+            if wide
+            else find_targets(model, layers=layers, pattern=pattern)
+        )
+        _refuse_unreached(method, found)
+        names = tuple(target.name for target in found)
+    if rank == 0:
+        return Dense(model, names or [name for name, _ in model.named_parameters()])
+    targets = methods.block_targets(model, None)
+    own = [target for target in targets if names is None or target.name in names]
+    alpha = given["lora_alpha"]
+    return Lora(model, own, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
+
+
+def _refuse_unreached(method: Method, targets: Sequence[Target]) -> None:
+    for target in targets:
+        if method.last_block is not None and target.block > method.last_block:
+            raise InputError(
+                f"{target.name} lies above block {method.last_block}, where rmu stops: give "
+                "--layers up to there"
+            )
+
+
+def settings_of(defaults: Defaults, given: Mapping[str, Any], sequences: int) -> Settings:
+    """How to train: what is ``given``, else as the method's reference code does.
+
+    Raises:
+        InputError: both or an impossible number of steps and epochs.
+    """
+    batch = given.get("batch", defaults.batch)
+    accumulate = given.get("accumulate", defaults.accumulate)
+    if "steps" in given and "epochs" in given:
+        raise InputError("give --steps or --epochs, not both")
+    if min(batch, accumulate, given.get("epochs", 1)) <= 0:
+        raise InputError("--batch, --accumulate and --epochs must be above 0")
+    epoch = steps_per_epoch(sequences, batch, accumulate)
+    steps = given.get("steps", None if "epochs" in given else defaults.steps)
+    if steps is None:
+        epochs = given.get("epochs", defaults.epochs)
+        steps = max(1, int(epochs * sequences) // (batch * accumulate))
+    warm_up = {"epoch": epoch, "tenth": max(1, steps // 10), "none": 0}[defaults.warm_up]
+    return Settings(
+        lr=given.get("lr", defaults.lr),
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        warm_up=given.get("warm_up", warm_up),
+        decay=given.get("decay", defaults.decay),
+        weight_decay=given.get("weight_decay", defaults.weight_decay),
+        clip=given.get("clip", defaults.clip) or None,
+        optimizer=defaults.optimizer,
+    )

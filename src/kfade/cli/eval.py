@@ -1,0 +1,165 @@
+"""``kfade eval``: what its commands share, which is everything but the measuring.
+
+Each command reads its data, then works within :func:`evaluation`: an output folder that is whole or
+absent, with ``items.jsonl`` (every item's values), ``metrics.json`` and ``manifest.json``. An
+interrupted one keeps its items and goes on with ``--resume``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from torch import nn
+
+from kfade.cli.session import console, session
+from kfade.cli.unlearn import git_sha
+from kfade.evaluate.log import ItemLog
+from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
+from kfade.layers import digest_weights
+from kfade.models import load_model
+from kfade.run_dir import RunDir
+from kfade.stages import Clock, stage
+from kfade.unlearn import versions
+from kfade.update import Update
+
+eval_app = typer.Typer(
+    help="Measure a model, with or without an update: benchmarks, specificity, memorisation.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+ITEMS = "items.jsonl"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is judged: as it was loaded, and as it is edited."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    update: Update
+    rounding: Rounding | None
+
+    @contextlib.contextmanager
+    def edited(self) -> Iterator[nn.Module]:
+        """With the update, then rounded, within the ``with``; as it was loaded afterwards."""
+        with self.update.applied_to(self.model) as model, quantised(model, self.rounding):
+            yield model
+
+
+def load_subject(
+    name: str,
+    *,
+    update: Path | None = None,
+    quantise: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> Subject:
+    """What the options say.
+
+    Raises:
+        InputError: no such model or update, or one that does not fit the other.
+    """
+    rounding = rounding_of(quantise)
+    change = Update.load(update) if update else Update({})
+    with stage("load"):
+        model, tokenizer = load_model(
+            name, dtype=dtype, device=device, trust_remote_code=bool(trust_remote_code)
+        )
+        if update and not change.fits_base(model):  # raises where shapes or names differ
+            console.print(
+                "note: these are not the weights that the update was computed on; judged as on a "
+                "fine-tuned descendant"
+            )
+    return Subject(name, model, tokenizer, change, rounding)
+
+
+def digest_model(model: nn.Module) -> str:
+    """SHA-256 over all weights, as they are now."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return digest_weights(model, names)
+
+
+class Evaluation:
+    """One evaluation on its way from its options to its folder."""
+
+    def __init__(
+        self, benchmark: str, settings: Mapping[str, Any], clock: Clock, folder: RunDir
+    ) -> None:
+        self.folder = folder
+        self.result: dict[str, Any] = {}
+        """What is printed, once the evaluation is whole."""
+        self._benchmark, self._settings, self._clock = benchmark, dict(settings), clock
+
+    @contextlib.contextmanager
+    def items(self, **decides: Any) -> Iterator[ItemLog]:
+        """The log of items; ``decides`` (digests of weights and data) goes into its header.
+
+        Raises:
+            InputError: an interrupted log was made of other weights or data.
+        """
+        path = self.folder.state / ITEMS
+        header = {"benchmark": self._benchmark, **self._settings, **decides}
+        with ItemLog(path, header) as log:
+            try:
+                yield log
+            finally:
+                if not log.items:  # nothing worth keeping
+                    path.unlink(missing_ok=True)
+
+    def finish(self, log: ItemLog, aggregate: Mapping[str, Any], **manifest: Any) -> None:
+        """Write everything; ``manifest`` adds to what is told about the run."""
+        log.finish(aggregate)
+        self.folder.publish(ITEMS)
+        metrics = {
+            **aggregate,
+            "seconds": {**self._clock.seconds, "total": self._clock.total},
+            "peak_bytes": max(self._clock.peak_bytes.values()),
+        }
+        about = {
+            "kind": "eval",
+            "benchmark": self._benchmark,
+            **manifest,
+            "versions": versions(),
+            "git_sha": git_sha(),
+            "config": self._settings,
+        }
+        self.folder.finish(about, metrics)
+        self.result = {"out": str(self.folder.path), **metrics}
+
+
+@contextlib.contextmanager
+def evaluation(
+    benchmark: str, out: Path, resume: bool, settings: Mapping[str, Any]
+) -> Iterator[Evaluation]:
+    """The frame of a command: progress, clock, folder.
+
+    Args:
+        settings: every option that decides a number; a resumed run must ask for the same.
+    """
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    asked = {"benchmark": benchmark, **plain}
+    with session() as clock, RunDir(out, asked, resume=resume) as folder:
+        yield Evaluation(benchmark, plain, clock, folder)
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's own ``locals()`` without what decides no number."""
+    return {name: value for name, value in options.items() if name not in _NOT_SETTINGS}
+
+
+_NOT_SETTINGS = {"out", "resume", "json", "batch_tokens", "device", "trust_remote_code"}
+
+
+def interval(figure: Mapping[str, float], digits: int = 3) -> str:
+    """``value [low, high]``, or ``value ± standard error``, for a person."""
+    value = f"{figure['value']:.{digits}g}"
+    if "low" in figure:
+        return f"{value} [{figure['low']:.{digits}g}, {figure['high']:.{digits}g}]"
+    return f"{value} ± {figure['standard_error']:.2g}" if "standard_error" in figure else value

@@ -1,0 +1,182 @@
+"""``kfade eval choice``: multiple-choice questions by letters and by texts; lm-eval's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kfade.cli import options as o
+from kfade.cli.eval import (
+    Evaluation,
+    Subject,
+    digest_model,
+    evaluation,
+    interval,
+    load_subject,
+    settings_of,
+)
+from kfade.cli.session import show
+from kfade.errors import InputError
+from kfade.evaluate.choice import SCORINGS, answer_questions, summarise, verdict
+from kfade.evaluate.lm_eval import check_installed, run_tasks
+from kfade.evaluate.log import digest
+from kfade.evaluate.questions import Question, read_questions
+from kfade.models import model_window
+from kfade.stages import stage
+
+TASK_TOKENS = 512  # positions that an item of lm-eval is taken to have, to size its batches
+
+Questions = Annotated[
+    Path | None,
+    typer.Option(
+        "--questions",
+        help="JSONL of {question, choices, answer}, MMLU's csv, or a folder of csv files.",
+        rich_help_panel=o.DATA,
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", help="lm-eval's own tasks, as in mmlu,wmdp_bio.", rich_help_panel=o.DATA
+    ),
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-folder", help="Folder of further lm-eval tasks (YAML).", rich_help_panel=o.DATA
+    ),
+]
+Cloze = Annotated[
+    bool,
+    typer.Option(
+        "--cloze",
+        help="Questions are beginnings of texts that a choice continues.",
+        rich_help_panel=o.DATA,
+    ),
+]
+
+
+def choice(
+    model: o.Model,
+    out: o.Out,
+    questions: Questions = None,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    cloze: Cloze = False,
+    update: o.UpdateDir = None,
+    quantise: o.Quantise = None,
+    limit: o.Limit = None,
+    batch_tokens: o.Positions = 4096,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    seed: o.ResamplingSeed = 0,
+    resume: o.Resume = False,
+    json: o.Json = False,
+) -> None:
+    """Accuracy on multiple-choice questions, or on tasks of lm-eval, with standard errors.
+
+    Example: `kfade eval choice MODEL --update out/run --questions mmlu/test --out out/mmlu`
+    """
+    settings = settings_of(locals())
+    if (questions is None) == (tasks is None):
+        raise InputError("give --questions or --tasks, and one of them")
+    asked = read_questions(questions)[:limit] if questions else []
+    if tasks:
+        check_installed()
+    with evaluation("choice", out, resume, settings) as run:
+        subject = load_subject(
+            model, update=update, quantise=quantise, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        with subject.edited() as edited:
+            digests = {"weights_sha256": digest_model(edited)}
+            if tasks:
+                names = [name.strip() for name in tasks.split(",") if name.strip()]
+                batch_size = max(1, batch_tokens // TASK_TOKENS)
+                _run_tasks(run, subject, digests, names, task_folder, limit, batch_size, seed)
+            else:
+                _ask(run, subject, digests, asked, cloze, batch_tokens)
+    show(run.result, json, _lines(run.result))
+
+
+def _ask(
+    run: Evaluation,
+    subject: Subject,
+    digests: dict[str, str],
+    questions: Sequence[Question],
+    cloze: bool,
+    batch_tokens: int,
+) -> None:
+    digests["data_sha256"] = digest(questions)
+    with run.items(**digests) as log:
+        missing = [i for i in range(len(questions)) if str(i) not in log.items]
+
+        def note(place: int, scores: dict[str, list[float]]) -> None:
+            question = questions[missing[place]]
+            log.add(
+                str(missing[place]),
+                question=question.question[:200],
+                subject=question.subject,
+                choices=len(question.choices),
+                answer=question.answer,
+                correct=verdict(scores, question.answer),
+                scores=scores,
+            )
+
+        with stage("questions"):
+            answer_questions(
+                subject.model,
+                subject.tokenizer,
+                [questions[i] for i in missing],
+                note,
+                cloze=cloze,
+                window=model_window(subject.model),
+                batch_tokens=batch_tokens,
+            )
+        items = [log.items[str(i)] for i in range(len(questions))]
+        run.finish(log, summarise(items), **digests)
+
+
+def _run_tasks(
+    run: Evaluation,
+    subject: Subject,
+    digests: dict[str, str],
+    tasks: list[str],
+    task_folder: Path | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> None:
+    with stage("tasks"):
+        items, figures = run_tasks(
+            subject.model,
+            subject.tokenizer,
+            tasks,
+            task_folder=task_folder,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    with run.items(**digests) as log:
+        for name, values in items.items():
+            if name not in log.items:
+                log.add(name, **values)
+        run.finish(log, {"tasks": figures, "items": len(items)}, **digests)
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    if "tasks" in result:
+        return [
+            f"{task}: " + ", ".join(f"{name} {interval(value)}" for name, value in figures.items())
+            for task, figures in result["tasks"].items()
+        ]
+    lines = [f"{result['questions']} questions; chance {100 * result['chance']:.1f} %"]
+    for scoring in SCORINGS:
+        figure = result["accuracy"][scoring]
+        percent = f"{100 * figure['value']:.1f} ± {100 * figure['standard_error']:.1f} %"
+        lines.append(f"by {scoring.replace('_', ' ')}: {percent}")
+    return [*lines, f"every question in {result['out']}/items.jsonl"]

@@ -1,0 +1,171 @@
+"""``kfade eval mt-bench``: a model's answers, graded by a judge behind an API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kfade.cli import options as o
+from kfade.cli.eval import digest_model, evaluation, load_subject, settings_of
+from kfade.cli.session import console, show
+from kfade.errors import InputError
+from kfade.evaluate.judge import Judge
+from kfade.evaluate.log import ItemLog, digest
+from kfade.evaluate.mt_bench import (
+    answer_questions,
+    judge_answers,
+    read_bench,
+    summarise,
+)
+from kfade.stages import stage
+
+ANSWERS = "answers.jsonl"
+JUDGE = "Judge"
+# Where the judge is found decides no number, so a resumed evaluation may look elsewhere.
+_WHERE = ("judge_url", "judge_key_env", "judge_timeout")
+
+Questions = Annotated[
+    Path,
+    typer.Option(
+        "--questions",
+        help="JSONL of {question_id, category, turns[, reference]}: MT-Bench's question.jsonl.",
+        rich_help_panel=o.DATA,
+    ),
+]
+JudgeUrl = Annotated[
+    str,
+    typer.Option(
+        "--judge-url", help="Server, as in http://localhost:8000/v1.", rich_help_panel=JUDGE
+    ),
+]
+JudgeModel = Annotated[
+    str, typer.Option("--judge-model", help="Its model's name.", rich_help_panel=JUDGE)
+]
+JudgeKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-key-env",
+        help="Environment variable that holds the API key. [no key]",
+        show_default=False,
+        rich_help_panel=JUDGE,
+    ),
+]
+JudgeTimeout = Annotated[
+    float,
+    typer.Option(
+        "--judge-timeout", min=1, help="Seconds to wait for one judgement.", rich_help_panel=JUDGE
+    ),
+]
+JudgeMaxTokens = Annotated[
+    int,
+    typer.Option("--judge-max-tokens", min=1, help="Longest judgement.", rich_help_panel=JUDGE),
+]
+Runs = Annotated[
+    int,
+    typer.Option("--runs", min=1, help="Answer and judge so many times.", rich_help_panel=JUDGE),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=o.DATA)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.", rich_help_panel=o.RUN)]
+
+
+def mt_bench(
+    model: o.Model,
+    questions: Questions,
+    judge_url: JudgeUrl,
+    judge_model: JudgeModel,
+    out: o.Out,
+    update: o.UpdateDir = None,
+    quantise: o.Quantise = None,
+    judge_key_env: JudgeKeyEnv = None,
+    judge_timeout: JudgeTimeout = 300.0,
+    judge_max_tokens: JudgeMaxTokens = 1024,
+    runs: Runs = 1,
+    max_new_tokens: MaxNewTokens = 1024,
+    template: o.Template = None,
+    limit: o.Limit = None,
+    batch_tokens: o.Positions = 4096,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    seed: Seed = 0,
+    resume: o.Resume = False,
+    json: o.Json = False,
+) -> None:
+    """Mean rating, 1 to 10, of MODEL's answers to questions of several turns.
+
+    Example: `kfade eval mt-bench MODEL --update out/run --questions question.jsonl
+    --judge-url http://localhost:8000/v1 --judge-model NAME --runs 3 --out out/mt-bench`
+    """
+    settings = {k: v for k, v in settings_of(locals()).items() if k not in _WHERE}
+    judge = Judge(
+        judge_url,
+        judge_model,
+        _key(judge_key_env),
+        timeout=judge_timeout,
+        max_tokens=judge_max_tokens,
+    )
+    chat = o.chat_of(template or "auto")
+    asked = read_bench(questions)[:limit]
+    with evaluation("mt-bench", out, resume, settings) as run:
+        subject = load_subject(
+            model, update=update, quantise=quantise, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        with subject.edited() as edited:
+            about = {"weights_sha256": digest_model(edited), "data_sha256": digest(asked)}
+            header = {"benchmark": "mt-bench answers", **settings, **about}
+            header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
+            with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:
+                answer_questions(
+                    edited,
+                    subject.tokenizer,
+                    asked,
+                    answers,
+                    runs=runs,
+                    chat=chat,
+                    max_new_tokens=max_new_tokens,
+                    batch_tokens=batch_tokens,
+                    seed=seed,
+                )
+                answers.finish({"answers": len(answers.items)})
+        with run.items(**about) as log:
+            with stage("judgements"):
+                judge_answers(judge, asked, answers.items, log, runs=runs)
+            run.folder.publish(ANSWERS)
+            run.finish(log, summarise(log.items), **about)
+    _show(run.result, json)
+
+
+def _key(variable: str | None) -> str | None:
+    """The key, out of the environment: on the command line it would be seen by everybody."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise InputError(f"--judge-key-env {variable}: this environment variable is not set")
+    return key
+
+
+def _show(result: Mapping[str, Any], as_json: bool) -> None:
+    if result["unrated"]:
+        console.print(
+            f"note: {result['unrated']} of {result['judged']} replies of the judge held no "
+            "[[rating]] from 1 to 10; they count in no mean (see reply in items.jsonl)"
+        )
+    if result["score"] is None:
+        show(dict(result), as_json, ["no reply of the judge held a rating"])
+        return
+    over_runs, over_questions = result["standard_error"], result["standard_error_questions"]
+    errors = [
+        f"± {error:.2f} over {what}"
+        for error, what in ((over_runs, "runs"), (over_questions, "questions"))
+        if error is not None
+    ]
+    lines = [f"score {result['score']:.2f} of 10 {', '.join(errors)}"]
+    lines += [f"  turn {name}: {mean:.2f}" for name, mean in result["by_turn"].items()]
+    lines += [f"  {name}: {mean:.2f}" for name, mean in result["by_category"].items()]
+    show(dict(result), as_json, lines)

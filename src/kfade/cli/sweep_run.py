@@ -1,0 +1,247 @@
+"""What ``kfade sweep`` does between its options and its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kfade.batches import Batch, digest_sequences
+from kfade.batches import Sequence as Tokens
+from kfade.cli import options as o
+from kfade.cli.session import (
+    Loaded,
+    console,
+    load,
+    read_retain,
+    read_source,
+    session,
+    to_tokens,
+)
+from kfade.cli.unlearn import git_sha, read_curvature, run_metrics
+from kfade.config import RunConfig, SizeConfig, write_config
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.evaluate.log import ItemLog
+from kfade.gradient import forget_gradient
+from kfade.layers import Target, digest_weights, parameter_names
+from kfade.objectives import Objective
+from kfade.run_dir import RunDir
+from kfade.sweep import ALL, RULE, Outcome, Point, cut, pareto, pick, sweep, targets_within
+from kfade.unlearn import unlearn, versions
+from kfade.update import Update
+
+POINTS = "points.jsonl"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    run: RunConfig
+    """Model, data, and the settings of the fit."""
+    points: Sequence[Point]
+    curvature: Path
+    """Folder of a ``kfade fit``."""
+    max_kl: float
+    """A point is picked within this measured KL."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is asked for, read and checked."""
+
+    request: Request
+    loaded: Loaded
+    curvature: Curvature
+    objectives: dict[str, Objective]
+    forget: list[Tokens]
+    retain: list[Tokens]
+    held_out: list[Tokens]
+
+
+def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """From a request to its folder; returns what is told about it."""
+    run, max_kl = request.run, request.max_kl
+    objectives = {name: o.objective_of(name) for name in {p.objective for p in request.points}}
+    forget_examples = read_source(run.data.forget, "--forget")
+    fit_examples, held_examples = read_retain(run.data, run.seed)
+    asked = {
+        **asdict(run),
+        "curvature": str(request.curvature),
+        "points": [point.id for point in request.points],
+        "max_kl": max_kl,
+    }
+    with session() as clock, RunDir(out, asked, resume=resume) as folder:
+        Curvature.load(request.curvature)  # is it one? before the model is read
+        loaded = load(run.model, run.fit)
+        saved = read_curvature(request.curvature, loaded)
+        sets = (forget_examples, fit_examples, held_examples)
+        tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
+        ready = _Ready(request, loaded, saved, objectives, *tokens)
+        if digest_sequences(ready.retain) != saved.provenance.get("retain_sha256"):
+            console.print(
+                "note: the curvature was not fitted on what is kept of --retain here, so it may "
+                "have seen the texts that KL is measured on"
+            )
+        outcomes = _measure(ready, folder)
+        best = pick(outcomes, max_kl)
+        metrics: dict[str, Any] = {"sweep": _aggregate(outcomes, max_kl)}
+        manifest: dict[str, Any] = {"kind": "sweep", "versions": versions()}
+        if best is not None:
+            run = _settings(run, best)
+            update = _update(ready, best, run)
+            update.save(folder.part / "update.safetensors")
+            metrics.update(run_metrics(update, clock, *tokens))
+            metrics["lost_in_dtype"] = update.lost_fraction(loaded.model)
+            provenance = {k: v for k, v in update.provenance.items() if k != "steps"}
+            # Of the kind of the update that lies there: it is a run to whoever evaluates it.
+            manifest = {"kind": "unlearn", "made_by": "sweep", **provenance}
+        metrics["seconds"] = {**metrics.get("seconds", clock.seconds), "total": clock.total}
+        about = {"seed": run.seed, "git_sha": git_sha(), "config": asdict(run), "asked": asked}
+        folder.publish(POINTS)
+        folder.finish({**manifest, **about}, metrics, write_config(run))
+    rows = {outcome.point.id: outcome.values for outcome in outcomes}
+    return {"out": str(out), **metrics, "points": rows}
+
+
+def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
+    """All outcomes, each in the log as soon as it is there."""
+    request, model = ready.request, ready.loaded.model
+    run, points = request.run, request.points
+    header = {
+        "benchmark": "sweep",
+        "model": run.model.model,
+        "curvature": str(request.curvature),
+        "weights_sha256": digest_weights(model, parameter_names(ready.loaded.targets)),
+        "forget_sha256": digest_sequences(ready.forget),
+        "held_out_sha256": digest_sequences(ready.held_out),
+        "seed": run.seed,
+    }
+    label = {"method": "K-FADE", "estimator": ready.curvature.provenance.get("estimator")}
+    path = folder.state / POINTS
+    with ItemLog(path, header) as log:
+        known = {point: log.items[point.id] for point in points if point.id in log.items}
+        if known:
+            console.print(f"resuming after {len(known)} of {len(points)} points")
+
+        def note(outcome: Outcome) -> None:
+            log.add(outcome.point.id, **label, **outcome.values)
+            console.print(point_line(outcome.point.id, outcome.values))
+
+        try:
+            outcomes = sweep(
+                model,
+                points,
+                forget=ready.forget,
+                held_out=ready.held_out,
+                curvature=ready.curvature,
+                targets=ready.loaded.targets,
+                objectives=ready.objectives,
+                gradient=_kept(folder, header),
+                forget_batch=run.step.forget_batch,
+                batch_tokens=run.data.batch_tokens,
+                seed=run.seed,
+                shared_seconds=_fit_seconds(request.curvature),
+                done={point: _outcome(point, values) for point, values in known.items()},
+                on_point=note,
+            )
+            log.finish(_aggregate(outcomes, request.max_kl))
+        finally:
+            if not log.items:  # nothing worth keeping
+                path.unlink(missing_ok=True)
+    return outcomes
+
+
+def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
+    """:func:`forget_gradient`, kept in the run's state: a resumed run need not repeat it."""
+    digest = f"{header['weights_sha256'][:16]}-{header['forget_sha256'][:16]}"
+
+    def kept(
+        model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], objective: Objective
+    ) -> Matrices:
+        name = f"gradient-{objective.__name__}-{digest}.safetensors"
+        if (folder.state / name).is_file():
+            return load_file(folder.state / name, str(targets[0].weight.device))
+        matrices = forget_gradient(model, batches, targets, objective)
+        whole = {key: matrix.contiguous() for key, matrix in matrices.items()}
+        folder.keep(name, lambda path: save_file(whole, path))
+        return matrices
+
+    return kept
+
+
+def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
+    """The picked point, made by the method itself."""
+    point = best.point
+    targets = targets_within(ready.loaded.targets, point.layers)
+    update = unlearn(
+        ready.loaded.model,
+        forget=ready.forget,
+        retain=ready.retain,
+        held_out=ready.held_out,
+        targets=targets,
+        objective=ready.objectives[point.objective],
+        curvature=cut(ready.curvature, targets),
+        damping=point.damping,
+        relative=point.relative,
+        forget_batch=run.step.forget_batch,
+        alpha=best.alpha,
+        batch_tokens=run.data.batch_tokens,
+        seed=run.seed,
+    )
+    about = {"model": run.model.model, "config": asdict(run)}
+    return Update(update.deltas, {**update.provenance, **about})
+
+
+def _settings(run: RunConfig, best: Outcome) -> RunConfig:
+    """With these ``kfade unlearn --curvature`` makes the picked point."""
+    point = best.point
+    layers = run.fit.layers if point.layers == ALL else point.layers
+    step = replace(
+        run.step,
+        objective=point.objective,
+        damping=None if point.relative else point.damping,
+        relative_damping=point.damping if point.relative else None,
+        exact_norm=False,
+    )
+    size = SizeConfig(alpha=best.alpha)
+    return replace(run, fit=replace(run.fit, layers=layers), step=step, size=size)
+
+
+def _aggregate(outcomes: Sequence[Outcome], max_kl: float) -> dict[str, Any]:
+    best = pick(outcomes, max_kl)
+    return {
+        "points": len(outcomes),
+        "failed": sum(outcome.failure is not None for outcome in outcomes),
+        "pareto": [outcome.point.id for outcome in pareto(outcomes)],
+        "picked": best.point.id if best else None,
+        "rule": RULE,
+        "max_kl": max_kl,
+    }
+
+
+def _outcome(point: Point, values: Mapping[str, Any]) -> Outcome:
+    """What :attr:`Outcome.values` told."""
+    own = [field.name for field in fields(Outcome) if field.name in values]
+    return Outcome(point, **{name: values[name] for name in own})
+
+
+def _fit_seconds(folder: Path) -> float:
+    path = folder / "metrics.json"
+    return json.loads(path.read_text())["seconds"]["total"] if path.is_file() else 0.0
+
+
+def point_line(name: str, values: Mapping[str, Any]) -> str:
+    """One point for a person."""
+    if "failure" in values:
+        return f"{name}: {values['failure']}"
+    return (
+        f"{name}: forget loss {values['forget_loss']:.3f}, probability "
+        f"{values['forget_probability']:.3f}, retain KL {values['retain_kl']:.2e} nats/token "
+        f"(alpha {values['alpha']:.3g}, predicted {values['predicted_kl']:.2e})"
+    )

@@ -1,0 +1,128 @@
+"""What a model says to instructions: prompts in, greedy completions out.
+
+{"instruction": ..., "input": ...}  the input, where there is one, after a blank line
+{"prompt": ...}, {"question": ...}  any answer beside it is not looked at
+{"messages": [...]}                 up to the last answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kfade.batches import Sequence as Tokens
+from kfade.batches import encode_prompt
+from kfade.errors import InputError
+from kfade.evaluate.generation import generate
+from kfade.evaluate.log import ItemLog
+from kfade.examples import PLAIN_QA, Example, parse_turn, read_rows
+
+FORMS = '{"instruction"[, "input"]}, {"prompt"}, {"question"} or {"messages"}'
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion follows: the user's words, and the tokens as the model sees them."""
+
+    where: str
+    """File and line, for messages."""
+    text: str
+    tokens: tuple[int, ...]
+
+
+def read_prompts(source: str, limit: int | None = None) -> list[Example]:
+    """Turns that wait for an answer, from a JSONL file or ``hf:NAME[:CONFIG][:SPLIT]``.
+
+    Raises:
+        InputError: no such file, a row of another form, no rows.
+    """
+    examples: list[Example] = []
+    for where, row in read_rows(source):
+        if limit is not None and len(examples) == limit:
+            break
+        examples.append(_parse(row, where))
+    if not examples:
+        raise InputError(f"{source} holds no prompts: give at least one line of the form {FORMS}")
+    return examples
+
+
+def encode_prompts(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    chat: bool | None = None,
+    longest: int | None = None,
+) -> list[Prompt]:
+    """The prompts' tokens, through the chat template where there is one.
+
+    Raises:
+        InputError: a prompt has more than ``longest`` tokens.
+    """
+    prompts = []
+    for example in examples:
+        tokens = encode_prompt(example, tokenizer, chat=chat)
+        if longest is not None and len(tokens) > longest:
+            raise InputError(
+                f"{example.where}: {len(tokens)} tokens, and with the completion over the model's "
+                "window; shorten it, or lower --max-new-tokens"
+            )
+        prompts.append(Prompt(example.where, example.turns[-1][1], tokens))
+    return prompts
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    log: ItemLog,
+    *,
+    max_new_tokens: int,
+    batch_tokens: int = 4096,
+) -> None:
+    """Write the completions that ``log`` lacks, as ``{"prompt", "tokens", "text"}`` by number."""
+    missing = [i for i in range(len(prompts)) if str(i) not in log.items]
+
+    def note(place: int, tokens: list[int]) -> None:
+        index = missing[place]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        log.add(str(index), prompt=prompts[index].text, tokens=tokens, text=text)
+
+    generate(
+        model,
+        tokenizer,
+        [prompts[i].tokens for i in missing],
+        note,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+    )
+
+
+def completed(prompt: Prompt, tokens: Sequence[int]) -> Tokens:
+    """Prompt and completion as one sequence, scored on the completion."""
+    scored = (False,) * len(prompt.tokens) + (True,) * len(tokens)
+    return Tokens((*prompt.tokens, *tokens), scored)
+
+
+def _parse(row: Any, where: str) -> Example:
+    match row:
+        case {"instruction": str(text)}:
+            given = row.get("input") or ""
+            text = f"{text}\n\n{given}" if given else text
+            prefix = ("Instruction: ", "\nResponse: ")
+            example = Example(where, turns=(("user", text),), plain_prefix=prefix)
+        case {"prompt": str(text)}:
+            example = Example(where, turns=(("user", text),))
+        case {"question": str(text)}:
+            example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_QA)
+        case {"messages": [*messages]}:
+            turns = tuple(parse_turn(message, where) for message in messages)
+            while turns and turns[-1][0] == "assistant":
+                turns = turns[:-1]
+            example = Example(where, turns=turns)
+        case _:
+            keys = ", ".join(map(str, row)) if isinstance(row, dict) else "no object"
+            raise InputError(f"{where}: has {keys or 'no keys'}; write one of {FORMS}")
+    if not example.turns or not example.turns[-1][1].strip():
+        raise InputError(f"{where}: an empty prompt; remove the line or fill it")
+    return example

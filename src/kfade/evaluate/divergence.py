@@ -1,0 +1,182 @@
+"""Specificity: how far an edited model's outputs are from the base model's on benign completions.
+
+KL(base ‖ edited) = Σ_v p log(p/q) in nats over the whole vocabulary, at every token of completions
+that the base model wrote, each given what was written before it. (Paper §4, "Specificity".)
+
+Base outputs are kept as final hidden states, a group of batches at a time; each model's own head
+turns them into logits. So the base and the edited model are one model with and without an update,
+or two that are in memory together, or two that are there one after the other, with the base's
+hidden states on disk between them.
+
+Shapes: N scored tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kfade.batches import Batch
+from kfade.evaluate.tokens import by_sequence
+from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
+from kfade.head import Head, read_head
+from kfade.measure import Reference, divergence, hidden_reference
+from kfade.models import frozen
+from kfade.progress import track
+
+GROUP_TOKENS = 32768  # 270 MB of hidden states at a width of 4096 in bfloat16
+PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
+WORST, WORST_TOKENS = 20, 5
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs at the scored tokens of a group of batches."""
+
+    head: Head
+    reference: Reference
+
+    def save(self, path: Path) -> None:
+        """Write the hidden states; the head stays with the caller."""
+        hidden = enumerate(self.reference.hidden)
+        save_file({str(i): hidden_ND.contiguous() for i, hidden_ND in hidden}, path)
+
+    @classmethod
+    def load(cls, path: Path, head: Head, batches: Sequence[Batch]) -> Outputs:
+        """What :meth:`save` wrote for the same batches."""
+        saved = load_file(path, str(batches[0].input_BT.device))
+        return cls(head, Reference(batches, [saved[str(i)] for i in range(len(batches))]))
+
+
+def outputs(model: nn.Module, batches: Sequence[Batch], name: str) -> Outputs:
+    """What ``model`` computes now."""
+    with frozen(model):
+        head = read_head(model)
+    return Outputs(head, hidden_reference(model, batches, name))
+
+
+def grouped(batches: Sequence[Batch], tokens: int = GROUP_TOKENS) -> list[list[Batch]]:
+    """Batches in groups of at most ``tokens`` scored tokens, but at least one batch."""
+    groups: list[list[Batch]] = []
+    held = tokens
+    for batch in batches:
+        if held + batch.loss_tokens > tokens:
+            groups.append([])
+            held = 0
+        groups[-1].append(batch)
+        held += batch.loss_tokens
+    return groups
+
+
+def divergences(
+    groups: Sequence[Sequence[Batch]],
+    base: Callable[[int], Outputs],
+    edited: Callable[[], AbstractContextManager[nn.Module]],
+    note: Callable[[int, Tensor], None],
+    *,
+    done: AbstractSet[int] = frozenset(),
+) -> None:
+    """Call ``note(index, kl)`` with the KL of each scored token [n] of every sequence.
+
+    Args:
+        base: the base model's outputs on the group of that number; it is called while the edited
+            model is not there.
+        edited: the edited model within a ``with``, entered once a group.
+        done: sequences to leave out; a group without any other is not computed.
+
+    Raises:
+        InputError: outputs that are not finite.
+    """
+
+    def positions(numbered: tuple[int, Sequence[Batch]]) -> float:
+        return sum(batch.positions for batch in numbered[1])
+
+    for number, batches in track(list(enumerate(groups)), "KL", positions):
+        if all(index in done for batch in batches for index in batch.id_B.tolist()):
+            continue
+        before = base(number)
+        with edited() as model:
+            after = outputs(model, batches, "edited model")
+            for batch, base_ND, edited_ND in zip(
+                batches, before.reference.hidden, after.reference.hidden, strict=True
+            ):
+                kl_N = _divergence(before.head, base_ND, after.head, edited_ND)
+                for index, kl in by_sequence(batch, kl_N):
+                    if index not in done:
+                        note(index, kl)
+
+
+def _divergence(base: Head, base_ND: Tensor, edited: Head, edited_ND: Tensor) -> Tensor:
+    """KL at N positions, each side through its own head, a few positions at a time."""
+    with torch.no_grad():
+        parts = [
+            divergence(base(base_ND[part]), edited(edited_ND[part]))
+            for part in base.chunks(base_ND)
+        ]
+    return torch.cat(parts)
+
+
+def summarise(
+    items: Mapping[str, Mapping[str, Any]], *, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Figures over completions, each with ``kl`` (mean of its tokens), ``tokens``, ``token_kl``.
+
+    ``kl_per_token``: all tokens count alike, Σ kl·tokens / Σ tokens. ``kl_per_completion``: all
+    completions count alike. ``quantiles``: of the completions' means. Intervals: 95 %, resampling
+    completions, since the tokens of one are not independent.
+    """
+    names = list(items)
+    kl = np.array([items[name]["kl"] for name in names])
+    tokens = np.array([items[name]["tokens"] for name in names])
+
+    def figures(chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+        own, weight = kl[chosen], tokens[chosen]
+        per_token = (own * weight).sum() / weight.sum()
+        return np.array([per_token, own.mean(), *np.percentile(own, PERCENTILES)])
+
+    per_token, per_completion, *quantiles = bootstrap(
+        figures, len(names), seed=seed, resamples=resamples
+    )
+    return {
+        "kl_per_token": per_token,
+        "kl_per_completion": per_completion,
+        "quantiles": {str(p): q for p, q in zip(PERCENTILES, quantiles, strict=True)},
+        "completions": len(names),
+        "tokens": int(tokens.sum()),
+        "bootstrap": {"seed": seed, "resamples": resamples},
+        "worst": [_worst(names[i], items[names[i]]) for i in np.argsort(-kl)[:WORST]],
+    }
+
+
+def _worst(name: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """A completion and the places of its most changed tokens."""
+    order = sorted(range(item["tokens"]), key=lambda t: -item["token_kl"][t])
+    places = [{"position": t, "kl": item["token_kl"][t]} for t in order[:WORST_TOKENS]]
+    return {"item": int(name), "kl": item["kl"], "tokens": places}
+
+
+def token_strings(tokenizer: Any, before: int, tokens: Sequence[int]) -> list[str]:
+    """Each token as it reads after the one before it, so that word breaks are kept."""
+    pairs = zip([before, *tokens[:-1]], tokens, strict=True)
+    strings = []
+    for previous, token in pairs:
+        start = tokenizer.decode([previous], clean_up_tokenization_spaces=False)
+        both = tokenizer.decode([previous, token], clean_up_tokenization_spaces=False)
+        alone = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        strings.append(both[len(start) :] if both.startswith(start) else alone)
+    return strings
+
+
+def rounded(values: Tensor) -> list[float]:
+    """To four significant digits: enough to read, a third of the size."""
+    return [float(f"{value:.4g}") for value in values.tolist()]

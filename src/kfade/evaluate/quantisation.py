@@ -1,0 +1,155 @@
+"""Round-to-nearest quantisation: does an edit live on in a model that is served in few bits?
+
+A weight w becomes s·round(w/s) with s = max|w| / (2^(bits−1) − 1), over each output channel for 8
+bits, over groups of 128 inputs of a channel for 4 bits. Rounded are all linear maps but the
+vocabulary head; what is computed with them stays in the model's dtype.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kfade.errors import InputError
+from kfade.update import Update
+
+GROUP = 128  # inputs that share a scale in 4 bits
+
+
+def int8(weight_OI: Tensor) -> Tensor:
+    """``weight_OI`` on the grid of 255 levels of each of its rows, in its own dtype."""
+    return _round(weight_OI, 127, weight_OI.shape[1])
+
+
+def int4(weight_OI: Tensor) -> Tensor:
+    """``weight_OI`` on the grid of 15 levels of each 128 inputs of each row, in its own dtype."""
+    return _round(weight_OI, 7, GROUP)
+
+
+def bfloat16(weight: Tensor) -> Tensor:
+    """``weight`` rounded to bfloat16, in its own dtype."""
+    return weight.to(torch.bfloat16).to(weight.dtype)
+
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def rounding_of(word: str | None) -> Rounding | None:
+    """The rounding of that name; None for none.
+
+    Raises:
+        InputError: another word.
+    """
+    match word:
+        case None:
+            return None
+        case "int8":
+            return int8
+        case "int4":
+            return int4
+    raise InputError(f"--quantise {word}: give int8 or int4")
+
+
+@contextlib.contextmanager
+def quantised(model: nn.Module, rounding: Rounding | None) -> Iterator[nn.Module]:
+    """The rounded model within the ``with``; bit for bit the old one afterwards."""
+    weights = {} if rounding is None else linear_weights(model)
+    before: dict[str, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for name, (weight, transposed) in weights.items():
+                assert rounding is not None
+                # Not on the device: a second copy of all weights may not fit there.
+                before[name] = weight.detach().to("cpu", copy=True)
+                weight.copy_(rounding(weight.T).T if transposed else rounding(weight))
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                weights[name][0].copy_(tensor)
+
+
+def linear_weights(model: Any) -> dict[str, tuple[Tensor, bool]]:
+    """(weight, whether it is stored as [I, O]) of every linear map but the vocabulary head."""
+    kept = {id(model.get_input_embeddings().weight)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        kept.add(id(head.weight))
+    return {
+        f"{name}.weight": (module.weight, isinstance(module, Conv1D))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
+    }
+
+
+def survival(model: nn.Module, update: Update) -> dict[str, dict[str, dict[str, float]]]:
+    """How much of each weight's ΔW is left after rounding, by weight and rounding.
+
+    With E = Q(W + ΔW) − Q(W), what the rounded model sees of the edit:
+    ``surviving`` = ⟨E, ΔW⟩ / ‖ΔW‖², 1 when all of it is there and 0 when none is;
+    ``lost`` = ‖E − ΔW‖ / ‖ΔW‖, which also counts the noise that rounding adds, so that it may be
+    over 1. Parameters that are no linear map's weight are left out. The update has to fit the
+    model.
+    """
+    weights = linear_weights(model)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, delta in update.deltas.items():
+        if name not in weights:
+            continue
+        weight, transposed = weights[name]
+        base = weight.detach().to(delta.dtype)
+        change = delta.to(weight.device)
+        if transposed:
+            base, change = base.T, change.T
+        found[name] = {
+            rounding.__name__: _survival(base, change, rounding)
+            for rounding in (bfloat16, int8, int4)
+        }
+    return found
+
+
+def overall(by_weight: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """The same two figures over all weights as one vector, by rounding."""
+    result: dict[str, Any] = {}
+    for word in ("bfloat16", "int8", "int4"):
+        entries = [entry[word] for entry in by_weight.values()]
+        size = sum(e["norm"] ** 2 for e in entries)
+        surviving = sum(e["surviving"] * e["norm"] ** 2 for e in entries)
+        lost = sum((e["lost"] * e["norm"]) ** 2 for e in entries)
+        result[word] = {
+            "surviving": surviving / size if size else 1.0,
+            "lost": (lost / size) ** 0.5 if size else 0.0,
+        }
+    return result
+
+
+def _survival(base_OI: Tensor, change_OI: Tensor, rounding: Rounding) -> dict[str, float]:
+    seen = (rounding(base_OI + change_OI) - rounding(base_OI)).double()
+    change = change_OI.double()
+    size = change.square().sum().item()
+    if size == 0:
+        return {"surviving": 1.0, "lost": 0.0, "norm": 0.0}
+    return {
+        "surviving": (seen * change).sum().item() / size,
+        "lost": (seen - change).norm().item() / size**0.5,
+        "norm": size**0.5,
+    }
+
+
+def _round(weight_OI: Tensor, levels: int, group: int) -> Tensor:
+    rows, columns = weight_OI.shape
+    group = min(group, columns)
+    padding = -columns % group  # zeros do not change a group's largest value
+    exact = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
+    groups = nn.functional.pad(exact, (0, padding)).reshape(rows, -1, group)
+    scale = groups.abs().amax(dim=2, keepdim=True) / levels
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    whole = (groups / scale).round().clamp(-levels, levels) * scale
+    return whole.reshape(rows, -1)[:, :columns].to(weight_OI.dtype)

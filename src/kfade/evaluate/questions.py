@@ -1,0 +1,99 @@
+"""Multiple-choice questions: where they come from and how they are put to a model.
+
+The prompts are those of lm-evaluation-harness, zero-shot, to the character: with letters as in its
+``mmlu`` and ``wmdp`` tasks, with texts as in ``mmlu_continuation``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfade.errors import InputError
+from kfade.examples import read_rows, read_utf8
+
+LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, or the beginning of a text, and its possible answers or continuations."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str = ""
+    """What it is about, as the description line names it."""
+
+
+def letter_prompt(question: Question) -> str:
+    """Description, question, lettered choices, ``Answer:``; a space and a letter follow."""
+    about = f" about {question.subject}" if question.subject else ""
+    description = f"The following are multiple choice questions (with answers){about}.\n\n"
+    choices = [f"{LETTERS[i]}. {choice}\n" for i, choice in enumerate(question.choices)]
+    return f"{description}{question.question.strip()}\n{''.join(choices)}Answer:"
+
+
+def text_prompt(question: Question) -> str:
+    """Question and ``Answer:``; what follows is a space and the text of a choice."""
+    return f"Question: {question.question.strip()}\nAnswer:"
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a JSONL file, of a file in MMLU's csv form, or of a folder of such files.
+
+    JSONL: ``{"question", "choices", "answer"[, "subject"]}``, the answer counted from 0. csv: no
+    header, a question, its choices and the answer's letter in a row; the subject is the file's name
+    without ``_test``, ``_val`` or ``_dev``. A folder: all csv files in it, or in its ``test``.
+
+    Raises:
+        InputError: nothing there, a malformed line, an answer that is not among the choices.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.csv")) or sorted((path / "test").glob("*.csv"))
+        if not files:
+            raise InputError(f"{path}: no csv files in it, nor in a folder test; give a file")
+        return [question for file in files for question in read_questions(file)]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of questions")
+    if path.suffix == ".csv":
+        questions = _read_csv(path)
+    else:
+        questions = [_question(row, where) for where, row in read_rows(str(path))]
+    if not questions:
+        raise InputError(f"{path} holds no questions")
+    return questions
+
+
+def _question(row: Any, where: str) -> Question:
+    match row:
+        case {"question": str(question), "choices": [*choices], "answer": int(answer)}:
+            texts = all(isinstance(choice, str) for choice in choices)
+            if texts and 2 <= len(choices) <= len(LETTERS) and answer in range(len(choices)):
+                return Question(question, tuple(choices), answer, str(row.get("subject", "")))
+    raise InputError(
+        f'{where}: write {{"question": "...", "choices": ["...", ...], "answer": number of the '
+        "right one, from 0}"
+    )
+
+
+def _read_csv(path: Path) -> list[Question]:
+    subject = path.stem
+    for ending in ("_test", "_val", "_dev"):
+        subject = subject.removesuffix(ending)
+    questions = []
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
+    for row in reader:
+        question, *choices, letter = row if len(row) >= 4 else ("", "", "")
+        if not letter or letter not in LETTERS[: len(choices)]:
+            raise InputError(
+                f"{path}, line {reader.line_num}: write a question, its choices and the right "
+                "one's letter, as in: question,first,second,third,fourth,A"
+            )
+        answer = LETTERS.index(letter)
+        questions.append(Question(question, tuple(choices), answer, subject.replace("_", " ")))
+    return questions

@@ -1,0 +1,269 @@
+"""TOFU: questions about fictitious authors, each answered and scored (Maini et al. 2024).
+
+Four sets: what is to be forgotten, what is to be kept of the same kind, real authors, world facts.
+Of each question: the loss of the right answer, of a paraphrase of it and of wrong answers in the
+paraphrase's words, and how much of the answer the model says by itself. What follows from these
+values is in ``tofu_logs.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kfade.batches import Sequence as Tokens
+from kfade.batches import encode
+from kfade.errors import InputError
+from kfade.evaluate.generation import generate_texts
+from kfade.evaluate.log import ItemLog
+from kfade.evaluate.tofu_logs import SETS
+from kfade.evaluate.tokens import log_likelihoods
+from kfade.examples import Example, read_rows, read_utf8
+from kfade.models import model_window
+from kfade.progress import track
+
+HUB_NAME = "locuslab/TOFU"
+SPLITS = ("forget01", "forget05", "forget10")
+TEMPLATES = ("auto", "chat", "llama2", "phi", "plain")
+LEGACY_ITEMS = 300  # the reference code scores no more of a set
+BLOCK = 32  # questions between two writes of the log
+
+
+@dataclass(frozen=True)
+class TofuQuestion:
+    """One question of a set with its true and its wrong answers."""
+
+    set: str
+    number: int
+    question: str
+    answer: str
+    base: str
+    """What wrong answers are compared with: the paraphrase, or the answer where there is none."""
+    false: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Its name in the log."""
+        return f"{self.set}/{self.number}"
+
+
+def read_tofu(
+    split: str, *, folder: Path | None = None, limit: int | None = None
+) -> list[TofuQuestion]:
+    """The four sets' questions, from a folder of ``.json`` or ``.jsonl`` files or from the hub.
+
+    Args:
+        split: ``forget01``, ``forget05`` or ``forget10``.
+        folder: holds ``{split}_perturbed`` and so on, each JSON lines or one JSON list.
+        limit: the first so many of each set.
+
+    Raises:
+        InputError: an unknown split, a missing file, a row without the benchmark's keys.
+    """
+    if split not in SPLITS:
+        raise InputError(f"--split {split}: give one of {', '.join(SPLITS)}")
+    names = {name: f"{name}_perturbed" for name in SETS} | {"forget": f"{split}_perturbed"}
+    questions = []
+    for set_name, name in names.items():
+        rows = _rows(name, folder)[:limit]
+        if not rows:
+            raise InputError(f"{name}: the set is empty; get a whole copy of the TOFU data")
+        questions += [_question(set_name, i, row, where) for i, (where, row) in enumerate(rows)]
+    return questions
+
+
+def evaluate_tofu(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[TofuQuestion],
+    log: ItemLog,
+    *,
+    template: str = "auto",
+    max_new_tokens: int = 200,
+    batch_tokens: int = 4096,
+    legacy: bool = False,
+) -> None:
+    """Measure the questions that ``log`` does not hold yet; its items are those of ``log_of``.
+
+    Losses are per token of the answer and of the one EOS that ends it. Generation is greedy.
+
+    Args:
+        template: see :func:`template_for`.
+        legacy: as the reference code does, count Phi's ``Answer: `` as part of the answer.
+
+    Raises:
+        InputError: rouge-score is not installed; a sequence is over the model's window.
+    """
+    recall = load_rouge_l_recall()
+    template = template_for(template, model, tokenizer)
+    pending = [question for question in questions if question.id not in log.items]
+    encoded = [_encode(question, tokenizer, template, legacy=legacy) for question in pending]
+    _check_window(pending, encoded, model_window(model))
+    starts = range(0, len(pending), BLOCK)
+    for start in track(starts, "TOFU", lambda s: min(BLOCK, len(pending) - s)):
+        part = encoded[start : start + BLOCK]
+        losses = _losses(model, [item.answers for item in part], batch_tokens)
+        generated = generate_texts(
+            model,
+            tokenizer,
+            [item.prompt for item in part],
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+        )
+        block = pending[start : start + BLOCK]
+        for question, own, text in zip(block, losses, generated, strict=True):
+            answer_loss, base_loss, *false_losses = own
+            log.add(
+                question.id,
+                question=question.question,
+                answer=question.answer,
+                generated=text,
+                answer_loss=answer_loss,
+                base_loss=base_loss,
+                false_losses=false_losses,
+                rouge_l=recall(question.answer, text),
+            )
+
+
+def template_for(word: str, model: Any, tokenizer: Any) -> str:
+    """The prompt format: ``chat``, ``llama2``, ``phi`` or ``plain``.
+
+    ``auto`` takes ``phi`` for a Phi model, ``llama2`` where the chat template is Llama-2's own
+    (the benchmark's models were tuned on a shorter form of it), else ``chat`` where there is a
+    chat template, else ``plain``.
+    """
+    if word not in TEMPLATES:
+        raise InputError(f"--template {word}: give one of {', '.join(TEMPLATES)}")
+    if word != "auto":
+        return word
+    if model.config.model_type == "phi":
+        return "phi"
+    if tokenizer.chat_template is None:
+        return "plain"
+    return "llama2" if "<<SYS>>" in str(tokenizer.chat_template) else "chat"
+
+
+def load_rouge_l_recall() -> Callable[[str, str], float]:
+    """ROUGE-L recall of (truth, generated), with stemming: longest common subsequence over |truth|.
+
+    Raises:
+        InputError: rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise InputError("TOFU needs the package rouge-score: pip install 'kfade[tofu]'") from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return lambda truth, generated: float(scorer.score(truth, generated)["rougeL"].recall)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A question as tokens: what is generated from, and each answer after it."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[Tokens, ...]
+    """The answer, the base answer, the wrong ones."""
+
+
+def _encode(question: TofuQuestion, tokenizer: Any, template: str, *, legacy: bool) -> _Encoded:
+    texts = (question.answer, question.base, *question.false)
+    if template == "chat":
+        turns = [(("user", question.question), ("assistant", text)) for text in texts]
+        examples = [Example(question.id, turns=pair) for pair in turns]
+        sequences = encode(examples, tokenizer, chat=True)
+        return _Encoded(sequences[0].tokens[: sequences[0].scored.index(True)], tuple(sequences))
+    before, lead = _written(question.question, template, legacy=legacy)
+    prompt = _open_ended(tokenizer(before).input_ids, tokenizer)
+    return _Encoded(
+        tuple(prompt), tuple(_answer(prompt, before, lead + text, tokenizer) for text in texts)
+    )
+
+
+def _written(question: str, template: str, *, legacy: bool) -> tuple[str, str]:
+    """What comes before the scored text, and what the scored text begins with."""
+    if template == "llama2":
+        return f"[INST] {question} [/INST]", ""
+    if template == "phi" and legacy:
+        return f"Question: {question}\n", "Answer: "
+    return f"Question: {question}\nAnswer:", " "
+
+
+def _answer(prompt: list[int], before: str, text: str, tokenizer: Any) -> Tokens:
+    """Prompt and answer tokenised as one text, as the benchmark's models were trained.
+
+    What is not a token of the prompt alone is scored, and one EOS.
+    """
+    tokens = _open_ended(tokenizer(before + text).input_ids, tokenizer)
+    pairs = zip(prompt, tokens, strict=False)
+    start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(tokens)))
+    if tokenizer.eos_token_id is not None:
+        tokens = [*tokens, tokenizer.eos_token_id]
+    return Tokens(tuple(tokens), tuple(t >= max(start, 1) for t in range(len(tokens))))
+
+
+def _open_ended(tokens: list[int], tokenizer: Any) -> list[int]:
+    """Without the EOS that some tokenizers put at the end."""
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+
+def _losses(
+    model: nn.Module, groups: Sequence[Sequence[Tokens]], batch_tokens: int
+) -> list[list[float]]:
+    """−log p per scored token of each sequence of each group."""
+    flat = [sequence for group in groups for sequence in group]
+    totals = iter(log_likelihoods(model, flat, batch_tokens=batch_tokens))
+    return [[-next(totals) / sequence.loss_tokens for sequence in group] for group in groups]
+
+
+def _check_window(
+    questions: Sequence[TofuQuestion], encoded: Sequence[_Encoded], window: int | None
+) -> None:
+    for question, item in zip(questions, encoded, strict=True):
+        length = max(len(sequence.tokens) for sequence in item.answers)
+        if window and length > window:
+            raise InputError(
+                f"TOFU question {question.id}: {length} tokens with its answer, over the model's "
+                f"window of {window}; this model cannot be measured on it"
+            )
+
+
+def _rows(name: str, folder: Path | None) -> list[tuple[str, Any]]:
+    """(where, row) of one set."""
+    if folder is None:
+        return list(read_rows(f"hf:{HUB_NAME}:{name}:train"))
+    files = [folder / f"{name}{suffix}" for suffix in (".json", ".jsonl")]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"{folder}: has no {name}.json; give the folder of a copy of the data set {HUB_NAME}"
+        )
+    text = read_utf8(path)
+    if not text.lstrip().startswith("["):
+        return list(read_rows(str(path)))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error.msg})") from None
+    return [(f"{path}, row {index}", row) for index, row in enumerate(rows)]
+
+
+def _question(set_name: str, number: int, row: Any, where: str) -> TofuQuestion:
+    match row:
+        case {
+            "question": str(question),
+            "answer": str(answer),
+            "perturbed_answer": [str(), *_] as false,
+        } if all(isinstance(text, str) for text in false):
+            base = row.get("paraphrased_answer", answer)
+            if isinstance(base, str):
+                return TofuQuestion(set_name, number, question, answer, base, tuple(false))
+    raise InputError(
+        f"{where}: not a row of TOFU; it needs question, answer and perturbed_answer (a list), and "
+        "paraphrased_answer in the sets of fictitious authors"
+    )

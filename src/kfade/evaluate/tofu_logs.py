@@ -1,0 +1,242 @@
+"""TOFU's figures from per-item losses: forget quality, model utility and its nine parts.
+
+The formulas are those of the benchmark's own aggregation (Maini et al. 2024, section 2.2 and
+``aggregate_eval_stat.py`` of locuslab/tofu); its ``utils.py`` has another truth ratio. All losses
+are per token: an answer's summed cross-entropy over its number of scored tokens.
+
+    log TR = mean_j loss(false_j) − loss(base)          base: the paraphrase, or the answer itself
+    forget quality = p of the two-sample Kolmogorov-Smirnov test of TR on the forget set against
+                     the retain model's
+    model utility = harmonic mean of {ROUGE-L recall, probability, truth ratio} on the retain set,
+                    the real authors and the world facts
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kfade.errors import InputError
+
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+SETS = (*UTILITY_SETS, "forget")
+
+
+@dataclass(frozen=True)
+class TofuItem:
+    """What was measured of one question; losses in nats per token."""
+
+    answer_loss: float
+    base_loss: float
+    """Of the paraphrased answer; of the answer where the set has no paraphrases."""
+    false_losses: tuple[float, ...]
+    """Of the perturbed, wrong answers."""
+    rouge_l: float
+    """ROUGE-L recall of the generated answer."""
+    question: str = ""
+
+    @property
+    def log_truth_ratio(self) -> float:
+        """mean_j loss(false_j) − loss(base): positive where the model prefers what is true."""
+        return statistics.fmean(self.false_losses) - self.base_loss
+
+    @property
+    def evenness(self) -> float:
+        """min(TR, 1/TR): 1 where true and wrong answers are equally likely."""
+        return math.exp(-abs(self.log_truth_ratio))
+
+    @property
+    def probability(self) -> float:
+        """exp(−loss): the geometric mean over tokens of the answer's probabilities."""
+        return math.exp(-self.answer_loss)
+
+    @property
+    def share(self) -> float:
+        """p(answer) / (p(answer) + Σ_j p(false_j)), probabilities per token."""
+        smallest = min(self.answer_loss, *self.false_losses)  # so that no sum underflows to zero
+        true = math.exp(smallest - self.answer_loss)
+        return true / (true + sum(math.exp(smallest - loss) for loss in self.false_losses))
+
+
+@dataclass(frozen=True)
+class TofuLog:
+    """The measured items of one model, by set and number."""
+
+    where: str
+    """Where it was read, for messages."""
+    sets: Mapping[str, Mapping[int, TofuItem]]
+
+    def items(self, name: str) -> list[TofuItem]:
+        """Items of a set in the order of their numbers.
+
+        Raises:
+            InputError: the log lacks the set.
+        """
+        if not self.sets.get(name):
+            raise InputError(
+                f"{self.where}: holds no items of the set {name}; evaluate all four sets"
+            )
+        return [item for _, item in sorted(self.sets[name].items())]
+
+
+def utility_parts(log: TofuLog) -> dict[str, float]:
+    """The nine parts of model utility, ``{set}_{rouge_l | probability | truth_ratio}``.
+
+    Probability: mean p(answer) on the retain set, the mean share among the choices on the other
+    two. Truth ratio: mean max(0, 1 − 1/TR).
+    """
+    parts = {}
+    for name in UTILITY_SETS:
+        items = log.items(name)
+        parts[f"{name}_rouge_l"] = _mean(item.rouge_l for item in items)
+        parts[f"{name}_probability"] = _mean(
+            item.probability if name == "retain" else item.share for item in items
+        )
+        parts[f"{name}_truth_ratio"] = _mean(
+            -math.expm1(-max(0.0, item.log_truth_ratio)) for item in items
+        )
+    return parts
+
+
+def forget_parts(log: TofuLog) -> dict[str, float]:
+    """The same three on the forget set, where the truth ratio's entry is mean min(TR, 1/TR)."""
+    items = log.items("forget")
+    return {
+        "rouge_l": _mean(item.rouge_l for item in items),
+        "probability": _mean(item.probability for item in items),
+        "truth_ratio": _mean(item.evenness for item in items),
+    }
+
+
+def model_utility(parts: Mapping[str, float]) -> float:
+    """Harmonic mean of the nine parts; 0 where one of them is."""
+    assert len(parts) == 9
+    return statistics.harmonic_mean(parts.values())
+
+
+def forget_quality(items: Iterable[TofuItem], retain: Iterable[TofuItem]) -> tuple[float, float]:
+    """(p-value, statistic) of the two-sided Kolmogorov-Smirnov test between truth ratios.
+
+    The test sees only the order of the values, and so is made on log TR, which cannot overflow.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    test = load_ks_test()
+    with warnings.catch_warnings():
+        # At the smallest p-values scipy goes over to the asymptotic form, and says so each time.
+        warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful")
+        result = test([i.log_truth_ratio for i in items], [i.log_truth_ratio for i in retain])
+    return float(result.pvalue), float(result.statistic)
+
+
+def load_ks_test() -> Callable[..., Any]:
+    """scipy's two-sample test; asked for before long work, so that its absence is told at once."""
+    try:
+        from scipy.stats import ks_2samp
+    except ImportError:
+        raise InputError(
+            "forget quality needs the package scipy: pip install 'kfade[tofu]'"
+        ) from None
+    return ks_2samp
+
+
+def aggregate(log: TofuLog, retain: TofuLog | None = None) -> dict[str, Any]:
+    """All figures of one model, and the retain model's beside them.
+
+    Returns:
+        ``forget_quality`` and ``ks_statistic`` (None without a retain model), ``model_utility``,
+        its nine ``parts``, ``forget``, numbers of ``items``, and ``retain_model`` with the same
+        except forget quality, which is 1 by definition (its utility is None where its log holds
+        the forget set alone).
+    """
+    figures = {"forget_quality": None, "ks_statistic": None, **_own_figures(log)}
+    if retain is None:
+        return {**figures, "retain_model": None}
+    p, statistic = forget_quality(log.items("forget"), retain.items("forget"))
+    whole = all(retain.sets.get(name) for name in UTILITY_SETS)
+    beside = (
+        _own_figures(retain)
+        if whole
+        else {"model_utility": None, "parts": None, **_forget_figures(retain)}
+    )
+    return {**figures, "forget_quality": p, "ks_statistic": statistic, "retain_model": beside}
+
+
+def notes_on(log: TofuLog, retain: TofuLog) -> list[str]:
+    """Why the comparison of two logs may mislead: other questions, or another number of them."""
+    ours, theirs = log.sets["forget"], retain.sets["forget"]
+    notes = []
+    if len(ours) != len(theirs):
+        notes.append(
+            f"{len(ours)} forget questions in {log.where}, {len(theirs)} in {retain.where}: forget "
+            "quality compares truth ratios of different questions"
+        )
+    pairs = [(ours[number].question, theirs[number].question) for number in ours.keys() & theirs]
+    # A reference log holds the whole prompt, so one text need only lie within the other.
+    differing = sum(a not in b and b not in a for a, b in pairs)
+    if differing:
+        notes.append(
+            f"{differing} forget questions of the same number differ between {log.where} and "
+            f"{retain.where}: were they made with one split?"
+        )
+    return notes
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Which run of a sweep stands in a results table, by the field's rule and by an honest one."""
+
+    best: str
+    """Largest forget quality × utility, on all items: chosen on what is then reported."""
+    best_forget_quality: float
+    best_utility: float
+    held_out: str
+    """The same rule on every other forget question of each author ..."""
+    held_out_forget_quality: float
+    """... and its forget quality on the questions that the choice did not see."""
+    held_out_utility: float
+
+
+def choose_row(logs: Mapping[str, TofuLog], retain: TofuLog) -> RowChoice:
+    """Choose one of a sweep's runs, by name; the first of equals.
+
+    Utility has no forget question in it, so it is the same in both rules.
+    """
+    if not logs:
+        raise InputError("no runs to choose from: give at least one log")
+    utility = {name: model_utility(utility_parts(log)) for name, log in logs.items()}
+
+    def quality(name: str, part: slice) -> float:
+        ours, theirs = logs[name].items("forget"), retain.items("forget")
+        return forget_quality(ours[part], theirs[part])[0]
+
+    def largest(part: slice) -> str:
+        return max(logs, key=lambda name: quality(name, part) * utility[name])
+
+    everything, chosen_on, reported_on = slice(None), slice(0, None, 2), slice(1, None, 2)
+    best, held_out = largest(everything), largest(chosen_on)
+    return RowChoice(
+        *(best, quality(best, everything), utility[best]),
+        *(held_out, quality(held_out, reported_on), utility[held_out]),
+    )
+
+
+def _own_figures(log: TofuLog) -> dict[str, Any]:
+    parts = utility_parts(log)
+    return {"model_utility": model_utility(parts), "parts": parts, **_forget_figures(log)}
+
+
+def _forget_figures(log: TofuLog) -> dict[str, Any]:
+    return {
+        "forget": forget_parts(log),
+        "items": {name: len(log.sets[name]) for name in SETS if log.sets.get(name)},
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)

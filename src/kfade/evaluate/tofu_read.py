@@ -1,0 +1,147 @@
+"""Read TOFU's per-item values: kfade's own log, or the reference code's.
+
+The reference code (locuslab/tofu, ``evaluate_util.py``) writes ``eval_log_aggregated.json``: for
+each of four tasks, named as below, columns of values by item number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfade.errors import InputError
+from kfade.evaluate.log import read_log
+from kfade.evaluate.tofu_logs import SETS, TofuItem, TofuLog
+
+LOG_NAME, REFERENCE_NAME = "items.jsonl", "eval_log_aggregated.json"
+REFERENCE_TASKS = {
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+# Our name of a value -> the reference's.
+REFERENCE_VALUES = {
+    "answer_loss": "avg_gt_loss",
+    "base_loss": "avg_paraphrased_loss",
+    "false_losses": "average_perturb_loss",
+    "rouge_l": "rougeL_recall",
+}
+
+
+def read_tofu_log(path: Path) -> TofuLog:
+    """Read ``items.jsonl`` or ``eval_log_aggregated.json``, or the folder that holds one.
+
+    Raises:
+        InputError: no such log, not whole, or of another format; the message says where.
+    """
+    if path.is_dir():
+        found = [path / n for n in (LOG_NAME, REFERENCE_NAME) if (path / n).is_file()]
+        if not found:
+            raise InputError(f"{path}: holds neither {LOG_NAME} nor {REFERENCE_NAME}")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such TOFU log; give the folder of a kfade eval tofu or the reference "
+            f"code's {REFERENCE_NAME}"
+        )
+    if path.suffix == ".jsonl":
+        evaluation = read_log(path)
+        if evaluation.header.get("benchmark") != "tofu":
+            raise InputError(f"{path}: a log of another evaluation than TOFU")
+        return log_of(evaluation.items, str(path))
+    return _read_reference(path)
+
+
+def log_of(items: Mapping[str, Mapping[str, Any]], where: str) -> TofuLog:
+    """A log of the items that ``evaluate_tofu`` wrote, ids ``{set}/{number}``."""
+    sets: dict[str, dict[int, TofuItem]] = {name: {} for name in SETS}
+    for key, values in items.items():
+        name, _, number = key.partition("/")
+        if name not in sets or not number.isdecimal():
+            raise InputError(f"{where}: item {key} is not of the form SET/NUMBER")
+        sets[name][int(number)] = _item(values, f"{where}, item {key}")
+    return TofuLog(where, sets)
+
+
+def _read_reference(path: Path) -> TofuLog:
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{path}: not JSON; give a whole {REFERENCE_NAME}") from None
+    if not isinstance(tasks, dict) or not set(tasks) & set(REFERENCE_TASKS.values()):
+        raise InputError(
+            f"{path}: not an aggregated TOFU log, it has none of the keys "
+            f"{', '.join(REFERENCE_TASKS.values())}"
+        )
+    return TofuLog(
+        str(path),
+        {
+            name: _reference_set(tasks[task], f"{path}, {task}")
+            for name, task in REFERENCE_TASKS.items()
+            if task in tasks
+        },
+    )
+
+
+def _reference_set(task: Any, where: str) -> dict[int, TofuItem]:
+    columns = {ours: _column(task, key, where) for ours, key in REFERENCE_VALUES.items()}
+    texts = _column(task, "generated_text", where) if "generated_text" in task else {}
+    numbers = columns["answer_loss"].keys()
+    for ours, column in columns.items():
+        if column.keys() != numbers:
+            odd = min(column.keys() ^ numbers)
+            raise InputError(
+                f"{where}: item {odd} is not in both of avg_gt_loss and {REFERENCE_VALUES[ours]}; "
+                "the log was not written to its end"
+            )
+    return {
+        number: _item(
+            {
+                **{ours: column[number] for ours, column in columns.items()},
+                "question": _prompt(texts.get(number)),
+            },
+            f"{where}, item {number}",
+        )
+        for number in numbers
+    }
+
+
+def _column(task: Any, key: str, where: str) -> dict[int, Any]:
+    """One of a task's values by item number; early logs have lists, later ones string keys."""
+    column = task.get(key) if isinstance(task, dict) else None
+    if isinstance(column, list):
+        return dict(enumerate(column))
+    if not isinstance(column, dict) or not all(str(number).isdecimal() for number in column):
+        raise InputError(f"{where}: has no {key} by item number")
+    return {int(number): value for number, value in column.items()}
+
+
+def _prompt(text: Any) -> str:
+    """The prompt in a reference log's [prompt, generated, truth]."""
+    return text[0] if isinstance(text, list) and text and isinstance(text[0], str) else ""
+
+
+def _item(values: Mapping[str, Any], where: str) -> TofuItem:
+    try:
+        item = TofuItem(
+            float(values["answer_loss"]),
+            float(values["base_loss"]),
+            tuple(float(loss) for loss in values["false_losses"]),
+            float(values["rouge_l"]),
+            str(values.get("question", "")),
+        )
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{where}: needs a loss of the answer, of its paraphrase, of each wrong answer, and a "
+            "ROUGE-L recall, all numbers"
+        ) from None
+    losses = (item.answer_loss, item.base_loss, *item.false_losses)
+    if not item.false_losses or not all(map(math.isfinite, (*losses, item.rouge_l))):
+        raise InputError(f"{where}: NaN, Inf or no wrong answers; was the model's output finite?")
+    if min(losses) < 0 or not 0 <= item.rouge_l <= 1:
+        raise InputError(f"{where}: a negative loss, or a recall that is not within 0 and 1")
+    return item

@@ -1,0 +1,89 @@
+"""Per-token values of a model's outputs: the loop that the evaluations share.
+
+Shapes: N scored tokens of a batch, n of one sequence, K values a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfade.batches import Batch, make_batches
+from kfade.batches import Sequence as Tokens
+from kfade.errors import InputError
+from kfade.head import hidden_states, read_head
+from kfade.models import frozen
+from kfade.progress import track
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""(logits [N, V] in float32 or better, target tokens [N]) -> values [N, K]."""
+
+
+def log_probability(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """log p(target) [N, 1], in nats."""
+    return logits_NV.log_softmax(dim=-1).gather(1, target_N[:, None])
+
+
+def token_values(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    measure: Measure,
+    note: Callable[[int, Tensor], None],
+    *,
+    name: str,
+    batch_tokens: int = 4096,
+) -> None:
+    """Call ``note(index, values)`` for every sequence, as soon as its batch is computed.
+
+    ``values`` [n, K] is what ``measure`` gives at the sequence's scored tokens, in float64 on the
+    CPU. The head runs on a few positions at a time; longest sequences come first.
+
+    Raises:
+        InputError: the model's outputs are not finite.
+    """
+    device = next(model.parameters()).device
+    batches = make_batches(sequences, budget=batch_tokens, device=device)
+    with frozen(model), torch.no_grad():
+        head = read_head(model)
+        for batch in track(batches, name, lambda b: b.positions):
+            hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
+            target_N = batch.at_loss(batch.target_BT)
+            parts = [measure(head(hidden_ND[p]), target_N[p]) for p in head.chunks(hidden_ND)]
+            for index, values in by_sequence(batch, torch.cat(parts)):
+                note(index, values)
+
+
+def log_likelihoods(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    *,
+    batch_tokens: int = 4096,
+    name: str = "likelihoods",
+) -> list[float]:
+    """Summed log-probability of each sequence's scored tokens, in nats."""
+    totals = [0.0] * len(sequences)
+
+    def note(index: int, values: Tensor) -> None:
+        totals[index] = values.sum().item()
+
+    token_values(model, sequences, log_probability, note, name=name, batch_tokens=batch_tokens)
+    return totals
+
+
+def by_sequence(batch: Batch, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(number of the sequence, its part) of ``values`` [N, ...], in float64 on the CPU.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    counts = batch.loss_BT.sum(dim=1).tolist()
+    parts = values.double().cpu().split(counts)
+    for index, part in zip(batch.id_B.tolist(), parts, strict=True):
+        if not torch.isfinite(part).all():
+            raise InputError(
+                f"the model's outputs on sequence {index} are not finite: it is broken, or its "
+                "dtype overflows; try --dtype float32"
+            )
+        yield index, part

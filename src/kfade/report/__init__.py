@@ -1,0 +1,1 @@
+"""From folders of results to one page and its figures; needs no torch."""

@@ -1,0 +1,48 @@
+"""How things are called in tables and legends, and how numbers are written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePath
+from typing import Any
+
+from kfade.report.data import Measured, Subject
+
+# Header entries that may name the data of an evaluation, the most telling first.
+DATA_KEYS = ("questions", "tasks", "members", "prompts", "data", "split")
+
+
+def method_of(subject: Subject) -> str:
+    """How the subject was made, as a legend says it: "K-FADE, ekfac, margin"; else its name."""
+    config = subject.manifest.get("config", {})
+    if subject.manifest.get("kind") == "unlearn":
+        fit, step = config.get("fit", {}), config.get("step", {})
+        parts = ["K-FADE", fit.get("estimator"), step.get("objective")]
+        return ", ".join(str(part) for part in parts if part)
+    if subject.manifest.get("kind") == "baseline":
+        return str(subject.manifest.get("method", subject.name))
+    return subject.name
+
+
+def short(value: Any) -> str:
+    """A number in three digits, plainly where that is short: 0.0052, 14.3, 4.6e-7, 12 345."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if isinstance(value, int) or 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}".replace(",", " ")
+    text = f"{value:.3g}"
+    mantissa, _, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else text
+
+
+def set_name(measured: Measured) -> str:
+    """What an evaluation's data are called: by their file or folder, else by its own folder."""
+    header = measured.log.header
+    for key in DATA_KEYS:
+        if isinstance(header.get(key), str):
+            path = PurePath(header[key])
+            whole = path.stem in ("test", "val") and path.parent.name
+            return (path.parent.name if whole else path.stem).replace("_", " ")
+    return measured.path.name.removeprefix("eval-").replace("_", " ")

@@ -1,0 +1,228 @@
+"""``kfade baseline`` from end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file
+
+from kfade.cli import baseline as command
+from kfade.cli import main
+from kfade.run_dir import RunDir
+from kfade.update import Update
+
+FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
+RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
+EXTRA = {
+    "rmu": ("--layer", "1", "--steps", "4"),
+    "elm": ("--concept", "a b", "--layers", "0-1", "--lora", "2", "--steps", "4"),
+}
+NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    zoo.tiny("llama", dtype=torch.float32).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def baseline(tmp_path, model_dir):
+    """Run a method into tmp_path / out; returns the exit code."""
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    data = ("--forget", f"{tmp_path}/forget.jsonl", "--retain", f"{tmp_path}/retain.jsonl")
+
+    def run(method: str, *more: str, out: str = "out") -> int:
+        return main(
+            [
+                *("baseline", method, str(model_dir), *data, "--out", f"{tmp_path}/{out}"),
+                *("--sequence-length", "8", *EXTRA.get(method, ()), *more),
+            ]
+        )
+
+    return run
+
+
+def read(path: Path, name: str = "metrics.json") -> dict:
+    return json.loads((path / name).read_text())
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_run_writes_what_it_promises(baseline, tmp_path, capsys, method):
+    assert baseline(method, "--lr", "0.01", "--json", "--batch", "2") == 0
+    printed = json.loads(capsys.readouterr().out)
+    out = tmp_path / "out"
+    names = {p.name for p in out.iterdir()}
+    assert names == {"update.safetensors", "manifest.json", "metrics.json", "log.jsonl"}
+    metrics, manifest = read(out), read(out, "manifest.json")
+    assert {**metrics, "out": str(out)} == printed
+    assert manifest["kind"] == "baseline"
+    assert manifest["method"] == method
+    assert set(metrics["seconds"]) == {"load", "reference", "train", "check", "total"}
+    assert set(metrics["tokens"]) == {"forget", "retain", "held_out"}
+    assert metrics["peak_bytes"] > 0
+    curve = metrics["curve"]
+    assert len(curve) in range(3, 12)
+    assert [row["step"] for row in curve][:2] == [0, curve[-1]["step"] // 10 or 1]
+    assert metrics["forget_loss"] == {
+        "before": curve[0]["forget_loss"],
+        "after": curve[-1]["forget_loss"],
+    }
+    assert metrics["retain_kl"] == curve[-1]["retain_kl"] > 0
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [row["step"] for row in curve[1:]]
+    update = Update.load(out)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(manifest["model"])
+    assert update.fits_base(model)
+    whole = {name for name, _ in model.named_parameters()}
+    trained = {name for name, delta in update.deltas.items() if delta.abs().max() > 0}
+    if method == "rmu":
+        assert trained == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    elif method == "elm":
+        assert trained == {n for n in whole if "layers" in n and "proj" in n}
+    else:
+        assert trained == whole
+
+
+def test_defaults_are_the_methods_own(baseline, tmp_path):
+    assert baseline("npo") == 0
+    # Four sequences make one batch of 32: ten epochs are no whole step, so one.
+    found = read(tmp_path / "out", "manifest.json")["settings"]
+    assert found == {
+        **{"lr": 1e-5, "steps": 1, "batch": 32, "accumulate": 1, "warm_up": 1, "decay": True},
+        **{"weight_decay": 0.01, "clip": 1.0, "optimizer": "AdamW"},
+    }
+    options = ("--batch", "1", "--epochs", "5", "--no-decay", "--clip", "0")
+    assert baseline("soul", *options, out="soul") == 0
+    found = read(tmp_path / "soul", "manifest.json")["settings"]
+    assert found == {
+        **{"lr": 5e-6, "steps": 20, "batch": 1, "accumulate": 1, "warm_up": 2, "decay": False},
+        **{"weight_decay": 0.1, "clip": None, "optimizer": "Sophia"},
+    }
+
+
+@pytest.mark.parametrize("method", ["kl-min", "elm"])
+def test_an_interrupted_run_goes_on(baseline, tmp_path, capsys, monkeypatch, method):
+    options = ("--lr", "0.01", "--batch", "2", "--steps", "4")[: 4 if method == "elm" else 6]
+    assert baseline(method, *options, "--evaluate-every", "1", out="whole") == 0
+    monkeypatch.setattr(command, "SAVE_SECONDS", 0.0)
+    log = RunDir.log
+
+    def cut(self, event, **facts):
+        if facts["step"] == 3:
+            raise KeyboardInterrupt
+        log(self, event, **facts)
+
+    monkeypatch.setattr(RunDir, "log", cut)
+    assert baseline(method, *options, "--evaluate-every", "1") == 130
+    monkeypatch.setattr(RunDir, "log", log)
+    assert baseline(method, *options, "--evaluate-every", "1") == 2
+    assert "pass --resume" in capsys.readouterr().err
+    assert baseline(method, *options, "--evaluate-every", "1", "--resume") == 0
+    assert "resuming after step 2" in capsys.readouterr().err
+    first, second = (load_file(tmp_path / o / "update.safetensors") for o in ("whole", "out"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read(tmp_path / "whole")["curve"] == read(tmp_path / "out")["curve"]
+
+
+def test_every_evaluation_can_be_kept_and_chosen_from(baseline, tmp_path, model_dir, capsys):
+    options = ("--lr", "0.003", "--batch", "2", "--epochs", "2", "--evaluate-every", "1")
+    assert baseline("gd", *options, "--checkpoints", "--max-kl", "0.02", "--export-model") == 0
+    out = tmp_path / "out"
+    metrics = read(out)
+    files = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert files == [f"step-{i:06}.safetensors" for i in range(1, 5)]
+    step = metrics["kept_step"]
+    assert step < 4
+    assert metrics["retain_kl"] <= 0.02 < metrics["curve"][-1]["retain_kl"]
+    kept = load_file(out / "update.safetensors")
+    chosen = load_file(out / "checkpoints" / f"step-{step:06}.safetensors")
+    assert all(torch.equal(kept[name], chosen[name]) for name in kept)
+    last = out / "checkpoints" / files[-1]
+    assert main(["apply", str(model_dir), str(last), "--out", str(tmp_path / "edited")]) == 0
+    exported = load_file(out / "model" / "model.safetensors")
+    base = load_file(model_dir / "model.safetensors")
+    for name, delta in kept.items():
+        assert torch.equal(exported[name], base[name] + delta)
+    assert baseline("gd", *options, "--max-kl", "1e-9", out="small") == 0
+    assert "no evaluation was within --max-kl 1e-09" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "trained"),
+    [
+        ("ga", ("--layers", "1"), ["gate_proj", "up_proj", "down_proj"]),
+        ("ga", ("--target", "*.q_proj.weight", "--layers", "0"), ["q_proj"]),
+        (
+            "ga",
+            ("--lora", "2", "--layers", "1"),
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        ),
+        ("rmu", ("--target", "*.up_proj.weight", "--layers", "0-1"), ["up_proj", "up_proj"]),
+        ("elm", ("--target", "*.up_proj.weight", "--lora", "0"), ["up_proj", "up_proj"]),
+    ],
+)
+def test_weights_can_be_chosen(baseline, tmp_path, method, more, trained):
+    assert baseline(method, "--lr", "0.01", *more) == 0
+    update = Update.load(tmp_path / "out")
+    assert sorted(name.split(".")[-2] for name in update.deltas) == sorted(trained)
+    ranks = [torch.linalg.matrix_rank(delta, rtol=1e-4) for delta in update.deltas.values()]
+    assert (max(ranks) <= 2) == ("2" in more)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("dpo", (), "METHOD dpo: give ga, gd, kl-min, npo, simnpo, rmu, elm or soul"),
+        ("ga", ("--beta", "1"), "--beta is no option of ga"),
+        ("soul", ("--retain-weight", "1"), "--retain-weight is no option of soul"),
+        ("gd", ("--layer", "1"), "--layer is no option of gd"),
+        ("npo", ("--layer", "1"), "--layer is no option of npo"),
+        ("gd", ("--steps", "2", "--epochs", "2"), "give --steps or --epochs, not both"),
+        ("gd", ("--batch", "0"), "--batch, --accumulate and --epochs must be above 0"),
+        ("gd", ("--steps", "0"), "--steps 0: give 1 or more"),
+        ("gd", ("--evaluate-every", "0"), "--evaluate-every 0: give 1 or more"),
+        ("gd", ("--max-kl", "-1"), "--max-kl -1.0: give a number above 0"),
+        ("gd", ("--layers", "5"), "--layers 5: this model has blocks 0 to 1"),
+        ("gd", ("--lora", "-1"), "--lora must be 0 or more"),
+        ("gd", ("--lora", "2", "--lora-dropout", "1"), "--lora-dropout 0 or more and below 1"),
+        ("gd", ("--lr", "1e30", "--batch", "1"), "the loss is not finite; lower --lr"),
+    ],
+)
+def test_bad_options(baseline, tmp_path, capsys, method, more, message):
+    assert baseline(method, *more) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kfade: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("out")]
+
+
+def test_what_elm_and_rmu_need(tmp_path, model_dir, baseline, capsys, monkeypatch):
+    monkeypatch.setitem(EXTRA, "elm", ())
+    assert baseline("elm") == 2
+    assert "--concept is missing" in capsys.readouterr().err
+    assert baseline("elm", "--concept", "a b") == 2  # its blocks are 4 to 7
+    assert "--layers 4-7: this model has blocks 0 to 1" in capsys.readouterr().err
+    monkeypatch.setitem(EXTRA, "rmu", ())
+    assert baseline("rmu") == 2
+    assert "--layer 7: this model has blocks 0 to 1" in capsys.readouterr().err
+    assert baseline("rmu", "--layer", "0", "--layers", "0-1") == 2
+    assert "lies above block 0, where rmu stops" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    assert main(["baseline", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--lr", "--warm-up", "--max-kl", "--checkpoints", "--lora", "--concept"):
+        assert option in text

@@ -1,0 +1,345 @@
+"""TOFU's figures from per-item values: against paper, against scipy, from logs of both formats."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from scipy.stats import hmean, ks_2samp
+
+from kfade.cli import main
+from kfade.errors import InputError
+from kfade.evaluate.log import ItemLog
+from kfade.evaluate.tofu_logs import (
+    SETS,
+    TofuItem,
+    TofuLog,
+    aggregate,
+    choose_row,
+    forget_parts,
+    forget_quality,
+    model_utility,
+    notes_on,
+    utility_parts,
+)
+from kfade.evaluate.tofu_read import REFERENCE_TASKS, read_tofu_log
+
+LN2 = math.log(2)
+
+# Two questions a set, losses in multiples of ln 2 so that every probability is a power of two.
+# (answer, base, wrong answers, ROUGE-L recall)
+BY_HAND = {
+    "retain": [(1, 1, (2, 4), 0.5), (2, 3, (1, 2), 1.0)],
+    "real_authors": [(1, 1, (2, 2), 1.0), (1, 1, (1, 1), 0.5)],
+    "world_facts": [(0, 0, (1, 1), 0.25), (0, 0, (2, 4), 0.25)],
+    "forget": [(3, 2, (3, 5), 0.0), (2, 4, (3, 3), 0.5)],
+}
+
+
+def item(answer: float, base: float, false: tuple[float, ...], rouge: float) -> TofuItem:
+    return TofuItem(answer * LN2, base * LN2, tuple(loss * LN2 for loss in false), rouge)
+
+
+def by_hand() -> TofuLog:
+    return TofuLog(
+        "hand", {name: dict(enumerate(item(*v) for v in rows)) for name, rows in BY_HAND.items()}
+    )
+
+
+def random_log(seed: int, count: int = 60, shift: float = 0.0) -> TofuLog:
+    """A model of the losses 1 to 3; ``shift`` makes it know the forget set's paraphrases."""
+    draw = random.Random(seed)
+    sets = {}
+    for name in SETS:
+        down = shift if name == "forget" else 0.0
+        sets[name] = {
+            i: TofuItem(
+                draw.uniform(1, 3),
+                draw.uniform(1, 3) - down,
+                tuple(draw.uniform(1, 3) for _ in range(5)),
+                draw.uniform(0.2, 1),
+                f"question {i} of {name}?",
+            )
+            for i in range(count)
+        }
+    return TofuLog(f"log {seed}", sets)
+
+
+def reference(log: TofuLog) -> dict:
+    """The log as the reference code writes it: columns by string keys, and more than is needed."""
+    tasks = {}
+    for name, task in REFERENCE_TASKS.items():
+        items = log.sets[name]
+        tasks[task] = {
+            "avg_gt_loss": {str(i): v.answer_loss for i, v in items.items()},
+            "gt_loss": {str(i): 7 * v.answer_loss for i, v in items.items()},
+            "num_token_gt": {str(i): 7 for i in items},
+            "generated_text": {
+                str(i): [f"[INST] {v.question} ", "g", "t"] for i, v in items.items()
+            },
+            "rouge1_recall": {str(i): 1.0 for i in items},
+            "rougeL_recall": {str(i): v.rouge_l for i, v in items.items()},
+            "average_perturb_loss": {str(i): list(v.false_losses) for i, v in items.items()},
+            "avg_paraphrased_loss": {str(i): v.base_loss for i, v in items.items()},
+            "truth_ratio": {str(i): math.exp(-v.log_truth_ratio) for i, v in items.items()},
+        }
+    return tasks
+
+
+def write(path: Path, content) -> Path:
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+    return path
+
+
+def write_ours(path: Path, log: TofuLog) -> Path:
+    with ItemLog(path, {"benchmark": "tofu", "model": log.where}) as file:
+        for name, items in log.sets.items():
+            for i, value in items.items():
+                file.add(
+                    f"{name}/{i}",
+                    question=value.question,
+                    answer_loss=value.answer_loss,
+                    base_loss=value.base_loss,
+                    false_losses=value.false_losses,
+                    rouge_l=value.rouge_l,
+                )
+        file.finish({})
+    return path
+
+
+def test_the_nine_parts_are_those_worked_out_on_paper():
+    parts = utility_parts(by_hand())
+    expected = {
+        "retain_rouge_l": 3 / 4,  # (1/2 + 1)/2
+        "retain_probability": 3 / 8,  # (2^-1 + 2^-2)/2
+        # mean wrong 3 against 1: TR = 4, 1 - 1/4; mean 1.5 against 3: TR < 1, so 0
+        "retain_truth_ratio": 3 / 8,
+        "real_authors_rouge_l": 3 / 4,
+        # (1/2)/(1/2 + 1/4 + 1/4) = 1/2, and one of three alike = 1/3
+        "real_authors_probability": 5 / 12,
+        "real_authors_truth_ratio": 1 / 4,  # TR = 2: 1 - 1/2; TR = 1: 0
+        "world_facts_rouge_l": 1 / 4,
+        # 1/(1 + 1/2 + 1/2) = 1/2, and 1/(1 + 1/4 + 1/16) = 16/21
+        "world_facts_probability": (1 / 2 + 16 / 21) / 2,
+        "world_facts_truth_ratio": 11 / 16,  # TR = 2: 1/2; TR = 8: 7/8
+    }
+    assert parts == pytest.approx(expected, rel=1e-12)
+    # 9 over the sum of 4/3, 8/3, 8/3, 4/3, 12/5, 4, 4, 84/53, 16/11
+    utility = 9 / (4 / 3 + 8 / 3 + 8 / 3 + 4 / 3 + 12 / 5 + 4 + 4 + 84 / 53 + 16 / 11)
+    assert model_utility(parts) == pytest.approx(utility, rel=1e-12)
+    assert model_utility(parts) == pytest.approx(hmean(list(expected.values())), rel=1e-12)
+
+
+def test_the_forget_set_has_its_own_truth_ratio():
+    # TR = 2^(4-2) = 4 and 2^(3-4) = 1/2: min(TR, 1/TR) = 1/4 and 1/2
+    assert forget_parts(by_hand()) == pytest.approx(
+        {"rouge_l": 1 / 4, "probability": 3 / 16, "truth_ratio": 3 / 8}, rel=1e-12
+    )
+
+
+def test_utility_is_zero_where_a_part_is():
+    parts = {**utility_parts(by_hand()), "world_facts_rouge_l": 0.0}
+    assert model_utility(parts) == 0.0
+
+
+def test_forget_quality_by_hand():
+    # Two against two values wholly apart: D = 1, and 2 of the 6 ways to mix them are as far apart.
+    low = [item(0, 1, (1,), 0), item(0, 1, (2,), 0)]
+    high = [item(0, 1, (5,), 0), item(0, 1, (6,), 0)]
+    assert forget_quality(low, high) == pytest.approx((1 / 3, 1.0))
+    assert forget_quality(low, low) == pytest.approx((1.0, 0.0))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])
+def test_forget_quality_is_scipys_on_truth_ratios(shift):
+    ours, retain = random_log(0, 200, shift), random_log(1, 200)
+    ratios = [[math.exp(i.log_truth_ratio) for i in log.items("forget")] for log in (ours, retain)]
+    result = ks_2samp(*ratios)
+    assert aggregate(ours, retain)["forget_quality"] == pytest.approx(result.pvalue, rel=1e-12)
+    assert aggregate(ours, retain)["ks_statistic"] == pytest.approx(result.statistic)
+
+
+def test_a_model_like_the_retain_model_passes_and_one_that_knows_does_not():
+    retain = random_log(1, 200)
+    assert aggregate(retain, retain)["forget_quality"] == pytest.approx(1.0)
+    assert aggregate(random_log(2, 200), retain)["forget_quality"] > 0.05
+    assert aggregate(random_log(2, 200, shift=1.0), retain)["forget_quality"] < 1e-10
+
+
+def test_extreme_losses_overflow_nothing():
+    far = TofuItem(900.0, 900.0, (1.0, 2.0), 0.5)
+    known = TofuItem(0.0, 0.0, (2000.0, 3000.0), 0.5)
+    lost = TofuItem(2000.0, 0.0, (2000.0, 2000.0), 0.5)
+    log = TofuLog("x", {name: {0: far, 1: known, 2: lost} for name in SETS})
+    parts = aggregate(log, log)["parts"]
+    assert parts["world_facts_probability"] == pytest.approx((0 + 1 + 1 / 3) / 3)
+    assert parts["retain_truth_ratio"] == pytest.approx((0 + 1 + 1) / 3)
+
+
+def test_logs_of_both_formats_give_the_same(tmp_path):
+    log = random_log(0)
+    theirs = read_tofu_log(write(tmp_path / "eval_log_aggregated.json", reference(log)))
+    ours = read_tofu_log(write_ours(tmp_path / "items.jsonl", log))
+    assert aggregate(theirs) == aggregate(ours) == aggregate(log)
+    assert theirs.sets["forget"][3].question == "[INST] question 3 of forget? "
+
+
+def test_early_logs_have_lists(tmp_path):
+    tasks = reference(by_hand())
+    lists = {t: {k: list(v.values()) for k, v in columns.items()} for t, columns in tasks.items()}
+    path = write(tmp_path / "eval_log_aggregated.json", lists)
+    assert aggregate(read_tofu_log(path))["parts"] == utility_parts(by_hand())
+
+
+def test_columns_in_another_order_are_joined_by_number(tmp_path):
+    tasks = reference(by_hand())
+    column = tasks["eval_log.json"]["average_perturb_loss"]
+    tasks["eval_log.json"]["average_perturb_loss"] = dict(reversed(column.items()))
+    path = write(tmp_path / "eval_log_aggregated.json", tasks)
+    assert utility_parts(read_tofu_log(path)) == utility_parts(by_hand())
+
+
+def test_the_command_line_aggregates_saved_logs(tmp_path, capsys):
+    ours = write(tmp_path / "a.json", reference(random_log(0, shift=0.5)))
+    (tmp_path / "retain").mkdir()
+    write_ours(tmp_path / "retain" / "items.jsonl", random_log(1))
+    code = main(
+        [
+            "eval",
+            "tofu",
+            "--from-log",
+            str(ours),
+            "--retain-log",
+            str(tmp_path / "retain"),
+            "--json",
+        ]
+    )
+    assert code == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = aggregate(random_log(0, shift=0.5), random_log(1))
+    assert {k: v for k, v in printed.items() if k != "notes"} == expected
+    assert len(printed["parts"]) == 9
+    assert printed["model_utility"] == pytest.approx(hmean(list(printed["parts"].values())))
+    assert printed["retain_model"]["model_utility"] == model_utility(utility_parts(random_log(1)))
+    assert printed["notes"] == []
+
+
+def test_without_a_retain_model_there_is_no_forget_quality(tmp_path, capsys):
+    log = write(tmp_path / "a.json", reference(by_hand()))
+    assert main(["eval", "tofu", "--from-log", str(log), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["forget_quality"] is None
+    assert printed["retain_model"] is None
+    assert main(["eval", "tofu", "--from-log", str(log)]) == 0
+    assert "not measured" in capsys.readouterr().err
+
+
+def test_a_retain_log_may_hold_the_forget_set_alone():
+    retain = TofuLog("r", {"forget": random_log(1).sets["forget"]})
+    beside = aggregate(random_log(0), retain)["retain_model"]
+    assert beside["model_utility"] is None
+    assert beside["items"] == {"forget": 60}
+
+
+def test_other_questions_are_told():
+    log = random_log(0)
+    assert notes_on(log, random_log(1)) == []
+    assert "60 forget questions in log 0, 40 in log 1" in notes_on(log, random_log(1, 40))[0]
+    moved = {i: TofuItem(1, 1, (1,), 1, f"of another split: {i}") for i in range(60)}
+    assert (
+        "60 forget questions of the same number differ"
+        in (notes_on(log, TofuLog("moved", {"forget": moved}))[0])
+    )
+
+
+def test_a_row_is_chosen_by_both_rules():
+    retain = random_log(1, 100)
+    # "lucky" fits the retain model on the even questions only, "good" nearly so on all.
+    logs = {"bad": random_log(5, 100, 2.0), "good": random_log(3, 100, 0.15)}
+    logs["lucky"] = TofuLog(
+        "lucky",
+        {
+            **retain.sets,
+            "forget": {
+                i: retain.sets["forget"][i] if i % 2 == 0 else logs["bad"].sets["forget"][i]
+                for i in range(100)
+            },
+        },
+    )
+    choice = choose_row(logs, retain)
+    assert choice.best == "good"
+    assert choice.best_forget_quality == aggregate(logs["good"], retain)["forget_quality"]
+    assert choice.held_out == "lucky"
+    assert choice.held_out_forget_quality < 1e-6  # what the choice on the even half did not see
+    assert choice.held_out_utility == aggregate(logs["lucky"])["model_utility"]
+    with pytest.raises(InputError, match="at least one log"):
+        choose_row({}, retain)
+
+
+def test_utility_counts_in_the_choice():
+    retain = random_log(1)
+    poor = {i: TofuItem(9, 9, (1,), 0.01) for i in range(60)}
+    broken = TofuLog("broken", {**dict.fromkeys(SETS, poor), "forget": retain.sets["forget"]})
+    choice = choose_row({"broken": broken, "whole": random_log(2)}, retain)
+    assert choice.best == choice.held_out == "whole"  # the broken one's forget quality is 1
+
+
+def broken_logs():
+    whole = reference(by_hand())
+    yield [], "not an aggregated TOFU log"
+    yield {"accuracy": 1}, "not an aggregated TOFU log"
+    without = {k: v for k, v in whole.items() if k != "eval_log.json"}
+    yield without, "holds no items of the set retain"
+    yield {**whole, "eval_log.json": {}}, r"eval_log\.json: has no avg_gt_loss"
+    yield {**whole, "eval_log.json": 3}, r"eval_log\.json: has no avg_gt_loss"
+    for column, value, said in [
+        ("avg_gt_loss", {"0": 1.0}, "item 1 is not in both"),
+        ("avg_gt_loss", {"0": "much", "1": 1.0}, "item 0: needs a loss"),
+        ("avg_gt_loss", {"0": float("nan"), "1": 1.0}, "item 0: NaN, Inf"),
+        ("avg_gt_loss", {"0": 1.0, "1": -1.0}, "item 1: a negative loss"),
+        ("average_perturb_loss", {"0": [], "1": [1.0]}, "no wrong answers"),
+        ("rougeL_recall", {"a": 1.0, "b": 1.0}, "has no rougeL_recall by item number"),
+    ]:
+        yield {**whole, "eval_log.json": {**whole["eval_log.json"], column: value}}, said
+
+
+@pytest.mark.parametrize(("content", "said"), list(broken_logs()))
+def test_a_malformed_reference_log_is_named(tmp_path, content, said):
+    path = write(tmp_path / "eval_log_aggregated.json", content)
+    with pytest.raises(InputError, match=said):
+        aggregate(read_tofu_log(tmp_path))
+    with pytest.raises(InputError, match=path.name):
+        aggregate(read_tofu_log(path))
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such TOFU log"):
+        read_tofu_log(tmp_path / "none.json")
+    with pytest.raises(InputError, match="holds neither items"):
+        read_tofu_log(tmp_path)
+    (tmp_path / "a.json").write_text('{"eval_log.json": {')
+    with pytest.raises(InputError, match=r"a\.json: not JSON"):
+        read_tofu_log(tmp_path / "a.json")
+    with ItemLog(tmp_path / "items.jsonl", {"benchmark": "kl"}) as log:
+        log.finish({})
+    with pytest.raises(InputError, match="a log of another evaluation than TOFU"):
+        read_tofu_log(tmp_path / "items.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--from-log", "a.json", "model"], "--from-log only reads saved logs"),
+        (["--from-log", "a.json", "--out", "x"], "--from-log only reads saved logs"),
+        (["model"], "give MODEL and --out"),
+        (["--out", "x"], "give MODEL and --out"),
+        (["m", "--retain-log", "a", "--retain-model", "b", "--out", "x"], "not both"),
+        (["--from-log", "none.json"], "no such TOFU log"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, said, capsys):
+    assert main(["eval", "tofu", *arguments]) == 2
+    assert said in capsys.readouterr().err
