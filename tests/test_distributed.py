@@ -60,7 +60,7 @@ def found(request, tmp_path_factory) -> list[dict]:
         text=True,
     )
     try:
-        _, messages = run.communicate(timeout=300)
+        _, messages = run.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         run.terminate()  # torchrun then ends its processes, which wait for one another
         run.wait(60)
