@@ -196,3 +196,17 @@ def forget_loss_of(word: str | None) -> float | None:
     if name != "forget_loss" or not math.isfinite(number):
         raise InputError(f"--until {word}: write forget_loss=NUMBER, in nats per token")
     return number
+
+
+def bytes_of(size: str, option: str = "--memory") -> int:
+    """Bytes of ``20GB``, ``800MB`` or a plain number; powers of 1000."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = size.strip().rstrip("BGKMTbgkmt")
+    unit = size.strip()[len(number) :].upper()
+    try:
+        value = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise InputError(f"{option} {size}: write a size as 20GB or 800MB")
+    return value

@@ -16,24 +16,53 @@ DECOMPOSITION = (
 )
 
 
-def group_bytes(group: Sequence[Target], estimator: str) -> int:
-    """Bytes of curvature that fitting ``group`` holds at its peak.
+def factor_bytes(group: Sequence[Target]) -> int:
+    """Bytes of the factors A and S of ``group``, and of its bases: Σ over distinct inputs I² + Σ
+    over layers O²."""
+    return sum_dtype(group[0].weight.dtype).itemsize * sum(width**2 for width in widths(group))
 
-    K-FAC: Σ over distinct inputs I² + Σ over layers O², which the bases replace one by one, and
-    the eigenvalues O·I. All estimators: the grids O·I, and one more where products are squared.
-    """
-    size = sum_dtype(group[0].weight.dtype).itemsize
+
+def widths(group: Sequence[Target]) -> list[int]:
+    """Widths of the factors of ``group``: I of each distinct input, O of each layer."""
     inputs = {target.input_of: target.shape[1] for target in group}
-    grids = [target.shape[0] * target.shape[1] for target in group]
+    return [*inputs.values(), *(target.shape[0] for target in group)]
+
+
+def fit_bytes(group: Sequence[Target], estimator: str) -> dict[str, int]:
+    """Bytes of curvature that fitting ``group`` holds at the peak of each of its stages.
+
+    K-FAC: the factors, which the bases replace one by one, and the eigenvalues O·I. EK-FAC and
+    diagonal: the grids O·I, and one more where products are squared; for EK-FAC beside the bases,
+    and a copy of them in the model's dtype if that is another.
+    """
+    weight = group[0].weight
+    size = sum_dtype(weight.dtype).itemsize
+    grids = [size * target.shape[0] * target.shape[1] for target in group]
     if estimator == "identity":
-        return 0
+        return {}
     if estimator == "diagonal":
-        return size * (sum(grids) + max(grids))
-    widths = [*inputs.values(), *(target.shape[0] for target in group)]
-    factors = sum(width**2 for width in widths)
-    decomposing = factors + DECOMPOSITION * max(widths) ** 2
-    finished = factors + sum(grids) + (max(grids) if estimator == "ekfac" else 0)
-    return size * max(decomposing, finished)
+        return {"lambda": sum(grids) + max(grids)}
+    factors = factor_bytes(group)
+    decomposing = factors + size * DECOMPOSITION * max(widths(group)) ** 2
+    stages = {"covariance": factors, "eigh": max(decomposing, factors + sum(grids))}
+    if estimator == "ekfac":
+        low = 0 if weight.dtype.itemsize == size else factors * weight.dtype.itemsize // size
+        stages["lambda"] = factors + low + sum(grids) + max(grids)
+    return stages
+
+
+def group_bytes(group: Sequence[Target], estimator: str) -> int:
+    """Bytes of curvature that fitting ``group`` holds at its peak."""
+    return max(fit_bytes(group, estimator).values(), default=0)
+
+
+def stored_bytes(group: Sequence[Target], estimator: str) -> int:
+    """Bytes of the finished curvature of ``group``: bases, shared ones once, and eigenvalues."""
+    size = sum_dtype(group[0].weight.dtype).itemsize
+    if estimator == "identity":
+        return size * len(group)
+    grids = size * sum(target.shape[0] * target.shape[1] for target in group)
+    return grids if estimator == "diagonal" else grids + factor_bytes(group)
 
 
 def group_targets(
