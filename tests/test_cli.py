@@ -217,14 +217,14 @@ def test_check_passes_on_a_sound_model(setup, capsys):
 
 def test_check_fails_when_padding_leaks(setup, capsys, monkeypatch):
     """Control: a model that looks at the width of its batch must not pass."""
-    import kfade.curvature.jacobian as jacobian
+    import kfade.curvature.passes as passes
 
-    honest = jacobian.hidden_states
+    honest = passes.hidden_states
 
     def leaky(model, input_BT):
         return honest(model, input_BT) * (1 + 0.1 * input_BT.shape[1])
 
-    monkeypatch.setattr(jacobian, "hidden_states", leaky)
+    monkeypatch.setattr(passes, "hidden_states", leaky)
     assert main(["check", setup["model"], "--retain", setup["retain"], "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [f["passed"] for f in findings if f["name"] == "padding and batch size"] == [False]
@@ -264,7 +264,7 @@ def corrupt(path: Path, name: str) -> None:
         (("--sequence-length", "100000"), "over the model's window"),
         (("--sequence-length", "1"), "--sequence-length must be 2 or more"),
         (("--dtype", "int8"), "--dtype int8: give one of"),
-        (("--curvature", "nowhere"), "no such curvature file"),
+        (("--curvature", "nowhere"), "no such curvature"),
         (("--config", "nowhere.yaml"), "nowhere.yaml: no such configuration"),
     ],
 )

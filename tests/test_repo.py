@@ -22,7 +22,7 @@ LADDER = [
     {"curvature"},
     {"measure", "gradient", "step", "update", "unlearn", "lora", "trace", "plan", "cost"},
     {"evaluate", "baselines"},
-    {"demo", "sweep", "report"},
+    {"demo", "sweep", "report", "plan"},
     {"cli"},
     {"__init__", "__main__"},  # the public names, and the way in
 ]

@@ -68,6 +68,8 @@ class FitConfig:
     """Glob over parameter names; every feed-forward weight when unset."""
     joint_bias: bool = False
     """Treat a layer's bias as one more column of its weight."""
+    memory: str | None = None
+    """What a device holds at most, as in 20GB; layers are then fitted in groups."""
 
 
 @dataclass(frozen=True)

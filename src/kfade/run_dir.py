@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kfade import distributed
 from kfade.errors import InputError
 
 
@@ -29,6 +30,8 @@ def check_free(path: Path) -> None:
 
 class RunDir:
     """The output folder of one run; use it in a ``with``, and :meth:`finish` at the end.
+
+    With several processes all read it and the first one writes.
 
     Args:
         path: the folder to make.
@@ -46,14 +49,17 @@ class RunDir:
         self.state = self.part / "state"
         self._config = json.loads(json.dumps(config))
         self._finished = False
-        check_free(path)
-        if self.part.exists():
-            self._check_resume(resume)
-        try:
-            self.state.mkdir(parents=True, exist_ok=True)
-            self._write(self.part / "config.json", self._config)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        self._writes = distributed.rank() == 0
+        if self._writes:
+            check_free(path)
+            if self.part.exists():
+                self._check_resume(resume)
+            try:
+                self.state.mkdir(parents=True, exist_ok=True)
+                self._write(self.part / "config.json", self._config)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        distributed.wait()
 
     def __enter__(self) -> RunDir:
         return self
@@ -64,24 +70,35 @@ class RunDir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._finished and not any(self.state.iterdir()):
+        kept = any(path.is_file() for path in self.state.rglob("*"))
+        if self._writes and not self._finished and not kept:
             shutil.rmtree(self.part, ignore_errors=True)
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
+        if not self._writes:
+            return
         aside = self.part / f"{name}.writing"
         write(aside)
         os.replace(aside, self.state / name)
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one line to ``log.jsonl``."""
+        if not self._writes:
+            return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
         with (self.part / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """``write`` a file or folder that will lie in DIR."""
+        if self._writes:
+            write(self.part / name)
+
     def publish(self, name: str) -> None:
         """Move a file of the state, now whole, to where it will lie in DIR."""
-        os.replace(self.state / name, self.part / name)
+        if self._writes:
+            os.replace(self.state / name, self.part / name)
 
     def finish(
         self,
@@ -90,6 +107,13 @@ class RunDir:
         config_yaml: str | None = None,
     ) -> None:
         """Write manifest, metrics and configuration, drop the state, and give DIR its name."""
+        if self._writes:
+            self._finish(manifest, metrics, config_yaml)
+        self._finished = True
+
+    def _finish(
+        self, manifest: Mapping[str, Any], metrics: Mapping[str, Any], config_yaml: str | None
+    ) -> None:
         self._write(self.part / "manifest.json", manifest)
         self._write(self.part / "metrics.json", metrics)
         if config_yaml is not None:
@@ -97,7 +121,6 @@ class RunDir:
         (self.part / "config.json").unlink()
         shutil.rmtree(self.state)
         os.replace(self.part, self.path)
-        self._finished = True
 
     def _check_resume(self, resume: bool) -> None:
         if not resume:

@@ -234,7 +234,7 @@ def pick(outcomes: Sequence[Outcome], max_kl: float) -> Outcome | None:
 
 def cut(curvature: Curvature, targets: Sequence[Target]) -> Curvature:
     """The part of a curvature that covers these targets."""
-    return replace(curvature, blocks={t.name: curvature.blocks[t.name] for t in targets})
+    return curvature.only([t.name for t in targets], targets[0].weight.device)
 
 
 def _measured(outcomes: Sequence[Outcome]) -> list[Outcome]:

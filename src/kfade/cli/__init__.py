@@ -12,6 +12,7 @@ import sys
 import torch
 import typer
 
+from kfade import distributed
 from kfade.cli import (
     attack,
     baseline,
@@ -31,6 +32,7 @@ from kfade.cli import (
     unlearn,
 )
 from kfade.cli.eval import eval_app
+from kfade.cli.session import console
 from kfade.errors import InputError
 
 app = typer.Typer(
@@ -63,9 +65,13 @@ eval_app.command("quantisation")(eval_quantisation.quantisation)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command, in each process that ``torchrun`` started; returns the exit code."""
     try:
-        app(args=arguments)
+        with distributed.processes():
+            if distributed.count() > 1:
+                _check_several(sys.argv[1:] if arguments is None else arguments)
+                console.quiet = distributed.rank() > 0
+            app(args=arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except InputError as error:
@@ -79,6 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command with --resume goes on", 130)
     return 0
+
+
+def _check_several(arguments: list[str]) -> None:
+    if arguments[:1] not in (["fit"], ["unlearn"]):
+        raise InputError(
+            f"kfade {' '.join(arguments[:1])}: only fit and unlearn run in several processes; "
+            "start it without torchrun"
+        )
 
 
 def _out_of_memory() -> int:

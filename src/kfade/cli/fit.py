@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from kfade import distributed
 from kfade.batches import digest_sequences, make_batches
 from kfade.cli import options as o
 from kfade.cli.session import load, read_retain, session, show, to_tokens
-from kfade.cli.unlearn import git_sha
+from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, override, read_config, write_config
-from kfade.curvature.curvature import Curvature
+from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
 from kfade.run_dir import RunDir
 from kfade.stages import stage
 from kfade.unlearn import versions
+
+_NOT_SETTINGS = ("out", "config", "resume", "json")
 
 
 def fit(
@@ -32,33 +35,32 @@ def fit(
     layers: o.Layers = None,
     target: o.Target = None,
     joint_bias: o.JointBias = None,
+    memory: o.Memory = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
     seed: o.Seed = None,
     config: o.Config = None,
+    resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
     """Fit the curvature of MODEL on a retain set and save it for `kfade unlearn --curvature`.
 
-    Writes `curvature.safetensors`, `manifest.json`, `metrics.json` and `config.yaml` into OUT. The
-    same examples are held out as in a `kfade unlearn` with the same retain set and seed.
+    Writes `curvature-000.safetensors` (one file a group of layers), `manifest.json`, `metrics.json`
+    and `config.yaml` into OUT. The same examples are held out as in a `kfade unlearn` with the same
+    retain set and seed. Under `torchrun --nproc-per-node N -m kfade fit ...` the data are split
+    over N processes.
     """
-    given = {name: v for name, v in locals().items() if name not in ("out", "config", "json")}
+    given = {name: v for name, v in locals().items() if name not in _NOT_SETTINGS}
     run = override(read_config(config) if config else RunConfig(), **given)
     fit_function, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
     examples, _ = read_retain(run.data, run.seed)
-    with session() as clock, RunDir(out, asdict(run)) as folder:
+    with session() as clock, RunDir(out, asdict(run), resume=resume) as folder:
         loaded = load(run.model, run.fit)
         sequences = to_tokens(examples, loaded, run.data)
         weight = loaded.targets[0].weight
         batches = make_batches(sequences, budget=run.data.batch_tokens, device=weight.device)
-        with stage("fit"):
-            curvature = fit_function(
-                loaded.model, batches, loaded.targets, draw=draw, seed=run.seed
-            )
-        provenance = {
-            **curvature.provenance,
+        made_for = {
             "model": run.model.model,
             "weights_sha256": {
                 t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
@@ -66,9 +68,21 @@ def fit(
             "retain_sha256": digest_sequences(sequences),
             "versions": versions(),
         }
-        with stage("save"):
-            path = folder.part / "curvature.safetensors"
-            Curvature(curvature.blocks, provenance).save(path)
+        with stage("fit"):
+            curvature = fit_function(
+                loaded.model,
+                batches,
+                loaded.targets,
+                draw=draw,
+                seed=run.seed,
+                memory=curvature_bytes(run, loaded),
+                store=Store(folder.state, made_for),
+            )
+        files = sorted(folder.state.glob("curvature-*.safetensors"))
+        size = sum(path.stat().st_size for path in files)
+        distributed.wait()
+        for path in files:
+            folder.publish(path.name)
         stages = ("load", "covariance", "eigh", "lambda", "save")
         metrics: dict[str, Any] = {
             "seconds": {
@@ -78,9 +92,16 @@ def fit(
             "peak_bytes": max(clock.peak_bytes.values()),
             "peak_bytes_by_stage": clock.peak_bytes,
             "tokens": sum(s.loss_tokens for s in sequences),
-            "curvature_bytes": path.stat().st_size,
+            "curvature_bytes": size,
+            "groups": len(files),
+            "processes": distributed.count(),
         }
-        manifest = {"kind": "fit", **provenance, "git_sha": git_sha(), "config": asdict(run)}
+        manifest = {
+            "kind": "fit",
+            **curvature.provenance,
+            "git_sha": git_sha(),
+            "config": asdict(run),
+        }
         folder.finish(manifest, metrics, write_config(run))
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in metrics["seconds"].items())
     show(
@@ -89,6 +110,6 @@ def fit(
         [
             f"{run.fit.estimator} fitted on {metrics['tokens']} loss tokens",
             f"time: {seconds}",
-            f"{metrics['curvature_bytes'] / 1e6:.0f} MB written to {out}/curvature.safetensors",
+            f"{size / 1e6:.0f} MB in {len(files)} file(s) written to {out}",
         ],
     )

@@ -63,6 +63,10 @@ JointBias = Annotated[
     bool | None,
     _option(FIT, "Change biases too, as one more column.", "--joint-bias/--no-joint-bias"),
 ]
+Memory = Annotated[
+    str | None,
+    _option(FIT, "What a device may hold, as in 20GB: fit the layers in groups that fit. [all]"),
+]
 CurvatureDir = Annotated[
     Path | None, _option(FIT, "Use a curvature that kfade fit saved.", "--curvature")
 ]

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from torch import nn
 
+from kfade import distributed
 from kfade.batches import Sequence as Tokens
 from kfade.batches import encode
 from kfade.cli.options import chat_of
@@ -142,8 +143,8 @@ def to_tokens(examples: Sequence[Example], loaded: Loaded, config: DataConfig) -
 
 def show(result: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:
     """The result, outside the session: one JSON object on stdout, or lines for a person."""
-    if as_json:
+    if as_json and distributed.rank() == 0:
         print(json.dumps(result), flush=True)
-    else:
+    elif not as_json:
         for line in lines:
             console.print(line)

@@ -23,7 +23,7 @@ from kfade.cli.session import (
     session,
     to_tokens,
 )
-from kfade.cli.unlearn import check_curvature, git_sha, run_metrics
+from kfade.cli.unlearn import git_sha, read_curvature, run_metrics
 from kfade.config import RunConfig, SizeConfig, write_config
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.evaluate.log import ItemLog
@@ -31,7 +31,6 @@ from kfade.gradient import forget_gradient
 from kfade.layers import Target, digest_weights, parameter_names
 from kfade.objectives import Objective
 from kfade.run_dir import RunDir
-from kfade.stages import stage
 from kfade.sweep import ALL, RULE, Outcome, Point, cut, pareto, pick, sweep, targets_within
 from kfade.unlearn import unlearn, versions
 from kfade.update import Update
@@ -78,10 +77,9 @@ def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str,
         "max_kl": max_kl,
     }
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
-        with stage("load"):
-            saved = Curvature.load(request.curvature / "curvature.safetensors")
+        Curvature.load(request.curvature)  # is it one? before the model is read
         loaded = load(run.model, run.fit)
-        saved = check_curvature(saved, loaded)
+        saved = read_curvature(request.curvature, loaded)
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         ready = _Ready(request, loaded, saved, objectives, *tokens)

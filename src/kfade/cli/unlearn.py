@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from kfade import distributed
 from kfade.batches import Batch, digest_sequences
 from kfade.batches import Sequence as Tokens
 from kfade.cli import options as o
@@ -26,9 +28,11 @@ from kfade.cli.session import (
 from kfade.config import RunConfig, override, read_config, write_config
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.fit import Fit
+from kfade.curvature.store import Store
 from kfade.errors import InputError
 from kfade.layers import Target, digest_weights, parameter_names
 from kfade.models import save_model
+from kfade.plan import curvature_budget
 from kfade.run_dir import RunDir
 from kfade.stages import Clock, stage
 from kfade.step import StepSize
@@ -53,6 +57,7 @@ def unlearn(
     layers: o.Layers = None,
     target: o.Target = None,
     joint_bias: o.JointBias = None,
+    memory: o.Memory = None,
     curvature: o.CurvatureDir = None,
     objective: o.ObjectiveName = None,
     steps: o.Steps = None,
@@ -112,15 +117,15 @@ def run_unlearn(
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {**asdict(run), "curvature": str(curvature) if curvature else None}
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
-        with stage("load"):
-            saved = Curvature.load(curvature / "curvature.safetensors") if curvature else None
+        if curvature is not None:
+            Curvature.load(curvature)  # is it one? before the model is read
         loaded = loaded or load(run.model, run.fit)
         forget = to_tokens(forget_examples, loaded, run.data)
         retain = to_tokens(fit_examples, loaded, run.data)
         held_out = to_tokens(held_examples, loaded, run.data)
-        if saved is not None:
-            saved = check_curvature(saved, loaded)
+        saved = read_curvature(curvature, loaded) if curvature is not None else None
         start = _resume_from(folder, forget, retain)
+        made_for = {"retain_sha256": digest_sequences(retain), "config": asdict(run.fit)}
 
         def on_step(update: Update) -> None:
             steps = update.provenance["steps"]
@@ -135,7 +140,7 @@ def run_unlearn(
             retain=retain,
             held_out=held_out,
             targets=loaded.targets,
-            fit=_kept(fit, folder),
+            fit=_kept(fit, folder, curvature_bytes(run, loaded), made_for),
             objective=objective,
             draw=draw,
             curvature=saved,
@@ -157,11 +162,11 @@ def run_unlearn(
         update = Update(
             update.deltas, {**update.provenance, "model": run.model.model, "config": asdict(run)}
         )
-        update.save(folder.part / "update.safetensors")
+        folder.put("update.safetensors", update.save)
         lost = update.lost_fraction(loaded.model)
         if export_model:
             with stage("export"), update.applied_to(loaded.model) as edited:
-                save_model(edited, loaded.tokenizer, folder.part / "model")
+                folder.put("model", lambda path: save_model(edited, loaded.tokenizer, path))
         metrics = {**run_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
         provenance = {k: v for k, v in update.provenance.items() if k not in ("steps", "config")}
         manifest = {
@@ -184,6 +189,14 @@ def step_size(run: RunConfig) -> StepSize:
     return StepSize(run.size.alpha, kl, until, run.size.max_kl)
 
 
+def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
+    """What ``--memory`` leaves for the curvature beside the model and a pass."""
+    if run.fit.memory is None:
+        return None
+    total = o.bytes_of(run.fit.memory)
+    return curvature_budget(total, loaded.model, loaded.targets, run.data.batch_tokens)
+
+
 def damping_of(run: RunConfig) -> tuple[float, bool]:
     """(damping, relative)."""
     absolute, relative = run.step.damping, run.step.relative_damping
@@ -194,28 +207,26 @@ def damping_of(run: RunConfig) -> tuple[float, bool]:
     return (DEFAULT_DAMPING if relative is None else relative), True
 
 
-def check_curvature(curvature: Curvature, loaded: Loaded) -> Curvature:
-    """A saved curvature, on the model's device, cut to the targets.
+def read_curvature(folder: Path, loaded: Loaded) -> Curvature:
+    """A saved curvature, cut to the targets; its blocks are read when they are used.
 
     Raises:
         InputError: it was fitted on other weights, or does not cover every target.
     """
+    curvature = Curvature.load(folder)
     missing = [t.name for t in loaded.targets if t.name not in curvature.blocks]
     if missing:
         raise InputError(
             f"--curvature does not cover {missing[0]}: fit it with the same --layers and --target"
         )
-    own = [t for t in loaded.targets if t.name in curvature.blocks]
     digests = curvature.provenance.get("weights_sha256", {})
-    for target in own:
+    for target in loaded.targets:
         if digests.get(target.name) != digest_weights(loaded.model, parameter_names([target])):
             raise InputError(
                 f"--curvature was fitted on another model: {target.name} differs; fit it on this "
                 "one with kfade fit"
             )
-    device = loaded.targets[0].weight.device
-    blocks = {t.name: curvature.blocks[t.name].to(device) for t in own}
-    return Curvature(blocks, curvature.provenance)
+    return curvature.only([t.name for t in loaded.targets], loaded.targets[0].weight.device)
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
@@ -253,22 +264,24 @@ def git_sha() -> str | None:
     return done.stdout.strip() or None
 
 
-def _kept(fit: Fit, folder: RunDir) -> Fit:
-    """``fit``, kept in the run's state, so that a resumed run need not repeat it."""
+def _kept(fit: Fit, folder: RunDir, memory: int | None, made_for: dict[str, Any]) -> Fit:
+    """``fit``, kept in the run's state, finished or not, so that a resumed run goes on from it."""
 
     def kept(
         model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], **arguments: Any
     ) -> Curvature:
-        name = f"curvature-{digest_weights(model, parameter_names(targets))[:16]}.safetensors"
-        device = targets[0].weight.device
-        if (folder.state / name).is_file():
-            return Curvature.load(folder.state / name, device)
-        curvature = fit(model, batches, targets, **arguments)
-        for old in folder.state.glob("curvature-*"):
-            old.unlink()
-        with stage("save"):
-            folder.keep(name, curvature.save)
-        return curvature
+        digest = digest_weights(model, parameter_names(targets))
+        place = folder.state / f"curvature-{digest[:16]}"
+        if distributed.rank() == 0:
+            for old in folder.state.glob("curvature-*"):
+                if old != place:
+                    shutil.rmtree(old)
+            place.mkdir(exist_ok=True)
+        distributed.wait()
+        store = Store(
+            place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device
+        )
+        return fit(model, batches, targets, memory=memory, store=store, **arguments)
 
     return kept
 

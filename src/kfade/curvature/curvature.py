@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Curvature:
     def quadratic(self, x: Mapping[str, Tensor]) -> float:
         """xᵀG̃x, summed over all layers in float64."""
         return sum(block.quadratic(x[name]).double().item() for name, block in self.blocks.items())
+
+    def only(self, names: Sequence[str], device: torch.device | str) -> Curvature:
+        """The curvature of some of the weights, on ``device``."""
+        if isinstance(self.blocks, StoredBlocks):
+            return Curvature(self.blocks.only(names, device), self.provenance)
+        return Curvature({name: self.blocks[name].to(device) for name in names}, self.provenance)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; bases that layers share are written once."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,12 @@ class StoredBlocks(Mapping[str, EigenBlock]):
         for name, parts in metadata["layout"].items():
             self._where[name] = (path, parts)
         return metadata["provenance"]
+
+    def only(self, names: Iterable[str], device: torch.device | str) -> StoredBlocks:
+        """The blocks of some weights, read to ``device``."""
+        some = StoredBlocks(device)
+        some._where = {name: self._where[name] for name in names}
+        return some
 
     def __getitem__(self, name: str) -> EigenBlock:
         path, parts = self._where[name]
