@@ -8,7 +8,8 @@ Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, B sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,24 +88,31 @@ class Subject:
 
     def head_bytes(self, stage: str) -> int:
         """What the head holds at a time: a chunk of positions, several times."""
-        return HEAD_COPIES[stage] * CHUNK * self.head[0] * self.size
+        return HEAD_COPIES[stage] * min(CHUNK, self.cost.positions) * self.head[0] * self.size
 
 
 def examine(model: Any, targets: Sequence[Target], work: Work) -> Subject:
     """What planning has to know of a model, real or of fake tensors.
 
     Raises:
-        InputError: its passes depend on the numbers in it (routed experts).
+        InputError: its passes depend on the numbers in it.
     """
-    try:
+    with on_shapes(model):
         cost = trace_pass(model, targets, work.shape)
-    except RuntimeError as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be planned without its weights "
-            f"({str(error).splitlines()[0]})"
-        ) from None
     vocabulary, width = model.get_output_embeddings().weight.shape
     return Subject(targets, cost, parameter_bytes(model), (vocabulary, width))
+
+
+@contextlib.contextmanager
+def on_shapes(model: Any) -> Iterator[None]:
+    """For passes on fake tensors: where they fail, the user is told that there can be no plan."""
+    try:
+        yield
+    except RuntimeError as error:  # routed experts: how many rows each gets is not known
+        raise InputError(
+            f"{type(model).__name__} cannot be planned, its passes depend on its weights "
+            f"({str(error).splitlines()[0]}): fit it without --memory"
+        ) from error
 
 
 def curvature_budget(
@@ -138,9 +146,9 @@ def fit_overhead(subject: Subject, estimator: str) -> int:
 def peaks(subject: Subject, groups: Sequence[Sequence[Target]], estimator: str) -> dict[str, int]:
     """Most bytes held at a time by each stage of a first step.
 
-    Curvature in several groups lies on disk when it is finished, and is read a layer at a time;
-    in one group it stays. With it stay the gradient, the direction (for a moment twice) and, while
-    a step's size is tried, an update and the weights that it replaces.
+    The fit holds one group of layers at a time. Finished curvature lies on disk, as the commands
+    keep it, and is read a layer at a time. What stays is the gradient, the direction (for a moment
+    twice) and, while a step's size is tried, an update and the weights that it replaces.
     """
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
@@ -150,27 +158,23 @@ def peaks(subject: Subject, groups: Sequence[Sequence[Target]], estimator: str) 
             found[stage] = max(found.get(stage, 0), fixed + passing + curvature)
     targets, cost, vector = subject.targets, subject.cost, subject.vector_bytes
     largest = subject.size * max(t.shape[0] * t.shape[1] for t in targets)
-    resident, read = fixed, 0
-    if len(groups) == 1:
-        resident += stored_bytes(targets, estimator)
-    else:
-        read = max(stored_bytes([target], estimator) for target in targets)
-    passing = _pass_bytes(subject, "gradient", targets)
-    found["gradient"] = resident + passing + vector + largest
-    solve = 3 * vector + 4 * largest
+    read = max(stored_bytes([target], estimator) for target in targets)
+    found["gradient"] = fixed + _pass_bytes(subject, "gradient", targets) + vector + largest
+    solve = read + 3 * vector + 4 * largest
     exact = 2 * vector + 2 * cost.forward_bytes + subject.head_bytes("step")
-    found["step"] = resident + max(read + solve, exact)
+    found["step"] = fixed + max(solve, exact)
     replaced = subject.targeted * targets[0].weight.dtype.itemsize
     trial = cost.forward_bytes + subject.head_bytes("check")
-    found["check"] = resident + 3 * vector + replaced + 2 * largest + trial
+    found["check"] = fixed + 3 * vector + replaced + 2 * largest + trial
     return found
 
 
 def _pass_bytes(subject: Subject, stage: str, group: Sequence[Target]) -> int:
-    """What a pass holds beside the model and its sums.
+    """What a pass holds beside the model and its sums: most when the head runs, or just after.
 
     Where products of inputs and gradients are made, the inputs of all layers wait for backward.
     """
     inputs = 0 if stage == "covariance" else subject.input_bytes(group)
     head = subject.head_bytes("gradient" if stage == "gradient" else "fit")
-    return subject.cost.activations(group[0].input_of) + inputs + head
+    cost = subject.cost
+    return cost.held_bytes[group[0].input_of] + max(cost.surplus_bytes, head) + inputs

@@ -9,6 +9,7 @@ Shapes: B sequences, T positions of each.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,6 @@ class PassCost:
         """B · T."""
         return self.shape[0] * self.shape[1]
 
-    def activations(self, lowest: str) -> int:
-        """Most bytes held at a time by a pass whose lowest targets read ``lowest``."""
-        return self.held_bytes[lowest] + self.surplus_bytes
-
 
 def trace_pass(model: Any, targets: Sequence[Target], shape: tuple[int, int]) -> PassCost:
     """The cost of a pass over a batch of that shape, as ``passes.backward`` makes it.
@@ -70,7 +67,9 @@ def trace_pass(model: Any, targets: Sequence[Target], shape: tuple[int, int]) ->
     base = model.base_model
     tensors = [*base.named_parameters(), *base.named_buffers()]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    real = {n: mode.from_tensor(t.detach()) for n, t in tensors if not isinstance(t, FakeTensor)}
+    real: dict[str, Tensor] = {
+        n: mode.from_tensor(t.detach()) for n, t in tensors if not isinstance(t, FakeTensor)
+    }
     stand_in = SimpleNamespace(
         base_model=lambda **inputs: functional_call(base, real, kwargs=inputs)
     )
@@ -87,18 +86,23 @@ def trace_pass(model: Any, targets: Sequence[Target], shape: tuple[int, int]) ->
         before: dict[str, int] = {}
         backward_flops: dict[str, float] = {}
 
-        def on_input(target: Target, a_BTI: Tensor) -> None:
-            before[target.input_of] = live.now
+        def about_to_run(target: Target):
+            return lambda module, args: before.setdefault(target.input_of, live.made) and None
 
         def on_gradient(target: Target, g_BTO: Tensor) -> None:
-            backward_flops[target.input_of] = flops.get_total_flops() - forward_flops
+            # By the first of them: going on below the others comes only where it must go lower.
+            backward_flops.setdefault(target.input_of, flops.get_total_flops() - forward_flops)
 
-        with flops, live, capture(targets, on_input=on_input, on_gradient=on_gradient):
+        with contextlib.ExitStack() as entered:
+            for target in targets:
+                entered.enter_context(target.module.register_forward_pre_hook(about_to_run(target)))
+            entered.enter_context(capture(targets, on_gradient=on_gradient))
+            entered.enter_context(flops)
+            entered.enter_context(live)
             with torch.enable_grad():
                 hidden_BTD = hidden_states(stand_in, input_BT)
-            held = live.now
+            held_bytes = {name: live.made_since(number) for name, number in before.items()}
             hidden_BTD.backward(torch.empty_like(hidden_BTD))
-    held_bytes = {name: held - bytes_ for name, bytes_ in before.items()}
     return PassCost(
         shape,
         forward_flops,
@@ -138,9 +142,15 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.made = 0
         self._apart = [tensor.untyped_storage() for tensor in apart]
-        self._known = {id(storage) for storage in self._apart}
+        self._ignored = {id(storage) for storage in self._apart}
+        self._alive: dict[int, tuple[int, int]] = {}
+        """Address -> (how many were made before it, its bytes)."""
+
+    def made_since(self, number: int) -> int:
+        """Bytes that are alive of all but the first ``number`` tensors that were made."""
+        return sum(size for order, size in self._alive.values() if order >= number)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -151,15 +161,15 @@ class _Live(TorchDispatchMode):
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
+        if key not in self._ignored and key not in self._alive:
+            self._alive[key] = (self.made, size)
+            self.made += 1
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key, size)
+            weakref.finalize(storage, self._drop, key)
 
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _drop(self, key: int) -> None:
+        self.now -= self._alive.pop(key)[1]
 
 
 def parameter_bytes(model: nn.Module) -> int:

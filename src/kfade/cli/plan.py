@@ -14,17 +14,29 @@ from kfade.cli import options as o
 from kfade.cli.plan_page import page
 from kfade.cli.session import console, session, show
 from kfade.cost import Speed, flops, measure_speed, seconds
-from kfade.curvature.groups import factor_bytes, group_targets, stored_bytes
+from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups, stored_bytes
 from kfade.errors import InputError
 from kfade.layers import Target, find_targets
 from kfade.models import load_skeleton
-from kfade.plan import RUNTIME_BYTES, Subject, Work, examine, fit_overhead, peaks
+from kfade.plan import RUNTIME_BYTES, Subject, Work, examine, fit_overhead, on_shapes, peaks
 
 DEVICE = "Device"
 PASSES = {"ekfac": 2, "kfac": 1, "diagonal": 1, "identity": 0}
 
-Tokens = Annotated[int, typer.Option(help="Retain tokens that the curvature is fitted on.")]
-ForgetTokens = Annotated[int, typer.Option(help="Forget tokens of one step.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Retain tokens that the curvature is fitted on. [4000 x 512]",
+        rich_help_panel=o.DATA,
+        show_default=False,
+    ),
+]
+ForgetTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Forget tokens of one step. [2500 x 512]", rich_help_panel=o.DATA, show_default=False
+    ),
+]
 Memory = Annotated[
     list[str] | None,
     typer.Option(
@@ -68,8 +80,8 @@ def plan(
     joint_bias: o.JointBias = None,
     sequence_length: o.SequenceLength = None,
     batch_tokens: o.BatchTokens = None,
-    tokens: Tokens = Work.retain_tokens,
-    forget_tokens: ForgetTokens = Work.forget_tokens,
+    tokens: Tokens = None,
+    forget_tokens: ForgetTokens = None,
     dtype: o.Dtype = None,
     memory: Memory = None,
     devices: Devices = None,
@@ -85,22 +97,29 @@ def plan(
     Only MODEL's configuration is read. With `--memory`, says in how many groups the layers are
     fitted and whether each stage fits; with `--speed` or `--measure`, how long each takes.
     """
-    work = Work(
-        estimator or Work.estimator,
-        tokens,
-        forget_tokens,
-        sequence_length or Work.sequence_length,
-        batch_tokens or Work.batch_tokens,
-    )
+    given: dict[str, Any] = {
+        "estimator": estimator,
+        "sequence_length": sequence_length,
+        "batch_tokens": batch_tokens,
+        "retain_tokens": tokens,
+        "forget_tokens": forget_tokens,
+    }
+    work = Work(**{name: value for name, value in given.items() if value is not None})
     machines = _machines(memory, devices)
-    _check(work, speed, measure)
+    _check(work)
+    rates = _stated_speed(speed, float32_speed, bandwidth, measure)
     with session():
         skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=bool(trust_remote_code))
-        targets = find_targets(skeleton, layers=layers, pattern=target, joint_bias=bool(joint_bias))
+        with on_shapes(skeleton):
+            targets = find_targets(
+                skeleton, layers=layers, pattern=target, joint_bias=bool(joint_bias)
+            )
         subject = examine(skeleton, targets, work)
-        stated = _speed(subject, speed, float32_speed, bandwidth, measure)
+        if measure:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            rates = measure_speed(device, targets[0].weight.dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    result = _result(model, parameters, subject, work, machines, stated)
+    result = _result(model, parameters, subject, work, machines, rates)
     show(result, json, [])
     if not json:
         for part in page(result):
@@ -118,45 +137,43 @@ class _Machines:
 
 def _machines(memory: Sequence[str] | None, devices: int | None) -> _Machines:
     sizes = [o.bytes_of(size) for given in memory or () for size in given.split(",")]
-    count = devices or max(1, len(sizes))
-    if count < 1 or (len(sizes) > 1 and count != len(sizes)):
+    count = max(1, len(sizes)) if devices is None else devices
+    if count < 1:
+        raise InputError(f"--devices {devices}: give 1 or more")
+    if len(sizes) > 1 and count != len(sizes):
         raise InputError(
-            f"--devices {devices}: {len(sizes)} sizes of --memory were given; give one size, or "
-            "one for each device"
+            f"--devices {devices}, but {len(sizes)} sizes of --memory: give one size, or one for "
+            "each device"
         )
     return _Machines(count, min(sizes, default=None))
 
 
-def _check(work: Work, speed: float | None, measure: bool) -> None:
+def _check(work: Work) -> None:
     o.fit_of(work.estimator)
     if work.sequence_length < 2 or work.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
     if work.retain_tokens < 1 or work.forget_tokens < 1:
         raise InputError("--tokens and --forget-tokens must be 1 or more")
-    if speed is not None and measure:
-        raise InputError("give --speed or --measure, not both")
 
 
-def _speed(
-    subject: Subject,
-    stated: float | None,
-    float32: float | None,
-    bandwidth: float | None,
-    measure: bool,
+def _stated_speed(
+    products: float | None, float32: float | None, bandwidth: float | None, measure: bool
 ) -> Speed | None:
-    if measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return measure_speed(device, subject.targets[0].weight.dtype)
-    given = {"--speed": stated, "--float32-speed": float32, "--bandwidth": bandwidth}
+    """The speed that the options say."""
+    given = {"--speed": products, "--float32-speed": float32, "--bandwidth": bandwidth}
     for option, value in given.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{option} {value}: give a positive number")
-        if value is not None and stated is None:
+        if value is None:
+            continue
+        if measure:
+            raise InputError(f"give {option} or --measure, not both")
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{option} {value}: give a positive, finite number")
+        if products is None:
             raise InputError(f"{option} says nothing without --speed: give both")
-    if stated is None:
+    if products is None:
         return None
     limit = {} if bandwidth is None else {"bandwidth": bandwidth * 1e9}
-    return Speed(stated * 1e12, (float32 or stated) * 1e12, **limit)
+    return Speed(products * 1e12, (float32 or products) * 1e12, **limit)
 
 
 def _result(
@@ -172,9 +189,12 @@ def _result(
     groups, problem = _groups(subject, work, machines)
     planned = peaks(subject, groups or whole, work.estimator)
     times = {}
-    for count in {1, machines.count} if speed else ():
+    for count in sorted({1, machines.count}):
+        if speed is None:
+            break
         stages = seconds(subject, groups or whole, work, speed, count)
         times[str(count)] = {**stages, "total": sum(stages.values())}
+    least = peaks(subject, smallest_groups(subject.targets), work.estimator)
     over = [stage for stage, peak in planned.items() if machines.memory and peak > machines.memory]
     return {
         "model": name,
@@ -188,7 +208,11 @@ def _result(
         "devices": machines.count,
         "groups": len(groups) if groups else None,
         "passes": len(groups or whole) * PASSES[work.estimator],
-        "peak_bytes": {"one_group": peaks(subject, whole, work.estimator), "planned": planned},
+        "peak_bytes": {
+            "one_group": peaks(subject, whole, work.estimator),
+            "planned": planned,
+            "smallest_groups": least,
+        },
         "over_memory": over,
         "problem": problem,
         "flops": flops(subject, groups or whole, work),
@@ -205,7 +229,10 @@ def _groups(
     if machines.memory is not None:
         budget = machines.memory - fit_overhead(subject, work.estimator)
         if budget < 0:
-            return None, "the model and a pass alone are over the memory of a device"
+            return None, (
+                f"the model and a pass of {subject.cost.positions} positions are over it by "
+                f"{-budget / 1e9:.3g} GB: lower --batch-tokens, or take fewer --layers"
+            )
     try:
         return group_targets(subject.targets, work.estimator, budget), None
     except InputError as error:
@@ -224,7 +251,7 @@ def _sizes(subject: Subject, estimator: str) -> dict[str, int]:
         "eigenvalues": stored - factors,
         "curvature": stored,
         "vector": subject.vector_bytes,
-        "activations": subject.cost.activations(targets[0].input_of),
+        "activations": subject.cost.held_bytes[targets[0].input_of],
         "inputs": subject.input_bytes(targets),
         "head": subject.head_bytes("fit"),
         "runtime": RUNTIME_BYTES,

@@ -30,6 +30,7 @@ STAGES = {
     "check": "trials of the step's size",
     "exchange": "sums and bases between devices",
 }
+AFTER = ("gradient", "step", "check")
 
 
 def page(plan: dict[str, Any]) -> list[Any]:
@@ -112,17 +113,23 @@ def _notes(plan: dict[str, Any]) -> list[str]:
             + f"), of which is reached: {shares}; a decomposition counts {EIGH_FLOPS} d³, at most "
             f"{EIGH_LIMIT / 1e12:.0f} TFLOP/s"
         )
+    least = plan["peak_bytes"]["smallest_groups"]
+    stage = max(least, key=least.__getitem__)
+    notes.append(
+        f"layers fitted one at a time, a device must hold {size(least[stage])} ({stage}; its fit "
+        f"{size(max(peak for name, peak in least.items() if name not in AFTER))})"
+    )
     if memory is None:
         notes.append("for groups of layers that fit a device, give its --memory")
     elif plan["problem"] is not None:
         notes.append(f"does not fit {size(memory)}: {plan['problem']}")
     elif plan["over_memory"]:
         notes.append(
-            f"the fit goes into {size(memory)} in {plan['groups']} group(s) of layers, but "
-            f"{', '.join(plan['over_memory'])} does not: target fewer --layers"
+            f"the layers are fitted in {plan['groups']} group(s), but {size(memory)} are not "
+            f"enough for: {', '.join(plan['over_memory'])}; take fewer --layers"
         )
     else:
-        notes.append(f"fits {size(memory)} in {plan['groups']} group(s) of layers")
+        notes.append(f"fits {size(memory)}, the layers in {plan['groups']} group(s)")
     return notes
 
 

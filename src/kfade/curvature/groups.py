@@ -11,9 +11,9 @@ from kfade.curvature.factors import sum_dtype
 from kfade.errors import InputError
 from kfade.layers import Target
 
-DECOMPOSITION = (
-    6  # matrices [D, D] that one eigendecomposition holds: the mean, its copies, Q, work
-)
+DECOMPOSITION = 7
+"""Matrices [D, D] that one eigendecomposition holds in the end: the mean and its float64 copy
+(twice as large), Q, and three of the residual; while it runs, LAPACK's workspace in their place."""
 
 
 def factor_bytes(group: Sequence[Target]) -> int:
@@ -65,6 +65,14 @@ def stored_bytes(group: Sequence[Target], estimator: str) -> int:
     return grids if estimator == "diagonal" else grids + factor_bytes(group)
 
 
+def smallest_groups(targets: Sequence[Target]) -> list[list[Target]]:
+    """Targets by the input that they read."""
+    units: dict[str, list[Target]] = {}
+    for target in targets:
+        units.setdefault(target.input_of, []).append(target)
+    return list(units.values())
+
+
 def group_targets(
     targets: Sequence[Target], estimator: str, budget: int | None
 ) -> list[list[Target]]:
@@ -77,11 +85,8 @@ def group_targets(
     """
     if budget is None:
         return [list(targets)]
-    units: dict[str, list[Target]] = {}
-    for target in targets:
-        units.setdefault(target.input_of, []).append(target)
     groups: list[list[Target]] = []
-    for unit in units.values():
+    for unit in smallest_groups(targets):
         if group_bytes(unit, estimator) > budget:
             raise InputError(
                 f"--memory leaves {budget / 1e9:.2f} GB for the curvature, and {unit[0].name} with "
