@@ -35,6 +35,7 @@ from kfade.cost import EIGH_FLOPS, Speed, flops, lambda_flops, measure_speed, se
 from kfade.cost import symmetric_flops as symmetric
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import square_root_draw
+from kfade.curvature.factors import PROBES
 from kfade.curvature.fit import (
     _Covariances,
     _Eigenvalues,
@@ -59,8 +60,16 @@ from kfade.errors import InputError
 from kfade.head import hidden_states, read_head
 from kfade.layers import find_targets
 from kfade.models import frozen, load_skeleton
-from kfade.plan import RUNTIME_BYTES, Work, curvature_budget, examine, fit_overhead, peaks
-from kfade.trace import parameter_bytes, trace_pass
+from kfade.plan import (
+    RUNTIME_BYTES,
+    Work,
+    curvature_budget,
+    examine,
+    fit_overhead,
+    model_bytes,
+    peaks,
+)
+from kfade.trace import trace_pass
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096,
@@ -184,10 +193,10 @@ def test_bytes_of_a_fit_by_hand():
     assert fit_bytes(targets, "ekfac") == {
         "covariance": factors,
         "eigh": factors + DECOMPOSITION * 4 * 224**2,
-        "lambda": factors + factors // 2 + grids + largest,  # a copy of the bases in bfloat16
+        "lambda": factors + factors // 2 + grids + 2 * largest,  # a copy of the bases in bfloat16
     }
-    assert fit_bytes(find_targets(small()), "ekfac")["lambda"] == factors + grids + largest
-    assert fit_bytes(targets, "diagonal") == {"lambda": grids + largest}
+    assert fit_bytes(find_targets(small()), "ekfac")["lambda"] == factors + grids + 2 * largest
+    assert fit_bytes(targets, "diagonal") == {"lambda": grids + 2 * largest}
     assert fit_bytes(targets, "identity") == {}
     assert stored_bytes(targets, "kfac") == factors + grids
 
@@ -274,7 +283,7 @@ def test_peaks_by_hand(tmp_path):
     factors, grids, largest = factor_bytes(targets), 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
     parameters = 2 * 50 * 64 + 3 * (64 * 64 * 3 + 3 * 64 * 224 + 2 * 64) + 64
     fixed = RUNTIME_BYTES + 4 * parameters + 4 * 16  # and the rotary frequencies, twice 8
-    assert parameter_bytes(model) == fixed - RUNTIME_BYTES
+    assert model_bytes(model) == fixed - RUNTIME_BYTES
     held, surplus = subject.cost.held_bytes[targets[0].input_of], subject.cost.surplus_bytes
     inputs, chunk = 64 * 4 * 3 * (64 + 224), 64 * 50 * 4  # fewer positions than a whole chunk
     assert 4 * chunk < surplus  # here backward is what needs most
@@ -282,9 +291,9 @@ def test_peaks_by_hand(tmp_path):
     assert found["load"] == fixed
     assert found["covariance"] == fixed + factors + held + surplus
     assert found["eigh"] == fixed + factors + DECOMPOSITION * 4 * 224**2
-    lambda_ = fixed + factors + grids + largest + held + surplus + inputs
+    lambda_ = fixed + factors + grids + 2 * largest + held + surplus + inputs
     assert found["lambda"] == lambda_
-    assert fit_overhead(subject, "ekfac") == lambda_ - factors - grids - largest
+    assert fit_overhead(subject, "ekfac") == lambda_ - factors - grids - 2 * largest
     assert found["gradient"] == fixed + held + surplus + inputs + grids + largest
     forward = subject.cost.forward_bytes
     layer = 4 * (64**2 + 224**2) + largest
@@ -445,7 +454,9 @@ def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, estimator, fit):
     fixed = RUNTIME_BYTES + subject.model_bytes
     predicted = peaks(subject, [targets], estimator)
     for name, peak in found.items():
-        assert peak == pytest.approx(predicted[name] - fixed, rel=0.1), name
+        # LAPACK's own work, three matrices with a copy, goes unseen here.
+        unseen = 3 * 4 * 224**2 if name == "eigh" else 0
+        assert peak == pytest.approx(predicted[name] - fixed - unseen, rel=0.1), name
     assert set(found) == set(predicted) - {"load", "gradient", "step", "check"}
 
 
@@ -466,7 +477,8 @@ def test_flops_of_a_real_fit(length):
         fit_ekfac(model, batches, targets, draw=square_root_draw)
     with Counter() as extra, frozen(model):  # the head is checked before each pass
         read_head(model)
-    residuals = sum(2 * d**3 for d in widths(targets))
+    # Each decomposition is checked on a few columns: M(QX) and Q(ΛX).
+    residuals = sum(3 * 2 * PROBES * d**2 for d in widths(targets))
     counted = counter.flops - 2 * extra.flops - residuals
     plan = flops(subject, [targets], work)
     predicted = sum(
@@ -476,7 +488,7 @@ def test_flops_of_a_real_fit(length):
         if kind != "squares"
     )
     assert predicted == pytest.approx(counted, rel=1e-6)
-    assert plan["eigh"]["decompositions"] == EIGH_FLOPS * residuals / 2
+    assert plan["eigh"]["decompositions"] == EIGH_FLOPS * sum(d**3 for d in widths(targets))
 
 
 def test_symmetric_products_by_hand():
@@ -517,7 +529,10 @@ def test_seconds_follow_speed_and_devices(tmp_path):
     three = seconds(subject, groups, work, Speed(1e9, 1e9), devices=3)
     for stage in ("covariance", "lambda", "gradient"):
         assert three[stage] == pytest.approx(one[stage] / 3)
-    assert three["step"] == one["step"]
+    # Each computes the direction, 4·o·i·(o + i) a weight, and only the measuring is shared.
+    direction = 9 * 4 * 64 * 224 * (64 + 224) / (0.93 * 1e9)
+    assert three["step"] - direction == pytest.approx((one["step"] - direction) / 3)
+    assert three["check"] == pytest.approx(one["check"] / 3)
     # Nine of width 224 and six of 64 on three devices: three of the large and two of the small.
     assert three["eigh"] == pytest.approx(EIGH_FLOPS * (3 * 224**3 + 2 * 64**3) / 1e9)
     vectors = 4 * 9 * 64 * 224
@@ -566,6 +581,17 @@ def test_curvature_budget_leaves_room_for_model_and_pass():
     assert ratio == pytest.approx(2, rel=0.02)
 
 
+def test_shards_of_a_model(tmp_path):
+    model = small()
+    block = 4 * (3 * 64 * 64 + 3 * 64 * 224 + 2 * 64)
+    outside = 4 * (2 * 50 * 64 + 64 + 16)
+    assert model_bytes(model) == outside + 3 * block
+    assert model_bytes(model, 6) == outside + 3 * block // 6 + 2 * block
+    targets = find_targets(model)
+    whole, spread = (curvature_budget(10**9, model, targets, 64, shards=n) for n in (1, 6))
+    assert spread - whole == 3 * block - (3 * block // 6 + 2 * block)
+
+
 def test_the_helpers_of_other_tests_can_be_planned():
     model = tiny_llama(torch.float32)
     targets = find_targets(model)
@@ -599,6 +625,13 @@ def test_command_on_a_large_model(tmp_path, capsys):
     assert least < one["covariance"] < 4 * least
     assert one["covariance"] == pytest.approx(8 * eight["covariance"])
     assert eight["total"] < one["total"] / 4
+    few = ["--layers", "3-6", "--batch-tokens", "1024", "--memory", "80GB", "--devices", "8"]
+    assert planned(capsys, folder, *few)["problem"] is not None
+    spread = planned(capsys, folder, *few, "--shard")
+    assert spread["problem"] is None
+    assert spread["over_memory"] == []
+    assert spread["groups"] > 1
+    assert spread["bytes"]["model"] < found["bytes"]["model"] / 6
 
 
 def test_command_finds_groups_for_a_device(tmp_path, capsys):
@@ -636,7 +669,7 @@ def test_command_reads_gguf_and_dtypes(tmp_path, capsys):
 def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kfade.cost, "_shortest", lambda work, device: 0.1)
     folder = saved(SMALL, tmp_path)
-    arguments = ["plan", folder, "--measure", "--memory", "455MB", "--batch-tokens", "64"]
+    arguments = ["plan", folder, "--measure", "--memory", "454MB", "--batch-tokens", "64"]
     assert main([*arguments, "--sequence-length", "33", "--devices", "2"]) == 0
     output = capsys.readouterr()
     assert output.out == ""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import zoo
 
 import kfade
 from kfade.cli import main
+from kfade.update import Update
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -50,6 +54,7 @@ def evaluation_data(folder: Path) -> None:
         for x in "abc"
     ]
     files = {
+        "benign": [{"text": f"{x} y z {x}"} for x in "abcdefgh"],
         "alpaca": [{"instruction": f"{x} y"} for x in "abc"],
         "other": [{"prompt": f"a b {x}", "completion": " e d"} for x in "jklm"],
         "questions": [{"question": "a", "choices": ["b", "c d"], "answer": 0}],
@@ -64,14 +69,34 @@ def evaluation_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(text)
 
 
+def several_processes(words: list[str]) -> None:
+    """As printed, with two processes instead of eight."""
+    assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "kfade"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[3:]]
+    words[words.index("out/run", 9)] = "out/two"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, "--sequence-length", "8"], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Update.load("out/two").deltas
+
+
 def test_shell_blocks(desk):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 12
     for line in lines:
         words = shlex.split(line, comments=True)
+        if words[0] == "torchrun":
+            several_processes(words)
+            continue
         assert words[0] == "kfade"
-        if words[1] in ("unlearn", "fit"):  # the tiny model's window is short
+        if words[1] in ("unlearn", "fit", "baseline", "attack"):  # the tiny model's window is short
             words += ["--sequence-length", "8"]
+        if words[1] in ("baseline", "attack"):
+            words += ["--steps", "4"]
+        if words[1] == "attack":
+            words += ["--at", "0,4"]
         if words[1:3] in (["eval", "kl"], ["eval", "tofu"]):
             words += ["--max-new-tokens", "4"]
         assert main(words[1:]) == 0, line

@@ -195,6 +195,16 @@ def digest_sequences(sequences: SequenceOf[Sequence]) -> str:
     return digest.hexdigest()
 
 
+def digest_batches(batches: SequenceOf[Batch]) -> str:
+    """SHA-256 over tokens, masks and their division: says which batches a sum has seen."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(repr(tuple(batch.input_BT.shape)).encode())
+        for tensor in (batch.input_BT, batch.loss_BT, batch.live_BT, batch.id_B):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _uses_chat(chat: bool | None, tokenizer: Any) -> bool:
     if chat and tokenizer.chat_template is None:
         raise InputError("this tokenizer has no chat template: use --template plain")

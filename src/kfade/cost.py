@@ -23,9 +23,9 @@ from kfade.plan import Subject, Work
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
 """Sequences that a step's size is measured on (held out; forget set), and trials it takes."""
-EIGH_FLOPS = 15
-"""Of a decomposition, times d³: 12 for LAPACK's ``syevd`` (float32, at the speed of products; 0.22
-s for d = 1536 where products make 190 GFLOP/s), 2 for its residual, 1 for copies."""
+EIGH_FLOPS = 12
+"""Of a decomposition, times d³: LAPACK's ``syevd`` in float32, in flops at the speed of products
+(0.22 s for d = 1536, 0.014 s for d = 576 where products make 190 GFLOP/s)."""
 EIGH_LIMIT = 2e12
 """FLOP/s of a decomposition at most: half of it is bound by memory, and the solvers of GPUs reach
 under 3 % of an H100 (Wang et al., "Extracting the potential of emerging hardware accelerators for
@@ -34,8 +34,6 @@ EFFICIENCY = {"forward": 0.78, "backward": 0.93, "head": 0.84, "products": 0.93}
 """Speed of each kind of work over the speed of large products, measured with SmolLM2-135M in
 float32 on two cores: what is not products (norms, activations, label draws) is in it, and causal
 attention, which is counted whole."""
-SPLIT = ("covariance", "eigh", "lambda", "gradient")
-"""Stages that several processes share; each does the others whole."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,10 @@ def flops(
     """Flops of each stage of one step, by kind of work.
 
     Kinds: forward, backward (activations only, down to a group's lowest target), head (2·D·V a
-    token forward, as much backward), products (in the model's dtype), float32 products, squares,
-    decompositions. Each group makes its own passes. The exact quadratic form costs three forward
-    passes over the held-out tokens; each trial of a step's size one over them and one over the
-    forget sequences that are measured.
+    token forward, as much backward), products (in the model's dtype), float32 (products in it),
+    squares, decompositions, rotations (of the direction). Each group makes its own passes. The
+    exact quadratic form costs three forward passes over the held-out tokens; each trial of a
+    step's size one over them and one over the forget sequences that are measured.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
@@ -170,7 +168,7 @@ def flops(
     turns = {"kfac": 4, "ekfac": 4}.get(work.estimator, 0)
     rotations = sum(turns * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
     held_out = float(HELD_OUT * work.length)
-    add("step", float32=rotations, forward=3 * forward * held_out, head=2 * head * held_out)
+    add("step", rotations=rotations, forward=3 * forward * held_out, head=2 * head * held_out)
     tokens = (1 + TRIALS) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + TRIALS * held_out))
     return found
@@ -186,16 +184,18 @@ def seconds(
     """Seconds of each stage of one step on so many devices.
 
     Data are split evenly; decompositions are dealt out by cost, and the one with most of them is
-    waited for; "exchange" is the sums that are brought together and the bases that are spread.
+    waited for; each computes the direction. "exchange" is the sums that are brought together and
+    the bases that are spread.
     """
     rates = {kind: share * speed.products for kind, share in EFFICIENCY.items()}
-    rates["float32"] = EFFICIENCY["products"] * speed.float32
+    rates["float32"] = rates["rotations"] = EFFICIENCY["products"] * speed.float32
     rates["decompositions"] = min(speed.float32, EIGH_LIMIT)
     rates["squares"] = speed.bandwidth / 6  # 12 bytes moved for 2 flops
     found = {}
     for stage, kinds in flops(subject, groups, work).items():
-        total = sum(amount / rates[kind] for kind, amount in kinds.items())
-        found[stage] = total / devices if stage in SPLIT else total
+        taken = {kind: amount / rates[kind] for kind, amount in kinds.items()}
+        alone = taken.pop("rotations", 0.0)
+        found[stage] = alone + sum(taken.values()) / devices
     if devices == 1:
         return found
     if "eigh" in found:

@@ -1,20 +1,21 @@
 """Several processes: who does what, and one sum at the end. The only file that knows
 torch.distributed.
 
-Every process holds the model and the same list of work, takes its own share of it, and sums. With
-one process (no process group) each function is the identity.
+Every process holds the model (or, after :func:`shard`, a part of its weights) and the same list of
+work, takes its own share of it, and sums. With one process (no process group) each function is the
+identity.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -29,7 +30,8 @@ def processes() -> Iterator[None]:
         yield
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if torch.cuda.device_count() >= here:
         torch.cuda.set_device(local)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local))
     else:
@@ -101,6 +103,60 @@ def wait() -> None:
     """Until all processes are here."""
     if _grouped():
         dist.barrier()
+
+
+def shard(blocks: Iterable[nn.Module]) -> None:
+    """Spread the weights of each of a model's ``blocks`` over the processes, in place (FSDP2).
+
+    A block's weights are gathered when it runs, forward and backward, and dropped after it. What
+    is outside of the blocks (embeddings, last norm, head) stays whole in every process.
+    """
+    if not _grouped():
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mesh = init_device_mesh(kind, (count(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
+def missing(model: nn.Module, passes: int) -> int:
+    """How many passes through ``model`` this process makes fewer than the one that makes most.
+
+    All processes gather the weights of a sharded model together, so each has to make as many; the
+    missing ones repeat a batch and count for nothing. 0 where the model is whole.
+    """
+    if not any(_is_shard(parameter) for parameter in model.parameters()):
+        return 0
+    device = next(model.parameters()).device
+    most = torch.tensor(passes, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most) - passes
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a part; every process must ask."""
+    return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Write whole ``values`` into ``tensor``, of which this process may hold a part."""
+    if _is_shard(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    if not _grouped():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _grouped() -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kfade import distributed
 from kfade.errors import InputError
 from kfade.head import hidden_states
 
@@ -80,7 +81,7 @@ def find_targets(
     Raises:
         InputError: nothing matches, or a match is tied, quantised, fused or outside the blocks.
     """
-    blocks_name, blocks = _decoder_blocks(model)
+    blocks_name, blocks = decoder_blocks(model)
     wanted = parse_layers(layers, len(blocks))
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -144,14 +145,19 @@ def digest_weights(model: nn.Module, names: Iterable[str]) -> str:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     digest = hashlib.sha256()
     for name in sorted(names):
-        tensor = parameters[name].detach().cpu().contiguous()
+        tensor = distributed.whole(parameters[name].detach()).cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest outermost ModuleList whose every entry holds a linear map or an expert."""
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest outermost ModuleList whose every entry holds a linear map or an expert, and its
+    name.
+
+    Raises:
+        InputError: there is none.
+    """
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer, _ in lists)

@@ -1,7 +1,8 @@
 """Forward passes only: the loss of a model on batches and its divergence from a reference.
 
 A reference is kept as final hidden states, not as logits: the head is never a target, so two
-models' logits differ by their hidden states alone, and [N, D] is small where [N, V] is not.
+models' logits differ by their hidden states alone, and [N, D] is small where [N, V] is not. With
+several processes each runs its share of the batches and holds no other hidden states.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kfade import distributed
 from kfade.batches import Batch
 from kfade.head import Head, hidden_states, read_head
 from kfade.models import frozen
@@ -26,7 +28,9 @@ class Reference:
     """Final hidden states [N, D] of a model at the loss positions of each batch."""
 
     batches: Sequence[Batch]
+    """All batches, of all processes."""
     hidden: Sequence[Tensor]
+    """Of this process's share of them."""
 
     @property
     def loss_tokens(self) -> int:
@@ -37,10 +41,13 @@ class Reference:
 def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
     """What ``model`` computes on ``batches`` now, to compare an edited model with."""
     with frozen(model), torch.no_grad():
+        own = distributed.share(batches, lambda batch: batch.positions)
         hidden = [
             batch.at_loss(hidden_states(model, batch.input_BT))
-            for batch in track(batches, name, lambda b: b.positions)
+            for batch in track(own, name, lambda b: b.positions)
         ]
+        for _ in range(distributed.missing(model, len(own))):
+            hidden_states(model, batches[-1].input_BT)
     return Reference(batches, hidden)
 
 
@@ -51,13 +58,17 @@ def mean_objectives(
     totals = [0.0 for _ in objectives]
     with frozen(model), torch.no_grad():
         head = read_head(model)
-        for batch in batches:
+        own = distributed.share(batches, lambda batch: batch.positions)
+        for batch in own:
             hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
             target_N = batch.at_loss(batch.target_BT)
             for part in head.chunks(hidden_ND):
                 logits_NV = head(hidden_ND[part])
                 for i, objective in enumerate(objectives):
                     totals[i] += objective(logits_NV, target_N[part]).double().sum().item()
+        for _ in range(distributed.missing(model, len(own))):
+            hidden_states(model, batches[-1].input_BT)
+    totals = distributed.sum_numbers(totals, batches[0].input_BT.device)
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     return [total / loss_tokens for total in totals]
 
@@ -70,6 +81,7 @@ def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
             for part in head.chunks(base_ND):
                 kl_N = divergence(head(base_ND[part]), head(edited_ND[part]))
                 total += kl_N.double().sum().item()
+    [total] = distributed.sum_numbers([total], base.batches[0].input_BT.device)
     return total / base.loss_tokens
 
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import fit_bytes, stored_bytes
 from kfade.errors import InputError
 from kfade.head import CHUNK
-from kfade.layers import Target
-from kfade.trace import PassCost, parameter_bytes, trace_pass
+from kfade.layers import Target, decoder_blocks
+from kfade.trace import PassCost, trace_pass
 
 RUNTIME_BYTES = 450_000_000
 """Python, PyTorch, transformers and their threads on a CPU, measured; about a CUDA context."""
@@ -91,8 +93,31 @@ class Subject:
         return HEAD_COPIES[stage] * min(CHUNK, self.cost.positions) * self.head[0] * self.size
 
 
-def examine(model: Any, targets: Sequence[Target], work: Work) -> Subject:
+def model_bytes(model: Any, shards: int = 1) -> int:
+    """Bytes of a model's parameters and buffers in one process, tied ones once.
+
+    With the weights of its blocks spread over several (``distributed.shard``): its part of them,
+    two whole blocks (the one that runs, and the next on its way), and all that is outside.
+    """
+    all_bytes = _bytes_of(model)
+    if shards == 1:
+        return all_bytes
+    _, blocks = decoder_blocks(model)
+    spread = [_bytes_of(block) for block in blocks]
+    return all_bytes - sum(spread) + sum(spread) // shards + 2 * max(spread)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) -> Subject:
     """What planning has to know of a model, real or of fake tensors.
+
+    Args:
+        shards: processes that the weights of its blocks will be spread over; ``model`` itself is
+            whole.
 
     Raises:
         InputError: its passes depend on the numbers in it.
@@ -100,7 +125,7 @@ def examine(model: Any, targets: Sequence[Target], work: Work) -> Subject:
     with on_shapes(model):
         cost = trace_pass(model, targets, work.shape)
     vocabulary, width = model.get_output_embeddings().weight.shape
-    return Subject(targets, cost, parameter_bytes(model), (vocabulary, width))
+    return Subject(targets, cost, model_bytes(model, shards), (vocabulary, width))
 
 
 @contextlib.contextmanager
@@ -124,15 +149,17 @@ def curvature_budget(
     sequence_length: int = 512,
     estimator: str = "ekfac",
     vectors: int = 0,
+    shards: int = 1,
 ) -> int:
     """What a device of ``total`` bytes leaves for the curvature beside a model and its passes.
 
     Args:
         vectors: gradients, directions and updates, float32 [O, I] of every target, that stay in
             memory meanwhile: three where later steps are fitted anew.
+        shards: processes that the weights will be spread over; ``model`` is still whole.
     """
     work = Work(estimator, sequence_length=sequence_length, batch_tokens=batch_tokens)
-    subject = examine(model, targets, work)
+    subject = examine(model, targets, work, shards)
     return total - fit_overhead(subject, estimator) - vectors * subject.vector_bytes
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,9 +170,3 @@ class _Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._alive.pop(key)[1]
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a model, tied ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfade import distributed
 from kfade.batches import Batch, digest_sequences, draw_without_replacement, make_batches
 from kfade.batches import Sequence as Tokens
 from kfade.curvature.curvature import Curvature, Matrices
@@ -243,10 +244,11 @@ def _relative_change(
     model: nn.Module, changes: dict[str, torch.Tensor], alpha: float
 ) -> dict[str, float]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {
-        name: (alpha * change.norm() / parameters[name].detach().to(change.dtype).norm()).item()
-        for name, change in changes.items()
-    }
+    relative = {}
+    for name, change in changes.items():
+        weight = distributed.whole(parameters[name].detach()).to(change.dtype)
+        relative[name] = (alpha * change.norm() / weight.norm()).item()
+    return relative
 
 
 def _check_arguments(

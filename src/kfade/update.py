@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kfade import distributed
 from kfade.errors import InputError
 from kfade.layers import digest_weights
 
@@ -41,8 +42,9 @@ class Update:
         parameters = self._parameters(model)
         with torch.no_grad():
             for name, delta in self.deltas.items():
-                parameter = parameters[name]
-                parameter.copy_(parameter.to(delta.dtype) + delta.to(parameter.device))
+                weight = distributed.whole(parameters[name])
+                changed = weight.to(delta.dtype) + delta.to(weight.device)
+                distributed.fill(parameters[name], changed)
 
     def revert(self, model: nn.Module) -> None:
         """W ← W − ΔW: undoes :meth:`apply` up to one rounding of W; see :meth:`applied_to`."""
@@ -89,7 +91,7 @@ class Update:
         parameters = self._parameters(model)
         lost = size = 0.0
         for name, delta in self.deltas.items():
-            weight = parameters[name].detach()
+            weight = distributed.whole(parameters[name].detach())
             exact = weight.double() + delta.to(weight.device).double()
             rounded = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
             lost += (rounded.double() - exact).square().sum().item()

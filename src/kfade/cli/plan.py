@@ -48,6 +48,14 @@ Devices = Annotated[
     int | None,
     typer.Option(help="Number of devices. [one for each --memory]", rich_help_panel=DEVICE),
 ]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard",
+        help="Spread the weights of the model's blocks over the devices.",
+        rich_help_panel=DEVICE,
+    ),
+]
 StatedSpeed = Annotated[
     float | None,
     typer.Option(
@@ -85,6 +93,7 @@ def plan(
     dtype: o.Dtype = None,
     memory: Memory = None,
     devices: Devices = None,
+    shard: Shard = False,
     speed: StatedSpeed = None,
     float32_speed: Float32Speed = None,
     bandwidth: Bandwidth = None,
@@ -114,12 +123,13 @@ def plan(
             targets = find_targets(
                 skeleton, layers=layers, pattern=target, joint_bias=bool(joint_bias)
             )
-        subject = examine(skeleton, targets, work)
+        shards = machines.count if shard else 1
+        subject = examine(skeleton, targets, work, shards)
         if measure:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             rates = measure_speed(device, targets[0].weight.dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    result = _result(model, parameters, subject, work, machines, rates)
+    result = _result(model, parameters, subject, work, machines, shards, rates)
     show(result, json, [])
     if not json:
         for part in page(result):
@@ -128,7 +138,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Machines:
-    """The devices, all of which hold the model and one group of layers."""
+    """The devices, all of which hold the model (or a part of it) and one group of layers."""
 
     count: int
     memory: int | None
@@ -182,6 +192,7 @@ def _result(
     subject: Subject,
     work: Work,
     machines: _Machines,
+    shards: int,
     speed: Speed | None,
 ) -> dict[str, Any]:
     """The plan as one JSON object."""
@@ -206,6 +217,7 @@ def _result(
         "bytes": _sizes(subject, work.estimator),
         "memory": machines.memory,
         "devices": machines.count,
+        "shards": shards,
         "groups": len(groups) if groups else None,
         "passes": len(groups or whole) * PASSES[work.estimator],
         "peak_bytes": {

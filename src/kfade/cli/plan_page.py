@@ -9,7 +9,7 @@ from rich.table import Table
 from kfade.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
 
 SIZES = {
-    "model": "the model",
+    "model": "the model, or a device's part of it",
     "factors": "Kronecker factors A and S, float32",
     "bases": "bases, which replace them",
     "eigenvalues": "eigenvalues",

@@ -17,6 +17,7 @@ so that in all of them ½ δᵀGδ is in nats per loss token. The model is left 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kfade import distributed
-from kfade.batches import Batch
+from kfade.batches import Batch, digest_batches
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import Draw, square_root_draw, token_keys
@@ -73,7 +74,8 @@ def fit_identity(
             blocks[target.name] = EigenBlock(None, None, one)
         return blocks
 
-    return _in_groups(targets, "identity", fit_group, {"estimator": "identity"}, memory, store)
+    facts = {"estimator": "identity"}
+    return _in_groups(batches, targets, fit_group, facts, memory, store)
 
 
 def fit_diagonal(
@@ -94,7 +96,7 @@ def fit_diagonal(
         return _with_eigenvalues(model, batches, group, bare, pseudo, keeper_of("diagonal"))
 
     facts = _provenance("diagonal", batches, draw, seed)
-    return _in_groups(targets, "diagonal", fit_group, facts, memory, store)
+    return _in_groups(batches, targets, fit_group, facts, memory, store)
 
 
 def fit_kfac(
@@ -115,7 +117,7 @@ def fit_kfac(
         return _kfac(model, batches, group, pseudo, keeper_of("covariance"))
 
     facts = _provenance("kfac", batches, draw, seed)
-    return _in_groups(targets, "kfac", fit_group, facts, memory, store)
+    return _in_groups(batches, targets, fit_group, facts, memory, store)
 
 
 def fit_ekfac(
@@ -150,10 +152,12 @@ def fit_ekfac(
         bases = {name: (block.q_out, block.q_in) for name, block in kfac.items()}
         kfac.clear()
         pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
-        return _with_eigenvalues(model, batches, group, bases, pseudo, keeper_of("lambda"))
+        # Sums in other bases are not continued, should an eigendecomposition not repeat itself.
+        keeper = keeper_of(f"lambda-{_fingerprint(bases):08x}")
+        return _with_eigenvalues(model, batches, group, bases, pseudo, keeper)
 
     facts = _provenance("ekfac", batches, draw, seed)
-    return _in_groups(targets, "ekfac", fit_group, facts, memory, store)
+    return _in_groups(batches, targets, fit_group, facts, memory, store)
 
 
 def correct_eigenvalues(
@@ -195,23 +199,28 @@ KeeperOf = Callable[[str], "Keeper | None"]
 
 
 def _in_groups(
+    batches: Sequence[Batch],
     targets: Sequence[Target],
-    estimator: str,
     fit_group: Callable[[Sequence[Target], KeeperOf], Blocks],
     facts: dict[str, Any],
     memory: int | None,
     store: Store | None,
 ) -> Curvature:
     """Fit group after group, each stored before the next where there is a store."""
-    groups = group_targets(targets, estimator, memory)
+    groups = group_targets(targets, facts["estimator"], memory)
     if store is None:
         blocks: Mapping[str, EigenBlock] = {}
         for group in groups:
             blocks = {**blocks, **fit_group(group, lambda stage: None)}
         return Curvature(blocks, facts)
+    names = [[target.name for target in group] for group in groups]
+    finished = [store.finished(number, group, facts) for number, group in enumerate(names)]
+    distributed.wait()  # all have looked before the first writes
+    data = digest_batches(batches)
     for number, group in enumerate(groups):
-        if store.finished(number) is None:
-            found = fit_group(group, partial(store.keeper, number))
+        if not finished[number]:
+            summed = {**facts, "targets": names[number], "batches": data}
+            found = fit_group(group, partial(store.keeper, number, summed))
             with stage("save"):
                 store.finish(number, found, facts)
             del found  # before the next group is fitted
@@ -351,6 +360,16 @@ def _with_eigenvalues(
                 *bases[target.name], grid.div_(loss_tokens).clamp_(min=0)
             )
     return blocks
+
+
+def _fingerprint(bases: Bases) -> int:
+    """A number that changes with the bases."""
+    number = 0
+    for pair in bases.values():
+        for q in pair:
+            if q is not None:
+                number = zlib.crc32(q.sum(dim=1).cpu().numpy().data, number)
+    return number
 
 
 def _counts(batches: Sequence[Batch]) -> tuple[int, int]:

@@ -11,9 +11,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.errors import InputError
 from kfade.layers import Target
 
-DECOMPOSITION = 7
-"""Matrices [D, D] that one eigendecomposition holds in the end: the mean and its float64 copy
-(twice as large), Q, and three of the residual; while it runs, LAPACK's workspace in their place."""
+DECOMPOSITION = 6  # matrices [D, D] of one eigendecomposition: the mean, its copies, Q, work
 
 
 def factor_bytes(group: Sequence[Target]) -> int:
@@ -32,8 +30,8 @@ def fit_bytes(group: Sequence[Target], estimator: str) -> dict[str, int]:
     """Bytes of curvature that fitting ``group`` holds at the peak of each of its stages.
 
     K-FAC: the factors, which the bases replace one by one, and the eigenvalues O·I. EK-FAC and
-    diagonal: the grids O·I, and one more where products are squared; for EK-FAC beside the bases,
-    and a copy of them in the model's dtype if that is another.
+    diagonal: the grids O·I, and two more where a sequence's product is turned and squared; for
+    EK-FAC beside the bases, and a copy of them in the model's dtype where that is another.
     """
     weight = group[0].weight
     size = sum_dtype(weight.dtype).itemsize
@@ -41,13 +39,13 @@ def fit_bytes(group: Sequence[Target], estimator: str) -> dict[str, int]:
     if estimator == "identity":
         return {}
     if estimator == "diagonal":
-        return {"lambda": sum(grids) + max(grids)}
+        return {"lambda": sum(grids) + 2 * max(grids)}
     factors = factor_bytes(group)
     decomposing = factors + size * DECOMPOSITION * max(widths(group)) ** 2
     stages = {"covariance": factors, "eigh": max(decomposing, factors + sum(grids))}
     if estimator == "ekfac":
         low = 0 if weight.dtype.itemsize == size else factors * weight.dtype.itemsize // size
-        stages["lambda"] = factors + low + sum(grids) + max(grids)
+        stages["lambda"] = factors + low + sum(grids) + 2 * max(grids)
     return stages
 
 

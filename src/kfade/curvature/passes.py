@@ -89,6 +89,9 @@ def run_pass(
             _refuse_broken(seen)
             if keeper is not None:
                 keeper.save(number, sums.tensors())
+        for _ in range(distributed.missing(model, len(own) - done)):
+            with capture(targets, on_gradient=lambda target, gradient: None):
+                backward(model, head, batches[-1], from_outputs)
 
 
 def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutputs) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from kfade import distributed
 from kfade.batches import Batch
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import tangents, transpose_product
@@ -36,12 +37,16 @@ def quadratic_form(
     total = 0.0
     with frozen(model):
         head = read_head(model)
-        for batch in track(batches, "exact quadratic form", lambda b: b.positions):
+        own = distributed.share(batches, lambda batch: batch.positions)
+        for batch in track(own, "exact quadratic form", lambda b: b.positions):
             hidden_ND, tangent_ND = tangents(model, batch, targets, delta)
             for part in head.chunks(hidden_ND):
                 p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
                 mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
                 total += (p * (logits_dot - mean_N1).square()).sum().double().item()
+        for _ in range(distributed.missing(model, len(own))):
+            tangents(model, batches[-1], targets, delta)
+    [total] = distributed.sum_numbers([total], batches[0].input_BT.device)
     return total / sum(batch.loss_tokens for batch in batches)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ def write_blocks(
                 continue
             key = stored.setdefault(id(tensor), f"{name}/{part}")
             layout[name][part] = key
-            tensors[key] = tensor.contiguous()
+            tensors[key] = tensor  # held, so that no id is used twice
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     metadata = {"format": FORMAT, "layout": layout, "provenance": provenance}
     save_file(tensors, path, {"kfade": json.dumps(metadata)})
 
@@ -105,10 +106,23 @@ class Store:
     device: torch.device | str = "cpu"
     """Where blocks are read to."""
 
-    def finished(self, group: int) -> Path | None:
-        """The file of a finished group."""
+    def finished(self, group: int, names: Sequence[str], facts: Mapping[str, Any]) -> bool:
+        """Whether a group is there, with the blocks ``names`` and made as ``facts`` say.
+
+        Raises:
+            InputError: there is another fit's.
+        """
         path = self._finished_path(group)
-        return path if path.is_file() else None
+        if not path.is_file():
+            return False
+        blocks = StoredBlocks(self.device)
+        made = blocks.include(path)
+        if list(blocks) != list(names) or _text(made) != _text({**facts, **self.provenance}):
+            raise InputError(
+                f"{path}: of another fit (model, data, settings or --memory differ); repeat it as "
+                "it was, or remove the folder"
+            )
+        return True
 
     def finish(
         self, group: int, blocks: Mapping[str, EigenBlock], facts: Mapping[str, Any]
@@ -119,7 +133,7 @@ class Store:
             write_blocks(aside, blocks, {**facts, **self.provenance})
             os.replace(aside, self._finished_path(group))
         distributed.wait()
-        for path in self.folder.glob(f"sums-{group:03}-*-{distributed.rank():03}.safetensors"):
+        for path in self.folder.glob(f"sums-{group:03}-*-{distributed.rank():03}.*"):
             path.unlink()
 
     def blocks(self, groups: int) -> StoredBlocks:
@@ -129,11 +143,11 @@ class Store:
             blocks.include(self._finished_path(group))
         return blocks
 
-    def keeper(self, group: int, stage: str) -> SumsKeeper:
-        """Keeps the sums of one pass over one group, in this process."""
+    def keeper(self, group: int, facts: Mapping[str, Any], stage: str) -> SumsKeeper:
+        """Keeps the sums of one pass over one group, in this process; ``facts`` decide them."""
         name = f"sums-{group:03}-{stage}-{distributed.rank():03}.safetensors"
-        made_for = {**self.provenance, "processes": distributed.count()}
-        return SumsKeeper(self.folder / name, json.dumps(made_for, sort_keys=True), self.seconds)
+        made_for = {**facts, **self.provenance, "processes": distributed.count()}
+        return SumsKeeper(self.folder / name, _text(made_for), self.seconds)
 
     def _finished_path(self, group: int) -> Path:
         return self.folder / f"curvature-{group:03}.safetensors"
@@ -150,19 +164,25 @@ class SumsKeeper:
         """Fill ``tensors``; the number of batches in them.
 
         Raises:
-            InputError: they were summed over other data, another model or by more processes.
+            InputError: they were summed over other data, another model or by more processes; or
+                the file is broken.
         """
         if not self._path.is_file():
             return 0
-        with safe_open(self._path, "pt") as file:
-            metadata = file.metadata()
-            if metadata["made_for"] != self._made_for:
-                raise InputError(
-                    f"{self._path}: sums of another fit (model, data, settings or number of "
-                    "processes differ); repeat it as it was, or remove the folder"
-                )
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
+        try:
+            with safe_open(self._path, "pt") as file:
+                metadata = file.metadata()
+                if metadata["made_for"] != self._made_for:
+                    raise InputError(
+                        f"{self._path}: sums of another fit (model, data, settings or number of "
+                        "processes differ); repeat it as it was, or remove the folder"
+                    )
+                for name, tensor in tensors.items():
+                    tensor.copy_(file.get_tensor(name))
+        except SafetensorError as error:
+            raise InputError(
+                f"{self._path}: not a whole safetensors file ({error}); remove it"
+            ) from None
         return int(metadata["batches"])
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
@@ -174,3 +194,8 @@ class SumsKeeper:
         save_file(dict(tensors), aside, metadata)
         os.replace(aside, self._path)
         self._saved = time.monotonic()
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    """Facts as they are compared: what JSON makes of them."""
+    return json.dumps(facts, sort_keys=True)

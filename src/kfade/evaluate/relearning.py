@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.batches import Sequence as Tokens
 from kfade.errors import InputError
-from kfade.evaluate.uncertainty import bootstrap
 from kfade.evaluate.choice import answer_questions, log_likelihoods, verdict
 from kfade.evaluate.divergence import Outputs, divergences, outputs
 from kfade.evaluate.questions import Question
+from kfade.evaluate.uncertainty import bootstrap
 from kfade.head import Head, hidden_states, read_head
 from kfade.models import frozen, model_window
 from kfade.objectives import cross_entropy

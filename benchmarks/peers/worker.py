@@ -1,6 +1,6 @@
 """One measurement of one library in a process of its own: prints one line of JSON.
 
-    python benchmarks/fit_speed/worker.py --peer kronfluence --job ekfac --dtype float32 \
+    python benchmarks/peers/worker.py --peer kronfluence --job ekfac --dtype float32 \
         --sequences 16 --length 512 --batch 1 --model FOLDER --tokens FILE.safetensors --threads 2
 
 FILE holds ``tokens`` [S, T] int64, of which the first ``--sequences`` rows, cut to ``--length``,

@@ -1,6 +1,6 @@
 """Each peer computes what kfade computes, on a tiny Llama: against a slow formula, same labels.
 
-python -m pytest benchmarks/fit_speed
+python -m pytest benchmarks/peers
 """
 
 from __future__ import annotations

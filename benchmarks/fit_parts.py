@@ -1,0 +1,189 @@
+"""What each part of the fit's engine is worth: the same work with and without it, in one run.
+
+    python benchmarks/fit_parts.py --model FOLDER --text FILE
+
+On SmolLM2-135M: 4 sequences of 511 positions (and 128 of 10 where short sequences matter), two
+threads. Writes ``benchmarks/results/fit_parts.json`` and prints the table of
+``docs/performance.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kfade
+import kfade.curvature.factors as factors
+from kfade.batches import Sequence, make_batches
+from kfade.curvature.capture import capture
+from kfade.curvature.draws import sampled_labels, square_root_draw, token_keys
+from kfade.curvature.factors import CovarianceSum, add_sequence_squares, rows_of
+from kfade.curvature.fit import pseudo_gradients
+from kfade.head import hidden_states, read_head
+from kfade.models import frozen, load_model
+
+RESULT = Path(__file__).parent / "results" / "fit_parts.json"
+WIDTHS = (576, 1536)
+
+
+def best(work: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest of some runs, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--model", type=Path, required=True)
+    options.add_argument("--text", type=Path, required=True)
+    options.add_argument("--threads", type=int, default=2)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    model, tokenizer = load_model(str(given.model), dtype="float32", device="cpu")
+    ids = tokenizer(given.text.read_text(encoding="utf-8")[:40000]).input_ids[: 4 * 512]
+    scored = (False,) + (True,) * 511
+    sequences = [Sequence(tuple(ids[i : i + 512]), scored) for i in range(0, len(ids), 512)]
+    parts: list[dict[str, Any]] = []
+
+    def compare(name: str, without: Callable[[], object], with_: Callable[[], object]) -> None:
+        before, after = best(without), best(with_)
+        parts.append({"part": name, "without": before, "with": after, "ratio": before / after})
+        print(
+            f"{name}: {before:.3f} s without, {after:.3f} s with, {before / after:.2f}x", flush=True
+        )
+
+    with frozen(model):
+        of_the_pass(compare, model, make_batches(sequences)[0])
+    of_the_products(compare)
+    RESULT.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    print("\n| part | without, s | with, s | ratio |\n| --- | --- | --- | --- |")
+    for p in parts:
+        print(f"| {p['part']} | {p['without']:.3f} | {p['with']:.3f} | {p['ratio']:.2f} |")
+
+
+def of_the_pass(compare: Callable[..., None], model: Any, batch: Any) -> None:
+    """Parts of forward, backward and head."""
+    targets = kfade.find_targets(model)
+    upper = kfade.find_targets(model, layers="24-29")
+    head = read_head(model)
+
+    def pass_over(some: Any, weight_gradients: bool = False) -> None:
+        for target in some:
+            target.weight.requires_grad_(weight_gradients)
+        with capture(some, on_gradient=lambda target, gradient: None), torch.enable_grad():
+            hidden_BTD = hidden_states(model, batch.input_BT)
+            hidden_BTD.backward(hidden_BTD.detach())
+        for target in some:
+            target.weight.requires_grad_(False)
+            target.weight.grad = None
+
+    compare(
+        "no weight gradients (90 weights)",
+        lambda: pass_over(targets, weight_gradients=True),
+        lambda: pass_over(targets),
+    )
+    compare(
+        "backward stops at the lowest target (blocks 24-29)",
+        lambda: pass_over(targets),
+        lambda: pass_over(upper),
+    )
+    with torch.no_grad():
+        hidden_ND = hidden_states(model, batch.input_BT)[batch.loss_BT]
+
+    def whole_head() -> Tensor:
+        with torch.enable_grad():
+            h = hidden_ND.detach().requires_grad_()
+            logits_NV = head(h)
+        labels_N = torch.multinomial(logits_NV.detach().softmax(dim=-1), 1)[:, 0]
+        loss = -logits_NV.log_softmax(dim=-1).gather(1, labels_N[:, None]).sum()
+        return torch.autograd.grad(loss, h)[0]
+
+    pseudo = pseudo_gradients(sampled_labels, 0, 0)
+    compare(
+        "head in chunks, labels by one uniform number (against whole logits, multinomial)",
+        whole_head,
+        lambda: pseudo(head, batch, hidden_ND),
+    )
+    keys_N = token_keys(0, 0, torch.zeros(511).long(), torch.arange(511))
+    p_NV = torch.rand(511, 49152).softmax(dim=-1)
+    compare(
+        "square-root draw (against sampled labels; the draw alone)",
+        lambda: sampled_labels(p_NV, keys_N),
+        lambda: square_root_draw(p_NV, keys_N),
+    )
+
+
+def of_the_products(compare: Callable[..., None]) -> None:
+    """Parts of the sums."""
+    rows = {width: torch.randn(2044, width) for width in WIDTHS}
+    sums = {width: torch.zeros(width, width) for width in WIDTHS}
+
+    def factors_of(add: Callable[[int], None], shared: bool = True) -> None:
+        for width in (576, 1536, 1536, 1536, 576, *(() if shared else (576,))):
+            add(width)
+
+    def panels(width: int) -> None:
+        covariance = CovarianceSum.__new__(CovarianceSum)
+        covariance.width, covariance.sum_ = width, sums[width]
+        covariance.add(rows[width])
+
+    def full(width: int) -> None:
+        sums[width].addmm_(rows[width].T, rows[width])
+
+    compare("one triangle in panels", lambda: factors_of(full), lambda: factors_of(panels))
+    compare(
+        "gate and up share A", lambda: factors_of(panels, shared=False), lambda: factors_of(panels)
+    )
+    narrow = {width: x.to(torch.bfloat16) for width, x in rows.items()}
+
+    def low(width: int) -> None:
+        covariance = CovarianceSum.__new__(CovarianceSum)
+        covariance.width, covariance.sum_ = width, sums[width]
+        covariance.add(narrow[width])
+
+    compare("bfloat16 rows, float32 sums", lambda: factors_of(panels), lambda: factors_of(low))
+    g_RO, a_RI = torch.randn(1280, 1536), torch.randn(1280, 576)
+    live = torch.ones(128, 10, dtype=torch.bool)
+    grid = torch.zeros(1536, 576)
+    by_pairs = rows_of(live)
+    by_sequence = factors.Rows(by_pairs.lengths, None)
+    compare(
+        "short sequences squared by pairs of rows (128 of 10 tokens)",
+        lambda: add_sequence_squares(grid, g_RO, a_RI, by_sequence),
+        lambda: add_sequence_squares(grid, g_RO, a_RI, by_pairs),
+    )
+    long_g, long_a = torch.randn(4096, 1536), torch.randn(4096, 576)
+    whole = rows_of(torch.ones(2, 2048, dtype=torch.bool))
+    q = torch.linalg.qr(torch.randn(1536, 1536))[0]
+    compare(
+        "long sequences turned after the product (2 of 2048 tokens, the output side)",
+        lambda: add_sequence_squares(grid, long_g @ q, long_a, whole),
+        lambda: add_sequence_squares(grid, long_g, long_a, whole, q_out=q),
+    )
+    matrix = rows[1536].T @ rows[1536]
+    compare(
+        "eigendecomposition in float32 (against float64)",
+        lambda: torch.linalg.eigh(matrix.double()),
+        lambda: torch.linalg.eigh(matrix),
+    )
+    compare(
+        "looking for NaN and Inf by a sum (against each entry)",
+        lambda: [torch.isfinite(rows[1536]).all() for _ in range(10)],
+        lambda: [torch.isfinite(rows[1536].sum()) for _ in range(10)],
+    )
+
+
+if __name__ == "__main__":
+    main()

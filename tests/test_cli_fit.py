@@ -1,0 +1,133 @@
+"""``kfade fit``: what it writes, memory budgets, interruption, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file
+
+from kfade.cli import main
+from kfade.cli.options import bytes_of
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.store import SumsKeeper
+from kfade.errors import InputError
+
+RETAIN = [{"text": f"line {i} of some text to keep"} for i in range(12)]
+
+
+@pytest.fixture
+def desk(tmp_path) -> dict[str, str]:
+    zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    retain = tmp_path / "retain.jsonl"
+    retain.write_text("".join(json.dumps(row) + "\n" for row in RETAIN))
+    return {"model": str(tmp_path / "model"), "retain": str(retain), "out": str(tmp_path / "out")}
+
+
+def arguments(desk: dict[str, str], *more: str) -> list[str]:
+    given = ["--retain", desk["retain"], "--out", desk["out"], "--sequence-length", "8"]
+    return ["fit", desk["model"], *given, "--batch-tokens", "16", "--no-pack", "--truncate", *more]
+
+
+def blocks_of(folder: str) -> dict[str, torch.Tensor]:
+    blocks = Curvature.load(Path(folder)).blocks
+    return {
+        name: block.matvec(torch.ones_like(block.eigenvalues)) for name, block in blocks.items()
+    }
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(((first[n] - second[n]).norm() / first[n].norm()).item() for n in first)
+
+
+def test_a_fit_writes_what_it_promises(desk, capsys):
+    assert main(arguments(desk, "--json")) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    out = Path(desk["out"])
+    names = {"curvature-000.safetensors", "manifest.json", "metrics.json", "config.yaml"}
+    assert {path.name for path in out.iterdir()} == names
+    assert {"load", "covariance", "eigh", "lambda", "save", "total"} == set(metrics["seconds"])
+    written = (out / "curvature-000.safetensors").stat().st_size
+    assert metrics["curvature_bytes"] == written
+    assert {metrics["groups"], metrics["processes"]} == {1}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["estimator"] == "ekfac"
+    assert manifest["weights_sha256"].keys() == load_targets(out).keys()
+
+
+def load_targets(out: Path) -> dict[str, object]:
+    return dict.fromkeys(Curvature.load(out).blocks)
+
+
+def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch, capsys):
+    assert main(arguments(desk)) == 0
+    whole = load_file(Path(desk["out"]) / "curvature-000.safetensors")
+    again = {**desk, "out": str(tmp_path / "again")}
+    save, saved = SumsKeeper.save, []
+
+    def save_and_die(self, batches, tensors):
+        self._seconds = 0.0  # at every batch
+        save(self, batches, tensors)
+        saved.append(batches)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SumsKeeper, "save", save_and_die)
+    assert main(arguments(again)) == 130
+    assert list((tmp_path / "again.part" / "state").glob("sums-*.safetensors"))
+    assert main(arguments(again)) == 2  # it must be asked for
+    assert "--resume" in capsys.readouterr().err
+    assert main(arguments(again, "--resume")) == 0
+    assert saved[:3] == [1, 2, 3]
+    assert saved[3] == 4  # it went on, and did not start again
+    resumed = load_file(tmp_path / "again" / "curvature-000.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_fit_the_same(desk, tmp_path):
+    # EK-FAC is left out: where eigenvalues coincide its basis, and so its Λ, is anyone's.
+    assert main(arguments(desk, "--estimator", "kfac")) == 0
+    two = {**desk, "out": str(tmp_path / "two")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "kfade", *arguments(two, "--estimator", "kfac", "--json")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["processes"] == 2  # one object, from one of them
+    # Sums in another order, in float32: 1e-7 a term, more where a basis turns with it.
+    assert difference(blocks_of(desk["out"]), blocks_of(two["out"])) < 1e-4
+
+
+def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setattr("kfade.distributed.count", lambda: 2)
+    assert main(["check", "anything"]) == 2
+    assert "only fit and unlearn run in several processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("20GB", 20 * 10**9), ("1.5 GB", 1_500_000_000), ("800mb", 800 * 10**6), ("1000", 1000)],
+)
+def test_sizes(size, expected):
+    assert bytes_of(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1GB", "twenty", "1PB", "0"])
+def test_sizes_that_are_none(size):
+    with pytest.raises(InputError, match="write a size as 20GB"):
+        bytes_of(size)
