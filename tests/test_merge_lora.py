@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.cli import main
 from kfade.errors import InputError
@@ -212,7 +213,7 @@ def test_a_skeleton_has_no_weights(tmp_path):
     whole = zoo.tiny("gpt2", torch.float32)
     shapes = {name: p.shape for name, p in skeleton.named_parameters()}
     assert shapes == {name: p.shape for name, p in whole.named_parameters()}
-    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+    assert all(isinstance(p, FakeTensor) for p in skeleton.parameters())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's calls of transformers

@@ -52,9 +52,13 @@ def rank() -> int:
     return dist.get_rank() if _grouped() else 0
 
 
-def deal(costs: Sequence[float]) -> list[int]:
-    """The process that does each piece of work: the dearest first, to whoever has least so far."""
-    load = [0.0] * count()
+def deal(costs: Sequence[float], among: int | None = None) -> list[int]:
+    """The process that does each piece of work: the dearest first, to whoever has least so far.
+
+    Args:
+        among: number of processes; None: those that there are.
+    """
+    load = [0.0] * (among or count())
     owner = [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owner[piece] = min(range(len(load)), key=load.__getitem__)

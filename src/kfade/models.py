@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfade.errors import InputError
 
@@ -37,12 +38,11 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    given = _dtype_of(dtype)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     source, options = _source(name)
     gguf = "gguf_file" in options
-    wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if gguf else "auto")
+    wanted: Any = given or (torch.float32 if gguf else "auto")
     with _loading(name):
         model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, trust_remote_code=trust_remote_code, **options
@@ -74,19 +74,27 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
-def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The modules of a model named as for :func:`load_model`: their kinds and shapes, no weights.
+def load_skeleton(name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model named as for :func:`load_model` without its weights, on fake tensors.
+
+    They have shapes and dtypes, and passes run on them, but there are no numbers and no memory is
+    used. Only the configuration is read.
 
     Raises:
         InputError: nothing there, or nothing that is a model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    wanted = _dtype_of(dtype)
     source, options = _source(name)
     with _loading(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        wanted = wanted or ("gguf_file" not in options and config.dtype) or torch.float32
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=wanted, trust_remote_code=trust_remote_code
+            )
+    return model.eval()
 
 
 @contextlib.contextmanager
@@ -114,6 +122,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def model_window(model: Any) -> int | None:
     """The longest input the model was made for, where its configuration says."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _dtype_of(dtype: str | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    return DTYPES[dtype] if dtype else None
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from kfade.cli import (
     eval_quantisation,
     eval_tofu,
     fit,
+    plan,
     report,
     sweep,
     unlearn,
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.command("unlearn")(unlearn.unlearn)
 app.command("fit")(fit.fit)
+app.command("plan")(plan.plan)
 app.command("sweep")(sweep.sweep)
 app.command("baseline")(baseline.baseline)
 app.command("apply")(edit.apply)

@@ -194,7 +194,16 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
     if run.fit.memory is None:
         return None
     total = o.bytes_of(run.fit.memory)
-    return curvature_budget(total, loaded.model, loaded.targets, run.data.batch_tokens)
+    refitted = run.step.refit and run.step.steps > 1
+    return curvature_budget(
+        total,
+        loaded.model,
+        loaded.targets,
+        run.data.batch_tokens,
+        sequence_length=run.data.sequence_length,
+        estimator=run.fit.estimator,
+        vectors=3 if refitted else 0,
+    )
 
 
 def damping_of(run: RunConfig) -> tuple[float, bool]:

@@ -223,6 +223,7 @@ def _in_groups(
             found = fit_group(group, partial(store.keeper, number, summed))
             with stage("save"):
                 store.finish(number, found, facts)
+            del found  # before the next group is fitted
     return Curvature(store.blocks(len(groups)), {**facts, **store.provenance})
 
 

@@ -14,29 +14,61 @@ from kfade.layers import Target
 DECOMPOSITION = 6  # matrices [D, D] of one eigendecomposition: the mean, its copies, Q, work
 
 
-def group_bytes(group: Sequence[Target], estimator: str) -> int:
-    """Bytes of curvature that fitting ``group`` holds at its peak.
+def factor_bytes(group: Sequence[Target]) -> int:
+    """Bytes of the factors A and S of ``group``, and of its bases: Σ over distinct inputs I² + Σ
+    over layers O²."""
+    return sum_dtype(group[0].weight.dtype).itemsize * sum(width**2 for width in widths(group))
 
-    K-FAC: Σ over distinct inputs I² + Σ over layers O², which the bases replace one by one, and
-    the eigenvalues O·I. EK-FAC: the bases once more in the model's dtype, where that is another.
-    All estimators: the grids O·I, and two more where a sequence's product is turned and squared.
-    """
-    dtype = group[0].weight.dtype
-    size = sum_dtype(dtype).itemsize
+
+def widths(group: Sequence[Target]) -> list[int]:
+    """Widths of the factors of ``group``: I of each distinct input, O of each layer."""
     inputs = {target.input_of: target.shape[1] for target in group}
-    grids = [target.shape[0] * target.shape[1] for target in group]
+    return [*inputs.values(), *(target.shape[0] for target in group)]
+
+
+def fit_bytes(group: Sequence[Target], estimator: str) -> dict[str, int]:
+    """Bytes of curvature that fitting ``group`` holds at the peak of each of its stages.
+
+    K-FAC: the factors, which the bases replace one by one, and the eigenvalues O·I. EK-FAC and
+    diagonal: the grids O·I, and two more where a sequence's product is turned and squared; for
+    EK-FAC beside the bases, and a copy of them in the model's dtype where that is another.
+    """
+    weight = group[0].weight
+    size = sum_dtype(weight.dtype).itemsize
+    grids = [size * target.shape[0] * target.shape[1] for target in group]
     if estimator == "identity":
-        return 0
+        return {}
     if estimator == "diagonal":
-        return size * (sum(grids) + 2 * max(grids))
-    widths = [*inputs.values(), *(target.shape[0] for target in group)]
-    factors = sum(width**2 for width in widths)
-    decomposing = factors + DECOMPOSITION * max(widths) ** 2
-    finished = factors + sum(grids)
-    if estimator == "kfac":
-        return size * max(decomposing, finished)
-    cast = factors * dtype.itemsize if dtype.itemsize < size else 0
-    return max(size * decomposing, size * (finished + 2 * max(grids)) + cast)
+        return {"lambda": sum(grids) + 2 * max(grids)}
+    factors = factor_bytes(group)
+    decomposing = factors + size * DECOMPOSITION * max(widths(group)) ** 2
+    stages = {"covariance": factors, "eigh": max(decomposing, factors + sum(grids))}
+    if estimator == "ekfac":
+        low = 0 if weight.dtype.itemsize == size else factors * weight.dtype.itemsize // size
+        stages["lambda"] = factors + low + sum(grids) + 2 * max(grids)
+    return stages
+
+
+def group_bytes(group: Sequence[Target], estimator: str) -> int:
+    """Bytes of curvature that fitting ``group`` holds at its peak."""
+    return max(fit_bytes(group, estimator).values(), default=0)
+
+
+def stored_bytes(group: Sequence[Target], estimator: str) -> int:
+    """Bytes of the finished curvature of ``group``: bases, shared ones once, and eigenvalues."""
+    size = sum_dtype(group[0].weight.dtype).itemsize
+    if estimator == "identity":
+        return size * len(group)
+    grids = size * sum(target.shape[0] * target.shape[1] for target in group)
+    return grids if estimator == "diagonal" else grids + factor_bytes(group)
+
+
+def smallest_groups(targets: Sequence[Target]) -> list[list[Target]]:
+    """Targets by the input that they read."""
+    units: dict[str, list[Target]] = {}
+    for target in targets:
+        units.setdefault(target.input_of, []).append(target)
+    return list(units.values())
 
 
 def group_targets(
@@ -51,11 +83,8 @@ def group_targets(
     """
     if budget is None:
         return [list(targets)]
-    units: dict[str, list[Target]] = {}
-    for target in targets:
-        units.setdefault(target.input_of, []).append(target)
     groups: list[list[Target]] = []
-    for unit in units.values():
+    for unit in smallest_groups(targets):
         if group_bytes(unit, estimator) > budget:
             raise InputError(
                 f"--memory leaves {budget / 1e9:.2f} GB for the curvature, and {unit[0].name} with "

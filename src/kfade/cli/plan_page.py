@@ -1,0 +1,149 @@
+"""What ``kfade plan`` found, as tables that a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from kfade.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
+
+SIZES = {
+    "model": "the model, or a device's part of it",
+    "factors": "Kronecker factors A and S, float32",
+    "bases": "bases, which replace them",
+    "eigenvalues": "eigenvalues",
+    "curvature": "curvature on disk: bases and eigenvalues",
+    "vector": "gradient, direction, update: each",
+    "activations": "activations of a pass",
+    "inputs": "inputs of all targets of a pass (for the eigenvalues and the gradient)",
+    "head": "head, a chunk of positions",
+    "runtime": "Python and libraries",
+}
+STAGES = {
+    "load": "the model alone",
+    "covariance": "sums of A and S",
+    "eigh": "decompositions",
+    "lambda": "eigenvalues in their basis",
+    "gradient": "of the forget objective",
+    "step": "direction, and its exact length",
+    "check": "trials of the step's size",
+    "exchange": "sums and bases between devices",
+}
+AFTER = ("gradient", "step", "check")
+
+
+def page(plan: dict[str, Any]) -> list[Any]:
+    """The parts of the page, from the JSON object."""
+    parameters = plan["parameters"]
+    head = (
+        f"{plan['model']}: {parameters['all'] / 1e6:,.1f} M parameters in {plan['dtype']}; "
+        f"{plan['weights']} weights targeted, {parameters['targeted'] / 1e6:,.1f} M parameters"
+    )
+    return [head, _sizes(plan), _peaks(plan), _work(plan), *_notes(plan)]
+
+
+def _sizes(plan: dict[str, Any]) -> Table:
+    sequences, positions = plan["batch"]
+    table = Table("what", "bytes", title=f"Sizes, batches of {sequences} x {positions} positions")
+    table.columns[1].justify = "right"
+    for name, text in SIZES.items():
+        if plan["bytes"][name]:
+            table.add_row(text, size(plan["bytes"][name]))
+    return table
+
+
+def _peaks(plan: dict[str, Any]) -> Table:
+    grouped = plan["groups"] is not None and plan["groups"] > 1
+    table = Table("stage", "", "all layers at once", title="Peak of a device by stage, first step")
+    if grouped:
+        table.add_column(f"in {plan['groups']} groups")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for stage, peak in plan["peak_bytes"]["one_group"].items():
+        row = [stage, STAGES[stage], _marked(peak, plan["memory"])]
+        if grouped:
+            row.append(_marked(plan["peak_bytes"]["planned"][stage], plan["memory"]))
+        table.add_row(*row)
+    return table
+
+
+def _marked(peak: int, memory: int | None) -> str:
+    return size(peak) + (" !" if memory is not None and peak > memory else "")
+
+
+def _work(plan: dict[str, Any]) -> Table:
+    table = Table("stage", "TFLOP", "of which", title="Work of one step")
+    table.columns[1].justify = "right"
+    for count in plan["seconds"]:
+        table.add_column("1 device" if count == "1" else f"{count} devices", justify="right")
+    stages = {**plan["flops"], **({"exchange": {}} if plan["devices"] > 1 else {})}
+    for stage, kinds in stages.items():
+        total = sum(kinds.values())
+        shares = sorted(kinds.items(), key=lambda item: -item[1])
+        text = ", ".join(f"{k} {100 * v / total:.0f} %" for k, v in shares if v >= 0.005 * total)
+        times = [
+            duration(seconds[stage]) if stage in seconds else ""
+            for seconds in plan["seconds"].values()
+        ]
+        table.add_row(stage, f"{total / 1e12:,.4g}" if total else "", text, *times)
+    if plan["seconds"]:
+        totals = [duration(seconds["total"]) for seconds in plan["seconds"].values()]
+        table.add_row("total", "", "", *totals)
+    return table
+
+
+def _notes(plan: dict[str, Any]) -> list[str]:
+    work, speed, memory = plan["work"], plan["speed"], plan["memory"]
+    fitted = f"{work['estimator']} on {work['retain_tokens']:,} retain tokens"
+    notes = [
+        f"{fitted} in {plan['passes']} passes; {work['forget_tokens']:,} forget tokens; "
+        f"sequences of {work['sequence_length']}"
+    ]
+    if speed is None:
+        notes.append(
+            "for seconds, state a device's --speed in TFLOP/s, or --measure this machine's"
+        )
+    else:
+        shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in EFFICIENCY.items())
+        bandwidth = speed.get("bandwidth")
+        notes.append(
+            f"at {speed['products'] / 1e12:.4g} TFLOP/s ({speed['float32'] / 1e12:.4g} in float32"
+            + (f", {bandwidth / 1e9:.3g} GB/s" if bandwidth else "")
+            + f"), of which is reached: {shares}; a decomposition counts {EIGH_FLOPS} d³, at most "
+            f"{EIGH_LIMIT / 1e12:.0f} TFLOP/s"
+        )
+    least = plan["peak_bytes"]["smallest_groups"]
+    stage = max(least, key=least.__getitem__)
+    notes.append(
+        f"layers fitted one at a time, a device must hold {size(least[stage])} ({stage}; its fit "
+        f"{size(max(peak for name, peak in least.items() if name not in AFTER))})"
+    )
+    if memory is None:
+        notes.append("for groups of layers that fit a device, give its --memory")
+    elif plan["problem"] is not None:
+        notes.append(f"does not fit {size(memory)}: {plan['problem']}")
+    elif plan["over_memory"]:
+        notes.append(
+            f"the layers are fitted in {plan['groups']} group(s), but {size(memory)} are not "
+            f"enough for: {', '.join(plan['over_memory'])}; take fewer --layers"
+        )
+    else:
+        notes.append(f"fits {size(memory)}, the layers in {plan['groups']} group(s)")
+    return notes
+
+
+def size(count: float) -> str:
+    """Bytes with three digits."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {name}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
