@@ -2,7 +2,7 @@
 
     python benchmarks/fit_parts.py --model FOLDER --text FILE
 
-On SmolLM2-135M: 4 sequences of 511 positions (and 128 of 10 where short sequences matter), two
+On SmolLM2-135M: 4 sequences of 511 positions, two
 threads. Writes ``benchmarks/results/fit_parts.json`` and prints the table of
 ``docs/performance.md``.
 """
@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 import kfade
-import kfade.curvature.factors as factors
 from kfade.batches import Sequence, make_batches
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import sampled_labels, square_root_draw, token_keys
-from kfade.curvature.factors import CovarianceSum, add_sequence_squares, rows_of
+from kfade.curvature.factors import CovarianceSum, add_sequence_squares
 from kfade.curvature.fit import pseudo_gradients
 from kfade.head import hidden_states, read_head
 from kfade.models import frozen, load_model
@@ -154,18 +153,9 @@ def of_the_products(compare: Callable[..., None]) -> None:
         covariance.add(narrow[width])
 
     compare("bfloat16 rows, float32 sums", lambda: factors_of(panels), lambda: factors_of(low))
-    g_RO, a_RI = torch.randn(1280, 1536), torch.randn(1280, 576)
-    live = torch.ones(128, 10, dtype=torch.bool)
     grid = torch.zeros(1536, 576)
-    by_pairs = rows_of(live)
-    by_sequence = factors.Rows(by_pairs.lengths, None)
-    compare(
-        "short sequences squared by pairs of rows (128 of 10 tokens)",
-        lambda: add_sequence_squares(grid, g_RO, a_RI, by_sequence),
-        lambda: add_sequence_squares(grid, g_RO, a_RI, by_pairs),
-    )
     long_g, long_a = torch.randn(4096, 1536), torch.randn(4096, 576)
-    whole = rows_of(torch.ones(2, 2048, dtype=torch.bool))
+    whole = [2048, 2048]
     q = torch.linalg.qr(torch.randn(1536, 1536))[0]
     compare(
         "long sequences turned after the product (2 of 2048 tokens, the output side)",

@@ -159,7 +159,6 @@ def test_the_peak_of_a_fit_is_what_was_said(dtype, width, inner, estimator):
     config |= {"hidden_size": width, "intermediate_size": inner, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
     targets = find_targets(model)
-    # Long enough that no square is expanded into pairs of rows, which are not curvature.
     batches = make_batches(random_sequences(3, shortest=18, longest=20), budget=20)
     pseudo = pseudo_gradients(square_root_draw, 0, 0)
     FITS[estimator](model, batches, targets)  # first calls allocate what later ones find

@@ -39,7 +39,6 @@ from kfade.curvature.factors import (
     add_sequence_squares,
     eigendecompose,
     rows_first,
-    rows_of,
 )
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.curvature.product import gauss_newton_product, quadratic_form
@@ -316,16 +315,13 @@ def test_several_panels_give_the_same_factors(model, batches, targets, monkeypat
     assert relative_error(covariance.mean(7), rows.T @ rows / 7) < EXACT
 
 
-@pytest.mark.parametrize("short", [0, 99], ids=["by sequence", "by pairs of rows"])
 @pytest.mark.parametrize("rotated", ["neither", "outputs", "inputs", "both"])
-def test_sequence_squares_square_after_the_sum(short, rotated, monkeypatch):
-    monkeypatch.setattr(factors, "SHORT", short)
-    live = torch.arange(4)[None] < torch.tensor([[4], [2], [1]])
+def test_sequence_squares_square_after_the_sum(rotated):
     g, a, lengths = randn(7, 3), randn(7, 5, seed=1), [4, 2, 1]
     q_out = torch.linalg.qr(randn(3, 3, seed=2))[0] if rotated in ("outputs", "both") else None
     q_in = torch.linalg.qr(randn(5, 5, seed=3))[0] if rotated in ("inputs", "both") else None
     total = torch.zeros(3, 5).double()
-    add_sequence_squares(total, g, a, rows_of(live), q_out=q_out, q_in=q_in)
+    add_sequence_squares(total, g, a, lengths, q_out=q_out, q_in=q_in)
     turned_g, turned_a = g if q_out is None else g @ q_out, a if q_in is None else a @ q_in
     parts = list(zip(turned_g.split(lengths), turned_a.split(lengths), strict=True))
     assert relative_error(total, sum((gs.T @ rows) ** 2 for gs, rows in parts)) < EXACT
@@ -334,19 +330,17 @@ def test_sequence_squares_square_after_the_sum(short, rotated, monkeypatch):
 
 def test_the_cheaper_side_is_turned_first():
     """Multiplications counted by hand: R·D² for rows, O·I·D a sequence for products."""
-    rows = rows_of(torch.ones(2, 20, dtype=torch.bool))  # two sequences of 20: R = 40
-    assert rows_first(rows, 21)  # D = 10: 40·100 = 4000 against 2·10·21·10 = 4200
-    assert not rows_first(rows, 19)  # 4000 against 3800
-    assert rows_first(rows, 11, readers=2)  # 4000 once against 2·2·10·11·10 = 4400
+    # Two sequences of 20 rows, so R = 40, and D = 10.
+    assert rows_first(20, 21)  # 40·100 = 4000 against 2·10·21·10 = 4200
+    assert not rows_first(20, 19)  # 4000 against 3800
+    assert rows_first(20, 11, readers=2)  # 4000 once against 2·2·10·11·10 = 4400
 
 
-@pytest.mark.parametrize("short", [0, 99], ids=["by sequence", "by pairs of rows"])
 @pytest.mark.parametrize("first", [True, False], ids=["rows first", "product first"])
 def test_eigenvalues_do_not_depend_on_how_they_are_computed(
-    model, batches, targets, short, first, monkeypatch
+    model, batches, targets, first, monkeypatch
 ):
     usual = fit_ekfac(model, batches, targets)
-    monkeypatch.setattr(factors, "SHORT", short)
     monkeypatch.setattr("kfade.curvature.fit.rows_first", lambda *_: first)
     assert operator_error(fit_ekfac(model, batches, targets), usual, targets) < EXACT
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfade.curvature.factors import PANEL, SHORT, Rows, rows_first
+from kfade.curvature.factors import PANEL, rows_first
 from kfade.curvature.groups import factor_bytes, fit_bytes, widths
 from kfade.distributed import deal
 from kfade.layers import Target
@@ -93,9 +93,9 @@ def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
 
     Each side is turned row by row (2·T·D² a sequence, once for all readers of an input) or the
     product of a sequence is (2·O·I·D), whichever ``rows_first`` says; the product itself costs
-    2·T·O·I, or for short sequences 2·O·I for each pair of rows, with nothing to square.
+    2·T·O·I, and squaring it 2·O·I.
     """
-    rows, length = Rows((work.length,), None), work.length
+    length = work.length
     sequences = work.retain_tokens / work.sequence_length
     readers = Counter(target.input_of for target in group)
     turned: dict[str, bool] = {}
@@ -105,19 +105,16 @@ def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
         if work.estimator == "ekfac":
             first = target.input_of not in turned
             if first:
-                by_rows = rows_first(rows, outputs, readers[target.input_of])
+                by_rows = rows_first(length, outputs, readers[target.input_of])
                 turned[target.input_of] = by_rows
             if not turned[target.input_of]:
                 products += 2 * outputs * inputs * inputs
             elif first:
                 products += 2 * length * inputs**2
-            by_rows = rows_first(rows, inputs)
+            by_rows = rows_first(length, inputs)
             products += 2 * (length if by_rows else inputs) * outputs**2
-        if length <= SHORT:
-            products += outputs * inputs * length * (length + 1)
-        else:
-            products += 2 * outputs * inputs * length
-            squares += 2 * outputs * inputs
+        products += 2 * outputs * inputs * length
+        squares += 2 * outputs * inputs
     return products * sequences, squares * sequences
 
 

@@ -4,12 +4,12 @@ Sums end in an underscore; normalised estimates are functions of sum and count. 
 bfloat16: they are multiplied as such, each product is rounded once to bfloat16, and all sums over
 products are float32 or better.
 
-Shapes: R rows (live positions of a batch), D width of a factor, O outputs, I inputs, P pairs.
+Shapes: R rows (live positions of a batch), D width of a factor, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from kfade.errors import InputError
 
 PANEL = 192  # columns of a symmetric product at a time: nearly half its arithmetic is spared
 PROBES = 8  # random columns that an eigendecomposition is checked on
-SHORT = 14  # positions up to which a sequence's square is cheaper as a sum over pairs of them
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,68 +93,30 @@ def _probe(matrix_DD: Tensor) -> Tensor:
     return torch.randn(len(matrix_DD), PROBES, generator=generator).to(matrix_DD)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """How a batch's live rows fall into sequences."""
-
-    lengths: tuple[int, ...]
-    """Rows of each sequence; rows of one sequence are consecutive."""
-    pairs: tuple[Tensor, Tensor, Tensor] | None
-    """For short sequences: rows (t, s) with t ≤ s of one sequence, and 1 or 2 for how often the
-    pair counts."""
-
-    @property
-    def mean_length(self) -> float:
-        """Rows a sequence."""
-        return sum(self.lengths) / len(self.lengths)
-
-
-def rows_of(live_BT: Tensor) -> Rows:
-    """The live rows of a batch."""
-    lengths = live_BT.sum(dim=1).tolist()
-    if max(lengths) > SHORT:
-        return Rows(tuple(lengths), None)
-    first, second, start = [], [], 0
-    for length in lengths:
-        t, s = torch.triu_indices(length, length, device=live_BT.device)
-        first.append(t + start)
-        second.append(s + start)
-        start += length
-    t_P, s_P = torch.cat(first), torch.cat(second)
-    return Rows(tuple(lengths), (t_P, s_P, 1 + (t_P != s_P).to(torch.int64)))
-
-
-def rows_first(rows: Rows, other_width: int, readers: int = 1) -> bool:
+def rows_first(mean_length: float, other_width: int, readers: int = 1) -> bool:
     """Whether turning a side's rows costs less than turning each sequence's product.
 
     Rows cost R·D² multiplications, once for all ``readers`` of them; products O·I·D a sequence and
     reader: rows win for sequences shorter than the other side is wide.
     """
-    return rows.mean_length <= other_width * readers
+    return mean_length <= other_width * readers
 
 
 def add_sequence_squares(
     sum_OI: Tensor,
     gradients_RO: Tensor,
     inputs_RI: Tensor,
-    rows: Rows,
+    lengths: Sequence[int],
     *,
     q_out: Tensor | None = None,
     q_in: Tensor | None = None,
 ) -> None:
     """Add Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² to ``sum_OI``; None is no basis.
 
-    For short sequences without bases to apply, the square is expanded into pairs of rows,
-    (Σ_t g_t a_tᵀ)∘² = Σ_{t,s} (g_t ∘ g_s)(a_t ∘ a_s)ᵀ: one product over all pairs of the batch
-    instead of one pass over [O, I] for every sequence.
+    ``lengths`` are the rows of each sequence; rows of one sequence are consecutive.
     """
-    if rows.pairs is not None and q_out is None and q_in is None:
-        t_P, s_P, times_P = rows.pairs
-        g_PO = gradients_RO[t_P] * gradients_RO[s_P] * times_P[:, None]
-        add_product(sum_OI, g_PO.T, inputs_RI[t_P] * inputs_RI[s_P])
-        return
     start = 0
-    for length in rows.lengths:
+    for length in lengths:
         part = slice(start, start + length)
         product_OI = gradients_RO[part].T @ inputs_RI[part]
         if q_in is not None:

@@ -35,7 +35,6 @@ from kfade.curvature.factors import (
     add_sequence_squares,
     eigendecompose,
     rows_first,
-    rows_of,
     sum_dtype,
 )
 from kfade.curvature.groups import group_targets
@@ -314,25 +313,26 @@ class _Eigenvalues:
             self._readers.setdefault(target.input_of, []).append(target)
 
     def begin(self, batch: Batch) -> None:
-        self._batch, self._rows = batch, rows_of(batch.live_BT)
+        self._batch, self._lengths = batch, batch.live_BT.sum(dim=1).tolist()
+        self._mean_length = sum(self._lengths) / len(self._lengths)
         self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
         a_RI, q_in = live_rows(a_BTI, self._batch), self._bases[target.name][1]
         readers = self._readers[target.input_of]
-        if q_in is not None and rows_first(self._rows, target.shape[0], len(readers)):
+        if q_in is not None and rows_first(self._mean_length, target.shape[0], len(readers)):
             a_RI, q_in = a_RI @ q_in, None
         self._inputs[target.input_of] = (a_RI, q_in, len(readers))
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
         g_RO, q_out = live_rows(g_BTO, self._batch), self._bases[target.name][0]
-        if q_out is not None and rows_first(self._rows, target.shape[1]):
+        if q_out is not None and rows_first(self._mean_length, target.shape[1]):
             g_RO, q_out = g_RO @ q_out, None
         a_RI, q_in, left = self._inputs.pop(target.input_of)
         if left > 1:
             self._inputs[target.input_of] = (a_RI, q_in, left - 1)
         grid = self.grids[target.name]
-        add_sequence_squares(grid, g_RO, a_RI, self._rows, q_out=q_out, q_in=q_in)
+        add_sequence_squares(grid, g_RO, a_RI, self._lengths, q_out=q_out, q_in=q_in)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.grids
@@ -355,10 +355,7 @@ def _with_eigenvalues(
         blocks = {}
         for target in targets:
             grid = distributed.sum_everywhere(sums.grids[target.name])
-            # A sum over pairs of rows can end a rounding below zero.
-            blocks[target.name] = EigenBlock(
-                *bases[target.name], grid.div_(loss_tokens).clamp_(min=0)
-            )
+            blocks[target.name] = EigenBlock(*bases[target.name], grid.div_(loss_tokens))
     return blocks
 
 
