@@ -95,6 +95,8 @@ def test_shell_blocks(desk):
             words += ["--sequence-length", "8"]
         if words[1] in ("baseline", "attack"):
             words += ["--steps", "4"]
+        if words[1] == "export-lora":  # the tiny model's weights have no rank 32
+            words[words.index("32")] = "2"
         if words[1] == "attack":
             words += ["--at", "0,4"]
         if words[1:3] in (["eval", "kl"], ["eval", "tofu"]):

@@ -33,8 +33,8 @@ def demo_config(model: str) -> RunConfig:
             sequence_length=128,
             holdout=50,
         ),
-        step=StepConfig(relative_damping=0.001),
-        size=SizeConfig(kl=0.0002, max_kl=0.00022),  # a search meets a KL within 10 %
+        step=StepConfig(relative_damping=1.0),
+        size=SizeConfig(kl=0.0005, max_kl=0.00055),  # a search meets a KL within 10 %
     )
 
 
