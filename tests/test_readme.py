@@ -73,13 +73,12 @@ def several_processes(words: list[str]) -> None:
     """As printed, with two processes instead of eight."""
     assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "kfade"]
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[3:]]
-    words[words.index("out/run", 9)] = "out/two"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*words, "--sequence-length", "8"], env=environment, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert Update.load("out/two").deltas
+    assert Update.load("out/run-large").deltas
 
 
 def test_shell_blocks(desk):
