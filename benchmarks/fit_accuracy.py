@@ -5,7 +5,7 @@
 SmolLM2-135M, blocks 10-15 (18 weights), K-FAC and EK-FAC. All fits draw the same pseudo-labels up
 to rounding, and solve for the same float32 forget gradient. Reported: the cosine of the directions
 in the float64 fit's G-norm, and the forget loss at equal measured KL. Writes
-``benchmarks/results/fit_accuracy.json`` and prints the table of ``docs/performance.md``.
+``benchmarks/results/fit_accuracy.json`` and prints a table.
 """
 
 from __future__ import annotations
