@@ -20,7 +20,8 @@ LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "layers", "head", "examples", "batches", "objectives"},
     {"curvature"},
-    {"measure", "gradient", "step", "update", "unlearn", "lora", "trace", "plan", "cost"},
+    {"measure", "gradient", "step", "refine", "record", "update", "unlearn"}
+    | {"lora", "trace", "plan", "cost"},
     {"evaluate", "baselines"},
     {"demo", "sweep", "report", "plan"},
     {"cli"},
