@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_the_quadratic_falls_and_falls_faster_with_the_fit(system):
         return -0.5 * (system.g @ x) ** 2 / (x @ A @ x) / -least
 
     ours = [value(system.vector(step)) for step in system.steps(7, **DAMPINGS[0])]
-    assert all(-1 < later < earlier for earlier, later in zip(ours, ours[1:], strict=False))
+    assert all(-1 < later < earlier for earlier, later in pairwise(ours))
     plain = textbook(A, np.eye(len(A)), system.g)
     without = [value(next(plain)) for _ in ours]
     assert all(later > 0.9 * earlier for earlier, later in zip(ours, without, strict=True))

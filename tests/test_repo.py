@@ -23,7 +23,7 @@ LADDER = [
     {"measure", "gradient", "step", "refine", "record", "update", "unlearn"}
     | {"lora", "trace", "plan", "cost"},
     {"evaluate", "baselines"},
-    {"demo", "sweep", "report", "plan"},
+    {"demo", "grid", "sweep", "report", "plan"},
     {"cli"},
     {"__init__", "__main__"},  # the public names, and the way in
 ]
