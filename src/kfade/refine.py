@@ -45,54 +45,67 @@ def refined_steps(
     yield step
     if iterations == 0:
         return
+    system = _System(curvature, gradient, product, damping, relative)
     with stage("refine"):
-        ridge = {name: block.damping(damping, relative) for name, block in curvature.blocks.items()}
-        g = {name: gradient[name] for name in ridge}
-        system = _System(product, ridge, g)
-        p = step.direction
-        q = system.advance(p)
+        system.advance(step.direction)
+    del step  # a vector less to hold from here on
     for _ in range(iterations):
+        if system.solved:
+            return
         with stage("refine"):
-            if system.solved:
-                return
-            z = curvature.solve(system.s, damping=damping, relative=relative)
-            add(z, -inner(z, q) / inner(p, q), p)
-            p = z
-            q = system.advance(p)
-            r = system.r
-            step = unit_step(r, inner(g, r), curvature.quadratic(r))
-        yield step
+            system.advance(system.conjugate())
+        yield system.step()
 
 
 class _System:
-    """(G + D) r = g, solved so far as r; s = g − (G + D) r is left."""
+    """(G + D) r = g, solved so far as r; s = g − (G + D) r is left, p was the last direction."""
 
     def __init__(
         self,
+        curvature: Curvature,
+        gradient: Mapping[str, Tensor],
         product: Callable[[Matrices], Matrices],
-        ridge: Mapping[str, float],
-        g: Mapping[str, Tensor],
+        damping: float,
+        relative: bool,
     ) -> None:
-        self._product, self._ridge = product, ridge
-        self.r = {name: torch.zeros_like(matrix) for name, matrix in g.items()}
-        self.s = dict(g)
-        eps = max(torch.finfo(matrix.dtype).eps for matrix in g.values())
-        self._rounding = (10 * eps) ** 2 * inner(g, g)
+        self._curvature, self._product = curvature, product
+        self._damping, self._relative = damping, relative
+        blocks = curvature.blocks.items()
+        self._ridge = {name: block.damping(damping, relative) for name, block in blocks}
+        self._g = {name: gradient[name] for name in self._ridge}
+        self._r = {name: torch.zeros_like(matrix) for name, matrix in self._g.items()}
+        self._s = dict(self._g)
+        self._p: Matrices = {}
+        self._q: Matrices = {}
+        eps = max(torch.finfo(matrix.dtype).eps for matrix in self._g.values())
+        self._rounding = (10 * eps) ** 2 * inner(self._g, self._g)
 
     @property
     def solved(self) -> bool:
         """Whether what is left of g is no more than rounding."""
-        return inner(self.s, self.s) <= self._rounding
+        return inner(self._s, self._s) <= self._rounding
 
-    def advance(self, p: Matrices) -> Matrices:
-        """Along p to the least ½ rᵀ(G + D) r − gᵀr; returns (G + D) p."""
-        q = self._product(p)
+    def advance(self, p: Matrices) -> None:
+        """Along p to the least ½ rᵀ(G + D) r − gᵀr; q = (G + D) p."""
+        self._p, self._q = p, {}  # the old ones are let go before the product
+        self._q = self._product(p)
         for name, value in self._ridge.items():
-            q[name] = q[name] + value * p[name]
-        along = inner(p, self.s) / inner(p, q)
-        add(self.r, along, p)
-        add(self.s, -along, q)
-        return q
+            self._q[name] = self._q[name] + value * p[name]
+        along = inner(p, self._s) / inner(p, self._q)
+        add(self._r, along, p)
+        add(self._s, -along, self._q)
+
+    def conjugate(self) -> Matrices:
+        """The next direction: (G̃ + D)⁻¹s, less its part along p, so that pᵀ(G + D) next = 0."""
+        z = self._curvature.solve(self._s, damping=self._damping, relative=self._relative)
+        add(z, -inner(z, self._q) / inner(self._p, self._q), self._p)
+        return z
+
+    def step(self) -> Step:
+        """r, scaled to ‖r‖_G̃ = 1."""
+        with stage("refine"):
+            square = self._curvature.quadratic(self._r)
+            return unit_step(self._r, inner(self._g, self._r), square)
 
 
 def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
