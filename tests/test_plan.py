@@ -633,8 +633,8 @@ def test_command_on_a_large_model(tmp_path, capsys):
 
 def test_command_plans_refinements(tmp_path, capsys):
     """Each iteration costs a product and the measuring of one more direction."""
-    arguments = ["--speed", "400", "--layers", "3-6"]
-    folder = saved(LLAMA_7B, tmp_path)
+    arguments = ["--speed", "400", "--sequence-length", "64"]
+    folder = saved(SMALL, tmp_path)
     plain, one, three = (
         planned(capsys, folder, *arguments, *more)
         for more in ([], ["--refine", "1"], ["--refine", "3"])
@@ -645,8 +645,8 @@ def test_command_plans_refinements(tmp_path, capsys):
         2 * one["flops"]["refine"]["forward"]
     )
     # Per position of the product, four forward passes where a trial makes one.
-    trial = plain["flops"]["gradient"]["forward"] / (2500 * 511)
-    assert one["flops"]["refine"]["forward"] == pytest.approx(2 * 4 * trial * 64 * 511)
+    trial = plain["flops"]["gradient"]["forward"] / (2500 * 512 * 63 / 64)
+    assert one["flops"]["refine"]["forward"] == pytest.approx(2 * 4 * trial * 64 * 63)
     small = planned(capsys, folder, *arguments, "--refine", "1", "--refine-sequences", "16")
     assert small["flops"]["refine"]["head"] == pytest.approx(one["flops"]["refine"]["head"] / 4)
     for stage in ("step", "check"):

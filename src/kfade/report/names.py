@@ -18,13 +18,17 @@ def method_of(subject: Subject) -> str:
     config = subject.manifest.get("config", {})
     if subject.manifest.get("kind") == "unlearn":
         fit, step = config.get("fit", {}), config.get("step", {})
-        iterations = config.get("refinement", {}).get("refine")
-        refined = f"refined {iterations}" if iterations else None
+        refined = refinement(config.get("refinement", {}).get("refine"))
         parts = ["K-FADE", fit.get("estimator"), step.get("objective"), refined]
         return ", ".join(str(part) for part in parts if part)
     if subject.manifest.get("kind") == "baseline":
         return str(subject.manifest.get("method", subject.name))
     return subject.name
+
+
+def refinement(iterations: int | None) -> str | None:
+    """Words for a direction that was refined."""
+    return f"refined {iterations}" if iterations else None
 
 
 def short(value: Any) -> str:
