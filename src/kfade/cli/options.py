@@ -93,6 +93,18 @@ ExactNorm = Annotated[
         "--exact-norm/--fitted-norm",
     ),
 ]
+Refine = Annotated[
+    int | None,
+    _option(
+        STEP,
+        "Improve each direction by N iterations of conjugate gradients on exact Gauss-Newton "
+        "products, and take the best on held-out retain data. [0]",
+        "--refine",
+    ),
+]
+RefineSequences = Annotated[
+    int | None, _option(STEP, "Retain sequences in each of those products. [64]")
+]
 Alpha = Annotated[float | None, _option(SIZE, "G-norm of each step: predicts a KL of alpha²/2.")]
 Kl = Annotated[
     float | None,

@@ -66,6 +66,8 @@ def unlearn(
     damping: o.Damping = None,
     relative_damping: o.RelativeDamping = None,
     exact_norm: o.ExactNorm = None,
+    refine: o.Refine = None,
+    refine_sequences: o.RefineSequences = None,
     alpha: o.Alpha = None,
     kl: o.Kl = None,
     until: o.Until = None,
@@ -94,6 +96,7 @@ def unlearn(
 
 
 _NOT_SETTINGS = {"out", "curvature", "config", "resume", "export_model", "json"}
+_UNLOGGED = {"relative_change", "probes"}  # too long for a line
 
 
 def run_unlearn(
@@ -130,7 +133,7 @@ def run_unlearn(
         def on_step(update: Update) -> None:
             steps = update.provenance["steps"]
             folder.keep(f"update-{len(steps):03}.safetensors", update.save)
-            facts = {k: v for k, v in steps[-1].items() if k not in ("relative_change", "probes")}
+            facts = {k: v for k, v in steps[-1].items() if k not in _UNLOGGED}
             folder.log("step", **facts)
             console.print(step_line(len(steps), run.step.steps, steps[-1]))
 
@@ -156,6 +159,8 @@ def run_unlearn(
             max_kl=size.max_kl,
             batch_tokens=run.data.batch_tokens,
             seed=run.seed,
+            refine=run.refinement.refine,
+            refine_sequences=run.refinement.refine_sequences,
             start=start,
             on_step=on_step,
         )
@@ -240,11 +245,12 @@ def read_curvature(folder: Path, loaded: Loaded) -> Curvature:
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
     """One step in a line."""
+    refined = f", refined {record['refined']}" if record["refined"] else ""
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
         f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl']:.2e} nats/token "
         f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
-        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e})"
+        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined})"
     )
 
 
@@ -321,7 +327,9 @@ def run_metrics(
 ) -> dict[str, Any]:
     """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
     steps = update.provenance["steps"]
-    stages = ("load", "fit", "gradient", "step", "check")
+    stages = ["load", "fit", "gradient", "step", "check"]
+    if "refine" in clock.seconds:
+        stages.insert(4, "refine")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
     sets = {"forget": forget, "retain": retain, "held_out": held_out}
     return {
