@@ -30,6 +30,8 @@ class ModelConfig:
     """As PyTorch spells it; the GPU if there is one when unset."""
     trust_remote_code: bool = False
     """Let code that comes with a hub model run."""
+    shard: bool = False
+    """Spread the weights of its blocks over the processes of ``torchrun``."""
 
 
 @dataclass(frozen=True)

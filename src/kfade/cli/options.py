@@ -120,6 +120,10 @@ TrustRemoteCode = Annotated[
     bool | None,
     _option(RUN, "Let code that comes with a hub model run.", "--trust-remote-code"),
 ]
+Shard = Annotated[
+    bool | None,
+    _option(RUN, "Spread the weights of the model's blocks over torchrun's processes.", "--shard"),
+]
 Seed = Annotated[int | None, _option(RUN, "Seed of draws, batches and the held-out split. [0]")]
 Config = Annotated[
     Path | None,

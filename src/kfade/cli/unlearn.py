@@ -23,6 +23,7 @@ from kfade.cli.session import (
     read_source,
     session,
     show,
+    spread,
     to_tokens,
 )
 from kfade.config import RunConfig, override, read_config, write_config
@@ -75,6 +76,7 @@ def unlearn(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    shard: o.Shard = None,
     seed: o.Seed = None,
     config: o.Config = None,
     resume: o.Resume = False,
@@ -112,6 +114,8 @@ def run_unlearn(
 
     ``loaded`` is the configuration's model, where the caller has it already.
     """
+    if export_model and run.model.shard:
+        raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     size = step_size(run)
     damping, relative = damping_of(run)
     fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
@@ -123,6 +127,8 @@ def run_unlearn(
         if curvature is not None:
             Curvature.load(curvature)  # is it one? before the model is read
         loaded = loaded or load(run.model, run.fit)
+        budget = curvature_bytes(run, loaded)
+        spread(run.model, loaded.model)
         forget = to_tokens(forget_examples, loaded, run.data)
         retain = to_tokens(fit_examples, loaded, run.data)
         held_out = to_tokens(held_examples, loaded, run.data)
@@ -143,7 +149,7 @@ def run_unlearn(
             retain=retain,
             held_out=held_out,
             targets=loaded.targets,
-            fit=_kept(fit, folder, curvature_bytes(run, loaded), made_for),
+            fit=_kept(fit, folder, budget, made_for),
             objective=objective,
             draw=draw,
             curvature=saved,
@@ -195,7 +201,7 @@ def step_size(run: RunConfig) -> StepSize:
 
 
 def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
-    """What ``--memory`` leaves for the curvature beside the model and a pass."""
+    """What ``--memory`` leaves for the curvature beside the model, still whole, and a pass."""
     if run.fit.memory is None:
         return None
     total = o.bytes_of(run.fit.memory)
@@ -208,6 +214,7 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         sequence_length=run.data.sequence_length,
         estimator=run.fit.estimator,
         vectors=3 if refitted else 0,
+        shards=distributed.count() if run.model.shard else 1,
     )
 
 
