@@ -59,10 +59,16 @@ TOFU = ("tofu", "--split", "forget01")
         # An empty set.
         ((*KL, "empty.jsonl"), "empty.jsonl holds no prompts"),
         ((*MEMBERS, "empty.jsonl"), "empty.jsonl holds no examples"),
-        ((*MEMBERS, "texts.jsonl", "--non-members", "empty.jsonl"), "empty.jsonl holds no examples"),
+        (
+            (*MEMBERS, "texts.jsonl", "--non-members", "empty.jsonl"),
+            "empty.jsonl holds no examples",
+        ),
         ((*JUDGED, "empty.jsonl"), "empty.jsonl holds no questions"),
         ((*CHOICE, "empty.jsonl"), "empty.jsonl holds no questions"),
-        ((*CHOICE, "questions.jsonl", *CHOICE[1:], "empty.jsonl"), "empty.jsonl holds no questions"),
+        (
+            (*CHOICE, "questions.jsonl", *CHOICE[1:], "empty.jsonl"),
+            "empty.jsonl holds no questions",
+        ),
         ((*TOFU, "--data", "tofu"), "the set is empty"),
         # Data of another form, or none at all.
         ((*KL, "texts.jsonl"), "texts.jsonl, line 1: has text; write one of"),

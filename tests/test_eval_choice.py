@@ -240,7 +240,12 @@ def test_forms_as_they_are_handed_out(tmp_path):
 
 def test_sets_are_called_by_their_files(tmp_path):
     line = json.dumps({"question": "q", "choices": ["a", "b"], "answer": 0}) + "\n"
-    for name in ("one/review_mcq.jsonl", "two/review_mcq.jsonl", "arc_easy.jsonl", "mmlu/test/x.csv"):
+    for name in (
+        "one/review_mcq.jsonl",
+        "two/review_mcq.jsonl",
+        "arc_easy.jsonl",
+        "mmlu/test/x.csv",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(line * 3 if "jsonl" in name else "q,a,b,A\n")
     paths = [tmp_path / name for name in ("one/review_mcq.jsonl", "two/review_mcq.jsonl")]

@@ -187,8 +187,11 @@ def draw_without_replacement(count: int, size: int | None, step: int, seed: int)
 
 
 def open_ended(tokens: list[int], tokenizer: Any) -> list[int]:
-    """Without the EOS that some tokenizers put at the end, where more is to follow."""
-    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+    """Without the EOS that some tokenizers put at the end, where more is to follow.
+
+    A token alone is left: it may be a BOS that is the same as EOS.
+    """
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
 
 
 def digest_sequences(sequences: SequenceOf[Sequence]) -> str:

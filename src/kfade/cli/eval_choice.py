@@ -197,9 +197,7 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         chance = f"{100 * own['chance']:.1f}"
         lines.append(_row(name, own["questions"], chance, _percents(own["accuracy"])))
         for subject, figures in own.get("subjects", {}).items():
-            lines.append(
-                _row(f"  {subject or '-'}", figures["questions"], "", _percents(figures))
-            )
+            lines.append(_row(f"  {subject or '-'}", figures["questions"], "", _percents(figures)))
     return [*lines, f"every question in {result['out']}/items.jsonl"]
 
 

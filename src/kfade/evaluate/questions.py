@@ -45,14 +45,14 @@ def text_prompt(question: Question) -> str:
 
 
 def name_of_set(path: str) -> str:
-    """What the questions of a file or folder are called: its name, for ``.../mmlu/test`` ``mmlu``."""
+    """What the questions of a file or folder are called: its name; of ``.../mmlu/test``, mmlu."""
     own = PurePath(path)
     whole = own.stem in ("test", "val") and own.parent.name
     return (own.parent.name if whole else own.stem).replace("_", " ")
 
 
 def read_sets(paths: Sequence[Path], limit: int | None = None) -> dict[str, list[Question]]:
-    """Questions of each path, by :func:`name_of_set`; the folder in front where two are called alike.
+    """Questions of each path, by :func:`name_of_set`, its folder in front where two are alike.
 
     Raises:
         InputError: a path given twice, or what :func:`read_questions` refuses.
