@@ -324,10 +324,11 @@ def test_references_come_from_a_file_of_their_own(tmp_path):
     plain = read_bench(path)
     right = tmp_path / "gpt-4.jsonl"
     row = {"answer_id": "x", "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["e", "f"]}]}
-    right.write_text(json.dumps({"question_id": int(plain[0].id), **row}) + "\n")
+    both = [{"question_id": int(question.id), **row} for question in plain[:2]]
+    right.write_text("".join(json.dumps(line) + "\n" for line in both))
     first, *others = read_bench(path, right)
     assert first.references == ("e", "f")
-    assert others == plain[1:]
+    assert others == plain[1:]  # the second is to write: no answer is the right one
     asked = judge_messages(first.turns, ["said"], first.references)[1]["content"]
     assert "### A right answer to turn 1\ne" in asked
     right.write_text(json.dumps({"question_id": 999, **row}) + "\n")

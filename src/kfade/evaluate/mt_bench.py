@@ -37,6 +37,8 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
+# FastChat shows its judge references for these only; its file of them holds others, too.
+ONE_RIGHT_ANSWER = ("math", "reasoning", "coding")
 NEXT_QUESTION = "\nQuestion:"  # where a model without a chat template begins to ask itself
 BLOCK = 16  # questions between two writes of the log
 
@@ -61,7 +63,7 @@ def read_bench(path: Path, references: Path | None = None) -> list[BenchQuestion
 
     Args:
         references: right answers, in the form of its ``reference_answer/gpt-4.jsonl``; they go
-            before those of the questions' own file.
+            before those of the questions' own file, for mathematics, reasoning and coding only.
 
     Raises:
         InputError: no such file, a malformed line, an id twice, an empty file, references of other
@@ -80,7 +82,12 @@ def read_bench(path: Path, references: Path | None = None) -> list[BenchQuestion
     answers = dict(_reference(row, where) for where, row in read_rows(str(references)))
     if not questions.keys() & answers:
         raise InputError(f"{references}: answers none of the questions of {path}")
-    return [replace(q, references=answers.get(q.id, q.references)) for q in questions.values()]
+    return [
+        replace(question, references=answers[question.id])
+        if question.category in ONE_RIGHT_ANSWER and question.id in answers
+        else question
+        for question in questions.values()
+    ]
 
 
 def answer_questions(
