@@ -16,7 +16,9 @@ from kfade.batches import (
     digest_sequences,
     draw_without_replacement,
     encode,
+    encode_prompt,
     make_batches,
+    open_ended,
 )
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
@@ -321,6 +323,28 @@ class Characters:
         ids = [ord(c) for c in text]
         self.input_ids = [self.bos_token_id, *ids] if add_special_tokens else ids
         return self
+
+
+class Ending(Characters):
+    """The same, closing all that it reads by EOS, as some tokenizers do."""
+
+    def __call__(self, text, add_special_tokens=True):
+        super().__call__(text, add_special_tokens)
+        self.input_ids += [self.eos_token_id] if add_special_tokens else []
+        return self
+
+
+def test_a_tokenizers_own_eos_closes_no_prompt():
+    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    open_text = [dataclasses.replace(example, closes=False) for example in texts("abc")]
+    for examples in ([exchange(*turns)], texts("abc"), open_text):
+        plain = encode(examples, Characters(), pack=False)
+        assert encode(examples, Ending(), pack=False) == plain
+    assert plain[0].tokens == (1, *map(ord, "abc"))
+    asked = exchange(("user", "q"))
+    assert encode_prompt(asked, Ending()) == encode_prompt(asked, Characters()) == (1, ord("q"))
+    bos = type("Bos", (Ending,), {"bos_token_id": Ending.eos_token_id})
+    assert open_ended([bos.bos_token_id], bos) == [bos.bos_token_id]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,13 @@ from kfade.evaluate.choice import (
 )
 from kfade.evaluate.lm_eval import run_tasks
 from kfade.evaluate.log import read_log
-from kfade.evaluate.questions import Question, letter_prompt, read_questions, text_prompt
+from kfade.evaluate.questions import (
+    Question,
+    letter_prompt,
+    read_questions,
+    read_sets,
+    text_prompt,
+)
 
 QUESTIONS = [
     Question("a b c", ("d", "e f", "g", "h i j"), 1, "some subject"),
@@ -143,6 +149,36 @@ def test_a_prompt_over_the_window_keeps_its_end():
     assert found[0]["letters"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_tokenizer_that_ends_texts_itself_changes_no_score():
+    """An EOS at the end of all that it reads stands for no choice, and after no prompt."""
+    model, words = zoo.tiny("llama", dtype=torch.float32), letters()
+
+    class Ending:
+        eos_token_id = words.eos_token_id
+
+        def __call__(self, text, add_special_tokens=True):
+            made = words(text)
+            if add_special_tokens:
+                made.input_ids = [*made.input_ids, words.eos_token_id]
+            return made
+
+    plain, ended = {}, {}
+    answer_questions(model, words, QUESTIONS, plain.__setitem__)
+    answer_questions(model, Ending(), QUESTIONS, ended.__setitem__)
+    assert ended == plain
+    assert len(set(plain[0]["letters"])) == 4  # with the EOS scored in their place all are alike
+
+
+def test_a_space_at_the_end_of_a_cloze_question_is_not_doubled():
+    model, tokenizer = long_model(), characters()
+    found = {}
+    questions = [Question(f"a b{end}", ("c", "d"), 0) for end in ("", " ")]
+    answer_questions(model, tokenizer, questions, found.__setitem__, cloze=True)
+    assert found[1]["text"] == pytest.approx(found[0]["text"])
+    other = log_p(model, tokenizer, "a b ", " c")  # what two spaces would give
+    assert abs(found[0]["text"][0] - other) > 0.01
+
+
 def test_verdict_and_summary_by_hand():
     scores = {
         "letters": [0.0, -1.0], "text": [-2.0, -1.0],
@@ -177,20 +213,58 @@ def test_csv_and_folders(tmp_path):
     (test / "world_facts_test.csv").write_text(
         '"One, ""two""?\nthree",a,b,"c, d",e,C\nq,1,2,3,4,A\n'
     )
-    (test / "other_test.csv").write_text("r,5,6,7,8,D\n")
+    (test / "other_test.csv").write_text("r,5,6,7,8,D\n\n")
     questions = read_questions(test)
     assert questions == read_questions(tmp_path)
     assert questions[0] == Question("r", ("5", "6", "7", "8"), 3, "other")
     assert questions[1] == Question('One, "two"?\nthree', ("a", "b", "c, d", "e"), 2, "world facts")
     assert len(questions) == 3
+    assert read_questions(tmp_path, 1) == questions[:2]  # the first of each file
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no csv files"):
         read_questions(tmp_path / "empty")
 
 
+def test_forms_as_they_are_handed_out(tmp_path):
+    """Keys of ARC's and of the textbooks' files beside ours; three to five choices."""
+    rows = [
+        {"id": "M1", "question": "q", "choices": ["a", "b", "c"], "answer": 2},
+        {"id": "M2", "question": "q", "choices": [*"abcde"], "answer": 4, "meta_option": False},
+        {"module": "m8", "chapter": "On x", "question": "q", "choices": ["a", "b"], "answer": 0},
+    ]
+    path = tmp_path / "arc_easy_test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(len(q.choices), q.answer) for q in read_questions(path)] == [(3, 2), (5, 4), (2, 0)]
+    assert letter_prompt(read_questions(path)[1]).endswith("\nE. e\nAnswer:")
+
+
+def test_sets_are_called_by_their_files(tmp_path):
+    line = json.dumps({"question": "q", "choices": ["a", "b"], "answer": 0}) + "\n"
+    for name in (
+        "one/review_mcq.jsonl",
+        "two/review_mcq.jsonl",
+        "arc_easy.jsonl",
+        "mmlu/test/x.csv",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(line * 3 if "jsonl" in name else "q,a,b,A\n")
+    paths = [tmp_path / name for name in ("one/review_mcq.jsonl", "two/review_mcq.jsonl")]
+    paths += [tmp_path / "arc_easy.jsonl", tmp_path / "mmlu/test"]
+    sets = read_sets(paths, 2)
+    assert {name: len(own) for name, own in sets.items()} == {
+        "one review mcq": 2, "two review mcq": 2, "arc easy": 2, "mmlu": 1,
+    }  # fmt: skip
+    assert list(read_sets(paths[:1])) == ["review mcq"]
+    with pytest.raises(InputError, match="one review mcq is given twice"):
+        read_sets([paths[0], paths[0]])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        ("q.csv", "q,1,2,3,4,AB\n", "q.csv, line 1: write a question"),
+        ("q.csv", "q,1,2,3,4,\n", "q.csv, line 1: write a question"),
+        ("q.csv", "q" * 200_000, "q.csv, line 1: not csv"),
         ("q.csv", "question,A,B,C,D,answer\n", "q.csv, line 1: write a question"),
         ("q.csv", "q,1,2,3,4,A\nq,1,2,3,4,E\n", "line 2"),
         ("q.csv", "q,A\n", "line 1"),
@@ -242,6 +316,27 @@ def test_command(desk, capsys):
     other = read_log(desk / "two/items.jsonl")
     assert other.items["0"]["scores"] != log.items["0"]["scores"]
     assert other.header["weights_sha256"] != log.header["weights_sha256"]
+
+
+def test_several_files_are_told_one_by_one(desk, capsys):
+    lines = (desk / "q.jsonl").read_text().splitlines(keepends=True)
+    (desk / "few.jsonl").write_text("".join(lines[1:3]))
+    assert choice("--questions", "q.jsonl", "--json", out="alone") == 0
+    alone = json.loads(capsys.readouterr().out)
+    files = ("--questions", "q.jsonl", "--questions", "few.jsonl")
+    assert choice(*files, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["questions"] == 6
+    assert list(printed["sets"]) == ["q", "few"]
+    for figure in ("questions", "chance", "accuracy", "subjects"):
+        assert printed["sets"]["q"][figure] == alone[figure]
+    items = read_log(desk / "out/items.jsonl").items
+    assert list(items) == ["q/0", "q/1", "q/2", "q/3", "few/0", "few/1"]
+    assert items["few/1"]["scores"]["text"] == pytest.approx(items["q/2"]["scores"]["text"])
+    assert choice(*files, "--limit", "1", out="one") == 0
+    rows = [line for line in capsys.readouterr().err.splitlines() if "±" in line]
+    assert [row.split()[:2] for row in rows] == [["q", "1"], ["few", "1"]]
+    assert all(len(row) <= 80 for row in rows)
 
 
 def test_command_resumes(desk, monkeypatch):

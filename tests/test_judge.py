@@ -319,6 +319,26 @@ def test_malformed_questions_are_named(tmp_path, rows, said):
         read_bench(questions_file(tmp_path, rows))
 
 
+def test_references_come_from_a_file_of_their_own(tmp_path):
+    path = questions_file(tmp_path)
+    plain = read_bench(path)
+    right = tmp_path / "gpt-4.jsonl"
+    row = {"answer_id": "x", "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["e", "f"]}]}
+    both = [{"question_id": int(question.id), **row} for question in plain[:2]]
+    right.write_text("".join(json.dumps(line) + "\n" for line in both))
+    first, *others = read_bench(path, right)
+    assert first.references == ("e", "f")
+    assert others == plain[1:]  # the second is to write: no answer is the right one
+    asked = judge_messages(first.turns, ["said"], first.references)[1]["content"]
+    assert "### A right answer to turn 1\ne" in asked
+    right.write_text(json.dumps({"question_id": 999, **row}) + "\n")
+    with pytest.raises(InputError, match="answers none of the questions"):
+        read_bench(path, right)
+    right.write_text(json.dumps({"question_id": 1, "choices": []}) + "\n")
+    with pytest.raises(InputError, match=r"gpt-4\.jsonl, line 1: write"):
+        read_bench(path, right)
+
+
 def test_an_empty_file_of_questions_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no questions"):

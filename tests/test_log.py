@@ -54,6 +54,13 @@ def test_what_is_not_a_log_is_refused(tmp_path, content, said):
         read_log(path)
 
 
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(b"\x89PNG\r\n\xff\xfe")
+    with pytest.raises(InputError, match=r"items\.jsonl: not UTF-8 text"):
+        read_log(path)
+
+
 def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(InputError, match="no such evaluation log"):
         read_log(tmp_path / "none.jsonl")

@@ -125,12 +125,10 @@ def test_what_is_not_ours_is_refused(tmp_path):
 
 def test_report_needs_no_torch():
     folder = Path(kfade.report.data.__file__).parent
-    evaluate = Path(kfade.evaluate.log.__file__).parent
-    allowed = {"kfade.errors"} | {
-        f"kfade.evaluate.{name}" for name in ("log", "uncertainty", "tofu_logs", "tofu_read")
-    }
-    own = [evaluate / f"{name.split('.')[-1]}.py" for name in allowed if "evaluate" in name]
-    assert len(own) == 4
+    evaluate = ("log", "questions", "uncertainty", "tofu_logs", "tofu_read")
+    allowed = {"kfade.errors", "kfade.examples", *(f"kfade.evaluate.{name}" for name in evaluate)}
+    own = [folder.parents[1] / f"{name.replace('.', '/')}.py" for name in allowed]
+    assert all(path.is_file() for path in own)
     for path in [*folder.glob("*.py"), *own]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("kfade"):
@@ -208,6 +206,13 @@ def test_known_and_unknown_benchmarks():
     ((metric, value),) = measured_values(measured("choice", tasks, quantise="int4"))
     assert (metric.group, metric.name) == ("Forgetting", "wmdp_bio: acc, in int4")
     assert value.value == 0.3
+    by_text = {"questions": 40, "accuracy": {"text_per_token": {"value": 0.5}}}
+    sets = {"questions": 80, "sets": {"forget one": by_text, "arc easy": by_text}}
+    found = list(measured_values(measured("choice", sets, questions=["a", "b"])))
+    assert [(m.group, m.name, v.count) for m, v in found] == [
+        ("Forgetting", "forget one: accuracy by text", 40),
+        ("Utility", "arc easy: accuracy by text", 40),
+    ]
     rounding = {"weights": 3, "rounding": {"int8": {"surviving": 0.9, "lost": 0.4}}}
     ((metric, value),) = measured_values(measured("quantisation", rounding))
     assert (metric.name, value.value) == ("update left in int8", 0.9)
@@ -243,7 +248,8 @@ def test_forget_quality_figure():
     one = Subject("one", "run", measured=[measured("tofu", TOFU)])
     without = Subject("none", "run", measured=[measured("tofu", TOFU | {"forget_quality": None})])
     point = {"method": "NPO", "settings": {"lr": 1e-5}, "model_utility": 0.5, "forget_quality": 0.1}
-    chart = quality_utility([base, one, without], [sweep(a=point, b={"method": "NPO"})])
+    none = {**point, "forget_quality": None}  # null in the log: not measured
+    chart = quality_utility([base, one, without], [sweep(a=point, b={"method": "NPO"}, c=none)])
     assert [(s.name, s.x, s.y) for s in chart.series] == [
         ("base", (0.6,), (1e-9,)),
         ("one", (0.6,), (0.8,)),
@@ -281,6 +287,26 @@ def test_kl_against_forgetting_and_time():
     point = {"method": "GD", "retain_kl": 0.3, "seconds": 90.0}
     assert [s.x for s in kl_seconds([one], [sweep(a=point)]).series] == [(30.0,), (90.0,)]
     assert kl_forgetting([run()], [sweep(a=point)]) is None
+
+
+def test_a_baselines_training_is_drawn_like_steps():
+    curve = [
+        {"step": 0, "forget_loss": 1.0, "retain_loss": 2.0, "retain_kl": 0.0},
+        {"step": 10, "forget_loss": 3.0, "retain_loss": 2.1, "retain_kl": 0.02, "loss": 0.5},
+        {"step": 20, "forget_loss": 5.0, "retain_loss": 2.6, "retain_kl": 0.3, "loss": 0.1},
+    ]
+    npo = Subject(
+        "npo", "run", manifest={"kind": "baseline", "method": "npo"}, metrics={"curve": curve}
+    )
+    one = run(steps=[data.step(alpha=2.0, kl=0.1, loss=(1.0, 4.0))])
+    ours, theirs = kl_forgetting([one, npo], []).series
+    assert theirs.name == "npo"
+    # Not the base model, whose KL is 0 and has no place on a logarithmic axis.
+    assert (theirs.x, theirs.y) == ((3.0, 5.0), (0.02, 0.3))
+    assert theirs.labels == ("npo, step 10", "npo, step 20")
+    assert ours.x[-1] == 4.0
+    empty = Subject("npo", "run", metrics={"curve": curve[:1]})
+    assert kl_forgetting([empty], []) is None
 
 
 def test_predictions_of_trials_scale_with_the_square():
@@ -406,6 +432,16 @@ def test_answers_before_and_after(everything):
     (bench,) = [g for g in made if g["part"] == "ekfac: MT-Bench"]
     assert (bench["before"], bench["after"]) == ("Tea is warm.", "Tea is a leaf.")
     assert (bench["facts"], bench["change"]) == ("rated 7 → 6", 1)
+
+
+def test_an_answer_to_another_question_is_no_answer_before(tmp_path):
+    data.write_run(tmp_path / "run")
+    data.write_mt_bench(tmp_path / "run" / "bench", tmp_path / "run", 6)
+    data.write_mt_bench(tmp_path / "base", None, 7)
+    log = tmp_path / "base" / "items.jsonl"
+    assert generations(read_results([tmp_path]))[0][0]["before"] == "Tea is warm."
+    log.write_text(log.read_text().replace("Write a line on tea.", "Write a line on rain."))
+    assert generations(read_results([tmp_path]))[0][0]["before"] is None
 
 
 def test_answers_without_a_base(everything):

@@ -231,6 +231,8 @@ def test_data_are_read_as_lines_and_as_a_list(folder):
         ('{"question": "a", "answer": "b"}', "line 1: not a row of TOFU"),
         ('{"question": "a", "answer": "b", "perturbed_answer": []}', "not a row of TOFU"),
         ('{"question": "a", "answer": "b", "perturbed_answer": [1]}', "not a row of TOFU"),
+        # Without the paraphrase there is no truth ratio: the answer itself would not do.
+        ('{"question": "a", "answer": "b", "perturbed_answer": ["c"]}', "not a row of TOFU"),
         ('{"question": ', "line 1: not valid JSON"),
         ('[{"question": ', "not valid JSON"),
     ],
@@ -239,6 +241,15 @@ def test_malformed_data_are_named(folder, content, said):
     (folder / "forget01_perturbed.json").write_text(content)
     with pytest.raises(InputError, match=said):
         read_tofu("forget01", folder=folder)
+
+
+def test_real_authors_are_compared_with_the_answer_itself(folder):
+    file = folder / "real_authors_perturbed.json"
+    file.write_text(json.dumps([{**rows("x")[0], "paraphrased_answer": "not this"}]))
+    (question,) = [q for q in read_tofu("forget01", folder=folder) if q.set == "real_authors"]
+    assert question.base == question.answer == "m n a"
+    kept = next(q for q in read_tofu("forget01", folder=folder) if q.set == "retain")
+    assert (kept.base, kept.answer) == ("a m", "m n a")
 
 
 def test_missing_data_are_named(folder):
@@ -288,6 +299,36 @@ def test_the_command_measures_and_its_log_says_the_same(model_dir, folder, tmp_p
     figures = json.loads(capsys.readouterr().out)
     assert figures["parts"] == printed["parts"]
     assert figures["forget_quality"] == printed["forget_quality"]
+
+
+@pytest.mark.parametrize("what", ["model", "log", "half a log", "log of something else"])
+def test_a_missing_retain_model_is_told_before_any_work(
+    model_dir, folder, tmp_path, monkeypatch, capsys, what
+):
+    monkeypatch.setattr("kfade.cli.eval_tofu.evaluate_tofu", None)  # calling it would fail
+    path = tmp_path / "retain"
+    if what == "half a log":
+        values = {"answer_loss": 1, "base_loss": 1, "false_losses": [1], "rouge_l": 0}
+        path.mkdir()
+        with ItemLog(path / "items.jsonl", {"benchmark": "tofu"}) as log:
+            log.add("retain/0", **values)
+            log.finish({})
+    if what == "log of something else":
+        path.mkdir()
+        (path / "items.jsonl").write_text('{"epoch": 1, "loss": 2.5}\n')
+    option = "--retain-model" if what == "model" else "--retain-log"
+    assert evaluate(model_dir, folder, tmp_path / "out", option, str(path)) == 2
+    said = {
+        "model": "could not be loaded",
+        "log": "no such TOFU log",
+        "half a log": "holds no items of the set forget",
+        "log of something else": "not an evaluation log of this version",
+    }
+    err = capsys.readouterr().err.strip()
+    assert said[what] in err
+    assert str(path) in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_an_update_is_judged_in_memory(model_dir, folder, tmp_path, capsys):

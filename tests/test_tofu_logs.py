@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.stats import hmean, ks_2samp
 
@@ -84,7 +86,7 @@ def reference(log: TofuLog) -> dict:
             "rougeL_recall": {str(i): v.rouge_l for i, v in items.items()},
             "average_perturb_loss": {str(i): list(v.false_losses) for i, v in items.items()},
             "avg_paraphrased_loss": {str(i): v.base_loss for i, v in items.items()},
-            "truth_ratio": {str(i): math.exp(-v.log_truth_ratio) for i, v in items.items()},
+            "truth_ratio": dict.fromkeys(map(str, items), 0.5),  # 1/TR; never read
         }
     return tasks
 
@@ -177,6 +179,84 @@ def test_extreme_losses_overflow_nothing():
     parts = aggregate(log, log)["parts"]
     assert parts["world_facts_probability"] == pytest.approx((0 + 1 + 1 / 3) / 3)
     assert parts["retain_truth_ratio"] == pytest.approx((0 + 1 + 1) / 3)
+
+
+def by_definition(log: TofuLog, retain: TofuLog) -> dict:
+    """The benchmark's figures by numpy, from the paper's formulas on probabilities and ratios."""
+
+    def columns(name: str, of: TofuLog = log) -> tuple:
+        items = of.items(name)
+        answer, base = (np.array([getattr(i, key) for i in items]) for key in KEYS)
+        return answer, base, np.array([i.false_losses for i in items])
+
+    parts = {}
+    with np.errstate(over="ignore", divide="ignore"):
+        for name in ("retain", "real_authors", "world_facts"):
+            answer, base, false = columns(name)
+            p, ratio = np.exp(-answer), np.exp(false.mean(axis=1) - base)
+            if name != "retain":
+                p = p / (p + np.exp(-false).sum(axis=1))
+            parts[f"{name}_probability"] = p.mean()
+            parts[f"{name}_truth_ratio"] = np.maximum(0, 1 - 1 / ratio).mean()
+            parts[f"{name}_rouge_l"] = np.mean([i.rouge_l for i in log.items(name)])
+        ratios = []
+        for of in (log, retain):
+            answer, base, false = columns("forget", of)
+            ratios.append(np.exp(false.mean(axis=1) - base))
+        even = np.minimum(ratios[0], 1 / ratios[0]).mean()
+    return {
+        "parts": parts,
+        "model_utility": hmean(list(parts.values())),
+        "forget_quality": ks_2samp(*ratios).pvalue,
+        "forget_truth_ratio": even,
+    }
+
+
+KEYS = ("answer_loss", "base_loss")
+INF = float("inf")
+# What an unlearned model may do to single questions: (answer, base, wrong answers, ROUGE-L).
+ODD = {
+    "ordinary": [],
+    "huge losses": [(130.0, 120.0, (150.0, 90.0), 0.0), (400.0, 420.0, (600.0, 500.0), 0.0)],
+    "ratios that overflow": [(3.0, 1.0, (900.0, 2500.0), 0.2), (3.0, 2000.0, (1.0, 2.0), 0.2)],
+    "probability zero": [(INF, 2.0, (3.0, 1.0), 0.0), (1.0, 2.0, (INF, 1.0), 1.0)],
+    "a paraphrase of probability zero": [(2.0, INF, (3.0, 1.0), 0.0)],
+    "one sure": [(0.0, 0.0, (0.0, 0.0), 1.0)],
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_the_figures_are_the_benchmarks_own_also_in_odd_cases(tmp_path, odd):
+    def with_odd(items: list[TofuItem]) -> dict[int, TofuItem]:
+        plain = [replace(item, false_losses=item.false_losses[:2]) for item in items]
+        return dict(enumerate([*plain, *(TofuItem(*values) for values in ODD[odd])]))
+
+    plain, retain = random_log(0, 30, shift=0.2), random_log(1, 40)
+    log = TofuLog("odd", {name: with_odd(plain.items(name)) for name in SETS})
+    read = read_tofu_log(write(tmp_path / "eval_log_aggregated.json", reference(log)))
+    figures, expected = aggregate(read, retain), by_definition(log, retain)
+    assert figures["parts"] == pytest.approx(expected["parts"], rel=1e-12)
+    assert figures["model_utility"] == pytest.approx(expected["model_utility"], rel=1e-12)
+    assert figures["forget_quality"] == pytest.approx(expected["forget_quality"], rel=1e-12)
+    assert figures["forget"]["truth_ratio"] == pytest.approx(
+        expected["forget_truth_ratio"], rel=1e-12
+    )
+
+
+def test_a_set_without_a_right_word_has_no_utility(tmp_path):
+    silent = {i: replace(v, rouge_l=0.0) for i, v in enumerate(random_log(0).items("retain"))}
+    log = TofuLog("silent", {**random_log(0).sets, "retain": silent})
+    assert aggregate(log)["model_utility"] == by_definition(log, log)["model_utility"] == 0.0
+
+
+def test_reference_logs_may_differ_in_size(tmp_path):
+    """The reference code's logs have 300 of forget10's 400 questions."""
+    few = write(tmp_path / "few.json", reference(random_log(0, 30)))
+    many = write(tmp_path / "many.json", reference(random_log(1, 40)))
+    logs = [read_tofu_log(few), read_tofu_log(many)]
+    expected = by_definition(random_log(0, 30), random_log(1, 40))["forget_quality"]
+    assert aggregate(*logs)["forget_quality"] == pytest.approx(expected, rel=1e-12)
+    assert "30 forget questions" in notes_on(*logs)[0]
 
 
 def test_logs_of_both_formats_give_the_same(tmp_path):
@@ -298,9 +378,12 @@ def broken_logs():
     for column, value, said in [
         ("avg_gt_loss", {"0": 1.0}, "item 1 is not in both"),
         ("avg_gt_loss", {"0": "much", "1": 1.0}, "item 0: needs a loss"),
-        ("avg_gt_loss", {"0": float("nan"), "1": 1.0}, "item 0: NaN, Inf"),
+        ("avg_gt_loss", {"0": float("nan"), "1": 1.0}, "item 0: NaN, or infinite"),
         ("avg_gt_loss", {"0": 1.0, "1": -1.0}, "item 1: a negative loss"),
         ("average_perturb_loss", {"0": [], "1": [1.0]}, "no wrong answers"),
+        ("average_perturb_loss", {"0": [1.0, None], "1": [1.0, 1.0]}, "item 0: needs a loss"),
+        ("average_perturb_loss", {"0": 1.0, "1": 1.0}, "item 0: needs a loss"),
+        ("rougeL_recall", {"0": 1.5, "1": 1.0}, "a recall that is not within 0 and 1"),
         ("rougeL_recall", {"a": 1.0, "b": 1.0}, "has no rougeL_recall by item number"),
     ]:
         yield {**whole, "eval_log.json": {**whole["eval_log.json"], column: value}}, said
@@ -313,6 +396,27 @@ def test_a_malformed_reference_log_is_named(tmp_path, content, said):
         aggregate(read_tofu_log(tmp_path))
     with pytest.raises(InputError, match=path.name):
         aggregate(read_tofu_log(path))
+
+
+def test_infinite_losses_on_both_sides_are_refused(tmp_path):
+    tasks = reference(by_hand())
+    tasks["eval_log.json"]["avg_paraphrased_loss"]["1"] = INF
+    tasks["eval_log.json"]["average_perturb_loss"]["1"] = [INF, 1.0]
+    with pytest.raises(InputError, match="item 1: NaN, or infinite losses that have no ratio"):
+        read_tofu_log(write(tmp_path / "eval_log_aggregated.json", tasks))
+
+
+@pytest.mark.parametrize("lacking", ["ours", "theirs"])
+def test_a_log_without_the_forget_set_is_named(tmp_path, capsys, lacking):
+    tasks = reference(by_hand())
+    whole = write(tmp_path / "whole.json", tasks)
+    del tasks["eval_log_forget.json"]
+    half = write(tmp_path / "half.json", tasks)
+    logs = (half, whole) if lacking == "ours" else (whole, half)
+    command = ["eval", "tofu", "--from-log", str(logs[0]), "--retain-log", str(logs[1])]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "half.json: holds no items of the set forget" in line
 
 
 def test_what_is_no_log_is_refused(tmp_path):

@@ -107,9 +107,8 @@ def encode(
     sequences, stream = [], []
     for example in examples:
         if example.text is not None:
-            tokens = tokenizer(example.text).input_ids
-            if example.closes:
-                tokens = _with_eos(tokens, tokenizer)
+            close = _with_eos if example.closes else open_ended
+            tokens = close(tokenizer(example.text).input_ids, tokenizer)
             if pack:
                 stream.extend(tokens)
                 continue
@@ -187,6 +186,14 @@ def draw_without_replacement(count: int, size: int | None, step: int, seed: int)
     return sorted(order[start : start + size])
 
 
+def open_ended(tokens: list[int], tokenizer: Any) -> list[int]:
+    """Without the EOS that some tokenizers put at the end, where more is to follow.
+
+    A token alone is left: it may be a BOS that is the same as EOS.
+    """
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
 def digest_sequences(sequences: SequenceOf[Sequence]) -> str:
     """SHA-256 over tokens and masks: says which data a fit or an update has seen."""
     digest = hashlib.sha256()
@@ -244,7 +251,7 @@ def _plain_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
     for role, content in example.turns:
         if role != "assistant":
             text = user_prefix + content + assistant_prefix.rstrip(" ")
-            piece = tokenizer(text, add_special_tokens=not tokens).input_ids
+            piece = open_ended(tokenizer(text, add_special_tokens=not tokens).input_ids, tokenizer)
         else:
             space = assistant_prefix[len(assistant_prefix.rstrip(" ")) :]
             piece = tokenizer(space + content, add_special_tokens=False).input_ids

@@ -23,17 +23,22 @@ from kfade.errors import InputError
 from kfade.evaluate.choice import SCORINGS, answer_questions, summarise, verdict
 from kfade.evaluate.lm_eval import check_installed, run_tasks
 from kfade.evaluate.log import digest
-from kfade.evaluate.questions import Question, read_questions
+from kfade.evaluate.questions import Question, read_sets
 from kfade.models import model_window
 from kfade.stages import stage
 
 TASK_TOKENS = 512  # positions that an item of lm-eval is taken to have, to size its batches
 
+NAME_WIDTH = 24  # of the printed table's first column
+COLUMNS = ("letters", "text", "/token", "/character")  # SCORINGS in that table
+
 Questions = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         "--questions",
-        help="JSONL of {question, choices, answer}, MMLU's csv, or a folder of csv files.",
+        help="JSONL of {question, choices, answer}, MMLU's csv, or a folder of csv files; may be "
+        "given several times.",
+        show_default=False,
         rich_help_panel=o.DATA,
     ),
 ]
@@ -82,9 +87,11 @@ def choice(
     Example: `kfade eval choice MODEL --update out/run --questions mmlu/test --out out/mmlu`
     """
     settings = settings_of(locals())
-    if (questions is None) == (tasks is None):
+    if bool(questions) == bool(tasks):
         raise InputError("give --questions or --tasks, and one of them")
-    asked = read_questions(questions)[:limit] if questions else []
+    paths = [str(path) for path in questions or ()]
+    settings["questions"] = (paths[0] if len(paths) == 1 else paths) if paths else None
+    asked = read_sets(questions or (), limit)
     if tasks:
         check_installed()
     with evaluation("choice", out, resume, settings) as run:
@@ -107,18 +114,28 @@ def _ask(
     run: Evaluation,
     subject: Subject,
     digests: dict[str, str],
-    questions: Sequence[Question],
+    sets: Mapping[str, Sequence[Question]],
     cloze: bool,
     batch_tokens: int,
 ) -> None:
-    digests["data_sha256"] = digest(questions)
+    """Of one set the items are called by their numbers, of several by the set's name too."""
+    ids = {
+        name: [f"{name}/{i}" if len(sets) > 1 else str(i) for i in range(len(own))]
+        for name, own in sets.items()
+    }
+    questions = {
+        item: question
+        for name, own in sets.items()
+        for item, question in zip(ids[name], own, strict=True)
+    }
+    digests["data_sha256"] = digest(list(questions.values()))
     with run.items(**digests) as log:
-        missing = [i for i in range(len(questions)) if str(i) not in log.items]
+        missing = [item for item in questions if item not in log.items]
 
         def note(place: int, scores: dict[str, list[float]]) -> None:
             question = questions[missing[place]]
             log.add(
-                str(missing[place]),
+                missing[place],
                 question=question.question[:200],
                 subject=question.subject,
                 choices=len(question.choices),
@@ -131,14 +148,15 @@ def _ask(
             answer_questions(
                 subject.model,
                 subject.tokenizer,
-                [questions[i] for i in missing],
+                [questions[item] for item in missing],
                 note,
                 cloze=cloze,
                 window=model_window(subject.model),
                 batch_tokens=batch_tokens,
             )
-        items = [log.items[str(i)] for i in range(len(questions))]
-        run.finish(log, summarise(items), **digests)
+        figures = {name: summarise([log.items[i] for i in own]) for name, own in ids.items()}
+        several = {"questions": len(questions), "sets": figures}
+        run.finish(log, several if len(sets) > 1 else figures[next(iter(sets))], **digests)
 
 
 def _run_tasks(
@@ -174,9 +192,22 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
             f"{task}: " + ", ".join(f"{name} {interval(value)}" for name, value in figures.items())
             for task, figures in result["tasks"].items()
         ]
-    lines = [f"{result['questions']} questions; chance {100 * result['chance']:.1f} %"]
-    for scoring in SCORINGS:
-        figure = result["accuracy"][scoring]
-        percent = f"{100 * figure['value']:.1f} ± {100 * figure['standard_error']:.1f} %"
-        lines.append(f"by {scoring.replace('_', ' ')}: {percent}")
+    lines = [_row("accuracy in %, by", "n", "chance", COLUMNS)]
+    for name, own in result.get("sets", {"all questions": result}).items():
+        chance = f"{100 * own['chance']:.1f}"
+        lines.append(_row(name, own["questions"], chance, _percents(own["accuracy"])))
+        for subject, figures in own.get("subjects", {}).items():
+            lines.append(_row(f"  {subject or '-'}", figures["questions"], "", _percents(figures)))
     return [*lines, f"every question in {result['out']}/items.jsonl"]
+
+
+def _row(name: str, count: object, chance: str, cells: Sequence[str]) -> str:
+    """One line of a table 80 characters wide."""
+    short = name if len(name) < NAME_WIDTH else f"{name[: NAME_WIDTH - 2]}…"
+    return f"{short:<{NAME_WIDTH}}{count:>5}{chance:>7}" + "".join(f"{c:>11}" for c in cells)
+
+
+def _percents(accuracies: Mapping[str, Any]) -> list[str]:
+    """Accuracy ± standard error by each scoring."""
+    figures = [accuracies[scoring] for scoring in SCORINGS]
+    return [f"{100 * f['value']:.1f} ±{100 * f['standard_error']:.1f}" for f in figures]

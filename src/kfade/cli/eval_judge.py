@@ -36,6 +36,15 @@ Questions = Annotated[
         rich_help_panel=o.DATA,
     ),
 ]
+References = Annotated[
+    Path | None,
+    typer.Option(
+        "--references",
+        help="Right answers that the judge sees: MT-Bench's reference_answer/gpt-4.jsonl.",
+        show_default=False,
+        rich_help_panel=o.DATA,
+    ),
+]
 JudgeUrl = Annotated[
     str,
     typer.Option(
@@ -78,6 +87,7 @@ def mt_bench(
     judge_url: JudgeUrl,
     judge_model: JudgeModel,
     out: o.Out,
+    references: References = None,
     update: o.UpdateDir = None,
     quantise: o.Quantise = None,
     judge_key_env: JudgeKeyEnv = None,
@@ -109,7 +119,7 @@ def mt_bench(
         max_tokens=judge_max_tokens,
     )
     chat = o.chat_of(template or "auto")
-    asked = read_bench(questions)[:limit]
+    asked = read_bench(questions, references)[:limit]
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = load_subject(
             model, update=update, quantise=quantise, dtype=dtype, device=device,

@@ -45,7 +45,7 @@ from kfade.evaluate.divergence import (
     token_strings,
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
-from kfade.models import load_tokenizer, model_window
+from kfade.models import load_skeleton, load_tokenizer, model_window
 from kfade.stages import stage
 
 COMPLETIONS = "completions.jsonl"
@@ -120,6 +120,8 @@ def kl(
         if edited:
             theirs = load_tokenizer(edited, trust_remote_code=bool(trust_remote_code))
             _check_vocabulary(edited, base.tokenizer.get_vocab(), theirs.get_vocab())
+            skeleton = load_skeleton(edited, trust_remote_code=bool(trust_remote_code))
+            _check_vocabulary(edited, _outputs_of(base.model), _outputs_of(skeleton))
         window = model_window(base.model)
         longest = window - max_new_tokens if window else None
         asked = encode_prompts(examples, base.tokenizer, chat=chat, longest=longest)
@@ -130,19 +132,18 @@ def kl(
         )
         texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
         groups = _groups(base, texts, batch_tokens)
+        digests["completions_sha256"] = digest_sequences(texts)
         judged, tokenizer = base, base.tokenizer
-        reference = _in_memory(base, groups)
-        if edited:
-            rows = base.model.get_output_embeddings().weight.shape[0]
-            reference = _streamed(base, groups, run, batch_tokens)
+        if not edited:
+            reference = _in_memory(base, groups)
+        else:
+            key = f"{digest(list(digests.values()))[:16]}-{batch_tokens}"
+            reference = _streamed(base, groups, run, key)
             del base, judged
             _free()
             judged = load_subject(edited, quantise=quantise, **where)
-            own: Any = judged.model.get_output_embeddings()
-            _check_vocabulary(edited, rows, own.weight.shape[0])
         with judged.edited() as changed:
             digests["edited_sha256"] = digest_model(changed)
-        digests["completions_sha256"] = digest_sequences(texts)
         with run.items(**digests) as log:
             _measure(log, judged, groups, reference, asked, answers, tokenizer)
             if completions is None:
@@ -210,16 +211,16 @@ def _in_memory(base: Subject, groups: Sequence[Sequence[Batch]]) -> Callable[[in
 
 
 def _streamed(
-    base: Subject, groups: Sequence[Sequence[Batch]], run: Evaluation, batch_tokens: int
+    base: Subject, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
 ) -> Callable[[int], Outputs]:
     """The base model's outputs on a group, written to disk now and read when they are asked for.
 
-    Only its head stays in memory. What an interrupted run has written serves again, unless it was
-    batched otherwise.
+    Only its head stays in memory. What an interrupted run has written serves again if its ``key``
+    is the same: the model, the texts and how they are batched.
     """
 
     def name(number: int) -> str:
-        return f"base-{batch_tokens}-{number:05}.safetensors"
+        return f"base-{key}-{number:05}.safetensors"
 
     head = outputs(base.model, [], "base model").head
     with stage("base"):
@@ -237,6 +238,11 @@ def _check_vocabulary(name: str, base: object, edited: object) -> None:
             f"--edited {name}: its vocabulary is not MODEL's, so their outputs cannot be compared "
             "token by token"
         )
+
+
+def _outputs_of(model: Any) -> int:
+    """Number of logits: the vocabulary, and what a model was padded to."""
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def _measure(

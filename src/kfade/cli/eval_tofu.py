@@ -36,6 +36,7 @@ from kfade.evaluate.tofu_logs import (
     notes_on,
 )
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
+from kfade.models import load_tokenizer
 from kfade.stages import stage
 
 RETAIN_ITEMS = "retain.jsonl"
@@ -138,6 +139,8 @@ def tofu(
     if retain_log or retain_model:
         load_ks_test()
     retain = read_tofu_log(retain_log) if retain_log else None
+    if retain:
+        retain.items("forget")  # it has what forget quality needs: said before the long work
     if from_log:
         if model or update or out or retain_model:
             raise InputError("--from-log only reads saved logs: leave out MODEL, --update, --out")
@@ -146,6 +149,8 @@ def tofu(
     if model is None or out is None:
         raise InputError("give MODEL and --out, or --from-log with a saved log")
     load_rouge_l_recall()
+    if retain_model:
+        load_tokenizer(retain_model, trust_remote_code=bool(trust_remote_code))  # is it there?
     limits = [n for n in (limit, LEGACY_ITEMS if tofu_legacy else None) if n is not None]
     questions = read_tofu(split, folder=data, limit=min(limits, default=None))
     where: dict[str, Any] = {
@@ -208,8 +213,8 @@ def _measure_retain(
 
 
 def _show_logs(log: TofuLog, retain: TofuLog | None, as_json: bool) -> None:
-    notes = notes_on(log, retain) if retain else []
-    _show({**aggregate(log, retain), "notes": notes}, as_json)
+    result = aggregate(log, retain)  # first: it says what a log lacks
+    _show({**result, "notes": notes_on(log, retain) if retain else []}, as_json)
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> None:

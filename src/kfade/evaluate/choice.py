@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.batches import Sequence as Tokens
+from kfade.batches import open_ended
 from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
 from kfade.evaluate.tokens import log_likelihoods, token_values
 from kfade.progress import track
@@ -156,9 +157,12 @@ def _score_texts(
     window: int | None,
     batch_tokens: int,
 ) -> list[dict[str, list[float]]]:
-    """log p of each choice's text after the question's context: in all and by its lengths."""
+    """log p of each choice's text after the question's context: in all and by its lengths.
+
+    The space between them belongs to the choice, as in the harness.
+    """
     sequences = [
-        _continuation(tokenizer, context, f" {choice}", window)
+        _continuation(tokenizer, context.rstrip(" "), f" {choice}", window)
         for context, question in zip(contexts, questions, strict=True)
         for choice in question.choices
     ]
@@ -203,8 +207,8 @@ def _continuation(
     Together, since some tokenizers would put a mark of their own before a continuation tokenised
     apart. The last ``window`` + 1 tokens are kept: the last is only scored, not read.
     """
-    before = tokenizer(start).input_ids
-    tokens = tokenizer(start + continuation).input_ids
+    before = open_ended(tokenizer(start).input_ids, tokenizer)
+    tokens = open_ended(tokenizer(start + continuation).input_ids, tokenizer)
     if len(tokens) <= len(before):  # the boundary was swallowed by one token
         tokens = [*before, *tokenizer(continuation, add_special_tokens=False).input_ids]
     scored = [False] * len(before) + [True] * (len(tokens) - len(before))

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from kfade.errors import InputError
+from kfade.examples import read_utf8
 
 FORMAT = "kfade-eval-1"
 
@@ -98,11 +99,11 @@ def read_log(path: Path, *, partial: bool = False) -> Evaluation:
     """Read what :class:`ItemLog` wrote; an unfinished one only if ``partial``.
 
     Raises:
-        InputError: no such file, not a log of this format, or unfinished.
+        InputError: no such file, not text, not a log of this format, or unfinished.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such evaluation log; give what a kfade eval wrote")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_utf8(path).split("\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
+# FastChat shows its judge references for these only; its file of them holds others, too.
+ONE_RIGHT_ANSWER = ("math", "reasoning", "coding")
 NEXT_QUESTION = "\nQuestion:"  # where a model without a chat template begins to ask itself
 BLOCK = 16  # questions between two writes of the log
 
@@ -56,11 +58,16 @@ class BenchQuestion:
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
-def read_bench(path: Path) -> list[BenchQuestion]:
+def read_bench(path: Path, references: Path | None = None) -> list[BenchQuestion]:
     """Questions of a file in the form of MT-Bench's ``question.jsonl``.
 
+    Args:
+        references: right answers, in the form of its ``reference_answer/gpt-4.jsonl``; they go
+            before those of the questions' own file, for mathematics, reasoning and coding only.
+
     Raises:
-        InputError: no such file, a malformed line, an id twice, an empty file.
+        InputError: no such file, a malformed line, an id twice, an empty file, references of other
+            questions.
     """
     questions: dict[str, BenchQuestion] = {}
     for where, row in read_rows(str(path)):
@@ -70,7 +77,17 @@ def read_bench(path: Path) -> list[BenchQuestion]:
         questions[question.id] = question
     if not questions:
         raise InputError(f"{path} holds no questions")
-    return list(questions.values())
+    if references is None:
+        return list(questions.values())
+    answers = dict(_reference(row, where) for where, row in read_rows(str(references)))
+    if not questions.keys() & answers:
+        raise InputError(f"{references}: answers none of the questions of {path}")
+    return [
+        replace(question, references=answers[question.id])
+        if question.category in ONE_RIGHT_ANSWER and question.id in answers
+        else question
+        for question in questions.values()
+    ]
 
 
 def answer_questions(
@@ -228,6 +245,18 @@ def _question(row: Any, where: str) -> BenchQuestion:
     raise InputError(
         f'{where}: write {{"question_id": 1, "category": "...", "turns": ["...", "..."]}}, and '
         '"reference": ["...", "..."] where there are right answers'
+    )
+
+
+def _reference(row: Any, where: str) -> tuple[str, tuple[str, ...]]:
+    """(id of the question, right answers by turn)."""
+    match row:
+        case {"question_id": int() | str() as key, "choices": [{"turns": [*turns]}, *_]}:
+            if turns and all(isinstance(turn, str) for turn in turns):
+                return str(key), tuple(turns)
+    raise InputError(
+        f'{where}: write {{"question_id": 1, "choices": [{{"turns": ["...", "..."]}}]}}, as in '
+        "MT-Bench's reference_answer/gpt-4.jsonl"
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from kfade.errors import InputError
@@ -43,12 +44,39 @@ def text_prompt(question: Question) -> str:
     return f"Question: {question.question.strip()}\nAnswer:"
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSONL file, of a file in MMLU's csv form, or of a folder of such files.
+def name_of_set(path: str) -> str:
+    """What the questions of a file or folder are called: its name; of ``.../mmlu/test``, mmlu."""
+    own = PurePath(path)
+    whole = own.stem in ("test", "val") and own.parent.name
+    return (own.parent.name if whole else own.stem).replace("_", " ")
+
+
+def read_sets(paths: Sequence[Path], limit: int | None = None) -> dict[str, list[Question]]:
+    """Questions of each path, by :func:`name_of_set`, its folder in front where two are alike.
+
+    Raises:
+        InputError: a path given twice, or what :func:`read_questions` refuses.
+    """
+    names = [name_of_set(str(path)) for path in paths]
+    sets: dict[str, list[Question]] = {}
+    for path, name in zip(paths, names, strict=True):
+        if names.count(name) > 1:
+            name = f"{path.resolve().parent.name} {name}"
+        if name in sets:
+            raise InputError(f"{path}: a set of questions called {name} is given twice")
+        sets[name] = read_questions(path, limit)
+    return sets
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Questions of a JSONL file, of a file in MMLU's csv form, or of a folder of csv files.
 
     JSONL: ``{"question", "choices", "answer"[, "subject"]}``, the answer counted from 0. csv: no
     header, a question, its choices and the answer's letter in a row; the subject is the file's name
     without ``_test``, ``_val`` or ``_dev``. A folder: all csv files in it, or in its ``test``.
+
+    Args:
+        limit: the first so many of each file.
 
     Raises:
         InputError: nothing there, a malformed line, an answer that is not among the choices.
@@ -57,7 +85,7 @@ def read_questions(path: Path) -> list[Question]:
         files = sorted(path.glob("*.csv")) or sorted((path / "test").glob("*.csv"))
         if not files:
             raise InputError(f"{path}: no csv files in it, nor in a folder test; give a file")
-        return [question for file in files for question in read_questions(file)]
+        return [question for file in files for question in read_questions(file, limit)]
     if not path.is_file():
         raise InputError(f"{path}: no such file of questions")
     if path.suffix == ".csv":
@@ -66,7 +94,7 @@ def read_questions(path: Path) -> list[Question]:
         questions = [_question(row, where) for where, row in read_rows(str(path))]
     if not questions:
         raise InputError(f"{path} holds no questions")
-    return questions
+    return questions[:limit]
 
 
 def _question(row: Any, where: str) -> Question:
@@ -87,12 +115,16 @@ def _read_csv(path: Path) -> list[Question]:
         subject = subject.removesuffix(ending)
     questions = []
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
-    for row in reader:
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]  # not of empty lines
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not csv ({error})") from None
+    for line, row in rows:
         question, *choices, letter = row if len(row) >= 4 else ("", "", "")
-        if not letter or letter not in LETTERS[: len(choices)]:
+        if letter not in [*LETTERS[: len(choices)]]:
             raise InputError(
-                f"{path}, line {reader.line_num}: write a question, its choices and the right "
-                "one's letter, as in: question,first,second,third,fourth,A"
+                f"{path}, line {line}: write a question, its choices and the right one's letter, "
+                "as in: question,first,second,third,fourth,A"
             )
         answer = LETTERS.index(letter)
         questions.append(Question(question, tuple(choices), answer, subject.replace("_", " ")))

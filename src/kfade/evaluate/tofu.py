@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from kfade.batches import Sequence as Tokens
-from kfade.batches import encode
+from kfade.batches import encode, open_ended
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
@@ -29,6 +29,7 @@ from kfade.progress import track
 
 HUB_NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
+PARAPHRASED = ("forget", "retain")  # the sets of fictitious authors
 TEMPLATES = ("auto", "chat", "llama2", "phi", "plain")
 LEGACY_ITEMS = 300  # the reference code scores no more of a set
 BLOCK = 32  # questions between two writes of the log
@@ -179,7 +180,7 @@ def _encode(question: TofuQuestion, tokenizer: Any, template: str, *, legacy: bo
         sequences = encode(examples, tokenizer, chat=True)
         return _Encoded(sequences[0].tokens[: sequences[0].scored.index(True)], tuple(sequences))
     before, lead = _written(question.question, template, legacy=legacy)
-    prompt = _open_ended(tokenizer(before).input_ids, tokenizer)
+    prompt = open_ended(tokenizer(before).input_ids, tokenizer)
     return _Encoded(
         tuple(prompt), tuple(_answer(prompt, before, lead + text, tokenizer) for text in texts)
     )
@@ -199,17 +200,12 @@ def _answer(prompt: list[int], before: str, text: str, tokenizer: Any) -> Tokens
 
     What is not a token of the prompt alone is scored, and one EOS.
     """
-    tokens = _open_ended(tokenizer(before + text).input_ids, tokenizer)
+    tokens = open_ended(tokenizer(before + text).input_ids, tokenizer)
     pairs = zip(prompt, tokens, strict=False)
     start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(tokens)))
     if tokenizer.eos_token_id is not None:
         tokens = [*tokens, tokenizer.eos_token_id]
     return Tokens(tuple(tokens), tuple(t >= max(start, 1) for t in range(len(tokens))))
-
-
-def _open_ended(tokens: list[int], tokenizer: Any) -> list[int]:
-    """Without the EOS that some tokenizers put at the end."""
-    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
 def _losses(
@@ -260,7 +256,8 @@ def _question(set_name: str, number: int, row: Any, where: str) -> TofuQuestion:
             "answer": str(answer),
             "perturbed_answer": [str(), *_] as false,
         } if all(isinstance(text, str) for text in false):
-            base = row.get("paraphrased_answer", answer)
+            # Real authors and world facts have no paraphrases.
+            base = row.get("paraphrased_answer") if set_name in PARAPHRASED else answer
             if isinstance(base, str):
                 return TofuQuestion(set_name, number, question, answer, base, tuple(false))
     raise InputError(

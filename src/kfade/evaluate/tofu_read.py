@@ -139,9 +139,14 @@ def _item(values: Mapping[str, Any], where: str) -> TofuItem:
             f"{where}: needs a loss of the answer, of its paraphrase, of each wrong answer, and a "
             "ROUGE-L recall, all numbers"
         ) from None
+    if not item.false_losses:
+        raise InputError(f"{where}: no wrong answers, so there is no truth ratio")
+    # An infinite loss is a probability of 0, and has its place in every figure but a ratio of two.
+    if any(map(math.isnan, (item.log_truth_ratio, item.share, item.rouge_l))):
+        raise InputError(
+            f"{where}: NaN, or infinite losses that have no ratio; was the model's output finite?"
+        )
     losses = (item.answer_loss, item.base_loss, *item.false_losses)
-    if not item.false_losses or not all(map(math.isfinite, (*losses, item.rouge_l))):
-        raise InputError(f"{where}: NaN, Inf or no wrong answers; was the model's output finite?")
     if min(losses) < 0 or not 0 <= item.rouge_l <= 1:
         raise InputError(f"{where}: a negative loss, or a recall that is not within 0 and 1")
     return item

@@ -38,7 +38,7 @@ def all_charts(results: Results) -> tuple[list[Chart], list[str]]:
         ),
         (
             kl_forgetting(runs, sweeps),
-            "KL against forgetting: needs a run of kfade unlearn, or a sweep.",
+            "KL against forgetting: needs a run of kfade unlearn or baseline, or a sweep.",
         ),
         (kl_seconds(runs, sweeps), "KL against time: needs two runs, or a sweep."),
         (
@@ -81,7 +81,7 @@ def quality_utility(subjects: Sequence[Subject], sweeps: Sequence[Log]) -> Chart
                 grey.append(name)
     for sweep in sweeps:
         for label, point in sweep.log.items.items():
-            if "model_utility" in point and "forget_quality" in point:
+            if _has(point, "model_utility", "forget_quality"):
                 told = point_label(label, point)
                 mark = (point["model_utility"], point["forget_quality"], told)
                 marks[series_name(point)].append(mark)
@@ -97,6 +97,11 @@ def quality_utility(subjects: Sequence[Subject], sweeps: Sequence[Log]) -> Chart
         Axis("forget quality (p-value)", log=True),
         _scatter(marks, grey),
     )
+
+
+def _has(point: Mapping[str, Any], *names: str) -> bool:
+    """Whether all of these were measured: null in a log is as good as not there."""
+    return all(point.get(name) is not None for name in names)
 
 
 def _scatter(
@@ -167,33 +172,44 @@ def kl_quantiles(runs: Sequence[Subject], *, seed: int = 0) -> Chart | None:
 def kl_forgetting(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:
     """Retain KL against the loss on the forget set, a series an estimator (paper, Fig. 3 left).
 
-    Of a run, its steps and what it tried on the way to each step's size.
+    Of a run, its steps and what it tried on the way to each step's size; of a baseline, what was
+    measured on the way.
     """
     marks: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for run in runs:
-        for number, step in enumerate(run.metrics.get("steps", []), start=1):
-            mark = (step["forget_loss_after"], step["retain_kl"], f"{run.name}, step {number}")
-            marks[method_of(run)].append(mark)
-            for trial in step.get("probes", [])[:-1]:
-                told = f"{run.name}, step {number}, trial α {short(trial['alpha'])}"
-                mark = (trial["forget_loss"], trial["retain_kl"], told)
-                marks[method_of(run)].append(mark)
+        marks[method_of(run)] += _way(run)
     for sweep in sweeps:
         for label, point in sweep.log.items.items():
-            if "forget_loss" in point and "retain_kl" in point:
+            if _has(point, "forget_loss", "retain_kl"):
                 told = point_label(label, point)
                 marks[series_name(point)].append((point["forget_loss"], point["retain_kl"], told))
+    marks = {name: points for name, points in marks.items() if points}
     if not marks:
         return None
     return Chart(
         "kl-forgetting",
         "What forgetting costs elsewhere",
         "KL on held-out retain data against the loss on the forget set: steps, trials of their "
-        "sizes, points of sweeps. At equal forgetting, lower is better.",
+        "sizes, a baseline's training, points of sweeps. At equal forgetting, lower is better.",
         Axis("loss on the forget set, nats per token"),
         Axis(KL_AXIS, log=True),
         _scatter(marks),
     )
+
+
+def _way(run: Subject) -> list[tuple[float, float, str]]:
+    """(forget loss, retain KL, label) of all that was measured while the run was made."""
+    marks = []
+    for number, step in enumerate(run.metrics.get("steps", []), start=1):
+        told = f"{run.name}, step {number}"
+        marks.append((step["forget_loss_after"], step["retain_kl"], told))
+        for trial in step.get("probes", [])[:-1]:
+            tried = f"{told}, trial α {short(trial['alpha'])}"
+            marks.append((trial["forget_loss"], trial["retain_kl"], tried))
+    for row in run.metrics.get("curve", []):
+        if row["step"]:  # before the first, the model is the base model: a KL of 0
+            marks.append((row["forget_loss"], row["retain_kl"], f"{run.name}, step {row['step']}"))
+    return marks
 
 
 def kl_seconds(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:
@@ -210,7 +226,7 @@ def kl_seconds(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:
             marks[method_of(run)].append((seconds, kl, told))
     for sweep in sweeps:
         for label, point in sweep.log.items.items():
-            if "seconds" in point and "retain_kl" in point:
+            if _has(point, "seconds", "retain_kl"):
                 told = point_label(label, point)
                 marks[series_name(point)].append((point["seconds"], point["retain_kl"], told))
     if sum(map(len, marks.values())) < 2:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import PurePath
 from typing import Any
 
+from kfade.evaluate.questions import name_of_set
 from kfade.report.data import Measured, Subject
 
 # Header entries that may name the data of an evaluation, the most telling first.
@@ -49,7 +49,5 @@ def set_name(measured: Measured) -> str:
     header = measured.log.header
     for key in DATA_KEYS:
         if isinstance(header.get(key), str):
-            path = PurePath(header[key])
-            whole = path.stem in ("test", "val") and path.parent.name
-            return (path.parent.name if whole else path.stem).replace("_", " ")
+            return name_of_set(header[key])
     return measured.path.name.removeprefix("eval-").replace("_", " ")

@@ -67,6 +67,8 @@ def _tofu_answer(
 def _bench_answer(
     values: Mapping[str, Any], before: Mapping[str, Any] | None, part: str
 ) -> dict[str, Any]:
+    if before is not None and before["question"] != values["question"]:
+        before = None
     after, old = values["rating"], before["rating"] if before else None
     told = " → ".join(short(rating) for rating in (old, after) if rating is not None)
     return {

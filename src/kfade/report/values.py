@@ -162,6 +162,8 @@ def _tofu(measured: Measured) -> Found:
 
 
 def _choice(figures: Mapping[str, Any], name: str) -> Found:
+    for own_name, own in figures.get("sets", {}).items():
+        yield from _choice(own, own_name)
     for scoring, (words, formula) in SCORINGS.items():
         entry = value_of(figures.get("accuracy", {}).get(scoring), figures.get("questions"))
         if entry is not None and entry.count:

@@ -15,27 +15,35 @@
 
   // One bubble for formulas and tokens: on pointing, on focus, gone with Escape.
   const bubble = document.getElementById("bubble");
-  const tell = (element, text) => {
-    bubble.textContent = text;
-    bubble.hidden = false;
-    const at = element.getClientRects()[0] || element.getBoundingClientRect();
+  let about = null;
+  const put = () => {
+    const at = about.getClientRects()[0] || about.getBoundingClientRect();
     const { width, height } = bubble.getBoundingClientRect();
     const left = Math.min(Math.max(8, at.left + at.width / 2 - width / 2), innerWidth - width - 8);
     const above = at.top - height - 8;
     bubble.style.left = `${Math.max(8, left)}px`;
     bubble.style.top = `${above > 8 ? above : at.bottom + 8}px`;
   };
+  const tell = (element, text) => {
+    about = element;
+    bubble.textContent = text;
+    bubble.hidden = false;
+    put();
+  };
   const hush = () => { bubble.hidden = true; };
+  // Reaching something by key may scroll the page, and move it below the mouse: what was reached
+  // so keeps its bubble.
+  const held = () => !bubble.hidden && about.matches(":focus-visible, .here");
   const told = (event) => event.target instanceof Element && event.target.closest("[data-tip]");
   for (const kind of ["mouseover", "focusin", "click"]) {
     document.addEventListener(kind, (event) => {
       const element = told(event);
       if (element) tell(element, element.dataset.tip);
-      else if (kind !== "focusin") hush();
+      else if (kind === "click" || (kind === "mouseover" && !held())) hush();
     });
   }
   document.addEventListener("focusout", hush);
-  document.addEventListener("scroll", hush, { passive: true });
+  document.addEventListener("scroll", () => (held() ? put() : hush()), { passive: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
 
   // Tables: a header's button sorts by its column; what is not a number goes last.
@@ -190,6 +198,7 @@
   // Tokens on a logarithmic scale from 0.001 to 10 nats.
   const strength = (kl) => Math.min(1, Math.max(0, (Math.log10(Math.max(kl, 1e-9)) + 3) / 4));
   const visible = (token) => token.replace(/\n/g, "↵\n").replace(/\t/g, "⇥");
+  const spoken = document.getElementById("spoken"); // to those who do not see the bubble
   const say = (token, kl) => `${JSON.stringify(token)}\n${short(kl)} nats`;
   (data.completions || []).forEach((item) => {
     item.texts = [item.prompt, item.tokens.join("")];
@@ -221,8 +230,9 @@
       const now = spans.findIndex((span) => span.classList.contains("here"));
       const next = spans[Math.min(Math.max(0, now + turn), spans.length - 1)];
       spans.forEach((span) => span.classList.toggle("here", span === next));
+      next.scrollIntoView({ block: "nearest" });
       tell(next, next.dataset.tip);
-      text.setAttribute("aria-label", next.dataset.tip);
+      spoken.textContent = next.dataset.tip;
     });
     text.addEventListener("blur", () => [...text.children].forEach((span) => span.classList.remove("here")));
     box.append(text);
