@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -155,12 +155,14 @@ def _search(
     guess: float,
     flag: str,
 ) -> Probe:
-    """Bracketed search for an α whose measure lies in ``accept``; measures grow about as α².
+    """Bracketed search for an α whose measure lies in ``accept``.
 
-    Each trial rescales α by the square root of what is missing, and falls back to the geometric
-    middle of the bracket when that would leave it or does not close in.
+    A measure is taken for a power of α: α² at first, then the power that the two nearest trials
+    tell, those on both sides of ``aim`` where there are such. Where that would leave the bracket
+    or does not close in, its geometric middle is tried.
     """
     low, high, alpha = 0.0, math.inf, guess
+    tried: dict[float, float] = {}
     last = None
     for trial in range(40):
         last = seen(alpha)
@@ -171,8 +173,9 @@ def _search(
             low = alpha
         else:  # too far, or not finite
             high = alpha
-        factor = math.sqrt(aim / value) if math.isfinite(value) and value > 0 else 1.0
-        proposal = alpha * min(max(factor, 0.1), 10.0)
+        tried[alpha] = value
+        near = (low, high) if low in tried and high in tried else list(tried)[-2:]
+        proposal = _next_alpha([(a, tried[a]) for a in near], aim)
         if trial % 4 == 3 or not low < proposal < high or proposal == alpha:
             proposal = low * 4 if high == math.inf else math.sqrt(max(low, high / 100) * high)
         alpha = proposal
@@ -183,3 +186,17 @@ def _search(
         f"{flag}: {aim:.4g} cannot be reached in one step (nearest {reached}): ask for less, or "
         "take more --steps"
     )
+
+
+def _next_alpha(trials: Sequence[tuple[float, float]], aim: float) -> float:
+    """Where a power law through the last of one or two (α, measure) reaches ``aim``."""
+    usable = [(a, v) for a, v in trials if math.isfinite(v) and v > 0]
+    if not usable:
+        return trials[-1][0]
+    alpha, value = usable[-1]
+    power = 2.0
+    if len(usable) == 2:
+        other_alpha, other = usable[0]
+        power = math.log(value / other) / math.log(alpha / other_alpha)
+    power = min(max(power, 0.5), 8.0)
+    return alpha * min(max((aim / value) ** (1 / power), 0.1), 10.0)
