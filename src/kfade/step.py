@@ -157,12 +157,12 @@ def _search(
 ) -> Probe:
     """Bracketed search for an α whose measure lies in ``accept``.
 
-    A measure is taken for a power of α: α² at first, then the power that the two nearest trials
-    tell, those on both sides of ``aim`` where there are such. Where that would leave the bracket
-    or does not close in, its geometric middle is tried.
+    A measure is taken for a power of α: α² at first, then the power that two trials tell, those
+    on both sides of ``aim`` where there are such. Where that would leave the bracket or does not
+    close in, its geometric middle is tried.
     """
     low, high, alpha = 0.0, math.inf, guess
-    tried: dict[float, float] = {}
+    usable: dict[float, float] = {}
     last = None
     for trial in range(40):
         last = seen(alpha)
@@ -173,10 +173,12 @@ def _search(
             low = alpha
         else:  # too far, or not finite
             high = alpha
-        tried[alpha] = value
-        near = (low, high) if low in tried and high in tried else list(tried)[-2:]
-        proposal = _next_alpha([(a, tried[a]) for a in near], aim)
-        if trial % 4 == 3 or not low < proposal < high or proposal == alpha:
+        if math.isfinite(value) and value > 0:
+            usable[alpha] = value
+        around = [low, high] if low in usable and high in usable else list(usable)[-2:]
+        proposal = _power_law([(a, usable[a]) for a in around], aim) if around else alpha
+        slow = trial % 4 == 3 and (high < math.inf or value < 0.5 * aim)
+        if slow or not low < proposal < high:
             proposal = low * 4 if high == math.inf else math.sqrt(max(low, high / 100) * high)
         alpha = proposal
         if alpha > 1e12 or (high < math.inf and high - low <= 1e-6 * high):
@@ -188,15 +190,12 @@ def _search(
     )
 
 
-def _next_alpha(trials: Sequence[tuple[float, float]], aim: float) -> float:
-    """Where a power law through the last of one or two (α, measure) reaches ``aim``."""
-    usable = [(a, v) for a, v in trials if math.isfinite(v) and v > 0]
-    if not usable:
-        return trials[-1][0]
-    alpha, value = usable[-1]
+def _power_law(trials: Sequence[tuple[float, float]], aim: float) -> float:
+    """Where the power law through one or two (α, measure) reaches ``aim``; ten times as far or as
+    near as the last of them at most."""
+    alpha, value = trials[-1]
     power = 2.0
-    if len(usable) == 2:
-        other_alpha, other = usable[0]
-        power = math.log(value / other) / math.log(alpha / other_alpha)
-    power = min(max(power, 0.5), 8.0)
+    if len(trials) == 2:
+        power = math.log(value / trials[0][1]) / math.log(alpha / trials[0][0])
+    power = min(max(power, 0.25), 8.0)
     return alpha * min(max((aim / value) ** (1 / power), 0.1), 10.0)
