@@ -101,7 +101,7 @@ def compute(folder: Path, sharded: bool) -> dict:
     found["product"] = gauss_newton_product(model, measured, targets, gradient)
     update = kfade.unlearn(
         model, forget=FORGET, retain=RETAIN, held_out=HELD_OUT, targets=targets,
-        kl=0.02, steps=2, batch_tokens=20,
+        kl=0.02, steps=2, batch_tokens=20, refine=1, refine_sequences=9,
     )  # fmt: skip
     found["update"], found["provenance"] = update.deltas, update.provenance
     base = hidden_reference(model, measured, "base")

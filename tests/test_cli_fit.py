@@ -43,6 +43,21 @@ def blocks_of(folder: str) -> dict[str, torch.Tensor]:
     }
 
 
+def in_two_processes(*words: str) -> str:
+    """What ``kfade`` prints under ``torchrun``."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*command, "-m", "kfade", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     assert first.keys() == second.keys()
     return max(((first[n] - second[n]).norm() / first[n].norm()).item() for n in first)
@@ -93,24 +108,40 @@ def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_two_processes_fit_the_same(desk, tmp_path):
+@pytest.mark.parametrize("spread", [[], ["--shard"]])
+def test_two_processes_fit_the_same(desk, tmp_path, spread):
     # EK-FAC is left out: where eigenvalues coincide its basis, and so its Λ, is anyone's.
     assert main(arguments(desk, "--estimator", "kfac")) == 0
     two = {**desk, "out": str(tmp_path / "two")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "kfade", *arguments(two, "--estimator", "kfac", "--json")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["processes"] == 2  # one object, from one of them
+    done = in_two_processes(*arguments(two, "--estimator", "kfac", "--json", *spread))
+    assert json.loads(done)["processes"] == 2  # one object, from one of them
     # Sums in another order, in float32: 1e-7 a term, more where a basis turns with it.
     assert difference(blocks_of(desk["out"]), blocks_of(two["out"])) < 1e-4
+
+
+def test_two_processes_unlearn_the_same_with_a_spread_model(desk, tmp_path):
+    texts = [" ".join(zoo.WORDS[i % 20 : i % 20 + 8]) for i in range(16)]
+    forget, retain = tmp_path / "forget.jsonl", Path(desk["retain"])
+    for path, own in ((forget, texts[:4]), (retain, texts[4:])):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+    given = ["--forget", str(forget), "--estimator", "kfac", "--kl", "0.01", "--memory", "2GB"]
+    assert main(["unlearn", *arguments(desk, *given)[1:]]) == 0
+    two = {**desk, "out": str(tmp_path / "two")}
+    in_two_processes("unlearn", *arguments(two, *given, "--shard")[1:])
+    ours, theirs = (load_file(Path(d["out"]) / "update.safetensors") for d in (desk, two))
+    assert difference(ours, theirs) < 1e-3  # a search meets its KL within 10 %, by the same trials
+
+
+def test_a_spread_model_is_not_exported(desk, tmp_path, capsys):
+    given = ["--forget", desk["retain"], "--shard", "--export-model"]
+    assert main(["unlearn", *arguments(desk, *given)[1:]]) == 2
+    assert "kfade apply" in capsys.readouterr().err
+
+
+def test_a_model_is_not_spread_over_one_process(desk, tmp_path, capsys):
+    assert main(arguments(desk, "--shard")) == 2
+    assert "there is one process; start with torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch, capsys):

@@ -113,6 +113,10 @@ def test_a_run_is_recorded_alike(kind, found, expected):
                     assert len(our_step[key]) == len(value)
                 elif key == "relative_change":
                     assert our_step[key] == pytest.approx(value, rel=1e-6)
+                elif key == "refinements":
+                    assert len(our_step[key]) == 2
+                    for ours_tried, theirs_tried in zip(our_step[key], value, strict=True):
+                        assert ours_tried == pytest.approx(theirs_tried, rel=1e-6)
                 else:
                     assert our_step[key] == pytest.approx(value, rel=1e-6, abs=1e-12)
 

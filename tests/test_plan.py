@@ -631,6 +631,35 @@ def test_command_on_a_large_model(tmp_path, capsys):
     assert spread["bytes"]["model"] < found["bytes"]["model"] / 6
 
 
+def test_command_plans_refinements(tmp_path, capsys):
+    """Each iteration costs a product and the measuring of one more direction."""
+    arguments = ["--speed", "400", "--sequence-length", "64"]
+    folder = saved(SMALL, tmp_path)
+    plain, one, three = (
+        planned(capsys, folder, *arguments, *more)
+        for more in ([], ["--refine", "1"], ["--refine", "3"])
+    )
+    assert "refine" not in plain["flops"]
+    # Two products, not one, and four: the first serves the K-FADE direction itself.
+    assert three["flops"]["refine"]["forward"] == pytest.approx(
+        2 * one["flops"]["refine"]["forward"]
+    )
+    # Per position of the product, four forward passes where a trial makes one.
+    trial = plain["flops"]["gradient"]["forward"] / (2500 * 512 * 63 / 64)
+    assert one["flops"]["refine"]["forward"] == pytest.approx(2 * 4 * trial * 64 * 63)
+    small = planned(capsys, folder, *arguments, "--refine", "1", "--refine-sequences", "16")
+    assert small["flops"]["refine"]["head"] == pytest.approx(one["flops"]["refine"]["head"] / 4)
+    for stage in ("step", "check"):
+        first, second, fourth = (p["flops"][stage]["forward"] for p in (plain, one, three))
+        assert fourth - first == pytest.approx(3 * (second - first))
+        assert second > first
+    vector = plain["bytes"]["vector"]
+    peaks = [p["peak_bytes"]["planned"] for p in (plain, one)]
+    assert peaks[1]["check"] - peaks[0]["check"] == 5 * vector
+    assert peaks[1]["refine"] > peaks[1]["gradient"] + 6 * vector
+    assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
+
+
 def test_command_finds_groups_for_a_device(tmp_path, capsys):
     folder = saved(LLAMA_7B, tmp_path)
     arguments = [folder, "--batch-tokens", "2048", "--estimator", "ekfac"]
@@ -687,6 +716,8 @@ def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
         (["--memory", "1GB,2GB", "--devices", "3"], "one for each device"),
         (["--devices", "0"], "1 or more"),
         (["--tokens", "0"], "--tokens"),
+        (["--refine", "-1"], "--refine must be 0 or more"),
+        (["--refine-sequences", "0"], "--refine-sequences 1 or more"),
         (["--sequence-length", "1"], "2 or more"),
         (["--estimator", "best"], "ekfac, kfac"),
         (["--layers", "9"], "blocks 0 to 2"),

@@ -20,9 +20,10 @@ LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "layers", "head", "examples", "batches", "objectives"},
     {"curvature"},
-    {"measure", "gradient", "step", "update", "unlearn", "lora", "trace", "plan", "cost"},
+    {"measure", "gradient", "step", "refine", "record", "update", "unlearn"}
+    | {"lora", "trace", "plan", "cost"},
     {"evaluate", "baselines"},
-    {"demo", "sweep", "report", "plan"},
+    {"demo", "grid", "sweep", "report", "plan"},
     {"cli"},
     {"__init__", "__main__"},  # the public names, and the way in
 ]

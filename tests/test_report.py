@@ -21,6 +21,7 @@ from kfade.report.figures import (
     kl_quantiles,
     kl_seconds,
     quality_utility,
+    series_name,
 )
 from kfade.report.inside import block_and_kind, change_by_block, changes, predicted_measured
 from kfade.report.interactive import legend, log_ticks, plotly_chart, power
@@ -224,7 +225,14 @@ def test_names():
     config = {"fit": {"estimator": "kfac"}, "step": {"objective": "ce"}}
     made = Subject("r", "run", manifest={"kind": "unlearn", "config": config})
     assert method_of(made) == "K-FADE, kfac, ce"
+    config["refinement"] = {"refine": 2}
+    assert method_of(made) == "K-FADE, kfac, ce, refined 2"
+    config["refinement"] = {"refine": 0}
+    assert method_of(made) == "K-FADE, kfac, ce"
     assert method_of(Subject("r", "run", manifest={"kind": "baseline", "method": "npo"})) == "npo"
+    point = {"method": "K-FADE", "objective": "ce", "settings": {"refine": 1, "alpha": 0.1}}
+    assert series_name(point) == "K-FADE, ce, refined 1"
+    assert series_name({**point, "settings": {"alpha": 0.1}}) == "K-FADE, ce"
 
 
 # Figures

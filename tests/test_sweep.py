@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 from kfade.batches import draw_without_replacement, make_batches
 from kfade.cli import main
 from kfade.curvature.fit import fit_ekfac
+from kfade.curvature.product import gauss_newton_product
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
 from kfade.gradient import forget_gradient
+from kfade.grid import Outcome, Point, grid, pareto, pick
 from kfade.head import hidden_states
 from kfade.objectives import cross_entropy, margin
 from kfade.step import StepSize
-from kfade.sweep import Outcome, Point, cut, grid, pareto, pick, sweep, targets_within
+from kfade.sweep import cut, sweep, targets_within
 from kfade.unlearn import Gauge, unlearn
 from kfade.update import Update
 
@@ -105,6 +107,7 @@ def run(model, points, sets, targets, curvature, **more):
         points,
         forget=sets["forget"],
         held_out=sets["held_out"],
+        retain=sets["retain"],
         curvature=curvature,
         targets=targets,
         objectives=OBJECTIVES,
@@ -172,6 +175,59 @@ def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkey
     assert abs(last.forget_probability - math.exp(-last.forget_loss)) > 1e-3
 
 
+def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkeypatch):
+    """... and go on from one another: the products of the most refined serve all."""
+    import kfade.sweep
+
+    products = []
+
+    def counted(*arguments):
+        products.append(arguments)
+        return gauss_newton_product(*arguments)
+
+    monkeypatch.setattr(kfade.sweep, "gauss_newton_product", counted)
+    sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
+    points = grid(["margin"], ["all", "1"], [0.1], sizes, relative=True, refine=[3, 0, 1])
+    assert [p.refine for p in points] == 2 * [0, 0, 1, 1, 3, 3]
+    assert points[2].id == "margin, layers all, relative_damping 0.1, refine 1, alpha 0.01"
+    told = []
+    outcomes = run(
+        model, points, sets, targets, curvature, on_point=told.append, refine_sequences=3, seed=5
+    )
+    assert told == outcomes
+    assert len(products) == 2 * 4
+    assert all(sum(len(b.input_BT) for b in batches) == 3 for _, batches, _, _ in products)
+    for found in outcomes[1::2]:
+        own = targets_within(targets, found.point.layers)
+        update = unlearn(
+            model, **sets, targets=own, curvature=cut(curvature, own), damping=0.1, seed=5,
+            alpha=found.point.size.alpha, refine=found.point.refine, refine_sequences=3,
+        )  # fmt: skip
+        step = update.provenance["steps"][0]
+        assert step["refined"] == found.point.refine
+        assert found.retain_kl == pytest.approx(step["retain_kl"], rel=1e-9)
+        assert found.forget_loss == pytest.approx(step["forget_loss_after"], rel=1e-9)
+        assert found.predicted_kl == pytest.approx(step["predicted_kl"], rel=1e-9)
+    kls = [o.retain_kl for o in outcomes[:6:2]]
+    assert len({round(kl, 12) for kl in kls}) == 3
+    # What is known is not measured again, but refined again where more is wanted of it.
+    products.clear()
+    again = run(
+        model, points, sets, targets, curvature, refine_sequences=3, seed=5,
+        done={o.point: o for o in outcomes if o.point != points[3]},
+    )  # fmt: skip
+    assert len(products) == 2
+    assert again[3].retain_kl == outcomes[3].retain_kl
+
+
+def test_refined_points_want_retain_data_and_a_count(model, targets, sets, curvature):
+    with pytest.raises(InputError, match="--refine -1: give 0 or more"):
+        grid(["margin"], ["all"], [0.1], [StepSize(kl=0.01)], relative=True, refine=[0, -1])
+    points = grid(["margin"], ["all"], [0.1], [StepSize(kl=0.01)], relative=True, refine=[1])
+    with pytest.raises(InputError, match="the retain set is empty"):
+        run(model, points, {**sets, "retain": []}, targets, curvature)
+
+
 def test_measured_kls_are_met(model, targets, sets, curvature):
     sizes = [StepSize(kl=0.001), StepSize(kl=0.01), StepSize(kl=0.1)]
     outcomes = run(
@@ -183,10 +239,10 @@ def test_measured_kls_are_met(model, targets, sets, curvature):
 
 
 def test_gradients_and_directions_are_shared(model, targets, sets, curvature, monkeypatch):
-    import kfade.sweep
+    import kfade.refine
 
     solves, gradients = [], []
-    real = kfade.sweep.gauss_newton_step
+    real = kfade.refine.gauss_newton_step
 
     def counted_step(*arguments, **named):
         solves.append(named["damping"])
@@ -196,7 +252,7 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
         gradients.append(objective)
         return forget_gradient(model, batches, targets, objective)
 
-    monkeypatch.setattr(kfade.sweep, "gauss_newton_step", counted_step)
+    monkeypatch.setattr(kfade.refine, "gauss_newton_step", counted_step)
     sizes = [StepSize(alpha=a) for a in (0.01, 0.02, 0.03)]
     points = grid(["margin", "ce"], ["all"], [0.1, 1.0], sizes, relative=True)
     outcomes = run(model, points, sets, targets, curvature, gradient=counted_gradient)
@@ -326,6 +382,20 @@ def test_a_sweep_writes_points_and_the_picked_run(fitted, tmp_path, capsys):
     assert manifests[0]["kind"] == "unlearn"
     assert main(["apply", fitted["model"], str(out), "--out", str(tmp_path / "edited")]) == 0
     assert "fine-tuned descendant" not in capsys.readouterr().err
+
+
+def test_a_refined_point_is_replayed_by_unlearn(fitted, tmp_path, capsys):
+    out, again = tmp_path / "sweep", tmp_path / "again"
+    refine = ("--alpha", "0.05", "--refine", "2", "--refine-sequences", "4", "--max-kl", "10")
+    assert main(command(fitted, out, *refine)) == 0
+    replay = ["unlearn", fitted["model"], "--config", str(out / "config.yaml")]
+    assert main([*replay, "--curvature", fitted["fit"], "--out", str(again)]) == 0
+    first, second = (load_file(d / "update.safetensors") for d in (out, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((out / "metrics.json").read_text())["steps"][0]["refined"] == 2
+    for value, message in (("1,x", "give whole numbers"), ("0,0", "a refinement twice")):
+        assert main(command(fitted, tmp_path / "no", "--refine", value)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_sweep_out_of_budget_writes_no_update(fitted, tmp_path, capsys):

@@ -38,7 +38,8 @@ def directions(targets) -> dict[str, torch.Tensor]:
 
 def run(model, batches, targets, **options):
     data = {"retain": random_sequences(3), "held_out": random_sequences(2, seed=1)}
-    options = {"alpha": 0.1, "steps": 2, "batch_tokens": 10, "targets": targets, **options}
+    options = {"batch_tokens": 10, "targets": targets, **options}
+    options = {"alpha": 0.1, "steps": 2, "refine": 1, **options}
     return kfade.unlearn(model, forget=random_sequences(2, seed=2), **data, **options)
 
 

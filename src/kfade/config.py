@@ -30,6 +30,8 @@ class ModelConfig:
     """As PyTorch spells it; the GPU if there is one when unset."""
     trust_remote_code: bool = False
     """Let code that comes with a hub model run."""
+    shard: bool = False
+    """Spread the weights of its blocks over the processes of ``torchrun``."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,16 @@ class StepConfig:
 
 
 @dataclass(frozen=True)
+class RefinementConfig:
+    """How the direction of each step is improved by exact Gauss-Newton products."""
+
+    refine: int = 0
+    """Iterations of conjugate gradients; each costs a product."""
+    refine_sequences: int = 64
+    """Retain sequences in a product, drawn anew for each step; all if there are fewer."""
+
+
+@dataclass(frozen=True)
 class SizeConfig:
     """How far to go: one of alpha, kl and until; a measured KL of 0.01 when none is set."""
 
@@ -118,6 +130,8 @@ class RunConfig:
     """Which curvature."""
     step: StepConfig = field(default_factory=StepConfig)
     """Which direction."""
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    """What is done to better it."""
     size: SizeConfig = field(default_factory=SizeConfig)
     """How far."""
     seed: int = 0

@@ -127,7 +127,9 @@ def flops(
     token forward, as much backward), products (in the model's dtype), float32 (products in it),
     squares, decompositions, rotations (of the direction). Each group makes its own passes. The
     exact quadratic form costs three forward passes over the held-out tokens; each trial of a
-    step's size one over them and one over the forget sequences that are measured.
+    step's size one over them and one over the forget sequences that are measured. Where the
+    direction is refined, each one has its own, and an exact product costs four forward
+    passes and a backward one.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
@@ -165,9 +167,19 @@ def flops(
     turns = {"kfac": 4, "ekfac": 4}.get(work.estimator, 0)
     rotations = sum(turns * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
     held_out = float(HELD_OUT * work.length)
-    add("step", rotations=rotations, forward=3 * forward * held_out, head=2 * head * held_out)
-    tokens = (1 + TRIALS) * (held_out + measured)
-    add("check", forward=forward * tokens, head=head * (tokens + TRIALS * held_out))
+    directions = work.refine + 1
+    exact = directions * held_out
+    add("step", rotations=rotations, forward=3 * forward * exact, head=2 * head * exact)
+    if work.refine:
+        sequences = min(work.refine_sequences, work.retain_tokens / work.sequence_length)
+        positions = directions * sequences * work.length
+        one_pass("refine", subject.targets, positions)
+        add("refine", forward=3 * forward * positions, head=2 * head * positions)
+        add("refine", float32=2 * subject.targeted * positions)
+        add("refine", rotations=1.5 * work.refine * rotations)  # a solve, and a length
+    trials = TRIALS * directions
+    tokens = (1 + trials) * (held_out + measured)
+    add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kfade.errors import InputError
 
-CHUNK = 512  # positions at a time: 100 MB of float32 logits at a vocabulary of 49k
+CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
 
 
 def hidden_states(model: Any, input_BT: Tensor) -> Tensor:

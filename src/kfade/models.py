@@ -57,8 +57,13 @@ def load_model(
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name}: NaN or Inf in {parameter_name}; get a whole copy")
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or default_device())
     return model.eval(), tokenizer
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

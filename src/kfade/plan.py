@@ -42,6 +42,10 @@ class Work:
     """Tokens of a sequence."""
     batch_tokens: int = 4096
     """Positions in one pass."""
+    refine: int = 0
+    """Iterations of conjugate gradients that improve the direction."""
+    refine_sequences: int = 64
+    """Retain sequences in each of their products."""
 
     @property
     def length(self) -> int:
@@ -170,12 +174,20 @@ def fit_overhead(subject: Subject, estimator: str) -> int:
     return fixed + sum(_pass_bytes(subject, stage, subject.targets) for stage in stages)
 
 
-def peaks(subject: Subject, groups: Sequence[Sequence[Target]], estimator: str) -> dict[str, int]:
+def peaks(
+    subject: Subject,
+    groups: Sequence[Sequence[Target]],
+    estimator: str,
+    *,
+    refine: bool = False,
+) -> dict[str, int]:
     """Most bytes held at a time by each stage of a first step.
 
     The fit holds one group of layers at a time. Finished curvature lies on disk, as the commands
     keep it, and is read a layer at a time. What stays is the gradient, the direction (for a moment
-    twice) and, while a step's size is tried, an update and the weights that it replaces.
+    twice) and, while a step's size is tried, an update and the weights that it replaces. Refining
+    holds four more vectors, and the best direction besides the last; its products and solves make
+    one more.
     """
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
@@ -190,9 +202,15 @@ def peaks(subject: Subject, groups: Sequence[Sequence[Target]], estimator: str) 
     solve = read + 3 * vector + 4 * largest
     exact = 2 * vector + 2 * cost.forward_bytes + subject.head_bytes("step")
     found["step"] = fixed + max(solve, exact)
+    held = 0
+    if refine:
+        held = 5 * vector
+        product = _pass_bytes(subject, "gradient", targets) + 2 * cost.forward_bytes
+        product += 7 * vector + largest
+        found["refine"] = fixed + max(product, read + 8 * vector + 4 * largest)
     replaced = subject.targeted * targets[0].weight.dtype.itemsize
     trial = cost.forward_bytes + subject.head_bytes("check")
-    found["check"] = fixed + 3 * vector + replaced + 2 * largest + trial
+    found["check"] = fixed + 3 * vector + held + replaced + 2 * largest + trial
     return found
 
 

@@ -54,6 +54,15 @@ def gauss_newton_step(
         square += (block.eigenvalues * r.square()).sum().double().item()
         slope += (g * r).sum().double().item()
         direction[name] = block.rotate_back(r)
+    return unit_step(direction, slope, square)
+
+
+def unit_step(direction: Matrices, slope: float, square: float) -> Step:
+    """Along a direction r with gᵀr = ``slope``, rᵀG̃r = ``square``: scaled so that ‖r‖_G̃ = 1.
+
+    Raises:
+        InputError: r has no length.
+    """
     if not (math.isfinite(square) and square > 0):
         raise InputError(
             f"the step's squared length in the G-norm is {square}: the forget gradient is zero or "

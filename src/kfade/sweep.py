@@ -2,7 +2,8 @@
 
 Damping and step size can be changed after everything costly is done (paper, Appendix E): a point
 of the grid costs a pass over the forget and the held-out retain sequences that are measured, and a
-combination of objective, blocks and damping one solve, which all its step sizes share.
+combination of objective, blocks and damping one solve, which all its step sizes share. Refined
+directions go on from one another.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby, product
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,104 +21,19 @@ from torch import Tensor, nn
 from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.batches import Sequence as Tokens
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.product import quadratic_form
+from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.errors import InputError
 from kfade.gradient import forget_gradient
+from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
 from kfade.measure import TokenLosses
 from kfade.objectives import Objective
 from kfade.progress import track
+from kfade.refine import refined_steps
 from kfade.stages import stage
-from kfade.step import Probe, Step, StepSize, choose_alpha, gauss_newton_step
-from kfade.unlearn import MEASURED_SEQUENCES, Gauge, parameter_changes
+from kfade.step import Probe, Step, choose_alpha
+from kfade.unlearn import MEASURED_SEQUENCES, REFINE_SEQUENCES, Gauge, parameter_changes
 from kfade.update import Update
-
-ALL = "all"  # every block that the curvature covers
-RULE = "highest forget loss among the points whose measured retain KL is at most max_kl"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One combination of the grid."""
-
-    objective: str
-    """Its name among the objectives."""
-    layers: str
-    """Blocks as in 3-6 or 0,2,8-11, or ``all``."""
-    damping: float
-    relative: bool
-    """Damping in multiples of each layer's mean eigenvalue."""
-    size: StepSize
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What was varied, by the command line's names."""
-        damping = "relative_damping" if self.relative else "damping"
-        asked = {k: v for k, v in asdict(self.size).items() if v is not None}
-        return {"layers": self.layers, damping: self.damping, **asked}
-
-    @property
-    def id(self) -> str:
-        """Its name in a log."""
-        return ", ".join([self.objective, *(f"{k} {v}" for k, v in self.settings.items())])
-
-    @property
-    def direction(self) -> tuple[str, float, bool]:
-        """What decides its direction, besides the objective."""
-        return self.layers, self.damping, self.relative
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a point measured; KL and losses in nats per loss token, None where it failed."""
-
-    point: Point
-    seconds: float
-    """Its own, with its share of what it has in common with others."""
-    alpha: float | None = None
-    """‖ΔW‖ in the G̃-norm."""
-    predicted_kl: float | None = None
-    """½α²."""
-    retain_kl: float | None = None
-    """KL(base ‖ edited) on held-out retain data."""
-    forget_loss: float | None = None
-    forget_probability: float | None = None
-    """Mean over the forget sequences of exp(−their loss per token)."""
-    failure: str | None = None
-    """Why there is no measurement."""
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """What a log keeps of it."""
-        own = {k: v for k, v in vars(self).items() if k != "point" and v is not None}
-        return {"objective": self.point.objective, "settings": self.point.settings, **own}
-
-
-def grid(
-    objectives: Sequence[str],
-    layers: Sequence[str],
-    dampings: Sequence[float],
-    sizes: Sequence[StepSize],
-    *,
-    relative: bool,
-) -> list[Point]:
-    """All combinations, those of one gradient and of one direction side by side.
-
-    Raises:
-        InputError: nothing to combine, a value given twice, or a damping that is none.
-    """
-    named: dict[str, Sequence[Any]] = {
-        "objective": objectives, "layers": layers, "damping": dampings, "step size": sizes
-    }  # fmt: skip
-    for name, values in named.items():
-        if not values:
-            raise InputError(f"the sweep has no {name}: give at least one")
-        if len(set(values)) < len(values):
-            raise InputError(f"the sweep has a {name} twice: leave one out")
-    for damping in dampings:
-        if not (math.isfinite(damping) and damping >= 0):
-            raise InputError(f"damping {damping}: give finite numbers, 0 or more")
-    return [Point(o, b, d, relative, s) for o, b, d, s in product(*named.values())]
 
 
 def sweep(
@@ -132,11 +49,13 @@ def sweep(
     forget_batch: int | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    retain: Sequence[Tokens] = (),
+    refine_sequences: int = REFINE_SEQUENCES,
     shared_seconds: float = 0.0,
     done: Mapping[Point, Outcome] | None = None,
     on_point: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Measure every point of a :func:`grid`; the model is left bit for bit as it was.
+    """Measure every point of a :func:`~kfade.grid.grid`; the model is left bit for bit as it was.
 
     A point's update is what :func:`kfade.unlearn` makes in one step from the same curvature,
     forget set, damping and α. One that asks for a KL begins its search at what the point before it
@@ -148,6 +67,8 @@ def sweep(
         objectives: by the names that the points use.
         gradient: computes, or has kept, the gradient of an objective.
         forget_batch: forget sequences of the gradient; all of them when None.
+        retain, refine_sequences: what exact products run on, where directions are refined, as for
+            :func:`kfade.unlearn`.
         shared_seconds: spent before on what all points share, such as the fit.
         done: outcomes of before, not measured again.
         on_point: called with every new outcome.
@@ -156,16 +77,23 @@ def sweep(
         InputError: an empty set, blocks that the curvature does not cover, or no point at all that
             could be measured.
     """
-    for name, sequences in {"forget set": forget, "held-out retain set": held_out}.items():
+    sets = {"forget set": forget, "held-out retain set": held_out}
+    if any(point.refine for point in points):
+        sets["retain set"] = retain
+    for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
     device = targets[0].weight.device
     chosen = {point.layers: targets_within(targets, point.layers) for point in points}
     drawn = [
-        [forget[i] for i in draw_without_replacement(len(forget), size, 0, seed)]
-        for size in (forget_batch, MEASURED_SEQUENCES)
+        [sequences[i] for i in draw_without_replacement(len(sequences), size, 0, seed)]
+        for sequences, size in (
+            (forget, forget_batch),
+            (forget, MEASURED_SEQUENCES),
+            (retain, refine_sequences),
+        )
     ]
-    forget_batches, measured, held = (
+    forget_batches, measured, refining, held = (
         make_batches(s, budget=batch_tokens, device=device) for s in (*drawn, held_out)
     )
     with stage("check"):
@@ -182,8 +110,10 @@ def sweep(
         for (layers, _, _), line in track(list(_grouped(own, lambda p: p.direction)), name):
             if all(point in outcomes for point in line):
                 continue
+            own_targets = chosen[layers]
+            exact = partial(gauss_newton_product, model, refining, own_targets)
             for outcome in _along(
-                scale, line, chosen[layers], curvature, matrices, outcomes, share
+                scale, line, own_targets, curvature, matrices, exact, outcomes, share
             ):
                 outcomes[outcome.point] = outcome
                 if on_point is not None:
@@ -212,40 +142,9 @@ def targets_within(targets: Sequence[Target], layers: str) -> list[Target]:
     return [target for target in targets if target.block in wanted]
 
 
-def pareto(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those that no other beats, in order of KL.
-
-    One beats another by less retain KL and no lower a forget loss, or by a higher forget loss and
-    no more retain KL; of equally good ones all are kept.
-    """
-    front: list[Outcome] = []
-    for outcome in sorted(_measured(outcomes), key=lambda o: (_values(o)[0], -_values(o)[1])):
-        best = _values(front[-1]) if front else (0.0, -math.inf)
-        if _values(outcome)[1] > best[1] or _values(outcome) == best:
-            front.append(outcome)
-    return front
-
-
-def pick(outcomes: Sequence[Outcome], max_kl: float) -> Outcome | None:
-    """The highest forget loss within the KL budget (:data:`RULE`), the least KL of equal ones."""
-    within = [o for o in _measured(outcomes) if _values(o)[0] <= max_kl]
-    return max(within, key=lambda o: (_values(o)[1], -_values(o)[0]), default=None)
-
-
 def cut(curvature: Curvature, targets: Sequence[Target]) -> Curvature:
     """The part of a curvature that covers these targets."""
     return curvature.only([t.name for t in targets], targets[0].weight.device)
-
-
-def _measured(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.failure is None]
-
-
-def _values(outcome: Outcome) -> tuple[float, float]:
-    """(retain KL, forget loss)."""
-    assert outcome.retain_kl is not None
-    assert outcome.forget_loss is not None
-    return outcome.retain_kl, outcome.forget_loss
 
 
 def _grouped(points: Sequence[Point], key: Callable[[Point], Any]) -> Iterator[tuple[Any, list]]:
@@ -258,33 +157,47 @@ def _along(
     targets: Sequence[Target],
     curvature: Curvature,
     gradient: Matrices,
+    exact: Callable[[Matrices], Matrices],
     known: Mapping[Point, Outcome],
     share: float,
 ) -> Iterator[Outcome]:
-    """Outcomes of the points on one direction that are not known yet."""
-    start = time.perf_counter()
-    part = cut(curvature, targets)
+    """Outcomes of the points on one direction, and on what it is refined to, that are not known."""
     damping, relative = line[0].damping, line[0].relative
-    try:
-        with stage("step"):
-            step = gauss_newton_step(part, gradient, damping=damping, relative=relative)
-    except InputError as error:
-        failed = [point for point in line if point not in known]
-        yield from (Outcome(point, share, failure=str(error)) for point in failed)
-        return
-    changes = parameter_changes(targets, step.direction)
-    share += (time.perf_counter() - start) / len(line)
-    last: Outcome | None = None
-    for point in line:
-        outcome = known.get(point)
-        if outcome is None:
-            start = time.perf_counter()
-            with stage("check"):
-                outcome = scale.weigh(point, targets, step, changes, last)
-            own = time.perf_counter() - start
-            outcome = replace(outcome, seconds=share + own)
-            yield outcome
-        last = last if outcome.failure else outcome
+    most = max(point.refine for point in line if point not in known)
+    steps = refined_steps(
+        cut(curvature, targets),
+        gradient,
+        exact,
+        damping=damping,
+        relative=relative,
+        iterations=most,
+    )
+    for refined in range(most + 1):
+        later = [point for point in line if point.refine >= refined]
+        start = time.perf_counter()
+        try:
+            step = next(steps, None)
+            failure = f"the exact system is solved after {refined - 1} iterations"
+        except InputError as error:
+            step, failure = None, str(error)
+        if step is None:
+            yield from (Outcome(p, share, failure=failure) for p in later if p not in known)
+            return
+        changes = parameter_changes(targets, step.direction)
+        share += (time.perf_counter() - start) / len(later)
+        last: Outcome | None = None
+        for point in later:
+            if point.refine > refined:
+                break
+            outcome = known.get(point)
+            if outcome is None:
+                start = time.perf_counter()
+                with stage("check"):
+                    outcome = scale.weigh(point, targets, step, changes, last)
+                own = time.perf_counter() - start
+                outcome = replace(outcome, seconds=share + own)
+                yield outcome
+            last = last if outcome.failure else outcome
 
 
 class _Scale:

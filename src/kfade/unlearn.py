@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfade import distributed
 from kfade.batches import Batch, digest_sequences, draw_without_replacement, make_batches
@@ -18,46 +19,24 @@ from kfade.batches import Sequence as Tokens
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.draws import Draw, square_root_draw
 from kfade.curvature.fit import Fit, fit_ekfac
-from kfade.curvature.product import quadratic_form
+from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.errors import InputError
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.layers import Target, digest_weights, find_targets, parameter_names
-from kfade.measure import hidden_reference, mean_divergence, mean_objectives
+from kfade.measure import Reference, hidden_reference, mean_divergence, mean_objectives
 from kfade.models import frozen
 from kfade.objectives import Objective, cross_entropy, margin
+from kfade.record import StepRecord, Try, best_try
+from kfade.refine import refined_steps
 from kfade.stages import stage
-from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step
+from kfade.step import Probe, Step, StepSize, choose_alpha
 from kfade.update import Update
 
 MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
+REFINE_SEQUENCES = 64  # retain sequences of the exact products that refine a direction
 DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
 DEFAULT_KL = 0.01  # nats per token, where nothing is said, and where a search begins
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step predicted and did. KL and losses are in nats per loss token."""
-
-    alpha: float
-    predicted_kl: float
-    """½α²‖r‖²_G̃ of this step alone."""
-    exact_kl: float
-    """½δᵀGδ of this step with the exact G of held-out retain data."""
-    measured_kl: float
-    """KL(before ‖ after) of this step on held-out retain data."""
-    retain_kl: float
-    """KL(base ‖ after), all steps so far."""
-    forget_loss_before: float
-    forget_loss_after: float
-    predicted_objective_change: float
-    """α gᵀr, of the step's own forget batch."""
-    measured_objective_change: float
-    """On the forget sequences that are measured (all, up to ``MEASURED_SEQUENCES``)."""
-    relative_change: dict[str, float] = field(default_factory=dict)
-    """‖ΔW‖ / ‖W‖ of this step by weight."""
-    probes: list[dict[str, float]] = field(default_factory=list)
-    """Trials of the step's size, the chosen one last."""
 
 
 def unlearn(
@@ -83,6 +62,8 @@ def unlearn(
     max_kl: float | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    refine: int = 0,
+    refine_sequences: int = REFINE_SEQUENCES,
     start: Update | None = None,
     on_step: Callable[[Update], None] | None = None,
 ) -> Update:
@@ -103,6 +84,11 @@ def unlearn(
         refit: fit anew at each step.
         alpha, kl, until, max_kl: how far to go, see :class:`~kfade.step.StepSize`.
         batch_tokens: positions in one forward pass.
+        refine: iterations of conjugate gradients that improve the direction of each step
+            (:func:`~kfade.refine.refined_steps`). All directions on the way are tried, and the one
+            with the greatest rise of the forget loss for its KL is taken; with ``alpha`` the last.
+        refine_sequences: sequences of ``retain`` in the exact products of each step, drawn without
+            replacement; all of them if there are fewer.
         start: the update after some steps of the same run, to go on from.
         on_step: called with the update after every step.
 
@@ -110,74 +96,140 @@ def unlearn(
         InputError: an empty set, an impossible size or target, numbers that are not finite.
     """
     size = StepSize(alpha, kl, until, max_kl)
-    _check_arguments(forget, retain, held_out, steps, forget_batch, damping)
+    _check_data(forget, retain, held_out)
+    _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
     targets = list(targets) if targets is not None else find_targets(model)
-    device = targets[0].weight.device
+    batches_of = partial(make_batches, budget=batch_tokens, device=targets[0].weight.device)
 
-    def batches_of(sequences: Sequence[Tokens]) -> list[Batch]:
-        return make_batches(sequences, budget=batch_tokens, device=device)
+    def drawn(sequences: Sequence[Tokens], count: int | None, index: int) -> list[Batch]:
+        chosen = draw_without_replacement(len(sequences), count, index, seed)
+        return batches_of([sequences[i] for i in chosen])
 
     retain_batches = batches_of(retain)
-    measured = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, seed)
     with stage("check"):
-        gauge = Gauge(
-            model, batches_of(held_out), batches_of([forget[i] for i in measured]), objective
-        )
+        measured = drawn(forget, MEASURED_SEQUENCES, 0)
+        gauge = Gauge(model, batches_of(held_out), measured, objective)
     update = start or Update({}, _provenance(model, targets, forget, retain, held_out))
     for index in range(len(update.provenance["steps"]), steps):
-        chosen = draw_without_replacement(len(forget), forget_batch, index, seed)
-        forget_batches = batches_of([forget[i] for i in chosen])
         with stage("check"):
-            before, reference = gauge.measure(update), gauge.latest
-        if size.until is not None and size.until <= before.forget_loss:
-            if index > 0:
-                break
-            raise InputError(
-                f"--until forget_loss={size.until:.4g}: the loss is {before.forget_loss:.4g} "
-                "already; ask for more"
-            )
+            state = _State(update, gauge.measure(update), gauge.latest)
+        if _is_reached(size, state.probe.forget_loss, first=index == 0):
+            break
         if curvature is None or (refit and index > 0):
             at, key = (update, seed + index) if refit else (Update({}), seed)
             with stage("fit"), at.applied_to(model):
                 curvature = fit(model, retain_batches, targets, draw=draw, seed=key)
+        with stage("gradient"), update.applied_to(model):
+            forget_batches = drawn(forget, forget_batch, index)
+            gradient = forget_gradient(model, forget_batches, targets, objective)
+        directions = refined_steps(
+            curvature,
+            gradient,
+            _exact_product(model, update, targets, drawn(retain, refine_sequences, index)),
+            damping=damping,
+            relative=relative,
+            iterations=refine,
+        )
+        tries = _tries(gauge, targets, state, directions, size, steps, exact_norm=exact_norm)
+        record, changes = best_try(tries, state.first_loss)
+        records = [*update.provenance["steps"], asdict(record)]
+        update = update.plus(changes, record.alpha)
+        update = Update(update.deltas, {**update.provenance, "steps": records})
+        if on_step is not None:
+            on_step(update)
+    return update
+
+
+@dataclass(frozen=True)
+class _State:
+    """The edited model before a step, as it was measured."""
+
+    update: Update
+    probe: Probe
+    hidden: Reference
+    """On held-out retain data."""
+
+    @property
+    def first_loss(self) -> float:
+        """Forget loss at the start of the run."""
+        steps = self.update.provenance["steps"]
+        return steps[0]["forget_loss_before"] if steps else self.probe.forget_loss
+
+
+def _is_reached(size: StepSize, loss: float, *, first: bool) -> bool:
+    """Whether the forget loss is already what it should become."""
+    if size.until is None or size.until > loss:
+        return False
+    if first:
+        raise InputError(
+            f"--until forget_loss={size.until:.4g}: the loss is {loss:.4g} already; ask for more"
+        )
+    return True
+
+
+def _exact_product(
+    model: nn.Module, update: Update, targets: Sequence[Target], batches: Sequence[Batch]
+) -> Callable[[Matrices], Matrices]:
+    """δ ↦ Gδ with the exact G of ``batches`` at the weights that ``update`` makes."""
+
+    def product(delta: Matrices) -> Matrices:
         with update.applied_to(model):
-            with stage("gradient"):
-                gradient = forget_gradient(model, forget_batches, targets, objective)
-            with stage("step"):
-                step = gauss_newton_step(curvature, gradient, damping=damping, relative=relative)
-                exact = quadratic_form(model, gauge.base.batches, targets, step.direction)
-                if exact_norm:
-                    step, exact = step.scaled(exact**-0.5), 1.0
+            return gauss_newton_product(model, batches, targets, delta)
+
+    return product
+
+
+def _tries(
+    gauge: Gauge,
+    targets: Sequence[Target],
+    state: _State,
+    directions: Iterable[Step],
+    size: StepSize,
+    steps: int,
+    *,
+    exact_norm: bool,
+) -> Iterator[Try]:
+    """Go along each direction as far as ``size`` says: what it did, and r by parameter."""
+    update, before = state.update, state.probe
+    share = (len(update.provenance["steps"]) + 1) / steps
+    numbered: Iterable[tuple[int, Step]] = enumerate(directions)
+    if size.alpha is not None:  # every direction has a length of its own: nothing to compare at
+        numbered = deque(numbered, maxlen=1)
+    last: StepRecord | None = None
+    for refined, step in numbered:
+        with stage("step"), update.applied_to(gauge.model):
+            exact = quadratic_form(gauge.model, gauge.base.batches, targets, step.direction)
+        if exact_norm:
+            step, exact = step.scaled(exact**-0.5), 1.0
         changes = parameter_changes(targets, step.direction)
+        if last is None:  # what would bring the exact form to the KL asked for, or to a modest one
+            guess = math.sqrt(2 * (size.kl or DEFAULT_KL) / exact) / steps
+        else:  # or to where it was
+            guess = math.sqrt(2 * last.exact_kl / exact)
         with stage("check"):
             probes = choose_alpha(
                 lambda trial: gauge.measure(update.plus(changes, trial), trial),  # noqa: B023
                 size,
-                share=(index + 1) / steps,
+                share=share,
                 start=before,
-                # What would bring the exact form to the KL asked for, or to a modest one.
-                guess=math.sqrt(2 * (size.kl or DEFAULT_KL) / exact) / steps,
+                guess=guess,
             )
             after = probes[-1]
-            record = StepRecord(
+            last = StepRecord(
                 alpha=after.alpha,
                 predicted_kl=step.predicted_kl(after.alpha),
                 exact_kl=0.5 * exact * after.alpha**2,
-                measured_kl=mean_divergence(gauge.head, reference, gauge.latest),
+                measured_kl=mean_divergence(gauge.head, state.hidden, gauge.latest),
                 retain_kl=after.retain_kl,
                 forget_loss_before=before.forget_loss,
                 forget_loss_after=after.forget_loss,
                 predicted_objective_change=step.slope * after.alpha,
                 measured_objective_change=after.objective - before.objective,
-                relative_change=_relative_change(model, changes, after.alpha),
+                relative_change=_relative_change(gauge.model, changes, after.alpha),
                 probes=[asdict(p) for p in probes],
+                refined=refined,
             )
-        records = [*update.provenance["steps"], asdict(record)]
-        update = update.plus(changes, after.alpha)
-        update = Update(update.deltas, {**update.provenance, "steps": records})
-        if on_step is not None:
-            on_step(update)
-    return update
+        yield last, changes
 
 
 class Gauge:
@@ -190,7 +242,7 @@ class Gauge:
         forget: Sequence[Batch],
         objective: Objective,
     ) -> None:
-        self._model, self._forget, self._objective = model, forget, objective
+        self.model, self._forget, self._objective = model, forget, objective
         with frozen(model):
             self.head = read_head(model)
         self.base = hidden_reference(model, held_out, "base reference")
@@ -199,7 +251,7 @@ class Gauge:
 
     def measure(self, update: Update, alpha: float = 0.0) -> Probe:
         """Retain KL from the base, and forget loss, of the model with ``update`` applied."""
-        with update.applied_to(self._model) as model:
+        with update.applied_to(self.model) as model:
             self.latest = self.base
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
@@ -209,9 +261,9 @@ class Gauge:
         return Probe(alpha, kl, loss, value)
 
 
-def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, torch.Tensor]:
+def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, Tensor]:
     """Matrices [O, I] by target as changes by parameter, each in its own layout."""
-    changes: dict[str, torch.Tensor] = {}
+    changes: dict[str, Tensor] = {}
     for target in targets:
         changes.update(target.to_parameters(matrices[target.name]))
     return changes
@@ -241,7 +293,7 @@ def _provenance(
 
 
 def _relative_change(
-    model: nn.Module, changes: dict[str, torch.Tensor], alpha: float
+    model: nn.Module, changes: dict[str, Tensor], alpha: float
 ) -> dict[str, float]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     relative = {}
@@ -251,21 +303,31 @@ def _relative_change(
     return relative
 
 
-def _check_arguments(
-    forget: Sequence[Tokens],
-    retain: Sequence[Tokens],
-    held_out: Sequence[Tokens],
-    steps: int,
-    forget_batch: int | None,
-    damping: float,
+def _check_data(
+    forget: Sequence[Tokens], retain: Sequence[Tokens], held_out: Sequence[Tokens]
 ) -> None:
     sets = {"forget set": forget, "retain set": retain, "held-out retain set": held_out}
     for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
-    if steps < 1:
-        raise InputError(f"--steps {steps}: give 1 or more")
-    if forget_batch is not None and not 1 <= forget_batch <= len(forget):
-        raise InputError(f"--forget-batch {forget_batch}: the forget set has {len(forget)}")
+
+
+def _check_numbers(
+    steps: int,
+    forget_batch: int | None,
+    forget: int,
+    damping: float,
+    refine: int,
+    refine_sequences: int,
+) -> None:
+    for flag, value, least in (
+        ("--steps", steps, 1),
+        ("--refine", refine, 0),
+        ("--refine-sequences", refine_sequences, 1),
+    ):
+        if value < least:
+            raise InputError(f"{flag} {value}: give {least} or more")
+    if forget_batch is not None and not 1 <= forget_batch <= forget:
+        raise InputError(f"--forget-batch {forget_batch}: the forget set has {forget}")
     if not (math.isfinite(damping) and damping >= 0):
         raise InputError(f"--damping {damping}: give a finite number, 0 or more")

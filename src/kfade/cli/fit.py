@@ -8,7 +8,7 @@ from typing import Any
 from kfade import distributed
 from kfade.batches import digest_sequences, make_batches
 from kfade.cli import options as o
-from kfade.cli.session import load, read_retain, session, show, to_tokens
+from kfade.cli.session import load, read_retain, session, show, spread, to_tokens
 from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, override, read_config, write_config
 from kfade.curvature.store import Store
@@ -39,6 +39,7 @@ def fit(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    shard: o.Shard = None,
     seed: o.Seed = None,
     config: o.Config = None,
     resume: o.Resume = False,
@@ -49,7 +50,7 @@ def fit(
     Writes `curvature-000.safetensors` (one file a group of layers), `manifest.json`, `metrics.json`
     and `config.yaml` into OUT. The same examples are held out as in a `kfade unlearn` with the same
     retain set and seed. Under `torchrun --nproc-per-node N -m kfade fit ...` the data are split
-    over N processes.
+    over N processes, and with `--shard` the model's weights too.
     """
     given = {name: v for name, v in locals().items() if name not in _NOT_SETTINGS}
     run = override(read_config(config) if config else RunConfig(), **given)
@@ -57,6 +58,8 @@ def fit(
     examples, _ = read_retain(run.data, run.seed)
     with session() as clock, RunDir(out, asdict(run), resume=resume) as folder:
         loaded = load(run.model, run.fit)
+        budget = curvature_bytes(run, loaded)
+        spread(run.model, loaded.model)
         sequences = to_tokens(examples, loaded, run.data)
         weight = loaded.targets[0].weight
         batches = make_batches(sequences, budget=run.data.batch_tokens, device=weight.device)
@@ -75,7 +78,7 @@ def fit(
                 loaded.targets,
                 draw=draw,
                 seed=run.seed,
-                memory=curvature_bytes(run, loaded),
+                memory=budget,
                 store=Store(folder.state, made_for),
             )
         files = sorted(folder.state.glob("curvature-*.safetensors"))

@@ -93,6 +93,18 @@ ExactNorm = Annotated[
         "--exact-norm/--fitted-norm",
     ),
 ]
+Refine = Annotated[
+    int | None,
+    _option(
+        STEP,
+        "Improve each direction by N iterations of conjugate gradients on exact Gauss-Newton "
+        "products, and take the best on held-out retain data. [0]",
+        "--refine",
+    ),
+]
+RefineSequences = Annotated[
+    int | None, _option(STEP, "Retain sequences in each of those products. [64]")
+]
 Alpha = Annotated[float | None, _option(SIZE, "G-norm of each step: predicts a KL of alpha²/2.")]
 Kl = Annotated[
     float | None,
@@ -107,6 +119,10 @@ Device = Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, ... [the GPU if 
 TrustRemoteCode = Annotated[
     bool | None,
     _option(RUN, "Let code that comes with a hub model run.", "--trust-remote-code"),
+]
+Shard = Annotated[
+    bool | None,
+    _option(RUN, "Spread the weights of the model's blocks over torchrun's processes.", "--shard"),
 ]
 Seed = Annotated[int | None, _option(RUN, "Seed of draws, batches and the held-out split. [0]")]
 Config = Annotated[

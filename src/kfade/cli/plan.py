@@ -90,6 +90,8 @@ def plan(
     batch_tokens: o.BatchTokens = None,
     tokens: Tokens = None,
     forget_tokens: ForgetTokens = None,
+    refine: o.Refine = None,
+    refine_sequences: o.RefineSequences = None,
     dtype: o.Dtype = None,
     memory: Memory = None,
     devices: Devices = None,
@@ -112,6 +114,8 @@ def plan(
         "batch_tokens": batch_tokens,
         "retain_tokens": tokens,
         "forget_tokens": forget_tokens,
+        "refine": refine,
+        "refine_sequences": refine_sequences,
     }
     work = Work(**{name: value for name, value in given.items() if value is not None})
     machines = _machines(memory, devices)
@@ -164,6 +168,8 @@ def _check(work: Work) -> None:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
     if work.retain_tokens < 1 or work.forget_tokens < 1:
         raise InputError("--tokens and --forget-tokens must be 1 or more")
+    if work.refine < 0 or work.refine_sequences < 1:
+        raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
 
 
 def _stated_speed(
@@ -198,14 +204,16 @@ def _result(
     """The plan as one JSON object."""
     whole = [list(subject.targets)]
     groups, problem = _groups(subject, work, machines)
-    planned = peaks(subject, groups or whole, work.estimator)
+    refine = work.refine > 0
+    planned = peaks(subject, groups or whole, work.estimator, refine=refine)
     times = {}
     for count in sorted({1, machines.count}):
         if speed is None:
             break
         stages = seconds(subject, groups or whole, work, speed, count)
         times[str(count)] = {**stages, "total": sum(stages.values())}
-    least = peaks(subject, smallest_groups(subject.targets), work.estimator)
+    smallest = smallest_groups(subject.targets)
+    least = peaks(subject, smallest, work.estimator, refine=refine)
     over = [stage for stage, peak in planned.items() if machines.memory and peak > machines.memory]
     return {
         "model": name,
@@ -221,7 +229,7 @@ def _result(
         "groups": len(groups) if groups else None,
         "passes": len(groups or whole) * PASSES[work.estimator],
         "peak_bytes": {
-            "one_group": peaks(subject, whole, work.estimator),
+            "one_group": peaks(subject, whole, work.estimator, refine=refine),
             "planned": planned,
             "smallest_groups": least,
         },

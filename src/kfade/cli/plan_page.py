@@ -27,10 +27,11 @@ STAGES = {
     "lambda": "eigenvalues in their basis",
     "gradient": "of the forget objective",
     "step": "direction, and its exact length",
+    "refine": "better directions, by exact products",
     "check": "trials of the step's size",
     "exchange": "sums and bases between devices",
 }
-AFTER = ("gradient", "step", "check")
+AFTER = ("gradient", "step", "refine", "check")
 
 
 def page(plan: dict[str, Any]) -> list[Any]:

@@ -28,8 +28,8 @@ from kfade.cli.options import chat_of
 from kfade.config import DataConfig, FitConfig, ModelConfig
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
-from kfade.layers import Target, find_targets
-from kfade.models import load_model, model_window
+from kfade.layers import Target, decoder_blocks, find_targets
+from kfade.models import default_device, load_model, model_window
 from kfade.progress import reporting
 from kfade.stages import Clock, stage, timing
 
@@ -93,7 +93,8 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
         model, tokenizer = load_model(
             config.model,
             dtype=config.dtype,
-            device=config.device,
+            # A model to be spread may be larger than a device.
+            device="cpu" if config.shard else config.device,
             trust_remote_code=config.trust_remote_code,
         )
         targets = find_targets(
@@ -102,6 +103,23 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
     count = sum(target.shape[0] * target.shape[1] for target in targets)
     console.print(f"{len(targets)} weights targeted, {count / 1e6:.1f} M parameters")
     return Loaded(model, tokenizer, targets)
+
+
+def spread(config: ModelConfig, model: nn.Module) -> None:
+    """Spread a model's blocks over the processes and put it on their devices, if it is asked for.
+
+    Raises:
+        InputError: there is one process only.
+    """
+    if not config.shard:
+        return
+    if distributed.count() == 1:
+        raise InputError(
+            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade ..."
+        )
+    with stage("load"):
+        distributed.shard(decoder_blocks(model)[1])
+        model.to(config.device or default_device())
 
 
 def read_retain(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:

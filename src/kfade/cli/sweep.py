@@ -14,8 +14,8 @@ from kfade.cli.session import show
 from kfade.cli.sweep_run import Request, point_line, run_sweep
 from kfade.config import RunConfig, SizeConfig, override, read_config
 from kfade.errors import InputError
+from kfade.grid import ALL, grid
 from kfade.step import StepSize
-from kfade.sweep import ALL, grid
 from kfade.unlearn import DEFAULT_DAMPING
 
 DEFAULT_KLS = "0.001,0.003,0.01,0.03"
@@ -40,6 +40,10 @@ RelativeDampings = Annotated[
     str | None,
     _values("Dampings in multiples of a layer's mean eigenvalue. [0.1]", "--relative-damping"),
 ]
+Refines = Annotated[
+    str | None,
+    _values("Iterations of conjugate gradients on exact products. [0]", "--refine"),
+]
 Alphas = Annotated[str | None, _values("G-norms of the step.", "--alpha")]
 Kls = Annotated[str | None, _values(f"Measured KLs, nats per token. [{DEFAULT_KLS}]", "--kl")]
 Budget = Annotated[
@@ -53,6 +57,7 @@ Budget = Annotated[
 _SETTINGS = {
     *("model", "forget", "retain", "forget_batch", "sequence_length", "template", "pack"),
     *("truncate", "holdout", "batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
+    "refine_sequences",
 }
 
 
@@ -66,6 +71,8 @@ def sweep(
     layers: Layers = None,
     damping: Dampings = None,
     relative_damping: RelativeDampings = None,
+    refine: Refines = None,
+    refine_sequences: o.RefineSequences = None,
     alpha: Alphas = None,
     kl: Kls = None,
     max_kl: Budget = DEFAULT_MAX_KL,
@@ -104,6 +111,7 @@ def sweep(
         dampings,
         _sizes(alpha, kl),
         relative=relative,
+        refine=_counts(refine, run),
     )
     if not max_kl > 0:
         raise InputError(f"--max-kl {max_kl}: give a positive number")
@@ -136,6 +144,16 @@ def _dampings(
         return [run.step.damping], False
     own = run.step.relative_damping
     return [DEFAULT_DAMPING if own is None else own], True
+
+
+def _counts(given: str | None, run: RunConfig) -> list[int]:
+    """Numbers of iterations; the configuration's where none is given."""
+    if given is None:
+        return [run.refinement.refine]
+    try:
+        return [int(word) for word in _words(given, ",")]
+    except ValueError:
+        raise InputError(f"--refine {given}: give whole numbers parted by commas") from None
 
 
 def _sizes(alpha: str | None, kl: str | None) -> list[StepSize]:

@@ -28,10 +28,11 @@ from kfade.config import RunConfig, SizeConfig, write_config
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.evaluate.log import ItemLog
 from kfade.gradient import forget_gradient
+from kfade.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.layers import Target, digest_weights, parameter_names
 from kfade.objectives import Objective
 from kfade.run_dir import RunDir
-from kfade.sweep import ALL, RULE, Outcome, Point, cut, pareto, pick, sweep, targets_within
+from kfade.sweep import cut, sweep, targets_within
 from kfade.unlearn import unlearn, versions
 from kfade.update import Update
 
@@ -146,6 +147,8 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
                 forget_batch=run.step.forget_batch,
                 batch_tokens=run.data.batch_tokens,
                 seed=run.seed,
+                retain=ready.retain,
+                refine_sequences=run.refinement.refine_sequences,
                 shared_seconds=_fit_seconds(request.curvature),
                 done={point: _outcome(point, values) for point, values in known.items()},
                 on_point=note,
@@ -193,6 +196,8 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         alpha=best.alpha,
         batch_tokens=run.data.batch_tokens,
         seed=run.seed,
+        refine=point.refine,
+        refine_sequences=run.refinement.refine_sequences,
     )
     about = {"model": run.model.model, "config": asdict(run)}
     return Update(update.deltas, {**update.provenance, **about})
@@ -209,8 +214,13 @@ def _settings(run: RunConfig, best: Outcome) -> RunConfig:
         relative_damping=point.damping if point.relative else None,
         exact_norm=False,
     )
-    size = SizeConfig(alpha=best.alpha)
-    return replace(run, fit=replace(run.fit, layers=layers), step=step, size=size)
+    return replace(
+        run,
+        fit=replace(run.fit, layers=layers),
+        step=step,
+        refinement=replace(run.refinement, refine=point.refine),
+        size=SizeConfig(alpha=best.alpha),
+    )
 
 
 def _aggregate(outcomes: Sequence[Outcome], max_kl: float) -> dict[str, Any]:

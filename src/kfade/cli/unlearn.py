@@ -23,6 +23,7 @@ from kfade.cli.session import (
     read_source,
     session,
     show,
+    spread,
     to_tokens,
 )
 from kfade.config import RunConfig, override, read_config, write_config
@@ -66,6 +67,8 @@ def unlearn(
     damping: o.Damping = None,
     relative_damping: o.RelativeDamping = None,
     exact_norm: o.ExactNorm = None,
+    refine: o.Refine = None,
+    refine_sequences: o.RefineSequences = None,
     alpha: o.Alpha = None,
     kl: o.Kl = None,
     until: o.Until = None,
@@ -73,6 +76,7 @@ def unlearn(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    shard: o.Shard = None,
     seed: o.Seed = None,
     config: o.Config = None,
     resume: o.Resume = False,
@@ -94,6 +98,7 @@ def unlearn(
 
 
 _NOT_SETTINGS = {"out", "curvature", "config", "resume", "export_model", "json"}
+_UNLOGGED = {"relative_change", "probes"}  # too long for a line
 
 
 def run_unlearn(
@@ -109,6 +114,8 @@ def run_unlearn(
 
     ``loaded`` is the configuration's model, where the caller has it already.
     """
+    if export_model and run.model.shard:
+        raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     size = step_size(run)
     damping, relative = damping_of(run)
     fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
@@ -120,6 +127,8 @@ def run_unlearn(
         if curvature is not None:
             Curvature.load(curvature)  # is it one? before the model is read
         loaded = loaded or load(run.model, run.fit)
+        budget = curvature_bytes(run, loaded)
+        spread(run.model, loaded.model)
         forget = to_tokens(forget_examples, loaded, run.data)
         retain = to_tokens(fit_examples, loaded, run.data)
         held_out = to_tokens(held_examples, loaded, run.data)
@@ -130,7 +139,7 @@ def run_unlearn(
         def on_step(update: Update) -> None:
             steps = update.provenance["steps"]
             folder.keep(f"update-{len(steps):03}.safetensors", update.save)
-            facts = {k: v for k, v in steps[-1].items() if k not in ("relative_change", "probes")}
+            facts = {k: v for k, v in steps[-1].items() if k not in _UNLOGGED}
             folder.log("step", **facts)
             console.print(step_line(len(steps), run.step.steps, steps[-1]))
 
@@ -140,7 +149,7 @@ def run_unlearn(
             retain=retain,
             held_out=held_out,
             targets=loaded.targets,
-            fit=_kept(fit, folder, curvature_bytes(run, loaded), made_for),
+            fit=_kept(fit, folder, budget, made_for),
             objective=objective,
             draw=draw,
             curvature=saved,
@@ -156,6 +165,8 @@ def run_unlearn(
             max_kl=size.max_kl,
             batch_tokens=run.data.batch_tokens,
             seed=run.seed,
+            refine=run.refinement.refine,
+            refine_sequences=run.refinement.refine_sequences,
             start=start,
             on_step=on_step,
         )
@@ -190,7 +201,7 @@ def step_size(run: RunConfig) -> StepSize:
 
 
 def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
-    """What ``--memory`` leaves for the curvature beside the model and a pass."""
+    """What ``--memory`` leaves for the curvature beside the model, still whole, and a pass."""
     if run.fit.memory is None:
         return None
     total = o.bytes_of(run.fit.memory)
@@ -203,6 +214,7 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         sequence_length=run.data.sequence_length,
         estimator=run.fit.estimator,
         vectors=3 if refitted else 0,
+        shards=distributed.count() if run.model.shard else 1,
     )
 
 
@@ -240,11 +252,12 @@ def read_curvature(folder: Path, loaded: Loaded) -> Curvature:
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
     """One step in a line."""
+    refined = f", refined {record['refined']}" if record["refined"] else ""
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
         f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl']:.2e} nats/token "
         f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
-        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e})"
+        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined})"
     )
 
 
@@ -321,7 +334,9 @@ def run_metrics(
 ) -> dict[str, Any]:
     """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
     steps = update.provenance["steps"]
-    stages = ("load", "fit", "gradient", "step", "check")
+    stages = ["load", "fit", "gradient", "step", "check"]
+    if "refine" in clock.seconds:
+        stages.insert(4, "refine")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
     sets = {"forget": forget, "retain": retain, "held_out": held_out}
     return {

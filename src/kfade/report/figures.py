@@ -13,7 +13,7 @@ from kfade.evaluate.uncertainty import bootstrap
 from kfade.report.charts import Axis, Chart, Series
 from kfade.report.data import Log, Results, Subject
 from kfade.report.inside import change_by_block, predicted_measured, stage_memory, stage_seconds
-from kfade.report.names import method_of, short
+from kfade.report.names import method_of, refinement, short
 from kfade.report.values import value_of
 
 RESAMPLES = 400
@@ -114,9 +114,10 @@ def _scatter(
 
 
 def series_name(point: Mapping[str, Any]) -> str:
-    """A sweep point's method, with estimator and objective where it has them."""
-    parts = ("method", "estimator", "objective")
-    return ", ".join(str(point[part]) for part in parts if point.get(part))
+    """A sweep point's method, with estimator, objective and refinement where it has them."""
+    refined = refinement((point.get("settings") or {}).get("refine"))
+    parts = [*(point.get(part) for part in ("method", "estimator", "objective")), refined]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def point_label(item: str, point: Mapping[str, Any]) -> str:

@@ -13,15 +13,22 @@ DATA_KEYS = ("questions", "tasks", "members", "prompts", "data", "split")
 
 
 def method_of(subject: Subject) -> str:
-    """How the subject was made, as a legend says it: "K-FADE, ekfac, margin"; else its name."""
+    """How the subject was made, as a legend says it: "K-FADE, ekfac, margin, refined 2"; else its
+    name."""
     config = subject.manifest.get("config", {})
     if subject.manifest.get("kind") == "unlearn":
         fit, step = config.get("fit", {}), config.get("step", {})
-        parts = ["K-FADE", fit.get("estimator"), step.get("objective")]
+        refined = refinement(config.get("refinement", {}).get("refine"))
+        parts = ["K-FADE", fit.get("estimator"), step.get("objective"), refined]
         return ", ".join(str(part) for part in parts if part)
     if subject.manifest.get("kind") == "baseline":
         return str(subject.manifest.get("method", subject.name))
     return subject.name
+
+
+def refinement(iterations: int | None) -> str | None:
+    """Words for a direction that was refined."""
+    return f"refined {iterations}" if iterations else None
 
 
 def short(value: Any) -> str:

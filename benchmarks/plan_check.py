@@ -1,0 +1,97 @@
+"""Does ``kfade plan`` foretell what a run on this machine needs?
+
+    python benchmarks/plan_check.py --model FOLDER --text FILE
+
+Plans one step of unlearning from the model's configuration, with this machine's measured speed,
+then runs it: ``kfade unlearn`` on sequences of 512 tokens of FILE. Writes
+``benchmarks/results/plan_check.json`` and prints planned and measured bytes and seconds by stage.
+The search for a step's size is left out of the seconds: how many trials it takes depends on data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "plan_check.json"
+LENGTH, BATCH_TOKENS = 512, 511
+RETAIN, FORGET, HELD_OUT = 8, 4, 4  # sequences
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--model", type=Path, required=True, help="folder of the model")
+    options.add_argument("--text", type=Path, required=True, help="a text file")
+    options.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
+    given = options.parse_args()
+    batch = ["--batch-tokens", str(given.batch_tokens)]
+    tokens = ["--tokens", str(RETAIN * LENGTH), "--forget-tokens", str(FORGET * LENGTH)]
+    planned = kfade("plan", str(given.model), "--measure", *tokens, *batch)
+    with tempfile.TemporaryDirectory() as folder:
+        forget, retain = write_examples(given.model, given.text, Path(folder))
+        run = kfade(
+            *("unlearn", str(given.model), "--forget", str(forget), "--retain", str(retain)),
+            *("--holdout", str(HELD_OUT), "--kl", "0.001", "--out", str(Path(folder) / "out")),
+            *("--sequence-length", str(LENGTH), "--template", "plain", "--no-pack", "--truncate"),
+            *batch,
+        )
+    result = compared(planned, run)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for what, rows in result.items():
+        print(f"| {what} | planned | measured | planned / measured |\n| --- | --- | --- | --- |")
+        for name, (plan, real) in rows.items():
+            print(f"| {name} | {plan:.4g} | {real:.4g} | {plan / real:.2f} |")
+
+
+def kfade(*arguments: str) -> dict[str, Any]:
+    """What a command prints with ``--json``."""
+    command = [sys.executable, "-m", "kfade", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def write_examples(model: Path, text: Path, folder: Path) -> list[Path]:
+    """Forget and retain examples of at least ``LENGTH`` tokens each, which the run cuts to it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text.read_text(encoding="utf-8")).input_ids
+    pieces = [tokenizer.decode(ids[i : i + 700]) for i in range(0, 700 * 24, 700)]
+    parts = {"forget": pieces[:FORGET], "retain": pieces[FORGET : FORGET + RETAIN + HELD_OUT]}
+    paths = []
+    for name, texts in parts.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def compared(planned: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Planned and measured values side by side."""
+    peaks, seconds = planned["peak_bytes"]["planned"], planned["seconds"]["1"]
+    found = {
+        "peak bytes": {
+            stage: (peaks[stage], run["peak_bytes"][stage])
+            for stage in ("load", "covariance", "eigh", "lambda", "gradient", "step", "check")
+            if stage in run["peak_bytes"]
+        },
+        "seconds": {
+            stage: (seconds[stage], run["seconds"][stage])
+            for stage in ("covariance", "eigh", "lambda", "gradient")
+        },
+    }
+    for rows in found.values():
+        own = [stage for stage in rows if stage in ("covariance", "eigh", "lambda", "gradient")]
+        total = sum if rows is found["seconds"] else max
+        rows["fit and gradient"] = tuple(total(rows[s][i] for s in own) for i in (0, 1))
+    return found
+
+
+if __name__ == "__main__":
+    main()
