@@ -73,7 +73,10 @@ def rows_of(results: Results) -> list[Row]:
             title = f"K-FADE, {name}"
             rows.append(row_of(results, f"{estimator} {objective}", title, setting, damping))
     for count in REFINE:
-        rows.append(row_of(results, "refine", f"K-FADE, refined {count}×", "margin", count))
+        told = results.get(f"report refine {count}", {})
+        kept = f", iterate {told['refined']} kept" if "refined" in told else ""
+        title = f"K-FADE, refined {count}×"
+        rows.append(row_of(results, "refine", title, f"margin{kept}", count))
     for name, title in BASELINES.items():
         rate = chosen(results, name)
         setting = f"learning rate {rate:g}" if rate is not None else ""

@@ -87,7 +87,14 @@ def model(tmp_path_factory):
 
 
 CORE = ("full", "retrained", "targets", "fit *", "tune ekfac *", "report ekfac margin*")
-SOME = ("tune gd*", "report gd*", "tofu *x1", "ablation blocks*", "ablation 3 steps")
+SOME = (
+    "tune gd*",
+    "report gd*",
+    "report refine 1",
+    "tofu *x1",
+    "ablation blocks*",
+    "ablation 3 steps",
+)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +184,7 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypa
     results_page.main()
     text = (tmp_path / "results.md").read_text()
     assert "| K-FADE, EK-FAC | margin, damping" in text
+    assert f"margin, iterate {results['report refine 1']['refined']} kept" in text
     assert "| NPO |  | not run |" in text
     assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
     for part in text.split("\n\n"):

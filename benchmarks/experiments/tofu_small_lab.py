@@ -150,6 +150,8 @@ class Lab:
             return {"failure": str(error), "curve": []}
         seconds = time.perf_counter() - start
         row, found = Search(self.model, self.ruler, group).along(update.deltas, 1.0)
+        steps = update.provenance["steps"]
+        row |= {"refined": steps[-1]["refined"], "refinements": steps[-1]["refinements"]}
         return self._kept({**row, "damping": damping, "run_seconds": seconds}, found, keep)
 
     def curve(self, row: str) -> dict[str, Any]:
