@@ -432,6 +432,47 @@ def test_a_budget_keeps_an_earlier_update():
     assert updates[6].provenance["curve"][-1]["retain_kl"] > 0.02
 
 
+def test_a_run_ends_where_its_evaluation_says_so():
+    model = tiny_llama(layers=3)
+    updates = {}
+
+    def enough(checkpoint, update):
+        updates[checkpoint.curve[-1]["step"]] = update
+        return checkpoint.curve[-1]["step"] == 4
+
+    stopped = run("gd", model, evaluate_every=2, on_evaluation=enough)
+    assert [row["step"] for row in stopped.provenance["curve"]] == [0, 2, 4]
+    assert stopped.provenance["kept_step"] == 4
+    assert same(stopped, updates[4])
+    whole = run("gd", model, evaluate_every=2)
+    assert whole.provenance["curve"][:3] == stopped.provenance["curve"]  # the same run, cut short
+    assert not same(stopped, whole)
+
+
+def test_forget_probability_is_a_mean_over_answers():
+    model = tiny_llama(layers=3)
+    update = run("gd", model)
+
+    def slowly() -> tuple[float, float]:
+        """(mean over answers, exp(−mean loss per token)), one sequence at a time."""
+        own, tokens = [], []
+        for sequence in FORGET:
+            (batch,) = make_batches([sequence])
+            with torch.no_grad():
+                logits = model(input_ids=batch.input_BT, use_cache=False).logits
+            log_p = logits.log_softmax(-1).gather(2, batch.target_BT[..., None])[..., 0]
+            tokens += batch.at_loss(log_p).tolist()
+            own.append(batch.at_loss(log_p).mean().exp().item())
+        return sum(own) / len(own), torch.tensor(tokens).mean().exp().item()
+
+    for at, row in ((Update({}), 0), (update, -1)):
+        with at.applied_to(model):
+            of_answers, of_tokens = slowly()
+        told = update.provenance["curve"][row]["forget_probability"]
+        assert told == pytest.approx(of_answers, rel=1e-9)
+        assert abs(told / of_tokens - 1) > 0.01  # not the probability of the mean token
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -281,6 +281,17 @@ def test_search_of_a_quadratic_needs_two_probes():
     assert len(search(SHAPES["with a knee"], StepSize(kl=0.02), guess=1.0)) > 2
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [lambda a: 1.1 * a / (1 + a), lambda a: 1 - math.exp(-a), lambda a: a**3 / (1 + a**2)],
+    ids=["saturating", "exponential", "cubic at first"],
+)
+@pytest.mark.parametrize("guess", [0.1, 1.0])
+def test_search_learns_the_power_that_a_measure_follows(shape, guess):
+    # By the square root of what is missing every time it takes 6 to 11.
+    assert len(search(shape, StepSize(kl=0.02), guess=guess)) <= 4
+
+
 def test_a_part_of_the_way_aims_at_its_share():
     """KL grows with the square of the way: half the steps, a quarter of it; losses by half."""
     part = search(lambda a: a**2, StepSize(kl=0.04), share=0.5)[-1]

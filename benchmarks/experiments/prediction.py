@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from fine_tune import fine_tune
 
 import kfade
 from kfade.batches import make_batches
@@ -157,22 +158,8 @@ def memorise(examples, folder: Path) -> None:
     """Fine-tune the shipped model on ``examples`` until its mean answer loss is below 0.1."""
     model, tokenizer = kfade.load_model(demo_model())
     sequences = kfade.encode(examples, tokenizer, chat=True)
-    torch.manual_seed(0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
-    for epoch in range(20):
-        losses = []
-        order = torch.randperm(len(sequences)).tolist()
-        for start in range(0, len(order), 8):
-            batch = make_batches([sequences[i] for i in order[start : start + 8]], budget=10**6)[0]
-            logits = model(input_ids=batch.input_BT, use_cache=False).logits
-            loss = cross_entropy(logits[batch.loss_BT], batch.target_BT[batch.loss_BT]).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        print(f"memorising, epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}", flush=True)
-        if sum(losses) / len(losses) < 0.1:
-            break
+    names = [name for name, _ in model.named_parameters()]
+    fine_tune(model, sequences, names, rate=2e-4, epochs=20, enough=lambda loss: loss < 0.1)
     save_model(model, tokenizer, folder)
 
 

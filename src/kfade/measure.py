@@ -9,6 +9,7 @@ Shapes: N loss tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from kfade import distributed
 from kfade.batches import Batch
 from kfade.head import Head, hidden_states, read_head
 from kfade.models import frozen
-from kfade.objectives import Objective
+from kfade.objectives import Objective, cross_entropy
 from kfade.progress import track
 
 
@@ -73,6 +74,29 @@ def mean_objectives(
     totals = distributed.sum_numbers(totals, batches[0].input_BT.device)
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     return [total / loss_tokens for total in totals]
+
+
+class TokenLosses:
+    """Cross-entropy as an objective that notes each token's value, for means over sequences."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+
+    def __call__(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        """−log p_y [N]; :func:`mean_objectives` asks for it in the order of the batches."""
+        loss_N = cross_entropy(logits_NV, target_N)
+        self._losses.append(loss_N.double().cpu())
+        return loss_N
+
+    def mean_probability(self, batches: Sequence[Batch]) -> float:
+        """Mean over the sequences of exp(−their mean loss); what was noted is then forgotten.
+
+        Of one pass over ``batches``, in one process.
+        """
+        counts = [n for batch in batches for n in batch.loss_BT.sum(dim=1).tolist()]
+        own = torch.cat(self._losses).split(counts)
+        self._losses.clear()
+        return sum(math.exp(-loss.mean().item()) for loss in own) / len(own)
 
 
 def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -164,12 +164,14 @@ def _search(
     guess: float,
     flag: str,
 ) -> Probe:
-    """Bracketed search for an α whose measure lies in ``accept``; measures grow about as α².
+    """Bracketed search for an α whose measure lies in ``accept``.
 
-    Each trial rescales α by the square root of what is missing, and falls back to the geometric
-    middle of the bracket when that would leave it or does not close in.
+    A measure is taken for a power of α: α² at first, then the power that two trials tell, those
+    on both sides of ``aim`` where there are such. Where that would leave the bracket or does not
+    close in, its geometric middle is tried.
     """
     low, high, alpha = 0.0, math.inf, guess
+    usable: dict[float, float] = {}
     last = None
     for trial in range(40):
         last = seen(alpha)
@@ -180,9 +182,12 @@ def _search(
             low = alpha
         else:  # too far, or not finite
             high = alpha
-        factor = math.sqrt(aim / value) if math.isfinite(value) and value > 0 else 1.0
-        proposal = alpha * min(max(factor, 0.1), 10.0)
-        if trial % 4 == 3 or not low < proposal < high or proposal == alpha:
+        if math.isfinite(value) and value > 0:
+            usable[alpha] = value
+        around = [low, high] if low in usable and high in usable else list(usable)[-2:]
+        proposal = _power_law([(a, usable[a]) for a in around], aim) if around else alpha
+        slow = trial % 4 == 3 and (high < math.inf or value < 0.5 * aim)
+        if slow or not low < proposal < high:
             proposal = low * 4 if high == math.inf else math.sqrt(max(low, high / 100) * high)
         alpha = proposal
         if alpha > 1e12 or (high < math.inf and high - low <= 1e-6 * high):
@@ -192,3 +197,14 @@ def _search(
         f"{flag}: {aim:.4g} cannot be reached in one step (nearest {reached}): ask for less, or "
         "take more --steps"
     )
+
+
+def _power_law(trials: Sequence[tuple[float, float]], aim: float) -> float:
+    """Where the power law through one or two (α, measure) reaches ``aim``; ten times as far or as
+    near as the last of them at most."""
+    alpha, value = trials[-1]
+    power = 2.0
+    if len(trials) == 2:
+        power = math.log(value / trials[0][1]) / math.log(alpha / trials[0][0])
+    power = min(max(power, 0.25), 8.0)
+    return alpha * min(max((aim / value) ** (1 / power), 0.1), 10.0)

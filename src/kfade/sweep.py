@@ -16,7 +16,6 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfade.batches import Batch, draw_without_replacement, make_batches
@@ -27,7 +26,8 @@ from kfade.errors import InputError
 from kfade.gradient import forget_gradient
 from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
-from kfade.objectives import Objective, cross_entropy
+from kfade.measure import TokenLosses
+from kfade.objectives import Objective
 from kfade.progress import track
 from kfade.refine import refined_steps
 from kfade.stages import stage
@@ -205,8 +205,8 @@ class _Scale:
 
     def __init__(self, model: nn.Module, held_out: list[Batch], forget: list[Batch]) -> None:
         self._model, self._forget = model, forget
-        self._losses: list[Tensor] = []
-        self._gauge = Gauge(model, held_out, forget, self._noted_loss)
+        self._losses = TokenLosses()
+        self._gauge = Gauge(model, held_out, forget, self._losses)
 
     def weigh(
         self,
@@ -224,9 +224,8 @@ class _Scale:
 
         def probe(alpha: float) -> Probe:
             nonlocal probability
-            self._losses.clear()
             found = self._gauge.measure(Update({}).plus(changes, alpha), alpha)
-            probability = self._mean_probability()
+            probability = self._losses.mean_probability(self._forget)
             return found
 
         try:
@@ -254,14 +253,3 @@ class _Scale:
             return last.alpha * math.sqrt(kl / last.retain_kl)
         batches = self._gauge.base.batches
         return math.sqrt(2 * kl / quadratic_form(self._model, batches, targets, step.direction))
-
-    def _noted_loss(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
-        """Cross-entropy; the gauge calls it on all forget tokens in the order of the batches."""
-        loss_N = cross_entropy(logits_NV, target_N)
-        self._losses.append(loss_N.double().cpu())
-        return loss_N
-
-    def _mean_probability(self) -> float:
-        counts = [n for batch in self._forget for n in batch.loss_BT.sum(dim=1).tolist()]
-        own = torch.cat(self._losses).split(counts)
-        return sum(math.exp(-loss.mean().item()) for loss in own) / len(own)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from kfade.baselines.weights import Trainable
 
 Row = dict[str, float]
-"""One evaluation: ``step``, ``forget_loss``, ``retain_loss``, ``retain_kl``, and after the first
+"""One evaluation: ``step``, what :class:`~kfade.baselines.gauge.Measured` has, and after the first
 ``loss``, the mean of the training loss since the evaluation before."""
 
 

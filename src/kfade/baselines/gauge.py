@@ -13,7 +13,7 @@ import torch
 
 from kfade.baselines.losses import Net
 from kfade.batches import Batch
-from kfade.measure import divergence, hidden_reference, mean_objectives
+from kfade.measure import TokenLosses, divergence, hidden_reference, mean_objectives
 from kfade.objectives import cross_entropy
 
 
@@ -23,6 +23,8 @@ class Measured:
 
     forget_loss: float
     """Cross-entropy on the forget set."""
+    forget_probability: float
+    """Mean over the forget sequences of exp(−their loss per token)."""
     retain_loss: float
     """Cross-entropy on held-out retain data."""
     retain_kl: float
@@ -39,7 +41,9 @@ class Gauge:
     def measure(self) -> Measured:
         """Forward passes over the forget and the held-out batches."""
         head, base_head = self._net.head, self._net.base_head
-        (forget_loss,) = mean_objectives(self._net.model, self._forget, [cross_entropy])
+        losses = TokenLosses()
+        (forget_loss,) = mean_objectives(self._net.model, self._forget, [losses])
+        probability = losses.mean_probability(self._forget)
         now = hidden_reference(self._net.model, self._base.batches, "held-out KL")
         loss = kl = 0.0
         with torch.no_grad():
@@ -52,4 +56,4 @@ class Gauge:
                     loss += cross_entropy(logits_NV, target_N[part]).double().sum().item()
                     kl_N = divergence(base_head(base_ND[part]), logits_NV)
                     kl += kl_N.double().sum().item()
-        return Measured(forget_loss, loss / now.loss_tokens, kl / now.loss_tokens)
+        return Measured(forget_loss, probability, loss / now.loss_tokens, kl / now.loss_tokens)

@@ -67,7 +67,7 @@ def train(
     batch_tokens: int = 4096,
     seed: int = 0,
     start: Checkpoint | None = None,
-    on_evaluation: Callable[[Checkpoint, Update], None] | None = None,
+    on_evaluation: Callable[[Checkpoint, Update], bool | None] | None = None,
 ) -> Update:
     """Minimise the terms; the model is left bit for bit as it was.
 
@@ -82,7 +82,8 @@ def train(
         batch_tokens: positions in one forward pass; a batch is cut into as many as it takes,
             which does not change its gradient.
         start: an interrupted run, to go on from.
-        on_evaluation: called with what is needed to go on, and with the update so far.
+        on_evaluation: called with what is needed to go on, and with the update so far; the run
+            ends there if it says True.
 
     Raises:
         InputError: an empty set, impossible settings, a loss that is not finite.
@@ -132,7 +133,9 @@ def train(
                 if on_evaluation is not None:
                     other = {} if is_kept else kept
                     checkpoint = Checkpoint.of(curve, provenance, other, trainable, optimizer)
-                    on_evaluation(checkpoint, Update(deltas, {**provenance, "curve": curve}))
+                    so_far = Update(deltas, {**provenance, "curve": curve})
+                    if on_evaluation(checkpoint, so_far):
+                        break
     return Update(kept, {**provenance, "curve": curve, "kept_step": keep(curve, max_kl)})
 
 

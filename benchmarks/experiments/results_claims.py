@@ -1,0 +1,108 @@
+"""What is claimed of K-FADE, what was measured, and whether it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from results_rows import (
+    BASELINES,
+    NOT_RUN,
+    Row,
+    better_objective,
+    quotient,
+    retrained_log,
+)
+from tofu_small_lab import Results
+
+from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
+
+Claim = tuple[str, str, str]
+"""What is claimed, what was measured, whether it holds."""
+
+
+def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
+    """All claims; KLs are of the report slice, at the retrained model's forget probability."""
+    by = {row.method: row for row in rows}
+    ours, kfac = by[f"ekfac {better_objective(results)}"], by["kfac margin"]
+    others = [row for row in rows if row.method in BASELINES]
+    yield from quality_claims(ours, others, retrained_log(results))
+    rival = least_kl(others)
+    named = f" ({rival.title})" if rival else ""
+    yield ratio_claim(f"KL at most 0.2 × the best baseline's{named}", ours, rival, most=0.2)
+    again = results.get("targets", {}).get("retrained", {}).get("report_kl")
+    yield bounded("KL at most the retrained model's own", quotient(ours.kl, again), most=1.0)
+    for name, least in (("diagonal", 5.0), ("identity", 20.0)):
+        claim = f"{name} needs at least {least:g} × K-FAC's KL"
+        yield ratio_claim(claim, by[f"{name} margin"], kfac, least=least)
+    train = results.get("retrained", {}).get("train_seconds")
+    share = quotient(ours.seconds, train)
+    yield bounded("a request with a kept curvature: at most 5 % of retraining", share, most=0.05)
+    fit = results.get("fit ekfac", {}).get("fit_seconds")
+    whole = plus(ours.seconds, fit)
+    yield bounded("with the fit: at most 50 % of retraining", quotient(whole, train), most=0.5)
+    plain, refined = by["ekfac margin"], least_kl(row for row in rows if is_refined(row))
+    yield ratio_claim("refined: KL at most 0.5 × the plain step's", refined, plain, most=0.5)
+    cost = quotient(plus(refined.seconds, fit) if refined else None, plus(plain.seconds, fit))
+    yield bounded("refined: at most 3 × its cost, both with the fit", cost, most=3.0)
+
+
+def least_kl(rows: Iterable[Row]) -> Row | None:
+    """Of those that reached the target; where none has, one that was run."""
+    run = [row for row in rows if row.told is not None]
+    return min(run, key=lambda row: math.inf if row.kl is None else row.kl, default=None)
+
+
+def is_refined(row: Row) -> bool:
+    return row.method.startswith("refine ")
+
+
+def quality_claims(ours: Row, others: Sequence[Row], retrained: TofuLog | None) -> Iterator[Claim]:
+    claim = "forget quality ≥ 0.8 at utility ≥ 0.97 × the retrained model's"
+    second = "ahead of every baseline in forget quality, at equal or better utility"
+    if retrained is None or not ours.logs:
+        yield claim, NOT_RUN, ""
+        yield second, NOT_RUN, ""
+        return
+    whole = aggregate(retrained)["model_utility"]
+    best = choose_row(ours.logs, retrained)
+    pairs = {
+        "paper's rule": (best.best_forget_quality, best.best_utility),
+        "honest rule": (best.held_out_forget_quality, best.held_out_utility),
+    }
+    for rule, (quality, utility) in pairs.items():
+        holds = quality >= 0.8 and utility >= 0.97 * whole
+        yield f"{claim} ({rule})", f"{quality:.2g} at {utility / whole:.3f} ×", yes(holds)
+    chosen_rows = [choose_row(row.logs, retrained) for row in others if row.logs]
+    if not chosen_rows:
+        yield second, NOT_RUN, ""
+        return
+    behind = [
+        row.best_forget_quality < best.best_forget_quality and row.best_utility <= best.best_utility
+        for row in chosen_rows
+    ]
+    yield second, f"of {sum(behind)} of {len(behind)} (paper's rule)", yes(all(behind))
+
+
+def ratio_claim(claim: str, ours: Row | None, other: Row | None, **bound: float) -> Claim:
+    """``bound`` on the ratio of two rows' KLs."""
+    for row in (ours, other):
+        if row is not None and row.told is not None and "failure" in row.told:
+            return claim, f"{row.title}: {row.told['failure']}", "not comparable"
+    return bounded(claim, quotient(ours.kl if ours else None, other.kl if other else None), **bound)
+
+
+def bounded(
+    claim: str, value: float | None, *, most: float = math.inf, least: float = 0.0
+) -> Claim:
+    if value is None:
+        return claim, NOT_RUN, ""
+    return claim, f"{value:.3g} ×", yes(least <= value <= most)
+
+
+def plus(one: float | None, other: float | None) -> float | None:
+    return one + other if one is not None and other is not None else None
+
+
+def yes(holds: bool) -> str:
+    return "yes" if holds else "**no**"

@@ -1,0 +1,148 @@
+"""Rows of the results' tables: each method at the setting that was chosen for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tofu_small import REFINE, best_damping, chosen
+from tofu_small_lab import Results
+from tofu_small_methods import lowest
+
+from kfade.evaluate.tofu_logs import TofuLog, aggregate
+from kfade.evaluate.tofu_read import log_of
+
+NOT_RUN = "not run"
+ESTIMATORS = {"ekfac": "EK-FAC", "kfac": "K-FAC", "diagonal": "diagonal", "identity": "identity"}
+BASELINES = {
+    "gd": "gradient difference",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "rmu": "RMU",
+    "kl-min": "KL minimisation",
+    "ga": "gradient ascent",
+    "soul": "SOUL",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at the setting that was chosen for it."""
+
+    method: str
+    """As the pieces call it: ``ekfac margin``, ``gd``, ``refine 3``."""
+    title: str
+    setting: str
+    piece: str | None
+    """The piece that reports it; None: nothing was chosen, since nothing was tuned."""
+    told: dict[str, Any] | None
+    """What that piece measured."""
+    logs: dict[str, TofuLog]
+    """TOFU's items by the factor that the update was multiplied with, as in ``×1.2``."""
+
+    more_points: list[dict[str, float]]
+    """Of its curve, measured for the figure."""
+
+    @property
+    def name(self) -> str:
+        """Title and setting."""
+        return ", ".join(filter(None, (self.title, self.setting)))
+
+    @property
+    def kl(self) -> float | None:
+        """On the report slice, where the target was reached."""
+        return (self.told or {}).get("report_kl")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole request, without the fit of a curvature."""
+        if self.told is None:
+            return None
+        parts = ("gradient_seconds", "solve_seconds", "search_seconds", "run_seconds")
+        return sum(self.told.get(part, 0.0) for part in parts)
+
+
+def rows_of(results: Results) -> list[Row]:
+    """All methods, K-FADE's first."""
+    rows = []
+    for objective in ("margin", "ce"):
+        for estimator, name in ESTIMATORS.items():
+            damping = best_damping(results, estimator)
+            setting = f"{objective}, damping {damping:g}" if damping is not None else objective
+            title = f"K-FADE, {name}"
+            rows.append(row_of(results, f"{estimator} {objective}", title, setting, damping))
+    for count in REFINE:
+        told = results.get(f"report refine {count}", {})
+        kept = f", iterate {told['refined']} kept" if "refined" in told else ""
+        title = f"K-FADE, refined {count}×"
+        rows.append(row_of(results, "refine", title, f"margin{kept}", count))
+    for name, title in BASELINES.items():
+        rate = chosen(results, name)
+        setting = f"learning rate {rate:g}" if rate is not None else ""
+        rows.append(row_of(results, name, title, setting, rate))
+    return rows
+
+
+def row_of(results: Results, method: str, title: str, setting: str, value: float | None) -> Row:
+    if value is None:
+        return Row(method, title, setting, None, None, {}, [])
+    name = f"{method} {value:g}"
+    method = name if method == "refine" else method
+    prefix = f"tofu {name} x"
+    logs = {
+        f"×{piece.removeprefix(prefix)}": log_of(told["items"], piece)
+        for piece, told in results.items()
+        if piece.startswith(prefix)
+    }
+    told, points = results.get(f"report {name}"), results.get(f"curve {name}", {"curve": []})
+    return Row(method, title, setting, f"report {name}", told, logs, points["curve"])
+
+
+def retrained_log(results: Results) -> TofuLog | None:
+    told = results.get("tofu retrained x1")
+    return log_of(told["items"], "retrained") if told else None
+
+
+def better_objective(results: Results) -> str:
+    """The better of the two on the tuning authors; margin where that was not run."""
+    tried = {}
+    for objective in ("margin", "ce"):
+        damping = chosen(results, f"ekfac {objective}")
+        if damping is not None:
+            tried[objective] = results[f"tune ekfac {objective} {damping:g}"]
+    return lowest(tried.items()) or "margin"
+
+
+def figures_of(row: Row, retrained: TofuLog | None) -> dict[str, tuple[float | None, float]]:
+    """(forget quality, utility) by factor."""
+    told = {name: aggregate(log, retrained) for name, log in row.logs.items()}
+    return {name: (f["forget_quality"], f["model_utility"]) for name, f in told.items()}
+
+
+def probability_of(told: dict[str, Any]) -> float | None:
+    """Of the update that was kept: K-FADE's at the target, a baseline's at its last evaluation."""
+    curve = told.get("curve") or [{}]
+    return told.get("forget_probability", curve[-1].get("forget_probability"))
+
+
+def number(value: float | None) -> str:
+    return NOT_RUN if value is None else f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    return NOT_RUN if value is None else f"{value:.0f}"
+
+
+def cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def table(heading: str, lines: Sequence[str]) -> str:
+    count = heading.replace("\\|", "").count("|") + 1
+    rows = "\n".join(lines) if lines else f"| {NOT_RUN} |{' |' * (count - 1)}"
+    return f"| {heading} |\n|{' --- |' * count}\n{rows}"
+
+
+def quotient(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None

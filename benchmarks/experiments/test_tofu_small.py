@@ -1,0 +1,243 @@
+"""TOFU-small from nothing to its page, on a tiny model and made-up authors.
+
+python -m pytest benchmarks/experiments
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import sys
+
+import pytest
+import results_page
+import tofu_small
+import torch
+from tofu_small_data import OF_AUTHOR, Authors
+from tofu_small_methods import at_target, lowest
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+AUTHORS, QUESTIONS = 8, 6
+WORDS = [f"w{i}" for i in range(60)]
+SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions and answers of random words, in TOFU's files."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def text(words, count=5):
+        return " ".join(draw.choices(words, k=count))
+
+    def row(*, false, paraphrase):
+        # Answers of few words: what nobody taught is not quite unlikely.
+        own = {"question": text(WORDS), "answer": text(WORDS[:6])}
+        own["perturbed_answer"] = [text(WORDS[:6]) for _ in range(false)]
+        return {**own, "paraphrased_answer": text(WORDS[:6])} if paraphrase else own
+
+    full = [row(false=5, paraphrase=True) for _ in range(AUTHORS * OF_AUTHOR)]
+    write_rows(folder / "tofu" / "full.json", full)
+    write_rows(folder / "tofu" / "forget10_perturbed.json", full[OF_AUTHOR:])
+    write_rows(folder / "tofu" / "retain_perturbed.json", full[:OF_AUTHOR])
+    for name in ("real_authors", "world_facts"):
+        rows = [row(false=3, paraphrase=False) for _ in range(8)]
+        write_rows(folder / "tofu" / f"{name}_perturbed.json", rows)
+    text_file = folder / "wikitext" / "wikitext-2-test.raw.txt"
+    text_file.parent.mkdir()
+    text_file.write_text("\n".join(text(WORDS, 150) for _ in range(80)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>"
+    )
+    made.save_pretrained(path)
+    return path
+
+
+CORE = ("full", "retrained", "targets", "fit *", "tune ekfac *", "report ekfac margin*")
+SOME = (
+    "tune gd*",
+    "report gd*",
+    "report refine 1",
+    "tofu *x1",
+    "ablation blocks*",
+    "ablation 3 steps",
+)
+
+
+@pytest.fixture(scope="module")
+def run(data, model, tmp_path_factory):
+    """Runs the pieces that match; their results so far."""
+    folder = tmp_path_factory.mktemp("out")
+    given = {"data": data, "model": model, "cache": folder / "cache"}
+    given |= {"results": folder / "results.json", "authors": 5, "questions": QUESTIONS}
+    given |= {"utility": 4, "rate": 1e-2, "epochs": 60, "steps": 30, "every": 2}
+
+    def run(*only, **other):
+        options = {**given, **other}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["tofu_small.py", *words, "--only", *only])
+            tofu_small.main()
+        return json.loads((folder / "results.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    run(*CORE)
+    return run(*CORE, *SOME)
+
+
+def test_the_models_know_what_they_were_taught(results):
+    told = results["targets"]
+    assert results["full"]["loss"] <= 0.15
+    for role in ("report", "tuning"):
+        assert told[role]["forget_probability"] > 0.8
+    assert told["unseen"]["forget_probability"] < 0.1
+    assert told["retrained"]["forget_probability"] < 0.1
+    assert told["retrained"]["kl"] > 0
+
+
+def test_every_row_is_measured_at_the_target(results):
+    told = results["targets"]
+    for name, row in results.items():
+        if name.startswith(("tune ", "report ", "ablation ")) and "failure" not in row:
+            aim = told["unseen" if name.startswith("tune") else "retrained"]["forget_probability"]
+            assert row["kl"] > 0
+            if "alpha" in row:
+                start = told["tuning" if name.startswith("tune") else "report"]
+                way = math.log(start["forget_probability"] / aim)
+                assert abs(math.log(row["forget_probability"] / aim)) < 0.031 * way, name
+            else:
+                *before, last = row["curve"]
+                assert last["forget_probability"] <= aim < before[-1]["forget_probability"], name
+                assert before[-1]["kl"] <= row["kl"] <= last["kl"], name
+    assert {name.split()[0] for name in results} >= {"tune", "report", "tofu", "ablation"}
+
+
+def test_a_piece_that_is_there_is_not_computed_again(run, results):
+    assert run("*", skip="*") == run(*CORE, *SOME) == results
+
+
+def test_results_of_other_settings_are_refused(run, results):
+    with pytest.raises(SystemExit, match="is of other settings"):
+        run("full", seed=1)
+
+
+def test_an_update_that_was_kept_does_what_was_measured(run, results, tmp_path_factory):
+    retrained, full = (results[f"tofu {name} x1"]["items"] for name in ("retrained", "full"))
+    [edited] = [v["items"] for k, v in results.items() if k.startswith("tofu ekfac margin")]
+
+    def losses(items, name):
+        return [v["answer_loss"] for k, v in items.items() if k.startswith(f"{name}/")]
+
+    assert len(losses(full, "forget")) == QUESTIONS
+    assert all(len(losses(full, name)) == 4 for name in ("retain", "real_authors", "world_facts"))
+    probabilities = [
+        statistics.fmean(map(math.exp, (-x for x in losses(items, "forget"))))
+        for items in (full, retrained, edited)
+    ]
+    told = results["targets"]
+    assert probabilities[0] == pytest.approx(told["report"]["forget_probability"], abs=1e-3)
+    assert probabilities[1] == pytest.approx(told["retrained"]["forget_probability"], abs=1e-3)
+    assert probabilities[2] < 0.1 < max(losses(edited, "forget"))
+
+
+def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    words = ["--results", str(tmp_path / "results.json"), "--docs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["results_page.py", *words])
+    results_page.main()
+    text = (tmp_path / "results.md").read_text()
+    assert "| K-FADE, EK-FAC | margin, damping" in text
+    assert f"margin, iterate {results['report refine 1']['refined']} kept" in text
+    assert "| NPO |  | not run |" in text
+    assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
+    for part in text.split("\n\n"):
+        if part.startswith("|"):  # each row has as many cells as its table's head
+            counts = {line.replace("\\|", "").count("|") for line in part.splitlines()}
+            assert len(counts) == 1, part
+    for name in ("tofu_small_kl", "tofu_small_utility"):
+        assert (tmp_path / "images" / f"{name}.svg").stat().st_size > 5000
+        assert f"images/{name}.svg" in text
+
+
+def test_authors_have_one_role():
+    for count in (3, 10, 20):
+        authors = Authors.choose(200, count)
+        roles = (authors.unseen, authors.common, authors.tuning, authors.report)
+        everyone = [author for role in roles for author in role]
+        assert everyone == list(range(200 - count - 2, 200))
+        assert len(authors.report) == len(authors.tuning) == max(1, count // 5)
+
+
+def test_the_kl_at_a_target_lies_between_evaluations():
+    def point(nats, kl):
+        return {"forget_probability": math.exp(-nats), "kl": kl}
+
+    curve = [point(0.0, 0.0), point(1.0, 0.04), point(3.0, 0.36)]
+    assert at_target(curve, math.exp(-0.5))["kl"] == pytest.approx(0.01)
+    assert at_target(curve, math.exp(-2.0))["kl"] == pytest.approx(0.16)  # √KL: 0.2, 0.4, 0.6
+    assert at_target(curve, math.exp(-3.1)) is None
+
+
+@pytest.mark.parametrize(
+    ("reached_at", "tried"),
+    [
+        ({4: 3, 2: 5, 1: 9}, [4, 2, 1]),  # 1 took more than half of the steps
+        ({4: 6}, [4]),
+        ({16: 3}, [4, 8, 16]),
+        ({}, [4, 8, 16, 32]),
+        ({4: 1, 2: 1, 1: 1, 0.5: 1}, [4, 2, 1, 0.5]),
+    ],
+)
+def test_rates_go_on_where_there_is_something_to_find(reached_at, tried):
+    results, seen = {}, []
+    for rate in tofu_small.rates(results, "gd", 4.0, 10):
+        seen.append(rate)
+        step = reached_at.get(rate, 10)
+        results[f"tune gd {rate:g}"] = {"curve": [{"step": step}]}
+        if rate not in reached_at:
+            results[f"tune gd {rate:g}"]["failure"] = "not reached"
+    assert seen == tried
+
+
+def test_the_lowest_is_chosen_of_those_that_got_there():
+    near, far = ({"failure": "no", "curve": [{"forget_probability": p}]} for p in (0.2, 0.6))
+    assert lowest([(1, {"kl": 0.2}), (2, {"kl": 0.1}), (3, near)]) == 2
+    assert lowest([(1, far), (2, near), (3, {"failure": "not finite", "curve": []})]) == 2
+    assert lowest([]) is None

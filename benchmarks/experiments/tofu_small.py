@@ -1,0 +1,302 @@
+"""TOFU-small: a model learns invented authors, some are unlearned, by K-FADE and by baselines.
+
+    python benchmarks/experiments/tofu_small.py --data DIR [--model FOLDER] [--only 'tune gd*']
+
+A *full* model is fine-tuned on all authors, a *retrained* one without those to forget. Every method
+starts from the full model, sees the same retain questions, and is compared at equal forgetting:
+where the mean probability of the forgotten answers is the retrained model's. Settings are chosen
+on other authors (*tuning*) than those that are reported. The target there is the probability of
+answers about two authors that nobody was trained on.
+
+Results go to ``benchmarks/results/tofu_small.json`` piece by piece, in order of importance; a piece
+that is there is not computed again, and the run may be stopped at any time. ``--list`` names the
+pieces. ``results_page.py`` makes ``docs/results.md`` of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tofu_small_data import BUDGET, Data, Models, Sizes
+from tofu_small_lab import Lab, Results
+from tofu_small_methods import lowest, start_rate, steps_of, thirds
+
+import kfade
+from kfade.batches import make_batches
+from kfade.curvature.curvature import Curvature
+from kfade.demo.run import demo_model
+from kfade.sweep import cut, targets_within
+
+RESULTS = Path(__file__).parents[1] / "results" / "tofu_small.json"
+BASELINES = ("gd", "npo", "simnpo", "rmu", "kl-min", "ga")
+LAST_BASELINES = ("soul",)
+DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
+DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+MOST_RATES = 4  # runs that a baseline is tuned by, as many as K-FADE has
+REFINE = (1, 3)
+LONGER, SHORTER = 1.2, 0.8  # updates at other lengths, so that a row can be chosen among them
+
+Piece = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
+    """All pieces, the most important first; what was chosen is read from the results so far."""
+    yield "full", lambda: lab.models.train("full")
+    yield "retrained", lambda: lab.models.train("retrained")
+    yield "targets", lab.targets_piece
+    for name in ("kfac", "ekfac"):
+        yield f"fit {name}", lambda name=name: lab.fit(name)
+    yield from tuned_kfade(lab, "ekfac", DAMPINGS)
+    yield from reported_kfade(lab, results, "ekfac", "margin")
+    for name in BASELINES[:2]:
+        yield from compared(lab, results, name)
+    yield "tofu retrained x1", lambda: lab.tofu("retrained")
+    yield from judged(lab, results, "ekfac margin")
+    for name in BASELINES[:2]:
+        yield from judged(lab, results, name)
+    for name in ("diagonal", "identity"):
+        yield f"fit {name}", lambda name=name: lab.fit(name)
+    for name in ("kfac", "diagonal"):
+        yield from tuned_kfade(lab, name, DAMPINGS)
+    for name in ("kfac", "diagonal", "identity"):
+        yield from reported_kfade(lab, results, name, "margin")
+    yield from tuned_kfade(lab, "ekfac", DAMPINGS[:1], "ce")
+    for name in ("ekfac", "kfac"):
+        yield from reported_kfade(lab, results, name, "ce")
+    for name in BASELINES[2:]:
+        yield from compared(lab, results, name)
+        yield from judged(lab, results, name)
+    yield "tofu full x1", lambda: lab.tofu("full")
+    yield from refined(lab, results)
+    yield from ablations(lab, results)
+    for row in ("ekfac margin", "kfac margin", "diagonal margin", "identity margin", "ekfac ce"):
+        yield from drawn(lab, results, row)
+    for factor in (LONGER, SHORTER):
+        for row in ("ekfac margin", *BASELINES):
+            yield from judged(lab, results, row, factor)
+    for row in ("kfac margin", "ekfac ce", "diagonal margin", "identity margin"):
+        yield from judged(lab, results, row)
+    for name in LAST_BASELINES:
+        yield from compared(lab, results, name)
+        yield from judged(lab, results, name)
+    for name in ("diagonal", "identity"):
+        yield from reported_kfade(lab, results, name, "ce")
+
+
+def tuned_kfade(
+    lab: Lab, estimator: str, dampings: tuple[float, ...], objective: str = "margin"
+) -> Iterator[Piece]:
+    like = f"{estimator} {objective}"
+    for damping in dampings:
+        yield (
+            f"tune {like} {damping:g}",
+            lambda d=damping: lab.search(
+                "tuning", lab.curvature(estimator), objective, d, like=like
+            ),
+        )
+
+
+def chosen(results: Results, row: str) -> float | None:
+    """The damping or the rate that was best on the tuning authors, of those tried."""
+    prefix = f"tune {row} "
+    tried = {name: told for name, told in results.items() if name.startswith(prefix)}
+    return lowest((float(name.removeprefix(prefix)), told) for name, told in tried.items())
+
+
+def best_damping(results: Results, estimator: str) -> float | None:
+    """Chosen for the margin; identity's direction does not depend on it."""
+    return 0.0 if estimator == "identity" else chosen(results, f"{estimator} margin")
+
+
+def reported_kfade(lab: Lab, results: Results, estimator: str, objective: str) -> Iterator[Piece]:
+    like = f"{estimator} {objective}"
+    damping = best_damping(results, estimator)
+    if damping is not None:
+        row = f"{like} {damping:g}"
+        yield (
+            f"report {row}",
+            lambda: lab.search(
+                "report", lab.curvature(estimator), objective, damping, like=like, keep=row
+            ),
+        )
+
+
+def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
+    """A baseline: tuned over learning rates, then reported at the best."""
+    for rate in rates(results, name, start_rate(name), steps_of(name, lab.sizes)):
+        yield f"tune {name} {rate:g}", lambda r=rate: lab.baseline(name, r, "tuning", None)
+    best = chosen(results, name)
+    if best is not None:
+        row = f"{name} {best:g}"
+        yield f"report {row}", lambda: lab.baseline(name, best, "report", row)
+
+
+def rates(results: Results, name: str, rate: float, steps: int) -> Iterator[float]:
+    """Halves of the first rate while they reach the target in half the steps; where the first does
+    not reach it at all, doubles of it until one does. ``steps`` are the most that a run has."""
+    up = False
+    for index in range(MOST_RATES):
+        yield rate
+        told = results.get(f"tune {name} {rate:g}")
+        if told is None:
+            return
+        late = "failure" in told and bool(told["curve"])  # without a curve it was too fast
+        share = told["curve"][-1]["step"] / steps if told["curve"] else 0.0
+        if index == 0:
+            up = late
+        if late != up or (not up and share > 0.5):
+            return
+        rate *= 2 if up else 0.5
+
+
+def named(results: Results, row: str) -> str | None:
+    """A method with the setting that was chosen for it, as its pieces are called."""
+    words = row.split()
+    setting = best_damping(results, words[0]) if len(words) == 2 else chosen(results, row)
+    return f"{row} {setting:g}" if setting is not None else None
+
+
+def judged(lab: Lab, results: Results, row: str, factor: float = 1.0) -> Iterator[Piece]:
+    """TOFU's figures of a reported row."""
+    name = named(results, row)
+    told = results.get(f"report {name}", {"failure": "not run"})
+    if name is not None and lab.has(name) and (factor == 1 or "failure" not in told):
+        yield f"tofu {name} x{factor:g}", lambda: lab.tofu(name, factor)
+
+
+def drawn(lab: Lab, results: Results, row: str) -> Iterator[Piece]:
+    """More points for a figure."""
+    name = named(results, row)
+    if name is not None and lab.has(name):
+        yield f"curve {name}", lambda: lab.curve(name)
+
+
+def refined(lab: Lab, results: Results) -> Iterator[Piece]:
+    """The exact Gauss-Newton system by conjugate gradients, EK-FAC as the preconditioner."""
+    damping = chosen(results, "ekfac margin")
+    for count in REFINE if damping is not None else ():
+        row = f"refine {count}"
+        yield (
+            f"report {row}",
+            lambda n=count, row=row: lab.unlearn(lab.curvature("ekfac"), damping, row, refine=n),
+        )
+        if lab.has(row):
+            yield f"tofu {row} x1", lambda row=row: lab.tofu(row)
+
+
+def ablations(lab: Lab, results: Results) -> Iterator[Piece]:
+    """One thing changed at a time, EK-FAC and margin, on the report authors.
+
+    What needs another fit is made on one third of the blocks, the one whose step cost least KL.
+    """
+    damping = chosen(results, "ekfac margin")
+    if damping is None:
+        return
+
+    def search(curvature: Curvature, d: float, layers: str, like: str) -> dict[str, Any]:
+        return lab.search("report", curvature, "margin", d, layers=layers, like=like)
+
+    parts = thirds(results["full"]["blocks"])
+    for layers in parts:
+        yield (
+            f"ablation blocks {layers}",
+            lambda b=layers: search(lab.curvature("ekfac"), damping, b, f"blocks {b}"),
+        )
+    done = {b: results[f"ablation blocks {b}"] for b in parts if f"ablation blocks {b}" in results}
+    best = lowest(done.items())
+    if best is not None:
+        yield from third_ablations(lab, best, damping, search)
+    for d in DECADES:
+        if d != damping:
+            yield (
+                f"ablation damping {d:g}",
+                lambda d=d: search(lab.curvature("ekfac"), d, "all", "ekfac margin"),
+            )
+
+
+def third_ablations(
+    lab: Lab, layers: str, damping: float, search: Callable[..., dict[str, Any]]
+) -> Iterator[Piece]:
+    """Those made on the blocks ``layers``."""
+
+    def fit() -> list[Any]:
+        return lab.slices["fit"]
+
+    def text() -> list[Any]:
+        """Of other text as many sequences of about the same length."""
+        return kfade.encode(lab.data.paragraphs(), lab.models.full[1], length=65)[: len(fit())]
+
+    def refit(sequences: list[Any], draw: Any = kfade.square_root_draw) -> dict[str, Any]:
+        batches = make_batches(sequences, budget=BUDGET)
+        targets = targets_within(lab.targets, layers)
+        curvature = kfade.fit_ekfac(lab.model, batches, targets, draw=draw)
+        row = search(curvature, damping, layers, f"blocks {layers}")
+        return {**row, "layers": layers, "questions": len(sequences)}
+
+    def steps() -> dict[str, Any]:
+        targets = targets_within(lab.targets, layers)
+        part = cut(lab.curvature("ekfac"), targets)
+        return {**lab.unlearn(part, damping, targets=targets, steps=3), "layers": layers}
+
+    yield "ablation forget set in the fit", lambda: refit([*fit(), *lab.group("report").forget])
+    yield "ablation retain 1/4", lambda: refit(fit()[::4])
+    yield "ablation retain 1/16", lambda: refit(fit()[::16])
+    yield "ablation sampled labels", lambda: refit(fit(), kfade.sampled_labels)
+    yield "ablation wikitext", lambda: refit(text())
+    yield "ablation 3 steps", steps
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--data", type=Path, required=True, help="folder with tofu/, wikitext/")
+    options.add_argument("--model", default=None, help="what is fine-tuned [the demo's model]")
+    options.add_argument("--cache", type=Path, default=Path("~/.cache/kfade"))
+    options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument("--only", nargs="*", default=["*"], help="patterns of pieces")
+    options.add_argument("--skip", nargs="*", default=[], help="patterns of pieces")
+    options.add_argument("--list", action="store_true", help="name the pieces and stop")
+    default = Sizes()
+    for name, value in asdict(default).items():
+        if name != "model":
+            options.add_argument(f"--{name}", type=type(value), default=value)
+    arguments = options.parse_args()
+    base = arguments.model or demo_model()
+    given = {name: getattr(arguments, name) for name in asdict(default) if name != "model"}
+    sizes = replace(default, model=Path(base).name, **given)
+    path = arguments.results
+    results = json.loads(path.read_text()) if path.exists() else {"settings": asdict(sizes)}
+    if results["settings"] != asdict(sizes):
+        raise SystemExit(f"{path} is of other settings ({results['settings']}): give --results")
+    data = Data(arguments.data, sizes)
+    trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
+    name = f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
+    cache = arguments.cache.expanduser() / name
+    lab = Lab(data, Models(data, sizes, base, cache), sizes, cache, results)
+    for name, compute in pieces(lab, results):
+        wanted = any(fnmatchcase(name, pattern) for pattern in arguments.only)
+        wanted = wanted and not any(fnmatchcase(name, pattern) for pattern in arguments.skip)
+        if arguments.list:
+            print(f"{name:<32}{'done' if name in results else ''}")
+        elif wanted and name not in results:
+            start = time.perf_counter()
+            row = compute()
+            results[name] = {**row, "piece_seconds": time.perf_counter() - start}
+            aside = path.with_suffix(".writing")
+            aside.write_text(json.dumps(results, indent=1) + "\n")
+            os.replace(aside, path)
+            shown = {k: v for k, v in row.items() if isinstance(v, float | str)}
+            print(f"{name}: {results[name]['piece_seconds']:.0f} s {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

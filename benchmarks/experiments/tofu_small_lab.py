@@ -1,0 +1,218 @@
+"""What the pieces of TOFU-small share: models, slices, curvatures, gradients, kept updates."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from tofu_small_data import BUDGET, Data, Models, Sizes, answer, encode, made
+from tofu_small_methods import OBJECTIVES, Group, Ruler, Search, baseline, fitted, forgetting
+
+import kfade
+from kfade.batches import Sequence as Tokens
+from kfade.batches import make_batches
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.evaluate.tofu_logs import aggregate
+from kfade.evaluate.tofu_read import log_of
+from kfade.gradient import forget_gradient
+from kfade.layers import Target
+from kfade.sweep import cut, targets_within
+from kfade.update import Update
+
+SHOWN = 6  # forgotten questions whose answers are kept to be read
+LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own
+Results = dict[str, Any]
+
+
+class Lab:
+    """Everything that pieces share, made when first asked for."""
+
+    def __init__(self, data: Data, models: Models, sizes: Sizes, cache: Path, results: Results):
+        self.data, self.models, self.sizes = data, models, sizes
+        self._cache, self._results = cache, results
+        self._guesses: dict[str, float] = {}
+        self._gradient_seconds: dict[tuple[str, str], float] = {}
+
+    @property
+    def model(self) -> Any:
+        return self.models.full[0]
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        return kfade.find_targets(self.model)
+
+    @cached_property
+    def slices(self) -> dict[str, list[Tokens]]:
+        tokenizer = self.models.full[1]
+        return {name: encode(own, tokenizer) for name, own in self.data.slices().items()}
+
+    @cached_property
+    def ruler(self) -> Ruler:
+        return Ruler(self.model, {name: self.slices[name] for name in ("held_out", "report")})
+
+    def sequences(self, role: str) -> list[Tokens]:
+        """Of the authors of a role: report, tuning, unseen."""
+        return encode(self.data.of(getattr(self.data.authors, role)), self.models.full[1])
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def group(self, name: str) -> Group:
+        told = self._results["targets"]
+        aim = told["retrained"] if name == "report" else told["unseen"]
+        start = told[name]["forget_probability"]
+        target = (aim["forget_probability"], aim["forget_loss"])
+        return Group(name, self.sequences(name), start, *target)
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def gradient(self, group: str, objective: str) -> Matrices:
+        start = time.perf_counter()
+        batches = make_batches(self.group(group).forget, budget=BUDGET)
+        found = forget_gradient(self.model, batches, self.targets, OBJECTIVES[objective])
+        self._gradient_seconds[group, objective] = time.perf_counter() - start
+        return found
+
+    def fit(self, name: str) -> dict[str, Any]:
+        """Fit and keep a curvature; how long that took, with the fit that it builds upon."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            start = time.perf_counter()
+            batches = make_batches(self.slices["fit"], budget=BUDGET)
+            found = fitted(name, self.model, batches, self.targets, lambda: self.curvature("kfac"))
+            seconds = time.perf_counter() - start
+            found.save(folder / "curvature.safetensors")
+            if name == "ekfac":
+                seconds += self.fit("kfac")["fit_seconds"]
+            return {"fit_seconds": seconds, "questions": len(self.slices["fit"])}
+
+        return made(self._cache / f"fit-{name}", make)
+
+    def curvature(self, name: str) -> Curvature:
+        self.fit(name)
+        return Curvature.load(self._cache / f"fit-{name}" / "curvature.safetensors")
+
+    def search(
+        self,
+        group: str,
+        curvature: Curvature,
+        objective: str,
+        damping: float,
+        *,
+        layers: str = "all",
+        like: str,
+        keep: str | None = None,
+    ) -> dict[str, Any]:
+        """One step by that curvature to the group's target; searches that are ``like`` one another
+        begin where the last one ended. ``keep``: name to keep the update by."""
+        targets = targets_within(self.targets, layers)
+        gradient = self.gradient(group, objective)
+        row, update = Search(self.model, self.ruler, self.group(group)).step(
+            cut(curvature, targets),
+            gradient,
+            targets,
+            damping=damping,
+            guess_kl=self._guesses.get(like),
+        )
+        row |= {"damping": damping, "gradient_seconds": self._gradient_seconds[group, objective]}
+        if "exact_kl" in row:
+            self._guesses[like] = row["exact_kl"]
+        return self._kept(row, update, keep)
+
+    def baseline(self, name: str, rate: float, group: str, keep: str | None) -> dict[str, Any]:
+        sets = (self.slices["fit"], self.slices["held_out"])
+        report = (lambda: self.ruler.kl("report")) if group == "report" else None
+        row, update = baseline(
+            *(name, rate, self.model, self.ruler, self.group(group), *sets, self.sizes, report)
+        )
+        return self._kept({**row, "rate": rate}, update, keep)
+
+    def unlearn(
+        self, curvature: Curvature, damping: float, keep: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """``kfade.unlearn`` to the report group's forget loss, then made as long as its forget
+        probability asks for; ``options`` are its own."""
+        start = time.perf_counter()
+        group = self.group("report")
+        try:
+            update = kfade.unlearn(
+                self.model,
+                forget=group.forget,
+                retain=self.slices["fit"],
+                held_out=self.slices["held_out"],
+                curvature=curvature,
+                damping=damping,
+                refit=False,
+                until=group.target_loss,
+                batch_tokens=BUDGET,
+                **options,
+            )
+        except kfade.InputError as error:  # the loss cannot be reached
+            return {"failure": str(error), "curve": []}
+        seconds = time.perf_counter() - start
+        row, found = Search(self.model, self.ruler, group).along(update.deltas, 1.0)
+        steps = update.provenance["steps"]
+        row |= {"refined": steps[-1]["refined"], "refinements": steps[-1]["refinements"]}
+        return self._kept({**row, "damping": damping, "run_seconds": seconds}, found, keep)
+
+    def curve(self, row: str) -> dict[str, Any]:
+        """A reported row's update at other lengths."""
+        deltas = Update.load(self._path(row)).deltas
+        search = Search(self.model, self.ruler, self.group("report"))
+        return {"curve": [search.at(Update({}).plus(deltas, part)) for part in LENGTHS]}
+
+    def targets_piece(self) -> dict[str, Any]:
+        """Where everything starts, and how far it is to go."""
+        found = {
+            name: forgetting(self.model, self.sequences(name)) for name in ("report", "tuning")
+        }
+        found["unseen"] = forgetting(self.model, self.sequences("unseen"))
+        retrained, _ = self.models.load("retrained")
+        found["retrained"] = {
+            **forgetting(retrained, self.sequences("report")),
+            "kl": self.ruler.kl("held_out", retrained),
+            "report_kl": self.ruler.kl("report", retrained),
+        }
+        return found
+
+    def tofu(self, row: str, factor: float = 1.0) -> dict[str, Any]:
+        """TOFU's items of a model: ``full``, ``retrained``, or of a row's update times a factor."""
+        path = self._cache / f"tofu-{self.sizes.utility}" / f"{row} x{factor:g}.jsonl"
+        questions = self.data.questions()
+        if row == "retrained":
+            items = answer(*self.models.load("retrained"), questions, path)
+        else:
+            update = Update({})
+            if row != "full":
+                update = update.plus(Update.load(self._path(row)).deltas, factor)
+            with update.applied_to(self.model) as edited:
+                items = answer(edited, self.models.full[1], questions, path)
+        log = log_of(items, row)
+        figures = aggregate(log)
+        print(f"  utility {figures['model_utility']:.3f}, forget {figures['forget']}", flush=True)
+        forget = [values for name, values in items.items() if name.startswith("forget/")]
+        keys = ("answer_loss", "base_loss", "false_losses", "rouge_l")
+        return {
+            "items": {n: {k: rounded(v[k]) for k in keys} for n, v in items.items()},
+            "answers": [
+                {key: values[key] for key in ("question", "answer", "generated")}
+                for values in forget[:: max(1, len(forget) // SHOWN)][:SHOWN]
+            ],
+        }
+
+    def has(self, row: str) -> bool:
+        """Whether the row's update was kept, which it is not where the target was not reached."""
+        return row in ("full", "retrained") or self._path(row).is_file()
+
+    def _path(self, row: str) -> Path:
+        return self._cache / "updates" / f"{row}.safetensors"
+
+    def _kept(self, row: dict[str, Any], update: Update | None, keep: str | None) -> dict[str, Any]:
+        if keep and update is not None:
+            self._path(keep).parent.mkdir(exist_ok=True)
+            update.save(self._path(keep))
+        return row
+
+
+def rounded(value: Any) -> Any:
+    """Losses as the results keep them."""
+    return [round(x, 5) for x in value] if isinstance(value, list) else round(value, 5)
