@@ -5,8 +5,9 @@
 
 Every measurement is a process of its own (``benchmarks/peers``), and the libraries take turns, so
 that a slow minute of the machine falls on all. The interpreter has kfade and the peers installed
-(``benchmarks/peers/requirements.txt``). Writes ``benchmarks/results/fit_speed.json`` and prints the
-tables of ``docs/performance.md``.
+(``benchmarks/peers/requirements.txt``). Writes ``benchmarks/results/fit_speed.json``, adding to
+what is there of the same sizes (``--only`` some, and later others), and prints the tables of
+``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def main() -> None:
         tokens = Path(folder) / "tokens.safetensors"
         write_tokens(given.model, given.text, given.sequences, tokens)
         common = ["--model", str(given.model), "--tokens", str(tokens)]
-        result: dict[str, Any] = {"length": LENGTH, "sequences": given.sequences, "runs": {}}
+        sizes = {"length": LENGTH, "sequences": given.sequences}
+        result: dict[str, Any] = {**sizes, "runs": {}}
+        if RESULT.exists():
+            before = json.loads(RESULT.read_text(encoding="utf-8"))
+            result = before if {name: before[name] for name in sizes} == sizes else result
         result["limit"] = {
             dtype: measured(given.python, "limit.py", [*common, "--dtype", dtype])
             for dtype in ("float32", "bfloat16")
@@ -122,7 +127,7 @@ def ratios(result: dict[str, Any]) -> list[str]:
     for name in ("kfade", "kfade bf16"):
         if name not in runs or "kronfluence" not in runs:
             continue
-        pairs = list(zip(runs["kronfluence"], runs[name], strict=True))
+        pairs = list(zip(runs["kronfluence"], runs[name], strict=False))
         cells = [
             spread([peer["seconds"][stage] / own["seconds"][stage] for peer, own in pairs], 2)
             for stage in STAGES
