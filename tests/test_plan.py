@@ -549,11 +549,11 @@ def test_deal_among_more_processes_than_there_are():
 
 
 def test_measured_speed_is_what_the_clock_says(monkeypatch):
-    def shortest(work, device):
+    def typical(work, device):
         work()
         return 0.1
 
-    monkeypatch.setattr(kfade.cost, "_shortest", shortest)
+    monkeypatch.setattr(kfade.cost, "_typical", typical)
     speed = measure_speed(torch.device("cpu"), torch.bfloat16)
     assert speed.products == speed.float32 == 2 * 1024**3 / 0.1
     assert speed.bandwidth == 12 * 2**25 / 0.1
@@ -693,7 +693,7 @@ def test_command_reads_gguf_and_dtypes(tmp_path, capsys):
 
 
 def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kfade.cost, "_shortest", lambda work, device: 0.1)
+    monkeypatch.setattr(kfade.cost, "_typical", lambda work, device: 0.1)
     folder = saved(SMALL, tmp_path)
     arguments = ["plan", folder, "--measure", "--memory", "454MB", "--batch-tokens", "64"]
     assert main([*arguments, "--sequence-length", "33", "--devices", "2"]) == 0

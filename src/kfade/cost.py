@@ -8,6 +8,7 @@ Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, T position
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     rates = {kind: _product_rate(device, kind) for kind in {dtype, torch.float32}}
     entries = 2**25  # too many for a cache
     sum_, product = torch.zeros(entries, device=device), torch.ones(entries, device=device)
-    squares = _shortest(lambda: sum_.addcmul_(product, product), device)
+    squares = _typical(lambda: sum_.addcmul_(product, product), device)
     return Speed(rates[dtype], rates[torch.float32], 12 * entries / squares)
 
 
@@ -64,22 +65,26 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 1024
     while True:
         left = torch.ones(size, size, dtype=dtype, device=device)
-        taken = _shortest(lambda: left @ left, device)  # noqa: B023
+        taken = _typical(lambda: left @ left, device)  # noqa: B023
         if taken > 0.05 or size >= 16384:
             return 2 * size**3 / taken
         size *= 2
 
 
-def _shortest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the shortest of a few runs."""
-    best = math.inf
-    for _ in range(4):
+def _typical(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the median run of those that fill two seconds, four at least.
+
+    Not of the shortest: what counts is the speed that a device keeps up, which on shared machines
+    is well below that of its best moment.
+    """
+    taken: list[float] = []
+    while len(taken) < 4 or sum(taken) < 2:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def symmetric_flops(width: int) -> int:

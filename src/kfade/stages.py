@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import resource
 import sys
 import time
@@ -74,7 +75,11 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    with contextlib.suppress(OSError):  # not every system has it, or allows it
+    # glibc keeps what was freed: the next stage would seem to hold it, and its tensors do not fit
+    # into the holes.
+    with contextlib.suppress(OSError, AttributeError):  # not every system has it, or allows it
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 

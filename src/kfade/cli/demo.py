@@ -48,7 +48,7 @@ def demo(
     """Make SmolLM2-135M-Instruct forget the capitals of the world, and show what changed.
 
     Fits on statements about 74 countries and asks in other words; neighbouring geography and
-    general knowledge must stay. Under five minutes on two cores.
+    general knowledge must stay. Five to eight minutes on two cores.
     """
     check_free(out)
     config = demo_config(model or demo_model())
