@@ -75,8 +75,8 @@ def cards(rows: Sequence[Row], results: Results) -> list[dict[str, str]]:
         own = [row for row in rows if row.metric.group == group and run.name in row.values]
         if not own:
             continue
-        # An evaluation's figure, made apart from the run, says more than the run's own.
-        row = max(own, key=lambda row: row.values[run.name].low is not None)
+        # A figure beside its base says most; of the others an evaluation's, made apart from the run.
+        row = max(own, key=lambda row: (_has(row, base), row.values[run.name].low is not None))
         unit, value = row.metric.unit, row.values[run.name]
         before = row.values.get(base.name) if base else None
         made.append(
@@ -90,6 +90,10 @@ def cards(rows: Sequence[Row], results: Results) -> list[dict[str, str]]:
             }
         )
     return made
+
+
+def _has(row: Row, subject: Subject | None) -> bool:
+    return subject is not None and subject.name in row.values
 
 
 def run_tables(results: Results) -> list[dict[str, Any]]:
