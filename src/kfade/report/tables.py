@@ -75,7 +75,7 @@ def cards(rows: Sequence[Row], results: Results) -> list[dict[str, str]]:
         own = [row for row in rows if row.metric.group == group and run.name in row.values]
         if not own:
             continue
-        # A figure beside its base says most; of the others an evaluation's, made apart from the run.
+        # A figure beside its base says most; of others an evaluation's, made apart from the run.
         row = max(own, key=lambda row: (_has(row, base), row.values[run.name].low is not None))
         unit, value = row.metric.unit, row.values[run.name]
         before = row.values.get(base.name) if base else None
