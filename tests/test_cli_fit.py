@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from kfade.cli import main
 from kfade.cli.options import bytes_of
+from kfade.cli.session import load
+from kfade.config import FitConfig, ModelConfig
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.store import SumsKeeper
 from kfade.errors import InputError
@@ -142,6 +144,15 @@ def test_a_model_is_not_spread_over_one_process(desk, tmp_path, capsys):
     assert main(arguments(desk, "--shard")) == 2
     assert "there is one process; start with torchrun" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+    with pytest.raises(InputError, match="there is one process"):  # before a model is looked for
+        load(ModelConfig("nowhere", shard=True), FitConfig())
+
+
+def test_held_out_text_that_a_step_cannot_change_is_told(desk, tmp_path, capsys):
+    """Every word of it is unknown to this tokenizer: one token over and over."""
+    assert main(["unlearn", *arguments(desk, "--forget", desk["retain"], "--kl", "0.01")[1:]]) == 2
+    assert "unknown words only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch, capsys):

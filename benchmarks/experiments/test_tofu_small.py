@@ -216,23 +216,24 @@ def test_the_kl_at_a_target_lies_between_evaluations():
 
 
 @pytest.mark.parametrize(
-    ("reached_at", "tried"),
+    ("kl_at", "tried"),
     [
-        ({4: 3, 2: 5, 1: 9}, [4, 2, 1]),  # 1 took more than half of the steps
-        ({4: 6}, [4]),
-        ({16: 3}, [4, 8, 16]),
-        ({}, [4, 8, 16, 32]),
-        ({4: 1, 2: 1, 1: 1, 0.5: 1}, [4, 2, 1, 0.5]),
+        ({4: 0.3, 2: 0.2, 1: 0.25}, [4, 2, 1]),
+        ({4: 0.3, 2: 0.4}, [4, 2]),
+        ({4: 0.3}, [4, 2]),  # the lower one did not get there
+        ({16: 0.3}, [4, 8, 16]),
+        ({}, [4, 8, 16]),
+        ({4: math.inf, 2: math.inf, 1: 0.1}, [4, 2, 1]),  # the first ones were not finite
+        ({4: 0.3, 2: 0.2, 1: 0.1, 0.5: 0.05}, [4, 2, 1]),
     ],
 )
-def test_rates_go_on_where_there_is_something_to_find(reached_at, tried):
+def test_rates_go_on_where_there_is_something_to_find(kl_at, tried):
     results, seen = {}, []
-    for rate in tofu_small.rates(results, "gd", 4.0, 10):
+    for rate in tofu_small.rates(results, "gd", 4.0):
         seen.append(rate)
-        step = reached_at.get(rate, 10)
-        results[f"tune gd {rate:g}"] = {"curve": [{"step": step}]}
-        if rate not in reached_at:
-            results[f"tune gd {rate:g}"]["failure"] = "not reached"
+        kl = kl_at.get(rate)
+        told = {"kl": kl, "curve": [{}]} if kl else {"failure": "not reached", "curve": [{}]}
+        results[f"tune gd {rate:g}"] = {"failure": "no", "curve": []} if kl == math.inf else told
     assert seen == tried
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from typing import Any
 
 from tofu_small_data import BUDGET, Data, Models, Sizes
 from tofu_small_lab import Lab, Results
-from tofu_small_methods import lowest, start_rate, steps_of, thirds
+from tofu_small_methods import lowest, start_rate, thirds
 
 import kfade
 from kfade.batches import make_batches
@@ -40,7 +41,7 @@ BASELINES = ("gd", "npo", "simnpo", "rmu", "kl-min", "ga")
 LAST_BASELINES = ("soul",)
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-MOST_RATES = 4  # runs that a baseline is tuned by, as many as K-FADE has
+MOST_RATES = 3  # runs that a baseline is tuned by: as many as K-FADE has dampings
 REFINE = (1, 3)
 LONGER, SHORTER = 1.2, 0.8  # updates at other lengths, so that a row can be chosen among them
 
@@ -131,7 +132,7 @@ def reported_kfade(lab: Lab, results: Results, estimator: str, objective: str) -
 
 def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
     """A baseline: tuned over learning rates, then reported at the best."""
-    for rate in rates(results, name, start_rate(name), steps_of(name, lab.sizes)):
+    for rate in rates(results, name, start_rate(name)):
         yield f"tune {name} {rate:g}", lambda r=rate: lab.baseline(name, r, "tuning", None)
     best = chosen(results, name)
     if best is not None:
@@ -139,21 +140,22 @@ def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
         yield f"report {row}", lambda: lab.baseline(name, best, "report", row)
 
 
-def rates(results: Results, name: str, rate: float, steps: int) -> Iterator[float]:
-    """Halves of the first rate while they reach the target in half the steps; where the first does
-    not reach it at all, doubles of it until one does. ``steps`` are the most that a run has."""
-    up = False
+def rates(results: Results, name: str, rate: float) -> Iterator[float]:
+    """Halves of the first rate as long as the held-out KL at the target falls; where the first does
+    not reach the target at all, doubles of it until one does."""
+    up, least = False, math.inf
     for index in range(MOST_RATES):
         yield rate
         told = results.get(f"tune {name} {rate:g}")
         if told is None:
             return
         late = "failure" in told and bool(told["curve"])  # without a curve it was too fast
-        share = told["curve"][-1]["step"] / steps if told["curve"] else 0.0
+        kl = told.get("kl", math.inf)
         if index == 0:
             up = late
-        if late != up or (not up and share > 0.5):
+        elif late != up or (not up and kl > least):
             return
+        least = min(least, kl)
         rate *= 2 if up else 0.5
 
 

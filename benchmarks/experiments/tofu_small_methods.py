@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.optim import AdamW
 
 import kfade
-from kfade.baselines import methods, rmu
+from kfade.baselines import rmu
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.methods import Method
 from kfade.baselines.weights import Dense
 from kfade.batches import Batch, make_batches
 from kfade.batches import Sequence as Tokens
+from kfade.cli.baseline_words import builder_of
+from kfade.cli.session import Loaded
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
@@ -194,20 +196,10 @@ class Search:
 
 
 def method_of(name: str, model: Any, forget: Sequence[Tokens]) -> Method:
-    """The baseline of that name."""
-    match name:
-        case "ga":
-            return methods.gradient_ascent()
-        case "gd":
-            return methods.gradient_difference()
-        case "kl-min":
-            return methods.kl_minimisation()
-        case "npo":
-            return methods.npo()
-        case "simnpo":
-            return methods.simnpo()
-        case "soul":
-            return methods.soul()
+    """The baseline that ``kfade baseline`` calls so."""
+    loaded = Loaded(model, None, [])
+    if name != "rmu":
+        return builder_of(name, {})(loaded, 0)
     layer = len(decoder_blocks(model)[1]) // 3
     block = rmu.find_block(model, layer)
     with torch.no_grad():
@@ -216,7 +208,8 @@ def method_of(name: str, model: Any, forget: Sequence[Tokens]) -> Method:
             for batch in make_batches(forget, budget=BUDGET)
         ]
     length = RMU_LENGTH * torch.cat(lengths).median().item()
-    return methods.rmu(model, layer=layer, coefficient=length, retain_weight=RMU_RETAIN_WEIGHT)
+    given = {"layer": layer, "coefficient": length, "retain_weight": RMU_RETAIN_WEIGHT}
+    return builder_of(name, given)(loaded, 0)
 
 
 def start_rate(name: str) -> float:
@@ -224,9 +217,13 @@ def start_rate(name: str) -> float:
     return RMU_START_RATE if name == "rmu" else START_RATE
 
 
-def steps_of(name: str, sizes: Sizes) -> int:
-    """Of a baseline's run when it is tuned, at most; it has twice as many when it is reported."""
-    return sizes.steps * (RMU_STEPS if name == "rmu" else 1)
+def steps_of(name: str, rate: float, sizes: Sizes) -> int:
+    """Of a baseline's run when it is tuned, at most; it has twice as many when it is reported.
+
+    A lower rate than the first has more of them, in proportion.
+    """
+    longer = max(1.0, start_rate(name) / rate) * (RMU_STEPS if name == "rmu" else 1)
+    return round(sizes.steps * longer)
 
 
 def baseline(
@@ -250,6 +247,7 @@ def baseline(
         the update of the last evaluation.
     """
     method = method_of(name, model, group.forget)
+    steps = steps_of(name, rate, sizes)
     given = method.defaults
     reports = [0.0]
 
@@ -259,7 +257,7 @@ def baseline(
 
     settings = Settings(
         lr=rate,
-        steps=steps_of(name, sizes) * (2 if report else 1),
+        steps=steps * (2 if report else 1),
         batch=sizes.batch,
         weight_decay=given.weight_decay,
         clip=given.clip,
@@ -276,7 +274,7 @@ def baseline(
             retain=fit,
             held_out=held_out,
             settings=settings,
-            evaluate_every=sizes.every * steps_of(name, sizes) // sizes.steps,
+            evaluate_every=sizes.every * steps // sizes.steps,
             batch_tokens=400,
             seed=sizes.seed,
             on_evaluation=enough,

@@ -199,6 +199,11 @@ def _tries(
     for refined, step in numbered:
         with stage("step"), update.applied_to(gauge.model):
             exact = quadratic_form(gauge.model, gauge.base.batches, targets, step.direction)
+        if exact == 0:
+            raise InputError(
+                "the step does not change what the model says to the held-out retain data: are "
+                "they one token over and over, or of unknown words only?"
+            )
         if exact_norm:
             step, exact = step.scaled(exact**-0.5), 1.0
         changes = parameter_changes(targets, step.direction)

@@ -89,6 +89,11 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
     """The model, and its targets, found before any data are read."""
     if not config.model:
         raise InputError("no MODEL: give a hub id, a local folder, or a GGUF file")
+    if config.shard and distributed.count() == 1:
+        raise InputError(
+            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
+            "unlearn, or leave shard out"
+        )
     with stage("load"):
         model, tokenizer = load_model(
             config.model,
@@ -106,17 +111,9 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
 
 
 def spread(config: ModelConfig, model: nn.Module) -> None:
-    """Spread a model's blocks over the processes and put it on their devices, if it is asked for.
-
-    Raises:
-        InputError: there is one process only.
-    """
+    """Spread a model's blocks over the processes, on their devices, if it is asked for."""
     if not config.shard:
         return
-    if distributed.count() == 1:
-        raise InputError(
-            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade ..."
-        )
     with stage("load"):
         distributed.shard(decoder_blocks(model)[1])
         model.to(config.device or default_device())
