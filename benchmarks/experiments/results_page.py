@@ -1,6 +1,6 @@
 """Make ``docs/results.md`` and its figures of what the experiments have measured.
 
-    python benchmarks/experiments/results_page.py [--results FILE] [--docs DIR]
+    python benchmarks/experiments/results_page.py [--results FILE] [--topic FILE] [--docs DIR]
 
 Nothing is computed but ratios, TOFU's aggregates and choices of rows; what was not measured is
 shown as *not run*.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import results_figures
+from pieces import Results
 from results_claims import claims, least_kl
 from results_rows import (
     BASELINES,
@@ -32,9 +33,10 @@ from results_rows import (
     seconds,
     table,
 )
+from results_topic import topic
 from tofu_small import RESULTS, chosen
-from tofu_small_lab import Results
 from tofu_small_methods import lowest
+from topic_small import RESULTS as TOPIC_RESULTS
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
@@ -42,7 +44,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 COMMAND = "python benchmarks/experiments/tofu_small.py --data DIR"
 
 
-def page(results: Results) -> str:
+def page(results: Results, topic_results: Results | None = None) -> str:
     rows = rows_of(results)
     parts = [
         "# Results",
@@ -64,6 +66,7 @@ def page(results: Results) -> str:
         *tuning_table(results),
         "### Answers before and after",
         *answers_table(results, rows),
+        *(topic(topic_results) if topic_results else ()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -231,8 +234,7 @@ def tuning_table(results: Results) -> Iterator[str]:
         "On the tuning authors: KL held out where the target is reached; the lowest is chosen. Of "
         "K-FADE the value is the damping, times each layer's mean eigenvalue; what is chosen for "
         "the margin is used for ce too. Of a baseline it is the learning rate: half of it is tried "
-        "for as long as that is likely to get there in the steps that a run has, and double where "
-        "the first does not."
+        "for as long as the KL falls, and double where the first does not get there."
     )
     yield table("method | value | KL | | `--only`", lines)
 
@@ -259,9 +261,12 @@ def answers_table(results: Results, rows: Sequence[Row]) -> Iterator[str]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument("--topic", type=Path, default=TOPIC_RESULTS)
     options.add_argument("--docs", type=Path, default=DOCS)
     arguments = options.parse_args()
     results = json.loads(arguments.results.read_text())
+    has_topic = arguments.topic.is_file()
+    topic_results = json.loads(arguments.topic.read_text()) if has_topic else None
     rows = rows_of(results)
     images = arguments.docs / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -271,7 +276,7 @@ def main() -> None:
     curves = {row.name: row.told["curve"] + row.more_points for row in rows if row.told}
     told = results.get("targets", {}).get("retrained")
     results_figures.draw_kl(curves, told, images / "tofu_small_kl.svg")
-    (arguments.docs / "results.md").write_text(page(results), encoding="utf-8")
+    (arguments.docs / "results.md").write_text(page(results, topic_results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tofu_small import REFINE, best_damping, chosen
-from tofu_small_lab import Results
+from pieces import Results
+from tofu_small import REFINE, STEPS, best_damping, chosen
 from tofu_small_methods import lowest
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
@@ -31,7 +31,7 @@ class Row:
     """One method at the setting that was chosen for it."""
 
     method: str
-    """As the pieces call it: ``ekfac margin``, ``gd``, ``refine 3``."""
+    """As the pieces call it: ``ekfac margin``, ``gd``, ``refine 3``, ``steps 3``."""
     title: str
     setting: str
     piece: str | None
@@ -72,11 +72,15 @@ def rows_of(results: Results) -> list[Row]:
             setting = f"{objective}, damping {damping:g}" if damping is not None else objective
             title = f"K-FADE, {name}"
             rows.append(row_of(results, f"{estimator} {objective}", title, setting, damping))
-    for count in REFINE:
-        told = results.get(f"report refine {count}", {})
-        kept = f", iterate {told['refined']} kept" if "refined" in told else ""
-        title = f"K-FADE, refined {count}×"
-        rows.append(row_of(results, "refine", title, f"margin{kept}", count))
+    others = [("steps", n, f"K-FADE, {n} steps, one fit") for n in STEPS]
+    for method, count, title in [
+        *others,
+        *(("refine", n, f"K-FADE, refined {n}×") for n in REFINE),
+    ]:
+        told = results.get(f"report {method} {count}", {})
+        kept = f", iterate {told['refined']} kept" if told and method == "refine" else ""
+        setting = f"margin, damping {told['damping']:g}{kept}" if "damping" in told else "margin"
+        rows.append(row_of(results, method, title, setting, count))
     for name, title in BASELINES.items():
         rate = chosen(results, name)
         setting = f"learning rate {rate:g}" if rate is not None else ""
@@ -88,7 +92,7 @@ def row_of(results: Results, method: str, title: str, setting: str, value: float
     if value is None:
         return Row(method, title, setting, None, None, {}, [])
     name = f"{method} {value:g}"
-    method = name if method == "refine" else method
+    method = name if method in ("refine", "steps") else method
     prefix = f"tofu {name} x"
     logs = {
         f"×{piece.removeprefix(prefix)}": log_of(told["items"], piece)

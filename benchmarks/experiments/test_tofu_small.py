@@ -14,17 +14,12 @@ import sys
 import pytest
 import results_page
 import tofu_small
-import torch
+from conftest import WORDS
 from tofu_small_data import OF_AUTHOR, Authors
 from tofu_small_methods import at_target, lowest
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTHORS, QUESTIONS = 8, 6
-WORDS = [f"w{i}" for i in range(60)]
-SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
 
 
 def write_rows(path, rows):
@@ -57,33 +52,6 @@ def data(tmp_path_factory):
     text_file.parent.mkdir()
     text_file.write_text("\n".join(text(WORDS, 150) for _ in range(80)))
     return folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.5,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>"
-    )
-    made.save_pretrained(path)
-    return path
 
 
 CORE = ("full", "retrained", "targets", "fit *", "tune ekfac *", "report ekfac margin*")
@@ -184,7 +152,7 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypa
     results_page.main()
     text = (tmp_path / "results.md").read_text()
     assert "| K-FADE, EK-FAC | margin, damping" in text
-    assert f"margin, iterate {results['report refine 1']['refined']} kept" in text
+    assert f", iterate {results['report refine 1']['refined']} kept" in text
     assert "| NPO |  | not run |" in text
     assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
     for part in text.split("\n\n"):

@@ -15,37 +15,31 @@ pieces. ``results_page.py`` makes ``docs/results.md`` of them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pieces import Piece, Results, opened, options_of, run
 from tofu_small_data import BUDGET, Data, Models, Sizes
-from tofu_small_lab import Lab, Results
+from tofu_small_lab import Lab
 from tofu_small_methods import lowest, start_rate, thirds
 
 import kfade
 from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature
-from kfade.demo.run import demo_model
 from kfade.sweep import cut, targets_within
 
 RESULTS = Path(__file__).parents[1] / "results" / "tofu_small.json"
 BASELINES = ("gd", "npo", "simnpo", "rmu", "kl-min", "ga")
 LAST_BASELINES = ("soul",)
-DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
+DAMPINGS = (0.1, 0.01, 0.001)  # times the mean eigenvalue
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_RATES = 3  # runs that a baseline is tuned by: as many as K-FADE has dampings
-REFINE = (1, 3)
+REFINE = (1, 3)  # iterations
+STEPS = (3,)  # without a refit
 LONGER, SHORTER = 1.2, 0.8  # updates at other lengths, so that a row can be chosen among them
-
-Piece = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
@@ -76,7 +70,7 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
         yield from compared(lab, results, name)
         yield from judged(lab, results, name)
     yield "tofu full x1", lambda: lab.tofu("full")
-    yield from refined(lab, results)
+    yield from bettered(lab, results)
     yield from ablations(lab, results)
     for row in ("ekfac margin", "kfac margin", "diagonal margin", "identity margin", "ekfac ce"):
         yield from drawn(lab, results, row)
@@ -140,11 +134,11 @@ def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
         yield f"report {row}", lambda: lab.baseline(name, best, "report", row)
 
 
-def rates(results: Results, name: str, rate: float) -> Iterator[float]:
+def rates(results: Results, name: str, rate: float, most: int = MOST_RATES) -> Iterator[float]:
     """Halves of the first rate as long as the held-out KL at the target falls; where the first does
     not reach the target at all, doubles of it until one does."""
     up, least = False, math.inf
-    for index in range(MOST_RATES):
+    for index in range(most):
         yield rate
         told = results.get(f"tune {name} {rate:g}")
         if told is None:
@@ -181,14 +175,17 @@ def drawn(lab: Lab, results: Results, row: str) -> Iterator[Piece]:
         yield f"curve {name}", lambda: lab.curve(name)
 
 
-def refined(lab: Lab, results: Results) -> Iterator[Piece]:
-    """The exact Gauss-Newton system by conjugate gradients, EK-FAC as the preconditioner."""
+def bettered(lab: Lab, results: Results) -> Iterator[Piece]:
+    """What may beat the plain step, at its damping: several steps by one fit; the exact
+    Gauss-Newton system by conjugate gradients, EK-FAC as the preconditioner."""
     damping = chosen(results, "ekfac margin")
-    for count in REFINE if damping is not None else ():
-        row = f"refine {count}"
+    if damping is None:
+        return
+    rows = [(f"steps {n}", {"steps": n}) for n in STEPS]
+    for row, options in [*rows, *((f"refine {n}", {"refine": n}) for n in REFINE)]:
         yield (
             f"report {row}",
-            lambda n=count, row=row: lab.unlearn(lab.curvature("ekfac"), damping, row, refine=n),
+            lambda row=row, o=options: lab.unlearn(lab.curvature("ekfac"), damping, row, **o),
         )
         if lab.has(row):
             yield f"tofu {row} x1", lambda row=row: lab.tofu(row)
@@ -257,47 +254,21 @@ def third_ablations(
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", type=Path, required=True, help="folder with tofu/, wikitext/")
-    options.add_argument("--model", default=None, help="what is fine-tuned [the demo's model]")
-    options.add_argument("--cache", type=Path, default=Path("~/.cache/kfade"))
-    options.add_argument("--results", type=Path, default=RESULTS)
-    options.add_argument("--only", nargs="*", default=["*"], help="patterns of pieces")
-    options.add_argument("--skip", nargs="*", default=[], help="patterns of pieces")
-    options.add_argument("--list", action="store_true", help="name the pieces and stop")
+    options = options_of(__doc__, RESULTS)
     default = Sizes()
     for name, value in asdict(default).items():
         if name != "model":
             options.add_argument(f"--{name}", type=type(value), default=value)
     arguments = options.parse_args()
-    base = arguments.model or demo_model()
     given = {name: getattr(arguments, name) for name in asdict(default) if name != "model"}
-    sizes = replace(default, model=Path(base).name, **given)
-    path = arguments.results
-    results = json.loads(path.read_text()) if path.exists() else {"settings": asdict(sizes)}
-    if results["settings"] != asdict(sizes):
-        raise SystemExit(f"{path} is of other settings ({results['settings']}): give --results")
+    sizes = replace(default, model=Path(arguments.model).name, **given)
+    results = opened(arguments.results, asdict(sizes))
     data = Data(arguments.data, sizes)
     trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
     name = f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
-    cache = arguments.cache.expanduser() / name
-    lab = Lab(data, Models(data, sizes, base, cache), sizes, cache, results)
-    for name, compute in pieces(lab, results):
-        wanted = any(fnmatchcase(name, pattern) for pattern in arguments.only)
-        wanted = wanted and not any(fnmatchcase(name, pattern) for pattern in arguments.skip)
-        if arguments.list:
-            print(f"{name:<32}{'done' if name in results else ''}")
-        elif wanted and name not in results:
-            start = time.perf_counter()
-            row = compute()
-            results[name] = {**row, "piece_seconds": time.perf_counter() - start}
-            aside = path.with_suffix(".writing")
-            aside.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(aside, path)
-            shown = {k: v for k, v in row.items() if isinstance(v, float | str)}
-            print(f"{name}: {results[name]['piece_seconds']:.0f} s {shown}", flush=True)
+    cache = arguments.cache / name
+    models = Models(data, sizes, arguments.model, cache)
+    run(pieces(Lab(data, models, sizes, cache, results), results), results, arguments)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from pieces import Results
 from tofu_small_data import BUDGET, Data, Models, Sizes, answer, encode, made
 from tofu_small_methods import OBJECTIVES, Group, Ruler, Search, baseline, fitted, forgetting
 
@@ -23,7 +24,6 @@ from kfade.update import Update
 
 SHOWN = 6  # forgotten questions whose answers are kept to be read
 LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own
-Results = dict[str, Any]
 
 
 class Lab:

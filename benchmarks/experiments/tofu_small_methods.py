@@ -102,6 +102,10 @@ class Group:
     """The one at which methods are compared."""
     target_loss: float
 
+    def forgotten(self, model: Any) -> dict[str, float]:
+        """How far the model has forgotten: ``forget_loss``, ``forget_probability``."""
+        return forgetting(model, self.forget)
+
 
 def fitted(
     name: str,
@@ -191,7 +195,7 @@ class Search:
     def at(self, update: Update) -> dict[str, float]:
         """A point of a curve: what the model with ``update`` does."""
         with update.applied_to(self._model):
-            found = forgetting(self._model, self._group.forget)
+            found = self._group.forgotten(self._model)
             return {**found, "kl": self._ruler.kl("held_out")}
 
 

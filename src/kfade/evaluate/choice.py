@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfade.batches import Sequence as Tokens
@@ -31,6 +32,9 @@ class ChoiceResult:
     """Which questions were answered rightly."""
 
     correct: tuple[bool, ...]
+    probabilities: tuple[float, ...] = ()
+    """Of the right choice among the choices, exp(its score) / Σ exp(score); empty where only the
+    verdicts are known."""
 
     @property
     def accuracy(self) -> float:
@@ -54,14 +58,14 @@ def answer_by_likelihood(
     scored = _score_texts(
         model, tokenizer, questions, [q.question for q in questions], None, batch_tokens
     )
-    return {
-        word: ChoiceResult(
-            tuple(
-                _best(scores[key]) == q.answer for scores, q in zip(scored, questions, strict=True)
-            )
-        )
-        for word, key in (("total", "text"), ("per token", "text_per_token"))
-    }
+    results = {}
+    for word, key in (("total", "text"), ("per token", "text_per_token")):
+        own = [(scores[key], q.answer) for scores, q in zip(scored, questions, strict=True)]
+        correct = tuple(_best(scores) == answer for scores, answer in own)
+        among = [torch.tensor(scores, dtype=torch.float64).softmax(dim=0) for scores, _ in own]
+        right = (p[answer].item() for p, (_, answer) in zip(among, own, strict=True))
+        results[word] = ChoiceResult(correct, tuple(right))
+    return results
 
 
 def answer_questions(

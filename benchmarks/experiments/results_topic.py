@@ -1,0 +1,163 @@
+"""Topic-small's part of the results' page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pieces import Results
+from results_claims import Claim, bounded, yes
+from results_rows import BASELINES, ESTIMATORS, NOT_RUN, number, quotient, seconds, table
+from tofu_small import chosen
+from topic_small import DAMPINGS, REFINE
+
+COMMAND = "python benchmarks/experiments/topic_small.py --data DIR"
+
+
+def topic(results: Results) -> Iterator[str]:
+    """The whole section."""
+    yield "## Topic-small"
+    yield from setting(results)
+    yield "### The subject, its sisters, and the rest"
+    yield from methods_table(results)
+    yield "### Claims on Topic-small"
+    lines = [f"| {claim} | {measured} | {holds} |" for claim, measured, holds in claims(results)]
+    yield table("claim | measured | holds?", lines)
+    yield "### Tuning on Topic-small"
+    yield from tuning_table(results)
+
+
+def setting(results: Results) -> Iterator[str]:
+    sizes = results["settings"]
+    yield (
+        f"{sizes['model']} as it is shipped forgets astronomy: "
+        f"{sizes['tune_questions'] + sizes['questions']} passages of an OpenStax book, each of "
+        f"{sizes['tokens']} tokens from the first sentence that uses a term of its glossary. "
+        f"Retained are {sizes['passages']} such passages of psychology and sociology and as many "
+        f"paragraphs of WikiText; {sizes['held_out']} more of each kind are held out to steer and "
+        "to choose by. Questions (*Which term means ...?*, four terms of a chapter; the likeliest "
+        "in all wins) on "
+        f"{sizes['tune_questions']} of the terms choose settings; those on the other "
+        f"{sizes['questions']} are in the table, with questions on terms of the sister subjects of "
+        "which no passage is used, ARC's easy questions without those of the sky, and the KL on "
+        f"completions that the base model wrote to {sizes['completions']} Alpaca instructions. "
+        f"*Equal forgetting*: on the tune questions the mean probability of the right choice among "
+        f"the four is {sizes['target']:g} (chance 0.25"
+        + (
+            f", the base model's {results['base']['tune']['probability']:.2f}"
+            if "base" in results
+            else ""
+        )
+        + "): each method's update is lengthened or shortened to that. One seed."
+    )
+
+
+def rows(results: Results) -> Iterator[tuple[str, str, str, dict[str, Any], dict[str, Any] | None]]:
+    """(method, title, setting, tuned, reported) of those that were tuned."""
+    for name, title in {**ESTIMATORS, **BASELINES}.items():
+        best = chosen(results, name)
+        if best is not None:
+            row, ours = f"{name} {best:g}", name in ESTIMATORS
+            title = f"K-FADE, {title}" if ours else title
+            yield (
+                name,
+                title,
+                f"{'damping' if ours else 'learning rate'} {best:g}",
+                results[f"tune {row}"],
+                results.get(f"report {row}"),
+            )
+        if name == "ekfac":
+            others = [(f"refine {n}", f"K-FADE, refined {n}×") for n in REFINE]
+            for row, title in [*others, ("steps 2", "K-FADE, 2 steps, refitted")]:
+                if f"tune {row}" in results:
+                    told = results[f"tune {row}"]
+                    kept = f"iterate {told['refined']} kept" if "refine" in row else ""
+                    yield row, title, kept, told, results.get(f"report {row}")
+
+
+def methods_table(results: Results) -> Iterator[str]:
+    lines = []
+    if "base" in results:
+        lines.append(f"| base model | | {accuracies(results['base'])} 0 | 0 | | `base` |")
+    for name, title, given, tuned, told in rows(results):
+        cells = accuracies(told) if told else f"{tuned.get('failure', NOT_RUN)} | | |"
+        kl = interval(told["completions"]["kl_per_token"]) if told else ""
+        parts = ("solve_seconds", "search_seconds", "run_seconds")
+        taken = seconds(sum(tuned.get(part, 0.0) for part in parts))
+        only = f"`'tune {name}*' 'report {name}*'`"
+        lines.append(
+            f"| {title} | {given} | {cells} {number(tuned.get('kl'))} | {kl} | {taken} | {only} |"
+        )
+    yield table(
+        "method | setting | astronomy, % | sisters, % | general, % | KL, held out | "
+        "KL, Alpaca (95 %) | seconds | `--only`",
+        lines,
+    )
+    yield (
+        "Accuracies ± standard error; KLs in nats per token, intervals by resampling completions. "
+        "Seconds: a run, or solve and search, without fit and gradient. Command of a row:"
+    )
+    yield f"    {COMMAND} --only PIECES"
+
+
+def accuracies(told: dict[str, Any]) -> str:
+    return "".join(
+        f"{100 * told[name]['accuracy']:.0f} ± {100 * told[name]['standard_error']:.0f} | "
+        for name in ("topic", "sisters", "general")
+    ).rstrip()
+
+
+def interval(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.3g} ({figure['low']:.3g} to {figure['high']:.3g})"
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    found = {name: told for name, _, _, _, told in rows(results) if told}
+    titles = {name: title for name, title, _, _, _ in rows(results)}
+    kls = {name: told["completions"]["kl_per_token"] for name, told in found.items()}
+    ours = kls.get("ekfac")
+    others = {name: kl for name, kl in kls.items() if name in BASELINES}
+    rival = min(others, key=lambda name: others[name]["value"], default=None)
+    claim = "KL on Alpaca below every baseline's, the intervals apart"
+    if ours and rival:
+        ratio = quotient(ours["value"], others[rival]["value"])
+        apart = ours["high"] < others[rival]["low"]
+        yield claim, f"{ratio:.3g} × {titles[rival]}'s", yes(apart)
+        worse = [
+            f"{titles[name]}, {kind}"
+            for name in others
+            for kind in ("sisters", "general")
+            if found[name][kind]["accuracy"] > found["ekfac"][kind]["accuracy"]
+        ]
+        claim = "no baseline keeps more of the sisters or of general knowledge"
+        yield claim, f"but {'; '.join(worse)}" if worse else "none does", yes(not worse)
+    else:
+        yield claim, NOT_RUN, ""
+
+    def ratio_of(one: str, other: str) -> float | None:
+        values = [kls[name]["value"] if name in kls else None for name in (one, other)]
+        return quotient(*values)
+
+    for name, least in (("diagonal", 5.0), ("identity", 20.0)):
+        claim = f"{name} needs at least {least:g} × K-FAC's KL"
+        yield bounded(claim, ratio_of(name, "kfac"), least=least)
+    refined = [name for name in kls if name.startswith("refine ")]
+    best = min(refined, key=lambda name: kls[name]["value"], default="refine")
+    yield bounded("refined: KL at most 0.5 × the plain step's", ratio_of(best, "ekfac"), most=0.5)
+
+
+def tuning_table(results: Results) -> Iterator[str]:
+    lines = []
+    for name, told in results.items():
+        if name.startswith("tune "):
+            row, _, value = name.removeprefix("tune ").rpartition(" ")
+            single = row in ("refine", "steps")
+            mark = "chosen" if not single and chosen(results, row) == float(value) else ""
+            reached = told.get("failure") or number(told["kl"])
+            lines.append(f"| {row} | {value} | {reached} | {mark} | `'{name}'` |")
+    yield (
+        "KL on held-out retain text at the target; the lowest is chosen. Of K-FADE's steps the "
+        f"value is the damping ({', '.join(f'{d:g}' for d in DAMPINGS)}), of a baseline the "
+        "learning rate."
+    )
+    yield table("method | value | KL | | `--only`", lines)

@@ -1,0 +1,139 @@
+"""Topic-small from nothing to its page, on a tiny model and a made-up book.
+
+python -m pytest benchmarks/experiments
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+import topic_small
+from conftest import WORDS
+from fine_tune import fine_tune
+from results_topic import topic
+from test_tofu_small import write_rows
+from topic_small_data import Data, Sizes, sentence_with, terms
+from transformers import AutoTokenizer
+
+import kfade
+from kfade.examples import Example
+from kfade.models import save_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TERMS, BOOKS = 30, ("astronomy", "psychology", "sociology")
+SIZES = Sizes(tune_questions=12, questions=15, passages=8, held_out=4, tokens=16, target=0.5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Glossaries of random words in three books; WikiText, ARC and Alpaca of the same."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def text(count):
+        return " ".join(draw.choices(WORDS, k=count))
+
+    for book in BOOKS:
+        documents, questions = [], []
+        for number in range(TERMS):
+            term, meaning, chapter = text(3), text(5), f"chapter {number}"
+            passage = f"{text(6)} . {meaning} {term} {meaning} {term} . {text(9)} ."
+            documents.append({"chapter": chapter, "text": passage})
+            choices = [text(3), text(3), term, text(3)]
+            own = {"question": meaning, "choices": choices, "answer": 2, "chapter": chapter}
+            questions.append(own)
+        write_rows(folder / "openstax" / book / "documents.jsonl", documents)
+        write_rows(folder / "openstax" / book / "glossary_mcq.jsonl", questions)
+    asked = [
+        {"question": text(5), "choices": [text(2) for _ in range(4)], "answer": 1}
+        for _ in range(20)
+    ]
+    write_rows(folder / "arc" / "arc_easy_test.jsonl", asked)
+    told = [{"instruction": text(6), "input": "", "output": text(3)} for _ in range(6)]
+    write_rows(folder / "alpaca" / "alpaca_sample_6k.jsonl", told)
+    path = folder / "wikitext" / "wikitext-2-test.raw.txt"
+    path.parent.mkdir()
+    path.write_text("\n".join(text(150) for _ in range(80)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learnt(data, model, tmp_path_factory):
+    """A model that knows which term has which meaning."""
+    path = tmp_path_factory.mktemp("learnt")
+    base, tokenizer = kfade.load_model(str(model), dtype="float32")
+    asked = [t.question for b in BOOKS for t in terms(data / "openstax" / b, 0)]
+    texts = [Example("", text=f"{q.question} {q.choices[q.answer]}", closes=False) for q in asked]
+    sequences = kfade.encode(texts, tokenizer, pack=False)
+    names = [name for name, _ in base.named_parameters() if ".layers." in name]
+    fine_tune(base, sequences, names, rate=1e-2, epochs=60, enough=lambda mean: mean < 0.3)
+    save_model(base, tokenizer, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(data, learnt, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    given = {"data": data, "model": learnt, "cache": folder / "cache"}
+    given |= {"results": folder / "results.json", "tune-questions": 12, "questions": 15}
+    given |= {
+        "passages": 8,
+        "held-out": 4,
+        "tokens": 16,
+        "completions": 5,
+        "steps": 40,
+        "target": SIZES.target,
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["topic_small.py", *words, "--only", *only, "* steps 2"])
+        patch.setattr(topic_small, "START_RATE", 1e-2)
+        topic_small.main()
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results):
+    assert results["base"]["topic"]["accuracy"] > 0.6
+    tuned = {name: told for name, told in results.items() if name.startswith("tune ")}
+    reached = [told for told in tuned.values() if "failure" not in told]
+    assert len(reached) >= 5
+    for told in reached:
+        assert abs(told["forget_probability"] - SIZES.target) < 0.04
+        assert told["kl"] > 0
+    for name, told in results.items():
+        if name.startswith("report "):
+            assert told["tune"]["probability"] == pytest.approx(SIZES.target, abs=0.04)
+            assert told["topic"]["accuracy"] < results["base"]["topic"]["accuracy"]
+            assert told["completions"]["kl_per_token"]["value"] > 0
+    assert results["base"]["completions"]["kl_per_token"]["value"] == 0
+
+
+def test_nothing_stands_in_two_places(data, learnt):
+    found = Data.read(data, AutoTokenizer.from_pretrained(learnt), SIZES)
+    passages = [p.tokens for p in (*found.forget, *found.fit, *found.held_out)]
+    assert len(set(passages)) == len(passages) == 12 + 15 + 2 * (8 + 4)
+    asked = [q.question for own in found.questions.values() for q in own]
+    assert len(set(asked)) == len(asked) == 12 + 15 + 2 * 12
+
+
+def test_a_passage_begins_with_the_sentence_that_uses_the_term():
+    text = "One star. Two moons! A pulsar spins.\n\nThe pulsar ends."
+    assert sentence_with("Pulsar", text) == "A pulsar spins.\n\nThe pulsar ends."
+    assert sentence_with("one", text) == text
+    assert sentence_with("quasar", text) is None
+    assert sentence_with("tar", text) is None  # not within a word
+
+
+def test_the_page_tells_of_it(results, tmp_path):
+    parts = list(topic(results))
+    text = "\n\n".join(parts)
+    assert "| K-FADE, EK-FAC | damping" in text
+    assert "| K-FADE, identity | damping 0 |" in text
+    assert "diagonal needs at least 5 × K-FAC's KL | not run" in text
+    for part in parts:
+        if part.startswith("|"):  # each row has as many cells as its table's head
+            counts = {line.count("|") for line in part.splitlines()}
+            assert len(counts) == 1, part

@@ -1,0 +1,317 @@
+"""Topic-small: a model forgets a subject that it learnt in its training, and keeps its sisters.
+
+    python benchmarks/experiments/topic_small.py --data DIR [--only 'tune gd*'] [--list]
+
+The stand-in for WMDP and MMLU. Passages of an astronomy textbook are forgotten; passages of
+psychology and sociology and WikiText are retained. Questions are those of the books' glossaries.
+Every method yields an update, which is then lengthened or shortened until, on the *tune* questions,
+the mean probability of the right choice (among the four, by their likelihoods) is the target: so
+all are compared at equal forgetting. The setting with the least KL on held-out retain text is kept,
+and measured on other questions of the subject, on questions of the sisters and of general
+knowledge, and by the KL on completions of Alpaca's instructions.
+
+Results go to ``benchmarks/results/topic_small.json`` piece by piece; a piece that is there is not
+computed again. ``results_page.py`` makes ``docs/results.md`` of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pieces import Piece, Results, opened, options_of, run
+from tofu_small import chosen, rates
+from tofu_small_data import block_weights, made
+from tofu_small_methods import BUDGET, OBJECTIVES, Group, Ruler, Search, fitted, method_of
+from topic_small_data import Data, Sizes, instructions
+from torch.optim import AdamW
+
+import kfade
+from kfade.baselines.loop import Settings, train
+from kfade.baselines.weights import Dense
+from kfade.batches import Sequence as Tokens
+from kfade.batches import make_batches
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.evaluate.choice import answer_by_likelihood
+from kfade.evaluate.completions import complete, completed, encode_prompts
+from kfade.evaluate.divergence import divergences, grouped, outputs, rounded, summarise
+from kfade.evaluate.log import ItemLog
+from kfade.evaluate.questions import Question
+from kfade.gradient import forget_gradient
+from kfade.layers import Target
+from kfade.update import Update
+
+RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
+DAMPINGS = (0.1, 0.01)  # times the mean eigenvalue
+BASELINES = ("gd", "npo", "rmu", "simnpo")
+START_RATES = {"rmu": 1e-3}
+START_RATE, MOST_RATES = 1e-4, len(DAMPINGS)
+EVALUATIONS = 4  # of a baseline's run
+NEW_TOKENS = 48  # of a completion
+REFINE = (1, 3)
+
+
+@dataclass(frozen=True)
+class Subject(Group):
+    """What is to be forgotten, and the questions that tell how far."""
+
+    questions: tuple[Question, ...]
+    tokenizer: Any
+
+    def forgotten(self, model: Any) -> dict[str, float]:
+        """``forget_probability``: of the right choice, mean over the tune questions."""
+        told = answer_by_likelihood(model, self.tokenizer, self.questions)["total"]
+        return {"forget_probability": sum(told.probabilities) / len(told.probabilities)}
+
+
+class Lab:
+    """Everything that pieces share, made when first asked for."""
+
+    def __init__(self, folder: Path, sizes: Sizes, model: str, cache: Path, results: Results):
+        self.sizes, self._folder, self._cache, self._results = sizes, folder, cache, results
+        self.model, self.tokenizer = kfade.load_model(model, dtype="float32")
+        self.data = Data.read(folder, self.tokenizer, sizes)
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        return kfade.find_targets(self.model)
+
+    @cached_property
+    def ruler(self) -> Ruler:
+        return Ruler(self.model, {"held_out": self.data.held_out})
+
+    @cached_property
+    def subject(self) -> Subject:
+        asked = tuple(self.data.questions["tune"])
+        start = self._results["base"]["tune"]["probability"]
+        goal = self.sizes.target
+        return Subject("topic", self.data.forget, start, goal, math.nan, asked, self.tokenizer)
+
+    @cached_property
+    def gradient(self) -> Matrices:
+        batches = make_batches(self.data.forget, budget=BUDGET)
+        return forget_gradient(self.model, batches, self.targets, OBJECTIVES["margin"])
+
+    def fit(self, name: str) -> dict[str, Any]:
+        def make(folder: Path) -> dict[str, Any]:
+            start = time.perf_counter()
+            batches = make_batches(self.data.fit, budget=BUDGET)
+            found = fitted(name, self.model, batches, self.targets, lambda: self.curvature("kfac"))
+            seconds = time.perf_counter() - start
+            found.save(folder / "curvature.safetensors")
+            return {"fit_seconds": seconds}
+
+        return made(self._cache / f"fit-{name}", make)
+
+    def curvature(self, name: str) -> Curvature:
+        self.fit(name)
+        return Curvature.load(self._cache / f"fit-{name}" / "curvature.safetensors")
+
+    def step(self, estimator: str, damping: float) -> dict[str, Any]:
+        """One step of K-FADE by the margin."""
+        search = Search(self.model, self.ruler, self.subject)
+        row, update = search.step(
+            self.curvature(estimator), self.gradient, self.targets, damping=damping, guess_kl=0.1
+        )
+        return self._kept(f"{estimator} {damping:g}", {**row, "damping": damping}, update)
+
+    def unlearn(self, row: str, damping: float, **options: Any) -> dict[str, Any]:
+        """``kfade.unlearn``, as far as one step went, then to the target."""
+        start = time.perf_counter()
+        update = kfade.unlearn(
+            self.model,
+            forget=self.data.forget,
+            retain=self.data.fit,
+            held_out=self.data.held_out,
+            curvature=self.curvature("ekfac"),
+            damping=damping,
+            kl=self._results[f"tune ekfac {damping:g}"]["kl"],
+            batch_tokens=BUDGET,
+            **options,
+        )
+        seconds = time.perf_counter() - start
+        told, found = self._along(update)
+        steps = update.provenance["steps"]
+        told |= {"refined": steps[-1]["refined"], "run_seconds": seconds}
+        return self._kept(row, told, found)
+
+    def baseline(self, name: str, rate: float) -> dict[str, Any]:
+        """A run that ends where the target has been reached or passed, then brought to it."""
+        method = method_of(name, self.model, self.data.forget)
+        given, start_rate = method.defaults, START_RATES.get(name, START_RATE)
+        steps = round(self.sizes.steps * max(1.0, start_rate / rate))
+        start, told = time.perf_counter(), []
+
+        def enough(checkpoint: Any, update: Update) -> bool:
+            point = checkpoint.curve[-1]
+            found = self.subject.forgotten(self.model)
+            told.append({"step": point["step"], "kl": point["retain_kl"], **found})
+            return found["forget_probability"] <= self.sizes.target
+
+        try:
+            update = train(
+                self.model,
+                method.terms,
+                Dense(self.model, method.trains or block_weights(self.model)),
+                forget=self.data.forget,
+                retain=self.data.fit,
+                held_out=self.data.held_out,
+                settings=Settings(
+                    lr=rate,
+                    steps=steps,
+                    batch=self.sizes.batch,
+                    weight_decay=given.weight_decay,
+                    clip=given.clip,
+                    optimizer=partial(AdamW, fused=True),
+                ),
+                evaluate_every=steps // EVALUATIONS,
+                batch_tokens=400,
+                seed=self.sizes.seed,
+                on_evaluation=enough,
+            )
+        except kfade.InputError as error:  # the loss is not finite
+            return {"failure": str(error), "curve": []}
+        row = {"run": told, "rate": rate, "run_seconds": time.perf_counter() - start}
+        if told[-1]["forget_probability"] > self.sizes.target:
+            return {**row, "failure": f"not reached in {steps} steps", "curve": told}
+        found, scaled = self._along(update)
+        return self._kept(f"{name} {rate:g}", {**row, **found}, scaled)
+
+    def report(self, row: str | None) -> dict[str, Any]:
+        """The tables' figures of an update; of the base model where there is none."""
+        update = Update({}) if row is None else Update.load(self._path(row))
+        with update.applied_to(self.model):
+            told = {name: self._asked(own) for name, own in self.data.questions.items()}
+        return {**told, "completions": self._divergence(update)}
+
+    def has(self, row: str) -> bool:
+        return self._path(row).is_file()
+
+    def _along(self, update: Update) -> tuple[dict[str, Any], Update | None]:
+        return Search(self.model, self.ruler, self.subject).along(update.deltas, 1.0)
+
+    def _asked(self, questions: Any) -> dict[str, Any]:
+        told = answer_by_likelihood(self.model, self.tokenizer, questions)["total"]
+        return {
+            "accuracy": told.accuracy,
+            "standard_error": told.standard_error,
+            "probability": sum(told.probabilities) / len(told.probabilities),
+            "correct": "".join(str(int(right)) for right in told.correct),
+            "probabilities": [round(p, 5) for p in told.probabilities],
+        }
+
+    @cached_property
+    def _completions(self) -> list[Tokens]:
+        """What the base model says to Alpaca's instructions."""
+        examples = instructions(self._folder, self.sizes.completions)
+        prompts = encode_prompts(examples, self.tokenizer)
+        path = self._cache / f"completions-{len(prompts)}.jsonl"
+        with ItemLog(path, {"benchmark": "kl", "tokens": NEW_TOKENS}) as log:
+            complete(self.model, self.tokenizer, prompts, log, max_new_tokens=NEW_TOKENS)
+            said = [log.items[str(i)]["tokens"] for i in range(len(prompts))]
+        return [completed(prompt, own) for prompt, own in zip(prompts, said, strict=True)]
+
+    @cached_property
+    def _base(self) -> list[Any]:
+        groups = grouped(make_batches(self._completions, budget=BUDGET))
+        return [(batches, outputs(self.model, batches, "base")) for batches in groups]
+
+    def _divergence(self, update: Update) -> dict[str, Any]:
+        items: dict[str, dict[str, Any]] = {}
+
+        def note(index: int, kl: torch.Tensor) -> None:
+            told = {"kl": kl.mean().item(), "tokens": len(kl), "token_kl": rounded(kl)}
+            items[str(index)] = told
+
+        divergences(
+            [batches for batches, _ in self._base],
+            lambda number: self._base[number][1],
+            lambda: update.applied_to(self.model),
+            note,
+        )
+        found = summarise(items)
+        return {name: found[name] for name in ("kl_per_token", "completions", "tokens")}
+
+    def _path(self, row: str) -> Path:
+        return self._cache / "updates" / f"{row}.safetensors"
+
+    def _kept(self, row: str, told: dict[str, Any], update: Update | None) -> dict[str, Any]:
+        if update is not None:
+            self._path(row).parent.mkdir(exist_ok=True)
+            update.save(self._path(row))
+        return told
+
+
+def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
+    """All pieces, the most important first; what was chosen is read from the results so far."""
+    yield "base", lambda: lab.report(None)
+    for name in ("kfac", "ekfac"):
+        yield f"fit {name}", lambda name=name: lab.fit(name)
+    yield from stepped(lab, results, "ekfac")
+    for name in BASELINES[:3]:
+        yield from compared(lab, results, name)
+    damping = chosen(results, "ekfac")
+    for count in REFINE if damping is not None else ():
+        yield from bettered(lab, f"refine {count}", damping, refine=count)
+    for name in ("diagonal", "identity"):
+        yield f"fit {name}", lambda name=name: lab.fit(name)
+    for name in ("kfac", "diagonal", "identity"):
+        yield from stepped(lab, results, name)
+    if damping is not None:
+        yield from bettered(lab, "steps 2", damping, steps=2)
+    for name in BASELINES[3:]:
+        yield from compared(lab, results, name)
+
+
+def stepped(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
+    """One step: tuned over dampings, then reported; identity's direction does not depend on it."""
+    for damping in DAMPINGS if estimator != "identity" else (0.0,):
+        yield f"tune {estimator} {damping:g}", lambda d=damping: lab.step(estimator, d)
+    yield from reported(lab, results, estimator)
+
+
+def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
+    """A baseline: tuned over learning rates, then reported at the best."""
+    for rate in rates(results, name, START_RATES.get(name, START_RATE), MOST_RATES):
+        yield f"tune {name} {rate:g}", lambda r=rate: lab.baseline(name, r)
+    yield from reported(lab, results, name)
+
+
+def bettered(lab: Lab, row: str, damping: float, **options: Any) -> Iterator[Piece]:
+    """K-FADE at the damping that one step chose, in another way."""
+    yield f"tune {row}", lambda: lab.unlearn(row, damping, **options)
+    if lab.has(row):
+        yield f"report {row}", lambda: lab.report(row)
+
+
+def reported(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
+    best = chosen(results, name)
+    row = f"{name} {best:g}" if best is not None else ""
+    if lab.has(row):
+        yield f"report {row}", lambda: lab.report(row)
+
+
+def main() -> None:
+    options = options_of(__doc__, RESULTS)
+    default = Sizes()
+    given = {name: value for name, value in asdict(default).items() if name != "model"}
+    for name, value in given.items():
+        options.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    arguments = options.parse_args()
+    model = Path(arguments.model).name
+    sizes = replace(default, model=model, **{name: getattr(arguments, name) for name in given})
+    results = opened(arguments.results, asdict(sizes))
+    cache = arguments.cache / f"topic-small-{model}-{sizes.tokens}-{sizes.seed}"
+    cache.mkdir(parents=True, exist_ok=True)
+    lab = Lab(arguments.data, sizes, arguments.model, cache, results)
+    run(pieces(lab, results), results, arguments)
+
+
+if __name__ == "__main__":
+    main()
