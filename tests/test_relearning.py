@@ -64,6 +64,14 @@ def test_fine_tuning_is_plain_adamw(batch_tokens, warmup):
         assert ours.requires_grad
 
 
+def test_an_optimiser_step_is_one_pass_over_the_weights():
+    """Not one for each of its operations, which took most of an attack's time on a CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fine_tune(tiny_llama(), random_sequences(2), Tuning(3, batch=2))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::_fused_adamw_"] == 3
+
+
 def test_masters_keep_what_bfloat16_would_round_away():
     """20 steps of 1e-4 on weights of about 0.5: none is half a bfloat16's last place."""
     sequences = random_sequences(4)

