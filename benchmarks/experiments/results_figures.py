@@ -62,16 +62,50 @@ def draw_kl(
     _save(figure, axes, path)
 
 
+def draw_attacks(
+    attacks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path
+) -> None:
+    """Forget probability over the steps of each attack, a panel for each; hollow where the update
+    was added again."""
+    figure, panels = plt.subplots(
+        1, len(attacks), figsize=(8, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    methods = list(dict.fromkeys(method for rows in attacks.values() for method in rows))
+    shown: dict[str, Any] = {}
+    for axes, (kind, rows) in zip(panels[0], attacks.items(), strict=True):
+        for method, found in rows.items():
+            index = methods.index(method)
+            style = {"color": f"C{index}", "marker": MARKERS[index], "ms": 5, "lw": 1}
+            for state in ("attacked", "reapplied"):
+                own = [one for one in found if one["state"] == state]
+                points = [(one["step"], one["forget_probability"]) for one in own]
+                if points:
+                    again = {"mfc": "none", "ls": ":"} if state == "reapplied" else {}
+                    label = f"{method}, re-applied" if again else method
+                    (shown[label],) = axes.plot(*zip(*points, strict=True), **style, **again)
+        axes.set(title=f"attack: {kind}", xlabel="steps", ylim=(0, 1))
+    panels[0][0].set_ylabel("probability of forgotten answers")
+    figure.legend(
+        shown.values(), shown, frameon=False, fontsize=7, loc="outside lower center", ncols=2
+    )
+    _write(figure, path)
+
+
 def _axes() -> tuple[Any, Any]:
-    plt.rcParams["svg.hashsalt"] = "kfade"
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     return figure, axes
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    plt.rcParams["svg.hashsalt"] = "kfade"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

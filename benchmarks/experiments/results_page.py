@@ -16,6 +16,7 @@ from typing import Any
 
 import results_figures
 from pieces import Results
+from results_attack import curves, relearning
 from results_claims import claims, least_kl
 from results_rows import (
     BASELINES,
@@ -60,6 +61,7 @@ def page(results: Results, topic_results: Results | None = None) -> str:
         "![forget quality against utility](images/tofu_small_utility.svg)",
         "### Claims",
         *claims_table(results, rows),
+        *relearning(results, rows),
         "### Ablations",
         *ablations_table(results),
         "### Tuning",
@@ -273,9 +275,11 @@ def main() -> None:
     retrained = retrained_log(results)
     qualities = {row.name: figures_of(row, retrained) for row in rows if row.logs}
     results_figures.draw_utility(qualities, retrained, images / "tofu_small_utility.svg")
-    curves = {row.name: row.told["curve"] + row.more_points for row in rows if row.told}
+    ways = {row.name: row.told["curve"] + row.more_points for row in rows if row.told}
     told = results.get("targets", {}).get("retrained")
-    results_figures.draw_kl(curves, told, images / "tofu_small_kl.svg")
+    results_figures.draw_kl(ways, told, images / "tofu_small_kl.svg")
+    if attacked := curves(results, rows):
+        results_figures.draw_attacks(attacked, images / "tofu_small_attacks.svg")
     (arguments.docs / "results.md").write_text(page(results, topic_results), encoding="utf-8")
 
 

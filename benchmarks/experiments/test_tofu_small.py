@@ -15,6 +15,7 @@ import pytest
 import results_page
 import tofu_small
 from conftest import WORDS
+from tofu_small_attacks import AT, GIVEN
 from tofu_small_data import OF_AUTHOR, Authors
 from tofu_small_methods import at_target, lowest
 
@@ -60,6 +61,9 @@ SOME = (
     "report gd*",
     "report refine 1",
     "tofu *x1",
+    "attack ekfac* related",
+    "attack ekfac* forget",
+    "attack full related",
     "ablation blocks*",
     "ablation 3 steps",
 )
@@ -145,6 +149,38 @@ def test_an_update_that_was_kept_does_what_was_measured(run, results, tmp_path_f
     assert probabilities[2] < 0.1 < max(losses(edited, "forget"))
 
 
+def test_attacks_bring_back_what_the_update_takes_away_again(results):
+    def pieces(kind):
+        """What is told of an attack, by what is attacked; figures by state and step."""
+        for name, told in results.items():
+            if name.startswith("attack ") and name.endswith(kind):
+                figures = {(one["state"], one["step"]): one for one in told["measurements"]}
+                yield name.split()[1], (told["sequences"], figures)
+
+    related, forget = dict(pieces("related")), dict(pieces("forget"))
+    [report] = [v for k, v in results.items() if k.startswith("report ekfac margin")]
+    [tofu] = [v for k, v in results.items() if k.startswith("tofu ekfac margin")]
+    losses = [v["answer_loss"] for k, v in tofu["items"].items() if k.startswith("forget/")]
+    untaught = statistics.fmean(math.exp(-x) for i, x in enumerate(losses) if i % GIVEN)
+    for _, figures in (related["ekfac"], forget["ekfac"]):
+        start = figures["attacked", 0]
+        assert start["forget_probability"] == pytest.approx(untaught, rel=1e-3)
+        assert start["retain_kl"] == pytest.approx(report["report_kl"], rel=1e-3)
+        # A random answer says nothing of the others: relearning some need not bring them back.
+        before, after = (figures[state, AT[-1]] for state in ("attacked", "reapplied"))
+        assert after["forget_loss"] > before["forget_loss"]
+    count, figures = related["ekfac"]
+    again = figures["reapplied", AT[-1]]["forget_probability"]
+    start, end = (figures["attacked", AT[i]]["forget_probability"] for i in (0, -1))
+    assert again < start < end / 2
+    assert count == 3 * (QUESTIONS - 2) + QUESTIONS  # two of each kept author's are held out
+    assert forget["ekfac"][0] == 2
+    control = related["full"][1]
+    assert set(control) == {("attacked", step) for step in AT}
+    assert control["attacked", 0]["forget_probability"] > 0.8
+    assert control["attacked", 0]["retain_kl"] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text(json.dumps(results))
     words = ["--results", str(tmp_path / "results.json"), "--docs", str(tmp_path)]
@@ -155,11 +191,16 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypa
     assert f", iterate {results['report refine 1']['refined']} kept" in text
     assert "| NPO |  | not run |" in text
     assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
+    attacks = [line for line in text.splitlines() if "`'attack " in line]
+    assert len(attacks) == 9
+    run = [line.split("|")[1:3] for line in attacks if "not run" not in line]
+    assert [kind.strip() for kind, _ in run] == ["related", "related", "forget"]
+    assert "full model, no update" in run[1][1]
     for part in text.split("\n\n"):
         if part.startswith("|"):  # each row has as many cells as its table's head
             counts = {line.replace("\\|", "").count("|") for line in part.splitlines()}
             assert len(counts) == 1, part
-    for name in ("tofu_small_kl", "tofu_small_utility"):
+    for name in ("tofu_small_kl", "tofu_small_utility", "tofu_small_attacks"):
         assert (tmp_path / "images" / f"{name}.svg").stat().st_size > 5000
         assert f"images/{name}.svg" in text
 

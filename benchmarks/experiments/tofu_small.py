@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pieces import Piece, Results, opened, options_of, run
+from tofu_small_attacks import CONTROLS, attacked
 from tofu_small_data import BUDGET, Data, Models, Sizes
 from tofu_small_lab import Lab
 from tofu_small_methods import lowest, start_rate, thirds
@@ -71,6 +72,7 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
         yield from judged(lab, results, name)
     yield "tofu full x1", lambda: lab.tofu("full")
     yield from bettered(lab, results)
+    yield from relearned(lab, results)
     yield from ablations(lab, results)
     for row in ("ekfac margin", "kfac margin", "diagonal margin", "identity margin", "ekfac ce"):
         yield from drawn(lab, results, row)
@@ -191,6 +193,20 @@ def bettered(lab: Lab, results: Results) -> Iterator[Piece]:
             yield f"tofu {row} x1", lambda row=row: lab.tofu(row)
 
 
+def best_baseline(results: Results) -> str | None:
+    """Of those that were reported the one of the lowest held-out KL, as its pieces are called."""
+    names = [named(results, row) for row in (*BASELINES, *LAST_BASELINES)]
+    return lowest((n, results[f"report {n}"]) for n in names if f"report {n}" in results)
+
+
+def relearned(lab: Lab, results: Results) -> Iterator[Piece]:
+    """Attacks by fine-tuning on K-FADE, on the best baseline, and on a model without an update."""
+    for kind, control in CONTROLS.items():
+        for row in (named(results, "ekfac margin"), best_baseline(results), control):
+            if row is not None and lab.has(row):
+                yield f"attack {row} {kind}", lambda r=row, k=kind: attacked(lab, r, k)
+
+
 def ablations(lab: Lab, results: Results) -> Iterator[Piece]:
     """One thing changed at a time, EK-FAC and margin, on the report authors.
 
@@ -229,10 +245,6 @@ def third_ablations(
     def fit() -> list[Any]:
         return lab.slices["fit"]
 
-    def text() -> list[Any]:
-        """Of other text as many sequences of about the same length."""
-        return kfade.encode(lab.data.paragraphs(), lab.models.full[1], length=65)[: len(fit())]
-
     def refit(sequences: list[Any], draw: Any = kfade.square_root_draw) -> dict[str, Any]:
         batches = make_batches(sequences, budget=BUDGET)
         targets = targets_within(lab.targets, layers)
@@ -249,7 +261,7 @@ def third_ablations(
     yield "ablation retain 1/4", lambda: refit(fit()[::4])
     yield "ablation retain 1/16", lambda: refit(fit()[::16])
     yield "ablation sampled labels", lambda: refit(fit(), kfade.sampled_labels)
-    yield "ablation wikitext", lambda: refit(text())
+    yield "ablation wikitext", lambda: refit(lab.text)
     yield "ablation 3 steps", steps
 
 

@@ -52,6 +52,12 @@ class Lab:
     def ruler(self) -> Ruler:
         return Ruler(self.model, {name: self.slices[name] for name in ("held_out", "report")})
 
+    @cached_property
+    def text(self) -> list[Tokens]:
+        """WikiText, as many sequences as in the fit and of about the same length."""
+        text = kfade.encode(self.data.paragraphs(), self.models.full[1], length=65)
+        return text[: len(self.slices["fit"])]
+
     def sequences(self, role: str) -> list[Tokens]:
         """Of the authors of a role: report, tuning, unseen."""
         return encode(self.data.of(getattr(self.data.authors, role)), self.models.full[1])
@@ -178,14 +184,9 @@ class Lab:
         """TOFU's items of a model: ``full``, ``retrained``, or of a row's update times a factor."""
         path = self._cache / f"tofu-{self.sizes.utility}" / f"{row} x{factor:g}.jsonl"
         questions = self.data.questions()
-        if row == "retrained":
-            items = answer(*self.models.load("retrained"), questions, path)
-        else:
-            update = Update({})
-            if row != "full":
-                update = update.plus(Update.load(self._path(row)).deltas, factor)
-            with update.applied_to(self.model) as edited:
-                items = answer(edited, self.models.full[1], questions, path)
+        model, update = self.edited(row, factor)
+        with update.applied_to(model) as edited:
+            items = answer(edited, self.models.full[1], questions, path)
         log = log_of(items, row)
         figures = aggregate(log)
         print(f"  utility {figures['model_utility']:.3f}, forget {figures['forget']}", flush=True)
@@ -198,6 +199,13 @@ class Lab:
                 for values in forget[:: max(1, len(forget) // SHOWN)][:SHOWN]
             ],
         }
+
+    def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:
+        """A model and what is to be added to it: ``full`` and ``retrained`` have no update."""
+        if row == "retrained":
+            return self.models.load(row)[0], Update({})
+        deltas = {} if row == "full" else Update.load(self._path(row)).deltas
+        return self.model, Update({}).plus(deltas, factor)
 
     def has(self, row: str) -> bool:
         """Whether the row's update was kept, which it is not where the target was not reached."""
