@@ -89,7 +89,7 @@ def results(data, learnt, tmp_path_factory):
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["topic_small.py", *words, "--only", *only, "* steps 2"])
+        patch.setattr(sys, "argv", ["topic_small.py", *words, "--only", *only, "* steps 3"])
         patch.setattr(topic_small, "START_RATE", 1e-2)
         topic_small.main()
     return json.loads((folder / "results.json").read_text())

@@ -264,7 +264,7 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     for name in ("kfac", "diagonal", "identity"):
         yield from stepped(lab, results, name)
     if damping is not None:
-        yield from bettered(lab, "steps 2", damping, steps=2)
+        yield from bettered(lab, "steps 3", damping, steps=3, refit=False)
     for name in BASELINES[3:]:
         yield from compared(lab, results, name)
 

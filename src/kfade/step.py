@@ -13,6 +13,7 @@ from kfade.errors import InputError
 
 KL_TOLERANCE = 0.1  # a measured KL is met within 10 %: a held-out sample says no more than that
 LOSS_TOLERANCE = 0.03  # a forgetting target is met within 3 % of the rise asked for
+MIDWAY_TOLERANCE = 0.5  # where more steps follow, which make up for it
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ def choose_alpha(
     """
     probes: list[Probe] = []
 
+    def around(aim: float, tolerance: float) -> tuple[float, float]:
+        within = tolerance if share == 1 else MIDWAY_TOLERANCE
+        return aim * (1 - within), aim * (1 + within)
+
     def seen(alpha: float) -> Probe:
         probes.append(probe(alpha))
         return probes[-1]
@@ -137,12 +142,12 @@ def choose_alpha(
         chosen = seen(size.alpha)
     elif size.kl is not None:
         aim = size.kl * share**2
-        accept = (aim * (1 - KL_TOLERANCE), aim * (1 + KL_TOLERANCE))
+        accept = around(aim, KL_TOLERANCE)
         chosen = _search(seen, lambda p: p.retain_kl, aim, accept, guess, "--kl")
     else:
         assert size.until is not None
         rise = (size.until - start.forget_loss) * share
-        accept = (rise * (1 - LOSS_TOLERANCE), rise * (1 + LOSS_TOLERANCE))
+        accept = around(rise, LOSS_TOLERANCE)
         chosen = _search(
             seen, lambda p: p.forget_loss - start.forget_loss, rise, accept, guess, "--until"
         )

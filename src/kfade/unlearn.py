@@ -195,7 +195,7 @@ def _tries(
     numbered: Iterable[tuple[int, Step]] = enumerate(directions)
     if size.alpha is not None:  # every direction has a length of its own: nothing to compare at
         numbered = deque(numbered, maxlen=1)
-    last: StepRecord | None = None
+    taken = [record["exact_kl"] for record in update.provenance["steps"]]
     for refined, step in numbered:
         with stage("step"), update.applied_to(gauge.model):
             exact = quadratic_form(gauge.model, gauge.base.batches, targets, step.direction)
@@ -207,10 +207,9 @@ def _tries(
         if exact_norm:
             step, exact = step.scaled(exact**-0.5), 1.0
         changes = parameter_changes(targets, step.direction)
-        if last is None:  # what would bring the exact form to the KL asked for, or to a modest one
-            guess = math.sqrt(2 * (size.kl or DEFAULT_KL) / exact) / steps
-        else:  # or to where it was
-            guess = math.sqrt(2 * last.exact_kl / exact)
+        # To where the exact form was last; else to the KL asked for, or to a modest one.
+        near = taken[-1] if taken else (size.kl or DEFAULT_KL) / steps**2
+        guess = math.sqrt(2 * near / exact)
         with stage("check"):
             probes = choose_alpha(
                 lambda trial: gauge.measure(update.plus(changes, trial), trial),  # noqa: B023
@@ -220,7 +219,7 @@ def _tries(
                 guess=guess,
             )
             after = probes[-1]
-            last = StepRecord(
+            record = StepRecord(
                 alpha=after.alpha,
                 predicted_kl=step.predicted_kl(after.alpha),
                 exact_kl=0.5 * exact * after.alpha**2,
@@ -234,7 +233,8 @@ def _tries(
                 probes=[asdict(p) for p in probes],
                 refined=refined,
             )
-        yield last, changes
+        taken.append(record.exact_kl)
+        yield record, changes
 
 
 class Gauge:
