@@ -248,9 +248,9 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
         solves.append(named["damping"])
         return real(*arguments, **named)
 
-    def counted_gradient(model, batches, targets, objective):
+    def counted_gradient(model, batches, targets, objective, **options):
         gradients.append(objective)
-        return forget_gradient(model, batches, targets, objective)
+        return forget_gradient(model, batches, targets, objective, **options)
 
     monkeypatch.setattr(kfade.refine, "gauss_newton_step", counted_step)
     sizes = [StepSize(alpha=a) for a in (0.01, 0.02, 0.03)]
@@ -278,9 +278,9 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
 def test_a_forget_batch_is_the_one_that_unlearn_draws(model, targets, sets, curvature):
     seen = []
 
-    def gradient(model, batches, targets, objective):
+    def gradient(model, batches, targets, objective, **options):
         seen.extend(sorted(tuple(b.input_BT[0].tolist()) for b in batches))
-        return forget_gradient(model, batches, targets, objective)
+        return forget_gradient(model, batches, targets, objective, **options)
 
     points = grid(["margin"], ["all"], [0.1], [StepSize(alpha=0.01)], relative=True)
     run(
@@ -438,9 +438,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
     # Gradients that are there are not computed again.
     computed = []
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         computed.append(arguments[-1])
-        return forget_gradient(*arguments)
+        return forget_gradient(*arguments, **options)
 
     monkeypatch.setattr(sweep_run, "forget_gradient", counted)
     assert main(command(fitted, out, *grid)) == 2
