@@ -731,22 +731,23 @@ def test_command_plans_refinements(tmp_path, capsys):
 
 
 def test_command_plans_blocks_that_run_again(tmp_path, capsys):
-    folder = saved(LLAMA_7B, tmp_path)
+    four = LlamaConfig(**{**LLAMA_7B.to_dict(), "num_hidden_layers": 4})
+    folder = saved(four, tmp_path)
     arguments = [folder, "--speed", "400", "--batch-tokens", "8192"]
     plain, ours = (planned(capsys, *arguments, *more) for more in ([], ["--recompute"]))
     assert (plain["work"]["recompute"], ours["work"]["recompute"]) == (False, True)
     positions = 16 * 511
-    # Bfloat16: the inputs of 32 blocks and of the last norm, that norm's float32 copies, output.
-    least = 34 * positions * 4096 * 2
-    assert least <= ours["bytes"]["activations"] < 1.2 * least
-    assert plain["bytes"]["activations"] > 10 * ours["bytes"]["activations"]
-    assert plain["bytes"]["inputs"] == 32 * ours["bytes"]["inputs"]
+    # The inputs of four blocks, the last norm's in float32 and its scale, and the output.
+    kept = positions * (5 * 4096 * 2 + 4096 * 4 + 4)
+    assert ours["bytes"]["activations"] == kept
+    assert plain["bytes"]["activations"] > 5 * kept
+    assert plain["bytes"]["inputs"] == 4 * ours["bytes"]["inputs"]
     for stage in ("covariance", "lambda", "gradient"):
         assert ours["peak_bytes"]["planned"][stage] < plain["peak_bytes"]["planned"][stage]
         assert ours["seconds"]["1"][stage] > plain["seconds"]["1"][stage]
         forward = ours["flops"][stage]["forward"]
         assert forward == pytest.approx(2 * plain["flops"][stage]["forward"])
-    assert main(["plan", folder, "--recompute", "--layers", "31"]) == 0
+    assert main(["plan", folder, "--recompute", "--layers", "3"]) == 0
     assert "blocks run again in backward passes" in " ".join(capsys.readouterr().err.split())
 
 
