@@ -95,6 +95,11 @@ def compute(folder: Path, sharded: bool) -> dict:
     found["G, stored in groups"] = tensors_of(fit_ekfac(model, batches, targets, **options))
     gradient = forget_gradient(model, batches_of(FORGET), targets, margin)
     found["gradient"] = gradient
+    found["gradient, recomputed"] = forget_gradient(
+        model, batches_of(FORGET), targets, margin, recompute=True
+    )
+    again = fit_diagonal(model, batches, targets[3:], recompute=True)
+    found["G of diagonal, recomputed"] = tensors_of(again)
     found["gradient, one batch"] = forget_gradient(model, batches_of(FORGET, 1000), targets, margin)
     measured = batches_of(HELD_OUT)
     found["quadratic form"] = quadratic_form(model, measured, targets, gradient)

@@ -161,9 +161,13 @@ def test_a_saved_curvature_of_another_model_is_refused(setup, tmp_path, capsys):
     assert leftovers(setup) == []
 
 
-def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch):
-    """Cut off after its first step, as if by a signal, and resumed."""
-    arguments = ("--alpha", "0.02", "--steps", "3", "--forget-batch", "2")
+@pytest.mark.parametrize(
+    ("refit", "memory"), [("--refit", "--no-recompute"), ("--no-refit", "--recompute")]
+)
+def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch, refit, memory):
+    """Cut off after its first step, as if by a signal, and resumed, if need be with less memory;
+    without --refit from the fit that it kept."""
+    arguments = ("--alpha", "0.02", "--steps", "3", "--forget-batch", "2", refit)
     whole = {**setup, "out": str(tmp_path / "whole")}
     assert unlearn(whole, *arguments) == 0
     calls = []
@@ -179,7 +183,7 @@ def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch):
     assert leftovers(setup) == ["out.part"]
     assert unlearn(setup, *arguments) == 2  # not without being told to
     assert unlearn(setup, *arguments, "--seed", "1", "--resume") == 2  # nor another run
-    assert unlearn(setup, *arguments, "--resume") == 0
+    assert unlearn(setup, *arguments, "--resume", memory) == 0
     assert leftovers(setup) == ["out"]
     first = load_file(Path(whole["out"]) / "update.safetensors")
     second = load_file(Path(setup["out"]) / "update.safetensors")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from kfade.cli import main
 from kfade.cli.options import bytes_of
 from kfade.cli.session import load
-from kfade.config import FitConfig, ModelConfig
+from kfade.config import FitConfig, ModelConfig, read_config
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.store import SumsKeeper
 from kfade.errors import InputError
@@ -84,7 +84,25 @@ def load_targets(out: Path) -> dict[str, object]:
     return dict.fromkeys(Curvature.load(out).blocks)
 
 
-def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("estimator", ["ekfac", "kfac", "diagonal"])
+def test_blocks_that_run_again_change_no_byte(desk, tmp_path, estimator):
+    assert main(arguments(desk, "--estimator", estimator)) == 0
+    again = {**desk, "out": str(tmp_path / "again")}
+    assert main(arguments(again, "--estimator", estimator, "--recompute")) == 0
+    outs = [Path(d["out"]) for d in (desk, again)]
+    plain, ours = ((out / "curvature-000.safetensors").read_bytes() for out in outs)
+    assert plain == ours
+    manifests = [json.loads((out / "manifest.json").read_text()) for out in outs]
+    assert [m["config"]["fit"]["recompute"] for m in manifests] == [False, True]
+    assert read_config(outs[1] / "config.yaml").fit.recompute
+    # Negative control: another seed changes them.
+    other = {**desk, "out": str(tmp_path / "other")}
+    assert main(arguments(other, "--estimator", estimator, "--recompute", "--seed", "1")) == 0
+    assert (tmp_path / "other" / "curvature-000.safetensors").read_bytes() != plain
+
+
+@pytest.mark.parametrize("more", [[], ["--recompute"]], ids=["alike", "with less memory"])
+def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch, capsys, more):
     assert main(arguments(desk)) == 0
     whole = load_file(Path(desk["out"]) / "curvature-000.safetensors")
     again = {**desk, "out": str(tmp_path / "again")}
@@ -102,7 +120,7 @@ def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch,
     assert list((tmp_path / "again.part" / "state").glob("sums-*.safetensors"))
     assert main(arguments(again)) == 2  # it must be asked for
     assert "--resume" in capsys.readouterr().err
-    assert main(arguments(again, "--resume")) == 0
+    assert main(arguments(again, "--resume", *more)) == 0
     assert saved[:3] == [1, 2, 3]
     assert saved[3] == 4  # it went on, and did not start again
     resumed = load_file(tmp_path / "again" / "curvature-000.safetensors")

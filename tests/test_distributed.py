@@ -33,6 +33,8 @@ MATRICES = {
     "G, one batch": EIGENVECTORS,
     "G, stored in groups": EIGENVECTORS,
     "gradient": EXACT,
+    "gradient, recomputed": EXACT,
+    "G of diagonal, recomputed": EXACT,
     "gradient, one batch": EXACT,
     "product": EXACT,
     "update": EIGENVECTORS,
@@ -84,6 +86,16 @@ def test_every_process_has_the_matrices_of_one(what, kind, found, expected):
         assert max(errors) < MATRICES[what]
         # One step: processes whose weights differ in a bit would drift apart.
         assert all(same_bits(ours[name], found[0][kind][what][name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_run_again_give_the_same_bits(kind, found):
+    for rank in found:
+        plain, ours = (rank[kind][name] for name in ("gradient", "gradient, recomputed"))
+        assert all(same_bits(plain[name], ours[name]) for name in plain)
+        upper = rank[kind]["G of diagonal, recomputed"]
+        assert all(same_bits(rank[kind]["G of diagonal"][name], upper[name]) for name in upper)
+        assert 0 < len(upper) < len(plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)

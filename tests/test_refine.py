@@ -329,11 +329,11 @@ def test_a_norm_takes_the_last_direction(model, targets):
 def test_products_run_on_the_sequences_that_are_drawn(model, monkeypatch):
     seen: list[list[tuple[int, ...]]] = []
 
-    def noted(model, batches, targets, delta):
+    def noted(model, batches, targets, delta, **options):
         rows = [tuple(row[live].tolist()) for b in batches
                 for row, live in zip(b.input_BT, b.live_BT, strict=True)]  # fmt: skip
         seen.append(sorted(rows))
-        return gauss_newton_product(model, batches, targets, delta)
+        return gauss_newton_product(model, batches, targets, delta, **options)
 
     monkeypatch.setattr(UNLEARN, "gauss_newton_product", noted)
     run(model, refine=1, refine_sequences=5, steps=2)
@@ -356,9 +356,9 @@ def test_products_are_at_the_weights_of_the_step(model, targets, monkeypatch):
     """The second step's G is that of the once edited model, whether or not it is fitted anew."""
     weights = []
 
-    def noted(model, batches, targets, delta):
+    def noted(model, batches, targets, delta, **options):
         weights.append(targets[0].weight.detach().clone())
-        return gauss_newton_product(model, batches, targets, delta)
+        return gauss_newton_product(model, batches, targets, delta, **options)
 
     monkeypatch.setattr(UNLEARN, "gauss_newton_product", noted)
     after = []

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from kfade.batches import draw_without_replacement, make_batches
 from kfade.cli import main
+from kfade.config import read_config
 from kfade.curvature.fit import fit_ekfac
 from kfade.curvature.product import gauss_newton_product
 from kfade.errors import InputError
@@ -181,9 +182,9 @@ def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature
 
     products = []
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         products.append(arguments)
-        return gauss_newton_product(*arguments)
+        return gauss_newton_product(*arguments, **options)
 
     monkeypatch.setattr(kfade.sweep, "gauss_newton_product", counted)
     sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
@@ -248,9 +249,9 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
         solves.append(named["damping"])
         return real(*arguments, **named)
 
-    def counted_gradient(model, batches, targets, objective):
+    def counted_gradient(model, batches, targets, objective, **options):
         gradients.append(objective)
-        return forget_gradient(model, batches, targets, objective)
+        return forget_gradient(model, batches, targets, objective, **options)
 
     monkeypatch.setattr(kfade.refine, "gauss_newton_step", counted_step)
     sizes = [StepSize(alpha=a) for a in (0.01, 0.02, 0.03)]
@@ -278,9 +279,9 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
 def test_a_forget_batch_is_the_one_that_unlearn_draws(model, targets, sets, curvature):
     seen = []
 
-    def gradient(model, batches, targets, objective):
+    def gradient(model, batches, targets, objective, **options):
         seen.extend(sorted(tuple(b.input_BT[0].tolist()) for b in batches))
-        return forget_gradient(model, batches, targets, objective)
+        return forget_gradient(model, batches, targets, objective, **options)
 
     points = grid(["margin"], ["all"], [0.1], [StepSize(alpha=0.01)], relative=True)
     run(
@@ -387,8 +388,9 @@ def test_a_sweep_writes_points_and_the_picked_run(fitted, tmp_path, capsys):
 def test_a_refined_point_is_replayed_by_unlearn(fitted, tmp_path, capsys):
     out, again = tmp_path / "sweep", tmp_path / "again"
     refine = ("--alpha", "0.05", "--refine", "2", "--refine-sequences", "4", "--max-kl", "10")
-    assert main(command(fitted, out, *refine)) == 0
-    replay = ["unlearn", fitted["model"], "--config", str(out / "config.yaml")]
+    assert main(command(fitted, out, *refine, "--recompute")) == 0
+    replay = ["unlearn", fitted["model"], "--config", str(out / "config.yaml"), "--no-recompute"]
+    assert read_config(out / "config.yaml").fit.recompute
     assert main([*replay, "--curvature", fitted["fit"], "--out", str(again)]) == 0
     first, second = (load_file(d / "update.safetensors") for d in (out, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -438,9 +440,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
     # Gradients that are there are not computed again.
     computed = []
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         computed.append(arguments[-1])
-        return forget_gradient(*arguments)
+        return forget_gradient(*arguments, **options)
 
     monkeypatch.setattr(sweep_run, "forget_gradient", counted)
     assert main(command(fitted, out, *grid)) == 2

@@ -72,6 +72,9 @@ class FitConfig:
     """Treat a layer's bias as one more column of its weight."""
     memory: str | None = None
     """What a device holds at most, as in 20GB; layers are then fitted in groups."""
+    recompute: bool = False
+    """Run blocks again in backward passes, of the gradient too, instead of keeping what they
+    made."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,13 @@ def read_config(path: Path) -> RunConfig:
 def write_config(config: RunConfig) -> str:
     """The YAML that :func:`read_config` reads back to an equal configuration."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """What a resumed run must ask for again: all of ``config`` but what changes no number."""
+    values = asdict(config)
+    del values["fit"]["recompute"]
+    return values
 
 
 def override(config: RunConfig, **given: Any) -> RunConfig:

@@ -130,11 +130,11 @@ def flops(
 
     Kinds: forward, backward (activations only, down to a group's lowest target), head (2·D·V a
     token forward, as much backward), products (in the model's dtype), float32 (products in it),
-    squares, decompositions, rotations (of the direction). Each group makes its own passes. The
-    exact quadratic form costs three forward passes over the held-out tokens; each trial of a
-    step's size one over them and one over the forget sequences that are measured. Where the
-    direction is refined, each one has its own, and an exact product costs four forward
-    passes and a backward one.
+    squares, decompositions, rotations (of the direction). Each group makes its own passes; blocks
+    that run again for a backward pass are in "forward". The exact quadratic form costs three
+    forward passes over the held-out tokens; each trial of a step's size one over them and one over
+    the forget sequences that are measured. Where the direction is refined, each one has its own,
+    and an exact product costs four forward passes and a backward one.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
@@ -150,9 +150,10 @@ def flops(
 
     def one_pass(stage: str, group: Sequence[Target], positions: float) -> None:
         backward = cost.backward_flops[group[0].input_of] / cost.positions
+        repeated = cost.repeated_flops[group[0].input_of] / cost.positions
         add(
             stage,
-            forward=forward * positions,
+            forward=(forward + repeated) * positions,
             backward=backward * positions,
             head=2 * head * positions,
         )

@@ -19,12 +19,17 @@ from kfade.objectives import Objective
 
 
 def forget_gradient(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], objective: Objective
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    objective: Objective,
+    *,
+    recompute: bool = False,
 ) -> Matrices:
     """g = ∇_W of the objective's mean per loss token, one matrix [O, I] a target.
 
     In float32 or better, from captured inputs and output gradients: parameters get no ``.grad``
-    and the model stays bit-identical.
+    and the model stays bit-identical. ``recompute`` as for :func:`~kfade.curvature.fit.fit_ekfac`.
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
 
@@ -38,4 +43,6 @@ def forget_gradient(
             u_ND[part] = torch.autograd.grad(value, h)[0]
         return u_ND
 
-    return transpose_product(model, batches, targets, from_outputs, "forget gradient")
+    return transpose_product(
+        model, batches, targets, from_outputs, "forget gradient", recompute=recompute
+    )

@@ -9,6 +9,7 @@ Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, B sequence
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class Work:
     """Tokens of a sequence."""
     batch_tokens: int = 4096
     """Positions in one pass."""
+    recompute: bool = False
+    """Run each block again in backward passes instead of keeping what it made."""
     refine: int = 0
     """Iterations of conjugate gradients that improve the direction."""
     refine_sequences: int = 64
@@ -88,9 +91,12 @@ class Subject:
         return self.size * self.targeted
 
     def input_bytes(self, group: Sequence[Target]) -> int:
-        """Inputs of the targets in a batch."""
-        inputs = {target.input_of: target.shape[1] for target in group}
-        return self.cost.positions * sum(inputs.values()) * group[0].weight.dtype.itemsize
+        """Inputs of the targets in a batch that wait for gradients at a time: all of them, or
+        where blocks run again those of one block."""
+        widths: Counter[int] = Counter()
+        for target in {target.input_of: target for target in group}.values():
+            widths[target.block if self.cost.recompute else 0] += target.shape[1]
+        return self.cost.positions * max(widths.values()) * group[0].weight.dtype.itemsize
 
     def head_bytes(self, stage: str) -> int:
         """What the head holds at a time: a chunk of positions, several times."""
@@ -127,7 +133,7 @@ def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) 
         InputError: its passes depend on the numbers in it.
     """
     with on_shapes(model):
-        cost = trace_pass(model, targets, work.shape)
+        cost = trace_pass(model, targets, work.shape, recompute=work.recompute)
     vocabulary, width = model.get_output_embeddings().weight.shape
     return Subject(targets, cost, model_bytes(model, shards), (vocabulary, width))
 
@@ -152,6 +158,7 @@ def curvature_budget(
     *,
     sequence_length: int = 512,
     estimator: str = "ekfac",
+    recompute: bool = False,
     vectors: int = 0,
     shards: int = 1,
 ) -> int:
@@ -162,7 +169,12 @@ def curvature_budget(
             memory meanwhile: three where later steps are fitted anew.
         shards: processes that the weights will be spread over; ``model`` is still whole.
     """
-    work = Work(estimator, sequence_length=sequence_length, batch_tokens=batch_tokens)
+    work = Work(
+        estimator,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        recompute=recompute,
+    )
     subject = examine(model, targets, work, shards)
     return total - fit_overhead(subject, estimator) - vectors * subject.vector_bytes
 
@@ -217,9 +229,14 @@ def peaks(
 def _pass_bytes(subject: Subject, stage: str, group: Sequence[Target]) -> int:
     """What a pass holds beside the model and its sums: most when the head runs, or just after.
 
-    Where products of inputs and gradients are made, the inputs of all layers wait for backward.
+    Where products of inputs and gradients are made, the inputs of all layers wait for backward;
+    where blocks run again, those of one block do, and not before the head has run.
     """
     inputs = 0 if stage == "covariance" else subject.input_bytes(group)
     head = subject.head_bytes("gradient" if stage == "gradient" else "fit")
     cost = subject.cost
-    return cost.held_bytes[group[0].input_of] + max(cost.surplus_bytes, head) + inputs
+    if cost.recompute:
+        most = max(cost.surplus_bytes + inputs, head)
+    else:
+        most = max(cost.surplus_bytes, head) + inputs
+    return cost.held_bytes[group[0].input_of] + most

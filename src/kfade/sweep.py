@@ -48,6 +48,7 @@ def sweep(
     gradient: Callable[..., Matrices] = forget_gradient,
     forget_batch: int | None = None,
     batch_tokens: int = 4096,
+    recompute: bool = False,
     seed: int = 0,
     retain: Sequence[Tokens] = (),
     refine_sequences: int = REFINE_SEQUENCES,
@@ -67,6 +68,7 @@ def sweep(
         objectives: by the names that the points use.
         gradient: computes, or has kept, the gradient of an objective.
         forget_batch: forget sequences of the gradient; all of them when None.
+        recompute: of gradients and exact products, as for :func:`kfade.unlearn`.
         retain, refine_sequences: what exact products run on, where directions are refined, as for
             :func:`kfade.unlearn`.
         shared_seconds: spent before on what all points share, such as the fit.
@@ -105,13 +107,15 @@ def sweep(
             continue
         start = time.perf_counter()
         with stage("gradient"):
-            matrices = gradient(model, forget_batches, targets, objectives[name])
+            matrices = gradient(
+                model, forget_batches, targets, objectives[name], recompute=recompute
+            )
         share = shared_seconds / len(points) + (time.perf_counter() - start) / len(own)
         for (layers, _, _), line in track(list(_grouped(own, lambda p: p.direction)), name):
             if all(point in outcomes for point in line):
                 continue
             own_targets = chosen[layers]
-            exact = partial(gauss_newton_product, model, refining, own_targets)
+            exact = partial(gauss_newton_product, model, refining, own_targets, recompute=recompute)
             for outcome in _along(
                 scale, line, own_targets, curvature, matrices, exact, outcomes, share
             ):

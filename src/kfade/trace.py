@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,21 +28,32 @@ from torch.utils.flop_counter import (
 )
 
 from kfade.curvature.capture import capture
+from kfade.curvature.recompute import recomputing
 from kfade.head import hidden_states
-from kfade.layers import Target
+from kfade.layers import Target, decoder_blocks
 from kfade.models import frozen
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Flops and bytes of one batch [B, T] through the blocks of a model, its head left out."""
+    """Flops and bytes of one batch [B, T] through the blocks of a model, its head left out.
+
+    "Input of targets" is ``Target.input_of``: a pass goes back to the outputs of those that read
+    it.
+    """
 
     shape: tuple[int, int]
     """(B, T)."""
+    recompute: bool
+    """Whether blocks run again in the backward pass."""
     forward_flops: float
+    repeated_flops: dict[str, float]
+    """Input of targets -> flops of the blocks that run again for going back that far."""
     backward_flops: dict[str, float]
-    """Input of targets (``Target.input_of``) -> flops of going back, by activations only, from the
-    final hidden states to the outputs of the targets that read it."""
+    """Input of targets -> flops of going back, by activations only, from the final hidden
+    states."""
     held_bytes: dict[str, int]
     """Input of targets -> what the forward pass keeps for going back that far."""
     forward_bytes: int
@@ -57,60 +67,115 @@ class PassCost:
         return self.shape[0] * self.shape[1]
 
 
-def trace_pass(model: Any, targets: Sequence[Target], shape: tuple[int, int]) -> PassCost:
+def trace_pass(
+    model: Any, targets: Sequence[Target], shape: tuple[int, int], *, recompute: bool = False
+) -> PassCost:
     """The cost of a pass over a batch of that shape, as ``passes.backward`` makes it.
 
     Args:
         model: a real model, which nothing is asked of but shapes, or one of fake tensors.
         targets: in the order of the forward pass.
+        recompute: as for :func:`~kfade.curvature.fit.fit_ekfac`.
     """
     base = model.base_model
     tensors = [*base.named_parameters(), *base.named_buffers()]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    real: dict[str, Tensor] = {
-        n: mode.from_tensor(t.detach()) for n, t in tensors if not isinstance(t, FakeTensor)
+    fakes = {
+        n: t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()) for n, t in tensors
     }
-    stand_in = SimpleNamespace(
-        base_model=lambda **inputs: functional_call(base, real, kwargs=inputs)
-    )
     # The numbers of the tokens are real: whether a mask is needed depends on their positions.
     input_BT = torch.zeros(shape, dtype=torch.long, device=targets[0].weight.device)
-    weights = [*real.values(), *(t for _, t in tensors if isinstance(t, FakeTensor))]
-    with frozen(model):
-        flops, live = _Flops(), _Live(weights)
-        with torch.no_grad(), flops, live:
-            hidden_states(stand_in, input_BT)
-        forward_flops, forward_bytes = flops.get_total_flops(), live.peak
+    trace = _Trace(model, targets, input_BT, list(fakes.values()), recompute)
+    stand_ins: dict[str, Tensor] = {f"inner.{name}": fake for name, fake in fakes.items()}
+    with frozen(model), recomputing(model, targets, recompute):
+        return functional_call(_Around(base), stand_ins, (trace.cost,))
 
-        flops, live = _Flops(), _Live(weights)
-        before: dict[str, int] = {}
+
+class _Around(nn.Module):
+    """Runs anything while other weights stand in for a model's: blocks that run again in the
+    backward pass find them too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, work: Callable[[], PassCost]) -> PassCost:
+        return work()
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Measures a model that runs on fake tensors."""
+
+    model: Any
+    targets: Sequence[Target]
+    input_BT: Tensor
+    weights: Sequence[Tensor]
+    recompute: bool
+
+    def cost(self) -> PassCost:
+        """Of a forward pass alone, then of forward and backward."""
+        forward_flops, above, forward_bytes = self._forward()
+        flops, live = _Flops(), _Live(self.weights)
+        before: dict[str, tuple[int, int]] = {}
         backward_flops: dict[str, float] = {}
+        repeated = {t.input_of: above[t.block] * self.recompute for t in self.targets}
 
-        def about_to_run(target: Target):
-            return lambda module, args: before.setdefault(target.input_of, live.made) and None
+        def about_to_run(target: Target) -> Hook:
+            def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+                own = sum(x.untyped_storage().nbytes() for x in args[:1] if self.recompute)
+                before.setdefault(target.input_of, (live.made, own))
+
+            return note
 
         def on_gradient(target: Target, g_BTO: Tensor) -> None:
             # By the first of them: going on below the others comes only where it must go lower.
-            backward_flops.setdefault(target.input_of, flops.get_total_flops() - forward_flops)
+            done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
+            backward_flops.setdefault(target.input_of, done)
 
+        _, blocks = decoder_blocks(self.model)
         with contextlib.ExitStack() as entered:
-            for target in targets:
-                entered.enter_context(target.module.register_forward_pre_hook(about_to_run(target)))
-            entered.enter_context(capture(targets, on_gradient=on_gradient))
+            for target in self.targets:
+                # What runs again is kept by its block's input, which was made before it.
+                module = blocks[target.block] if self.recompute else target.module
+                entered.enter_context(module.register_forward_pre_hook(about_to_run(target)))
+            entered.enter_context(capture(self.targets, on_gradient=on_gradient))
             entered.enter_context(flops)
             entered.enter_context(live)
             with torch.enable_grad():
-                hidden_BTD = hidden_states(stand_in, input_BT)
-            held_bytes = {name: live.made_since(number) for name, number in before.items()}
+                hidden_BTD = hidden_states(self.model, self.input_BT)
+            held = {name: live.made_since(number) + own for name, (number, own) in before.items()}
             hidden_BTD.backward(torch.empty_like(hidden_BTD))
-    return PassCost(
-        shape,
-        forward_flops,
-        backward_flops,
-        held_bytes,
-        forward_bytes,
-        live.peak - max(held_bytes.values()),
-    )
+        surplus = live.peak - max(held.values())
+        sequences, positions = self.input_BT.shape
+        return PassCost(
+            (sequences, positions),
+            self.recompute,
+            forward_flops,
+            repeated,
+            backward_flops,
+            held,
+            forward_bytes,
+            surplus,
+        )
+
+    def _forward(self) -> tuple[float, dict[int, float], int]:
+        """(flops, flops from each block upwards, most bytes) of a forward pass without a graph."""
+        flops, live = _Flops(), _Live(self.weights)
+        below: dict[int, float] = {}
+
+        def about_to_run(index: int) -> Hook:
+            return lambda module, args: below.update({index: flops.get_total_flops()})
+
+        with contextlib.ExitStack() as entered:
+            for index, block in enumerate(decoder_blocks(self.model)[1]):
+                entered.enter_context(block.register_forward_pre_hook(about_to_run(index)))
+            entered.enter_context(torch.no_grad())
+            entered.enter_context(flops)
+            entered.enter_context(live)
+            hidden_states(self.model, self.input_BT)
+        total = flops.get_total_flops()
+        return total, {index: total - done for index, done in below.items()}, live.peak
 
 
 class _Flops(FlopCounterMode):

@@ -61,6 +61,7 @@ def unlearn(
     until: float | None = None,
     max_kl: float | None = None,
     batch_tokens: int = 4096,
+    recompute: bool = False,
     seed: int = 0,
     refine: int = 0,
     refine_sequences: int = REFINE_SEQUENCES,
@@ -84,6 +85,8 @@ def unlearn(
         refit: fit anew at each step.
         alpha, kl, until, max_kl: how far to go, see :class:`~kfade.step.StepSize`.
         batch_tokens: positions in one forward pass.
+        recompute: passes with gradients run each block again in their backward pass instead of
+            keeping what it made: the same result for less memory and more work.
         refine: iterations of conjugate gradients that improve the direction of each step
             (:func:`~kfade.refine.refined_steps`). All directions on the way are tried, and the one
             with the greatest rise of the forget loss for its KL is taken; with ``alpha`` the last.
@@ -118,14 +121,20 @@ def unlearn(
         if curvature is None or (refit and index > 0):
             at, key = (update, seed + index) if refit else (Update({}), seed)
             with stage("fit"), at.applied_to(model):
-                curvature = fit(model, retain_batches, targets, draw=draw, seed=key)
+                curvature = fit(
+                    model, retain_batches, targets, draw=draw, seed=key, recompute=recompute
+                )
         with stage("gradient"), update.applied_to(model):
             forget_batches = drawn(forget, forget_batch, index)
-            gradient = forget_gradient(model, forget_batches, targets, objective)
+            gradient = forget_gradient(
+                model, forget_batches, targets, objective, recompute=recompute
+            )
         directions = refined_steps(
             curvature,
             gradient,
-            _exact_product(model, update, targets, drawn(retain, refine_sequences, index)),
+            _exact_product(
+                model, update, targets, drawn(retain, refine_sequences, index), recompute
+            ),
             damping=damping,
             relative=relative,
             iterations=refine,
@@ -168,13 +177,17 @@ def _is_reached(size: StepSize, loss: float, *, first: bool) -> bool:
 
 
 def _exact_product(
-    model: nn.Module, update: Update, targets: Sequence[Target], batches: Sequence[Batch]
+    model: nn.Module,
+    update: Update,
+    targets: Sequence[Target],
+    batches: Sequence[Batch],
+    recompute: bool,
 ) -> Callable[[Matrices], Matrices]:
     """δ ↦ Gδ with the exact G of ``batches`` at the weights that ``update`` makes."""
 
     def product(delta: Matrices) -> Matrices:
         with update.applied_to(model):
-            return gauss_newton_product(model, batches, targets, delta)
+            return gauss_newton_product(model, batches, targets, delta, recompute=recompute)
 
     return product
 

@@ -97,7 +97,9 @@ def _check_several(arguments: list[str]) -> None:
 
 def _out_of_memory() -> int:
     return _fail(
-        "out of memory: lower --batch-tokens, then --sequence-length, or target fewer --layers", 2
+        "out of memory: lower --batch-tokens, then --sequence-length, or target fewer --layers; "
+        "fit, unlearn and sweep hold less with --recompute",
+        2,
     )
 
 

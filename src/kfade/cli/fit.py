@@ -10,7 +10,7 @@ from kfade.batches import digest_sequences, make_batches
 from kfade.cli import options as o
 from kfade.cli.session import load, read_retain, session, show, spread, to_tokens
 from kfade.cli.unlearn import curvature_bytes, git_sha
-from kfade.config import RunConfig, override, read_config, write_config
+from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
 from kfade.run_dir import RunDir
@@ -36,6 +36,7 @@ def fit(
     target: o.Target = None,
     joint_bias: o.JointBias = None,
     memory: o.Memory = None,
+    recompute: o.Recompute = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
@@ -56,7 +57,7 @@ def fit(
     run = override(read_config(config) if config else RunConfig(), **given)
     fit_function, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
     examples, _ = read_retain(run.data, run.seed)
-    with session() as clock, RunDir(out, asdict(run), resume=resume) as folder:
+    with session() as clock, RunDir(out, deciding(run), resume=resume) as folder:
         loaded = load(run.model, run.fit)
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
@@ -78,6 +79,7 @@ def fit(
                 loaded.targets,
                 draw=draw,
                 seed=run.seed,
+                recompute=run.fit.recompute,
                 memory=budget,
                 store=Store(folder.state, made_for),
             )

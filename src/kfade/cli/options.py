@@ -67,6 +67,15 @@ Memory = Annotated[
     str | None,
     _option(FIT, "What a device may hold, as in 20GB: fit the layers in groups that fit. [all]"),
 ]
+Recompute = Annotated[
+    bool | None,
+    _option(
+        FIT,
+        "Run each block again in a backward pass instead of keeping what it made: less memory, "
+        "more work, the same result. [no]",
+        "--recompute/--no-recompute",
+    ),
+]
 CurvatureDir = Annotated[
     Path | None, _option(FIT, "Use a curvature that kfade fit saved.", "--curvature")
 ]

@@ -15,8 +15,8 @@ SIZES = {
     "eigenvalues": "eigenvalues",
     "curvature": "curvature on disk: bases and eigenvalues",
     "vector": "gradient, direction, update: each",
-    "activations": "activations of a pass",
-    "inputs": "inputs of all targets of a pass (for the eigenvalues and the gradient)",
+    "activations": "what a forward pass keeps for backward",
+    "inputs": "inputs that wait for gradients in a pass (for the eigenvalues and the gradient)",
     "head": "head, a chunk of positions",
     "runtime": "Python and libraries",
 }
@@ -100,6 +100,7 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     notes = [
         f"{fitted} in {plan['passes']} passes; {work['forget_tokens']:,} forget tokens; "
         f"sequences of {work['sequence_length']}"
+        + ("; blocks run again in backward passes" if work["recompute"] else "")
     ]
     if speed is None:
         notes.append(

@@ -83,6 +83,7 @@ def sweep(
     truncate: o.Truncate = None,
     holdout: o.Holdout = None,
     batch_tokens: o.BatchTokens = None,
+    recompute: o.Recompute = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
@@ -104,6 +105,7 @@ def sweep(
     fitted = read_config(curvature / "config.yaml")
     run = override(read_config(config) if config else fitted, **given)
     run = replace(run, fit=fitted.fit, step=replace(run.step, steps=1), size=SizeConfig())
+    run = override(run, recompute=recompute)
     dampings, relative = _dampings(damping, relative_damping, run)
     points = grid(
         _words(objective or run.step.objective, ","),

@@ -24,7 +24,7 @@ from kfade.cli.session import (
     to_tokens,
 )
 from kfade.cli.unlearn import git_sha, read_curvature, run_metrics
-from kfade.config import RunConfig, SizeConfig, write_config
+from kfade.config import RunConfig, SizeConfig, deciding, write_config
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.evaluate.log import ItemLog
 from kfade.gradient import forget_gradient
@@ -72,7 +72,7 @@ def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str,
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {
-        **asdict(run),
+        **deciding(run),
         "curvature": str(request.curvature),
         "points": [point.id for point in request.points],
         "max_kl": max_kl,
@@ -146,6 +146,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
                 gradient=_kept(folder, header),
                 forget_batch=run.step.forget_batch,
                 batch_tokens=run.data.batch_tokens,
+                recompute=run.fit.recompute,
                 seed=run.seed,
                 retain=ready.retain,
                 refine_sequences=run.refinement.refine_sequences,
@@ -165,12 +166,16 @@ def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
     digest = f"{header['weights_sha256'][:16]}-{header['forget_sha256'][:16]}"
 
     def kept(
-        model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], objective: Objective
+        model: nn.Module,
+        batches: Sequence[Batch],
+        targets: Sequence[Target],
+        objective: Objective,
+        **options: Any,
     ) -> Matrices:
         name = f"gradient-{objective.__name__}-{digest}.safetensors"
         if (folder.state / name).is_file():
             return load_file(folder.state / name, str(targets[0].weight.device))
-        matrices = forget_gradient(model, batches, targets, objective)
+        matrices = forget_gradient(model, batches, targets, objective, **options)
         whole = {key: matrix.contiguous() for key, matrix in matrices.items()}
         folder.keep(name, lambda path: save_file(whole, path))
         return matrices
@@ -195,6 +200,7 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         forget_batch=run.step.forget_batch,
         alpha=best.alpha,
         batch_tokens=run.data.batch_tokens,
+        recompute=run.fit.recompute,
         seed=run.seed,
         refine=point.refine,
         refine_sequences=run.refinement.refine_sequences,

@@ -26,7 +26,7 @@ from kfade.cli.session import (
     spread,
     to_tokens,
 )
-from kfade.config import RunConfig, override, read_config, write_config
+from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.fit import Fit
 from kfade.curvature.store import Store
@@ -59,6 +59,7 @@ def unlearn(
     target: o.Target = None,
     joint_bias: o.JointBias = None,
     memory: o.Memory = None,
+    recompute: o.Recompute = None,
     curvature: o.CurvatureDir = None,
     objective: o.ObjectiveName = None,
     steps: o.Steps = None,
@@ -122,8 +123,8 @@ def run_unlearn(
     objective = o.objective_of(run.step.objective)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
-    asked = {**asdict(run), "curvature": str(curvature) if curvature else None}
-    with session() as clock, RunDir(out, asked, resume=resume) as folder:
+    source = {"curvature": str(curvature) if curvature else None}
+    with session() as clock, RunDir(out, {**deciding(run), **source}, resume=resume) as folder:
         if curvature is not None:
             Curvature.load(curvature)  # is it one? before the model is read
         loaded = loaded or load(run.model, run.fit)
@@ -134,7 +135,7 @@ def run_unlearn(
         held_out = to_tokens(held_examples, loaded, run.data)
         saved = read_curvature(curvature, loaded) if curvature is not None else None
         start = _resume_from(folder, forget, retain)
-        made_for = {"retain_sha256": digest_sequences(retain), "config": asdict(run.fit)}
+        made_for = {"retain_sha256": digest_sequences(retain), "config": deciding(run)["fit"]}
 
         def on_step(update: Update) -> None:
             steps = update.provenance["steps"]
@@ -164,6 +165,7 @@ def run_unlearn(
             until=size.until,
             max_kl=size.max_kl,
             batch_tokens=run.data.batch_tokens,
+            recompute=run.fit.recompute,
             seed=run.seed,
             refine=run.refinement.refine,
             refine_sequences=run.refinement.refine_sequences,
@@ -185,7 +187,7 @@ def run_unlearn(
             **provenance,
             "seed": run.seed,
             "git_sha": git_sha(),
-            "config": asked,
+            "config": {**asdict(run), **source},
         }
         folder.finish(manifest, metrics, write_config(run))
     return {"out": str(out), **metrics}
@@ -213,6 +215,7 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         run.data.batch_tokens,
         sequence_length=run.data.sequence_length,
         estimator=run.fit.estimator,
+        recompute=run.fit.recompute,
         vectors=3 if refitted else 0,
         shards=distributed.count() if run.model.shard else 1,
     )

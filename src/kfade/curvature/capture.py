@@ -29,6 +29,9 @@ def capture(
 ) -> Iterator[None]:
     """Within the ``with``, hand over what passes through the targets of a frozen model.
 
+    Where gradients are asked for, a forward pass without them is none of ours, be it the first run
+    of a block that runs again (``recompute``) or another computation on the way.
+
     Args:
         on_input: called in the forward pass with the first reader of each input tensor and the
             input [B, T, I] (a column of ones added for a joint bias).
@@ -42,9 +45,11 @@ def capture(
 
     def hook(target: Target):
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor):
+            if on_gradient is not None and not torch.is_grad_enabled():
+                return None
             if on_input is not None and target is first[target.input_of]:
                 on_input(target, target.inputs(args[0].detach()))
-            if on_gradient is None or not torch.is_grad_enabled():
+            if on_gradient is None:
                 return None
             if not output.requires_grad:
                 output = output.detach().requires_grad_()

@@ -38,7 +38,8 @@ from kfade.curvature.factors import (
     sum_dtype,
 )
 from kfade.curvature.groups import group_targets
-from kfade.curvature.passes import FromOutputs, Keeper, live_rows, run_pass
+from kfade.curvature.passes import FromOutputs, Keeper, Waiting, live_rows, run_pass
+from kfade.curvature.recompute import recomputing
 from kfade.curvature.store import Store
 from kfade.head import Head
 from kfade.layers import Target
@@ -47,7 +48,7 @@ from kfade.stages import stage
 
 COVARIANCE_STREAM, EIGENVALUE_STREAM = 0, 1
 Fit = Callable[..., Curvature]
-"""(model, batches, targets, *, draw, seed, memory, store) -> Curvature."""
+"""(model, batches, targets, *, draw, seed, recompute, memory, store) -> Curvature."""
 Blocks = dict[str, EigenBlock]
 Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """Target name -> (Q_O, Q_I)."""
@@ -60,6 +61,7 @@ def fit_identity(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    recompute: bool = False,
     memory: int | None = None,
     store: Store | None = None,
 ) -> Curvature:
@@ -84,6 +86,7 @@ def fit_diagonal(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    recompute: bool = False,
     memory: int | None = None,
     store: Store | None = None,
 ) -> Curvature:
@@ -92,7 +95,8 @@ def fit_diagonal(
     def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
         bare = {target.name: (None, None) for target in group}
         pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
-        return _with_eigenvalues(model, batches, group, bare, pseudo, keeper_of("diagonal"))
+        with recomputing(model, group, recompute):
+            return _with_eigenvalues(model, batches, group, bare, pseudo, keeper_of("diagonal"))
 
     facts = _provenance("diagonal", batches, draw, seed)
     return _in_groups(batches, targets, fit_group, facts, memory, store)
@@ -105,6 +109,7 @@ def fit_kfac(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    recompute: bool = False,
     memory: int | None = None,
     store: Store | None = None,
 ) -> Curvature:
@@ -113,7 +118,8 @@ def fit_kfac(
 
     def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
         pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
-        return _kfac(model, batches, group, pseudo, keeper_of("covariance"))
+        with recomputing(model, group, recompute):
+            return _kfac(model, batches, group, pseudo, keeper_of("covariance"))
 
     facts = _provenance("kfac", batches, draw, seed)
     return _in_groups(batches, targets, fit_group, facts, memory, store)
@@ -126,6 +132,7 @@ def fit_ekfac(
     *,
     draw: Draw = square_root_draw,
     seed: int = 0,
+    recompute: bool = False,
     memory: int | None = None,
     store: Store | None = None,
 ) -> Curvature:
@@ -134,6 +141,8 @@ def fit_ekfac(
     Args:
         draw: makes the pseudo-labels, see ``draws``.
         seed: keys them.
+        recompute: run each block again in the backward pass instead of keeping what its first run
+            made, see ``recompute``: the same bits for less memory and more work.
         memory: bytes that the curvature may hold at a time; the layers are then fitted in groups,
             each with passes of its own. None: all at once.
         store: where finished groups go, to be read back block by block, and where unfinished
@@ -147,13 +156,15 @@ def fit_ekfac(
 
     def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
         pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
-        kfac = _kfac(model, batches, group, pseudo, keeper_of("covariance"))
+        with recomputing(model, group, recompute):
+            kfac = _kfac(model, batches, group, pseudo, keeper_of("covariance"))
         bases = {name: (block.q_out, block.q_in) for name, block in kfac.items()}
         kfac.clear()
         pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
         # Sums in other bases are not continued, should an eigendecomposition not repeat itself.
         keeper = keeper_of(f"lambda-{_fingerprint(bases):08x}")
-        return _with_eigenvalues(model, batches, group, bases, pseudo, keeper)
+        with recomputing(model, group, recompute):
+            return _with_eigenvalues(model, batches, group, bases, pseudo, keeper)
 
     facts = _provenance("ekfac", batches, draw, seed)
     return _in_groups(batches, targets, fit_group, facts, memory, store)
@@ -299,7 +310,7 @@ class _Eigenvalues:
         self.grids: dict[str, Tensor] = {}
         self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         low: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
-        self._readers: dict[str, list[Target]] = {}
+        self._inputs: Waiting[tuple[Tensor, Tensor | None]] = Waiting(targets)
         for target in targets:
             weight = target.weight
             self.grids[target.name] = torch.zeros(
@@ -310,27 +321,23 @@ class _Eigenvalues:
                 q if q is None else low.setdefault(id(q), q.to(weight.dtype)) for q in (q_out, q_in)
             ]
             self._bases[target.name] = (cast[0], cast[1])
-            self._readers.setdefault(target.input_of, []).append(target)
 
     def begin(self, batch: Batch) -> None:
         self._batch, self._lengths = batch, batch.live_BT.sum(dim=1).tolist()
         self._mean_length = sum(self._lengths) / len(self._lengths)
-        self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
         a_RI, q_in = live_rows(a_BTI, self._batch), self._bases[target.name][1]
-        readers = self._readers[target.input_of]
-        if q_in is not None and rows_first(self._mean_length, target.shape[0], len(readers)):
+        readers = self._inputs.readers[target.input_of]
+        if q_in is not None and rows_first(self._mean_length, target.shape[0], readers):
             a_RI, q_in = a_RI @ q_in, None
-        self._inputs[target.input_of] = (a_RI, q_in, len(readers))
+        self._inputs.put(target, (a_RI, q_in))
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
         g_RO, q_out = live_rows(g_BTO, self._batch), self._bases[target.name][0]
         if q_out is not None and rows_first(self._mean_length, target.shape[1]):
             g_RO, q_out = g_RO @ q_out, None
-        a_RI, q_in, left = self._inputs.pop(target.input_of)
-        if left > 1:
-            self._inputs[target.input_of] = (a_RI, q_in, left - 1)
+        a_RI, q_in = self._inputs.take(target)
         grid = self.grids[target.name]
         add_sequence_squares(grid, g_RO, a_RI, self._lengths, q_out=q_out, q_in=q_in)
 

@@ -89,7 +89,7 @@ def group_targets(
             raise InputError(
                 f"--memory leaves {budget / 1e9:.2f} GB for the curvature, and {unit[0].name} with "
                 f"what shares its input needs {group_bytes(unit, estimator) / 1e9:.2f} GB: raise "
-                "it, lower --batch-tokens, or use --estimator diagonal"
+                "it, lower --batch-tokens, give --recompute, or use --estimator diagonal"
             )
         if groups and group_bytes([*groups[-1], *unit], estimator) <= budget:
             groups[-1].extend(unit)

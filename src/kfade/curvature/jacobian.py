@@ -20,7 +20,8 @@ from kfade import distributed
 from kfade.batches import Batch
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.factors import sum_dtype
-from kfade.curvature.passes import FromOutputs, live_rows, run_pass
+from kfade.curvature.passes import FromOutputs, Waiting, live_rows, run_pass
+from kfade.curvature.recompute import recomputing
 from kfade.head import hidden_states
 from kfade.layers import Target
 
@@ -31,14 +32,17 @@ def transpose_product(
     targets: Sequence[Target],
     from_outputs: FromOutputs,
     name: str,
+    *,
+    recompute: bool = False,
 ) -> Matrices:
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
 
     ``from_outputs(head, batch, hidden_ND)`` gives u [N, D] at the loss positions, from the final
-    hidden states there.
+    hidden states there. ``recompute`` as for :func:`~kfade.curvature.fit.fit_ekfac`.
     """
     products = _Products(targets)
-    run_pass(model, batches, targets, products, from_outputs, name)
+    with recomputing(model, targets, recompute):
+        run_pass(model, batches, targets, products, from_outputs, name)
     return {name: distributed.sum_everywhere(sum_OI) for name, sum_OI in products.sums.items()}
 
 
@@ -51,19 +55,18 @@ class _Products:
             weight = target.weight
             dtype = sum_dtype(weight.dtype)
             self.sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs: Waiting[Tensor] = Waiting(targets)
 
     def begin(self, batch: Batch) -> None:
         self._batch = batch
-        self._inputs.clear()
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        self._inputs[target.input_of] = live_rows(a_BTI, self._batch)
+        self._inputs.put(target, live_rows(a_BTI, self._batch))
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
         sum_OI = self.sums[target.name]
         g_RO = live_rows(g_BTO, self._batch).to(sum_OI.dtype)
-        sum_OI.addmm_(g_RO.T, self._inputs[target.input_of].to(sum_OI.dtype))
+        sum_OI.addmm_(g_RO.T, self._inputs.take(target).to(sum_OI.dtype))
 
     def tensors(self) -> Matrices:
         return self.sums

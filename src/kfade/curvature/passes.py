@@ -8,8 +8,9 @@ Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from kfade.layers import Target
 from kfade.models import frozen
 from kfade.progress import track
 
+T = TypeVar("T")
 FromOutputs = Callable[[Head, Batch, Tensor], Tensor]
 """(head, batch, hidden [N, D] at the loss positions) -> what is sent backward there, u [N, D]."""
 
@@ -51,6 +53,26 @@ class Keeper(Protocol):
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the sums over that many batches, if it is time to."""
+
+
+class Waiting(Generic[T]):
+    """What was made of inputs, each until the gradients of all targets that read it have come."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.readers = Counter(target.input_of for target in targets)
+        """Of each input."""
+        self._kept: dict[str, tuple[T, int]] = {}
+
+    def put(self, target: Target, value: T) -> None:
+        """Keep ``value`` for all that read the target's input."""
+        self._kept[target.input_of] = (value, self.readers[target.input_of])
+
+    def take(self, target: Target) -> T:
+        """For one of them."""
+        value, left = self._kept.pop(target.input_of)
+        if left > 1:
+            self._kept[target.input_of] = (value, left - 1)
+        return value
 
 
 def run_pass(

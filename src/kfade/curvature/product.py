@@ -56,8 +56,11 @@ def gauss_newton_product(
     batches: Sequence[Batch],
     targets: Sequence[Target],
     delta: Mapping[str, Tensor],
+    *,
+    recompute: bool = False,
 ) -> Matrices:
-    """G δ with the exact G of ``batches``, one matrix [O, I] a target."""
+    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute`` as for
+    :func:`~kfade.curvature.fit.fit_ekfac`."""
     loss_tokens = sum(batch.loss_tokens for batch in batches)
 
     def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
@@ -73,7 +76,9 @@ def gauss_newton_product(
             u_ND[part] = torch.autograd.grad(logits, h, fisher_NV)[0]
         return u_ND
 
-    return transpose_product(model, batches, targets, from_outputs, "exact product")
+    return transpose_product(
+        model, batches, targets, from_outputs, "exact product", recompute=recompute
+    )
 
 
 def _head_tangent(head: Head, hidden_ND: Tensor, tangent_ND: Tensor) -> tuple[Tensor, Tensor]:
