@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import oracles
 import pytest
@@ -240,6 +241,13 @@ def test_a_run_meets_its_kl_and_records_what_it_did(model):
     assert run(model, kl=0.01, max_kl=0.005).provenance["steps"][0]["retain_kl"] <= 0.005
 
 
+def test_a_later_step_tries_first_how_far_the_last_one_went(model):
+    records = run(model, kl=0.01, steps=3).provenance["steps"]
+    for before, after in pairwise(records):
+        part = after["probes"][0]["alpha"] / after["alpha"]
+        assert after["exact_kl"] * part**2 == pytest.approx(before["exact_kl"])
+
+
 # --- 13. The search for the size of a step ------------------------------------------------------
 
 
@@ -298,6 +306,13 @@ def test_a_part_of_the_way_aims_at_its_share():
     assert part.retain_kl == pytest.approx(0.01, rel=0.1)
     part = search(lambda a: a**2, StepSize(until=3.0), share=0.5)[-1]
     assert part.forget_loss == pytest.approx(2.0, abs=0.03 * 1.0)  # 3 % of the rise of 1
+
+
+def test_on_the_way_half_as_much_or_half_as_much_again_will_do():
+    near = 0.11  # 1.21 of the KL aimed at
+    assert len(search(lambda a: a**2, StepSize(kl=0.04), share=0.5, guess=near)) == 1
+    assert len(search(lambda a: a**2, StepSize(kl=0.01), share=1.0, guess=near)) == 2
+    assert len(search(lambda a: a**2, StepSize(kl=0.04), share=0.5, guess=2 * near)) == 2
 
 
 @pytest.mark.parametrize("guess", [1e-6, 1.0, 1e6])

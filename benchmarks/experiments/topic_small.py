@@ -117,7 +117,7 @@ class Lab:
         """One step of K-FADE by the margin."""
         search = Search(self.model, self.ruler, self.subject)
         row, update = search.step(
-            self.curvature(estimator), self.gradient, self.targets, damping=damping, guess_kl=0.1
+            self.curvature(estimator), self.gradient, self.targets, damping=damping, guess_kl=0.2
         )
         return self._kept(f"{estimator} {damping:g}", {**row, "damping": damping}, update)
 
