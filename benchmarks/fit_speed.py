@@ -28,6 +28,7 @@ LENGTH = 512
 RUNS: list[tuple[str, list[str]]] = [
     ("kfade", ["--peer", "kfade", "--batch", "1"]),
     ("kronfluence", ["--peer", "kronfluence", "--batch", "1"]),
+    ("kfade --recompute", ["--peer", "kfade", "--batch", "1", "--recompute"]),
     ("kfade bf16", ["--peer", "kfade", "--batch", "1", "--dtype", "bfloat16"]),
     ("kronfluence bf16", ["--peer", "kronfluence", "--batch", "1", "--dtype", "bfloat16"]),
     ("curvlinops", ["--peer", "curvlinops", "--batch", "1"]),
@@ -124,7 +125,7 @@ def ratios(result: dict[str, Any]) -> list[str]:
     runs = result["runs"]
     lines = ["| kronfluence (float32) over | covariances | eigh | Λ | whole EK-FAC | peak |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name in ("kfade", "kfade bf16"):
+    for name in ("kfade", "kfade --recompute", "kfade bf16"):
         if name not in runs or "kronfluence" not in runs:
             continue
         pairs = list(zip(runs["kronfluence"], runs[name], strict=False))

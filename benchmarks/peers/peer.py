@@ -54,6 +54,8 @@ class Settings:
     low_precision: bool = False
     """kronfluence's "smart low precision": factors, bases and per-sequence gradients are bfloat16,
     which makes it faster and what it computes another thing."""
+    recompute: bool = False
+    """Of kfade's passes: run blocks again backward instead of keeping what they made."""
 
 
 def sample_labels(p_NV: Tensor) -> Tensor:
@@ -124,7 +126,8 @@ class Kfade(Peer):
         sequences = [kfade.batches.Sequence(tuple(row), scored) for row in tokens_ST.tolist()]
         budget = self.settings.batch * (tokens_ST.shape[1] - 1)
         batches = kfade.make_batches(sequences, budget=budget)
-        self.result = fit(self.model, batches, self.targets, draw=sampled_labels)
+        options = {"draw": sampled_labels, "recompute": self.settings.recompute}
+        self.result = fit(self.model, batches, self.targets, **options)
 
     def kfac(self, tokens_ST: Tensor) -> None:
         self._fit(kfade.fit_kfac, tokens_ST)

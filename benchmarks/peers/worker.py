@@ -54,6 +54,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         eigh=arguments.eigh,
         iterative=arguments.iterative,
         low_precision=arguments.low_precision,
+        recompute=arguments.recompute,
     )
     report: dict[str, Any] = {
         "peer": arguments.peer,
@@ -96,6 +97,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--eigh", choices=("float32", "float64"), default="float32")
     options.add_argument("--iterative", action="store_true")
     options.add_argument("--low-precision", action="store_true")
+    options.add_argument("--recompute", action="store_true")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--seed", type=int, default=0)
     return options.parse_args()
