@@ -16,8 +16,9 @@ import kfade
 from kfade import find_targets, fit_diagonal, fit_ekfac, fit_identity, fit_kfac, make_batches
 from kfade.curvature import fit as fit_module
 from kfade.curvature.draws import square_root_draw
+from kfade.curvature.eigh import workspace_bytes
 from kfade.curvature.fit import pseudo_gradients
-from kfade.curvature.groups import DECOMPOSITION, group_bytes, group_targets
+from kfade.curvature.groups import group_bytes, group_targets
 from kfade.curvature.passes import run_pass
 
 FITS = {"identity": fit_identity, "diagonal": fit_diagonal, "kfac": fit_kfac, "ekfac": fit_ekfac}
@@ -78,8 +79,9 @@ def test_bytes_by_hand(targets):
     gate_up, down, eight = targets[0:2], targets[2:3], 8  # bytes of a float64
     assert group_bytes(gate_up, "identity") == 0
     assert group_bytes(gate_up, "diagonal") == eight * (2 * GRID + 2 * GRID)
-    assert group_bytes(gate_up, "kfac") == eight * (GATE_UP + DECOMPOSITION * 12**2)
-    both = eight * (GATE_UP + DOWN + DECOMPOSITION * 12**2)
+    decomposing = workspace_bytes(12, eight, torch.device("cpu"))
+    assert group_bytes(gate_up, "kfac") == eight * GATE_UP + decomposing
+    both = eight * (GATE_UP + DOWN) + decomposing
     assert group_bytes(targets[:3], "kfac") == both
     assert group_bytes(targets[:3], "ekfac") == both
     # Of many layers the grids count, not the one decomposition.
@@ -115,7 +117,7 @@ def test_bytes_are_those_of_the_sums_and_of_the_blocks(dtype, monkeypatch):
     # In float64 the bases are used as they are; for bfloat16 there is a copy of half the size.
     cast = bases // 2 if dtype == torch.bfloat16 else 0
     assert held["eigenvalues"] == grids + (cast or bases)
-    decomposing = bases + DECOMPOSITION * 12**2 * size
+    decomposing = bases + workspace_bytes(12, size, torch.device("cpu"))
     assert group_bytes(targets, "kfac") == max(decomposing, bases + grids)
     in_pass = bases + grids + 2 * GRID * size + cast
     assert group_bytes(targets, "ekfac") == max(decomposing, in_pass)

@@ -37,7 +37,7 @@ from kfade.cost import EIGH_FLOPS, Speed, flops, lambda_flops, measure_speed, se
 from kfade.cost import symmetric_flops as symmetric
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import square_root_draw
-from kfade.curvature.factors import PROBES
+from kfade.curvature.eigh import PROBES, workspace_bytes
 from kfade.curvature.fit import (
     _Covariances,
     _Eigenvalues,
@@ -47,7 +47,6 @@ from kfade.curvature.fit import (
     fit_kfac,
 )
 from kfade.curvature.groups import (
-    DECOMPOSITION,
     factor_bytes,
     fit_bytes,
     group_bytes,
@@ -73,6 +72,8 @@ from kfade.plan import (
     peaks,
 )
 from kfade.trace import trace_pass
+
+CPU = torch.device("cpu")
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096,
@@ -195,7 +196,7 @@ def test_bytes_of_a_fit_by_hand():
     grids, largest = 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
     assert fit_bytes(targets, "ekfac") == {
         "covariance": factors,
-        "eigh": factors + DECOMPOSITION * 4 * 224**2,
+        "eigh": factors + workspace_bytes(224, 4, CPU),
         "lambda": factors + factors // 2 + grids + 2 * largest,  # a copy of the bases in bfloat16
     }
     assert fit_bytes(find_targets(small()), "ekfac")["lambda"] == factors + grids + 2 * largest
@@ -293,7 +294,7 @@ def test_peaks_by_hand(tmp_path):
     found = peaks(subject, [targets], "ekfac")
     assert found["load"] == fixed
     assert found["covariance"] == fixed + factors + held + surplus
-    assert found["eigh"] == fixed + factors + DECOMPOSITION * 4 * 224**2
+    assert found["eigh"] == fixed + factors + workspace_bytes(224, 4, CPU)
     lambda_ = fixed + factors + grids + 2 * largest + held + surplus + inputs
     assert found["lambda"] == lambda_
     assert fit_overhead(subject, "ekfac") == lambda_ - factors - grids - 2 * largest

@@ -34,10 +34,10 @@ from kfade.batches import Batch, Sequence
 from kfade.curvature import factors
 from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.draws import token_keys
+from kfade.curvature.eigh import eigendecompose
 from kfade.curvature.factors import (
     CovarianceSum,
     add_sequence_squares,
-    eigendecompose,
     rows_first,
 )
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM

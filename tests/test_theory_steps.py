@@ -25,7 +25,8 @@ from kfade import (
     make_batches,
     margin,
 )
-from kfade.curvature.factors import CovarianceSum, eigendecompose
+from kfade.curvature.eigh import eigendecompose
+from kfade.curvature.factors import CovarianceSum
 from kfade.gradient import forget_gradient
 from kfade.measure import divergence
 from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step

@@ -99,7 +99,7 @@ def setting(results: Results) -> Iterator[str]:
     again = told["retrained"]
     yield (
         "*Equal forgetting*: the mean probability of the report authors' answers (per token, "
-        "geometric) is the retrained model's, "
+        "geometric; of every second question) is the retrained model's, "
         f"{again['forget_probability']:.3f}; the full model's is "
         f"{told['report']['forget_probability']:.3f}. On the tuning authors no retrained model was "
         "made: there the target is what the full model gives answers about two authors that "
@@ -171,9 +171,10 @@ def choices_table(results: Results, rows: Sequence[Row]) -> Iterator[str]:
                 f"{best.held_out_utility:.3f} |"
             )
     yield (
-        "Each method's update at its own length and, where run, 1.2 and 0.8 times as long. The "
-        "paper's rule takes the largest forget quality × utility, on the questions that are then "
-        "reported; the honest one chooses on half of the forget questions and reports on the other."
+        "Each method's update at its own length and, where run, 1.25, 1.5 and 0.8 times as long. "
+        "The paper's rule takes the largest forget quality × utility, on the questions that are "
+        "then reported; the honest one chooses on half of the forget questions and reports on the "
+        "other."
     )
     yield table(
         "method | setting | rows | chosen | forget quality | utility | chosen on half | "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pieces import Results
-from tofu_small import REFINE, STEPS, best_damping, chosen
+from tofu_small import PAPER, VARIANTS, best_damping, chosen
 from tofu_small_methods import lowest
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
@@ -71,28 +71,37 @@ def rows_of(results: Results) -> list[Row]:
             damping = best_damping(results, estimator)
             setting = f"{objective}, damping {damping:g}" if damping is not None else objective
             title = f"K-FADE, {name}"
-            rows.append(row_of(results, f"{estimator} {objective}", title, setting, damping))
-    others = [("steps", n, f"K-FADE, {n} steps, one fit") for n in STEPS]
-    for method, count, title in [
-        *others,
-        *(("refine", n, f"K-FADE, refined {n}×") for n in REFINE),
-    ]:
-        told = results.get(f"report {method} {count}", {})
-        kept = f", iterate {told['refined']} kept" if told and method == "refine" else ""
-        setting = f"margin, damping {told['damping']:g}{kept}" if "damping" in told else "margin"
-        rows.append(row_of(results, method, title, setting, count))
+            method = f"{estimator} {objective}"
+            name = f"{method} {damping:g}" if damping is not None else None
+            rows.append(row_of(results, method, title, setting, name))
+    fixed = f"margin, sampled labels, damping {PAPER:g} (absolute)"
+    rows.append(row_of(results, "paper", "K-FADE, the paper's recipe", fixed, "paper"))
+    for name, options in VARIANTS.items():
+        setting = variant_setting(results.get(f"report {name}", {}))
+        rows.append(row_of(results, name, variant_title(options), setting, name))
     for name, title in BASELINES.items():
         rate = chosen(results, name)
         setting = f"learning rate {rate:g}" if rate is not None else ""
-        rows.append(row_of(results, name, title, setting, rate))
+        row = f"{name} {rate:g}" if rate is not None else None
+        rows.append(row_of(results, name, title, setting, row))
     return rows
 
 
-def row_of(results: Results, method: str, title: str, setting: str, value: float | None) -> Row:
-    if value is None:
+def variant_title(options: dict[str, int]) -> str:
+    """Of one of ``VARIANTS``."""
+    words = {"steps": "{} steps, one fit", "refine": "refined {}×"}
+    return "K-FADE, " + ", ".join(words[key].format(count) for key, count in options.items())
+
+
+def variant_setting(told: dict[str, Any]) -> str:
+    setting = f"margin, damping {told['damping']:g}" if "damping" in told else "margin"
+    return f"{setting}, iterate {told['refined']} kept" if told.get("refined") else setting
+
+
+def row_of(results: Results, method: str, title: str, setting: str, name: str | None) -> Row:
+    """``name``: as its pieces call the row; None where nothing was chosen."""
+    if name is None:
         return Row(method, title, setting, None, None, {}, [])
-    name = f"{method} {value:g}"
-    method = name if method in ("refine", "steps") else method
     prefix = f"tofu {name} x"
     logs = {
         f"×{piece.removeprefix(prefix)}": log_of(told["items"], piece)

@@ -7,9 +7,19 @@ from typing import Any
 
 from pieces import Results
 from results_claims import Claim, bounded, yes
-from results_rows import BASELINES, ESTIMATORS, NOT_RUN, number, quotient, seconds, table
-from tofu_small import chosen
-from topic_small import DAMPINGS, REFINE
+from results_rows import (
+    BASELINES,
+    ESTIMATORS,
+    NOT_RUN,
+    number,
+    quotient,
+    seconds,
+    table,
+    variant_setting,
+    variant_title,
+)
+from tofu_small import VARIANTS, chosen
+from topic_small import DAMPINGS
 
 COMMAND = "python benchmarks/experiments/topic_small.py --data DIR"
 
@@ -67,12 +77,11 @@ def rows(results: Results) -> Iterator[tuple[str, str, str, dict[str, Any], dict
                 results.get(f"report {row}"),
             )
         if name == "ekfac":
-            others = [(f"refine {n}", f"K-FADE, refined {n}×") for n in REFINE]
-            for row, title in [*others, ("steps 3", "K-FADE, 3 steps, one fit")]:
+            for row, options in VARIANTS.items():
                 if f"tune {row}" in results:
                     told = results[f"tune {row}"]
-                    kept = f"iterate {told['refined']} kept" if "refine" in row else ""
-                    yield row, title, kept, told, results.get(f"report {row}")
+                    setting = variant_setting(told)
+                    yield row, variant_title(options), setting, told, results.get(f"report {row}")
 
 
 def methods_table(results: Results) -> Iterator[str]:
@@ -141,7 +150,7 @@ def claims(results: Results) -> Iterator[Claim]:
     for name, least in (("diagonal", 5.0), ("identity", 20.0)):
         claim = f"{name} needs at least {least:g} × K-FAC's KL"
         yield bounded(claim, ratio_of(name, "kfac"), least=least)
-    better = [name for name in kls if name.startswith(("refine ", "steps "))]
+    better = [name for name in kls if name in VARIANTS]
     best = min(better, key=lambda name: kls[name]["value"], default="")
     claim = f"refined, or several steps{f' ({titles[best]})' if best else ''}: KL at most 0.5 ×"
     yield bounded(f"{claim} the plain step's", ratio_of(best, "ekfac"), most=0.5)
@@ -152,7 +161,7 @@ def tuning_table(results: Results) -> Iterator[str]:
     for name, told in results.items():
         if name.startswith("tune "):
             row, _, value = name.removeprefix("tune ").rpartition(" ")
-            single = row in ("refine", "steps")
+            single = name.removeprefix("tune ") in VARIANTS
             mark = "chosen" if not single and chosen(results, row) == float(value) else ""
             reached = told.get("failure") or number(told["kl"])
             lines.append(f"| {row} | {value} | {reached} | {mark} | `'{name}'` |")

@@ -36,11 +36,17 @@ RESULTS = Path(__file__).parents[1] / "results" / "tofu_small.json"
 BASELINES = ("gd", "npo", "simnpo", "rmu", "kl-min", "ga")
 LAST_BASELINES = ("soul",)
 DAMPINGS = (0.1, 0.01, 0.001)  # times the mean eigenvalue
+BASES = (4, 2, 8)  # one in so many retain sequences; the others for EK-FAC's eigenvalues
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_RATES = 3  # runs that a baseline is tuned by: as many as K-FADE has dampings
-REFINE = (1, 3)  # iterations
-STEPS = (3,)  # without a refit
-LONGER, SHORTER = 1.2, 0.8  # updates at other lengths, so that a row can be chosen among them
+VARIANTS: dict[str, dict[str, int]] = {  # what may better K-FADE's step; all by one fit
+    "steps 3": {"steps": 3},
+    "refine 1": {"refine": 1},
+    "refine 3": {"refine": 3},
+    "steps 3 refine 1": {"steps": 3, "refine": 1},
+}
+PAPER = 1e-8  # the paper's damping on TOFU, absolute, with sampled labels
+LENGTHS = (1.25, 1.5, 0.8)  # updates at other lengths, so that a row can be chosen among them
 
 
 def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
@@ -55,7 +61,9 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     for name in BASELINES[:2]:
         yield from compared(lab, results, name)
     yield "tofu retrained x1", lambda: lab.tofu("retrained")
-    yield from judged(lab, results, "ekfac margin")
+    yield from bettered(lab, results)
+    for factor in (1.0, LENGTHS[0]):
+        yield from judged(lab, results, "ekfac margin", factor)
     for name in BASELINES[:2]:
         yield from judged(lab, results, name)
     for name in ("diagonal", "identity"):
@@ -71,14 +79,13 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
         yield from compared(lab, results, name)
         yield from judged(lab, results, name)
     yield "tofu full x1", lambda: lab.tofu("full")
-    yield from bettered(lab, results)
+    for factor in LENGTHS:
+        for row in ("ekfac margin", *BASELINES):
+            yield from judged(lab, results, row, factor)
     yield from relearned(lab, results)
     yield from ablations(lab, results)
     for row in ("ekfac margin", "kfac margin", "diagonal margin", "identity margin", "ekfac ce"):
         yield from drawn(lab, results, row)
-    for factor in (LONGER, SHORTER):
-        for row in ("ekfac margin", *BASELINES):
-            yield from judged(lab, results, row, factor)
     for row in ("kfac margin", "ekfac ce", "diagonal margin", "identity margin"):
         yield from judged(lab, results, row)
     for name in LAST_BASELINES:
@@ -178,19 +185,33 @@ def drawn(lab: Lab, results: Results, row: str) -> Iterator[Piece]:
 
 
 def bettered(lab: Lab, results: Results) -> Iterator[Piece]:
-    """What may beat the plain step, at its damping: several steps by one fit; the exact
-    Gauss-Newton system by conjugate gradients, EK-FAC as the preconditioner."""
+    """The paper's own recipe, and what may beat it at the damping that was chosen: several steps
+    by one fit; the exact Gauss-Newton system by conjugate gradients, EK-FAC as the
+    preconditioner."""
     damping = chosen(results, "ekfac margin")
     if damping is None:
         return
-    rows = [(f"steps {n}", {"steps": n}) for n in STEPS]
-    for row, options in [*rows, *((f"refine {n}", {"refine": n}) for n in REFINE)]:
+    for name in ("kfac sampled", "ekfac sampled"):
+        yield f"fit {name}", lambda name=name: lab.fit(name)
+    for row, d, relative in (("paper", PAPER, False), ("sampled", damping, True)):
+        yield (
+            f"report {row}",
+            lambda row=row, d=d, relative=relative: lab.search(
+                *("report", lab.curvature("ekfac sampled"), "margin", d),
+                relative=relative,
+                like="ekfac margin",
+                keep=row,
+            ),
+        )
+    for row, options in VARIANTS.items():
         yield (
             f"report {row}",
             lambda row=row, o=options: lab.unlearn(lab.curvature("ekfac"), damping, row, **o),
         )
-        if lab.has(row):
-            yield f"tofu {row} x1", lambda row=row: lab.tofu(row)
+    for factor in (1.0, LENGTHS[0]):
+        for row in VARIANTS:
+            if lab.has(row):
+                yield f"tofu {row} x{factor:g}", lambda row=row, f=factor: lab.tofu(row, f)
 
 
 def best_baseline(results: Results) -> str | None:
@@ -219,6 +240,11 @@ def ablations(lab: Lab, results: Results) -> Iterator[Piece]:
     def search(curvature: Curvature, d: float, layers: str, like: str) -> dict[str, Any]:
         return lab.search("report", curvature, "margin", d, layers=layers, like=like)
 
+    for share in BASES:
+        yield (
+            f"ablation bases from 1/{share}, eigenvalues from the rest",
+            lambda n=share: search(lab.split_fit(n), damping, "all", "ekfac margin"),
+        )
     parts = thirds(results["full"]["blocks"])
     for layers in parts:
         yield (
@@ -245,10 +271,10 @@ def third_ablations(
     def fit() -> list[Any]:
         return lab.slices["fit"]
 
-    def refit(sequences: list[Any], draw: Any = kfade.square_root_draw) -> dict[str, Any]:
+    def refit(sequences: list[Any]) -> dict[str, Any]:
         batches = make_batches(sequences, budget=BUDGET)
         targets = targets_within(lab.targets, layers)
-        curvature = kfade.fit_ekfac(lab.model, batches, targets, draw=draw)
+        curvature = kfade.fit_ekfac(lab.model, batches, targets)
         row = search(curvature, damping, layers, f"blocks {layers}")
         return {**row, "layers": layers, "questions": len(sequences)}
 
@@ -260,7 +286,6 @@ def third_ablations(
     yield "ablation forget set in the fit", lambda: refit([*fit(), *lab.group("report").forget])
     yield "ablation retain 1/4", lambda: refit(fit()[::4])
     yield "ablation retain 1/16", lambda: refit(fit()[::16])
-    yield "ablation sampled labels", lambda: refit(fit(), kfade.sampled_labels)
     yield "ablation wikitext", lambda: refit(lab.text)
     yield "ablation 3 steps", steps
 

@@ -44,15 +44,15 @@ class Sizes:
     """What decides the numbers, and is written beside them."""
 
     model: str = ""
-    authors: int = 10
+    authors: int = 20
     """That the full model is trained on: the last ones of the data set."""
     questions: int = 20
     """Of each."""
-    utility: int = 20
+    utility: int = 40
     """Questions of each of the three sets that utility is measured on."""
-    rate: float = 5e-4
+    rate: float = 2e-4
     """Of fine-tuning."""
-    epochs: int = 20
+    epochs: int = 12
     """Of fine-tuning, at most."""
     steps: int = 18
     """Of a baseline, at most."""

@@ -9,12 +9,22 @@ from typing import Any
 
 from pieces import Results
 from tofu_small_data import BUDGET, Data, Models, Sizes, answer, encode, made
-from tofu_small_methods import OBJECTIVES, Group, Ruler, Search, baseline, fitted, forgetting
+from tofu_small_methods import (
+    MEASURED,
+    OBJECTIVES,
+    Group,
+    Ruler,
+    Search,
+    baseline,
+    fitted,
+    forgetting,
+)
 
 import kfade
 from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.fit import correct_eigenvalues
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.gradient import forget_gradient
@@ -79,16 +89,21 @@ class Lab:
         return found
 
     def fit(self, name: str) -> dict[str, Any]:
-        """Fit and keep a curvature; how long that took, with the fit that it builds upon."""
+        """Fit and keep a curvature, by square-root draws, or as in ``ekfac sampled``; how long that
+        took, with the fit that it builds upon."""
 
         def make(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             batches = make_batches(self.slices["fit"], budget=BUDGET)
-            found = fitted(name, self.model, batches, self.targets, lambda: self.curvature("kfac"))
+            estimator, _, labels = name.partition(" ")
+            kfac = f"kfac {labels}".strip()
+            draw = kfade.sampled_labels if labels == "sampled" else kfade.square_root_draw
+            arguments = (self.model, batches, self.targets, lambda: self.curvature(kfac), draw)
+            found = fitted(estimator, *arguments)
             seconds = time.perf_counter() - start
             found.save(folder / "curvature.safetensors")
-            if name == "ekfac":
-                seconds += self.fit("kfac")["fit_seconds"]
+            if estimator == "ekfac":
+                seconds += self.fit(kfac)["fit_seconds"]
             return {"fit_seconds": seconds, "questions": len(self.slices["fit"])}
 
         return made(self._cache / f"fit-{name}", make)
@@ -97,6 +112,14 @@ class Lab:
         self.fit(name)
         return Curvature.load(self._cache / f"fit-{name}" / "curvature.safetensors")
 
+    def split_fit(self, share: int) -> Curvature:
+        """EK-FAC with bases from every so many retain sequences, eigenvalues from the others."""
+        every = self.slices["fit"]
+        some, rest = every[::share], [s for i, s in enumerate(every) if i % share]
+        first, second = (make_batches(part, budget=BUDGET) for part in (some, rest))
+        kfac = kfade.fit_kfac(self.model, first, self.targets)
+        return correct_eigenvalues(self.model, second, self.targets, kfac)
+
     def search(
         self,
         group: str,
@@ -104,6 +127,7 @@ class Lab:
         objective: str,
         damping: float,
         *,
+        relative: bool = True,
         layers: str = "all",
         like: str,
         keep: str | None = None,
@@ -117,6 +141,7 @@ class Lab:
             gradient,
             targets,
             damping=damping,
+            relative=relative,
             guess_kl=self._guesses.get(like),
         )
         row |= {"damping": damping, "gradient_seconds": self._gradient_seconds[group, objective]}
@@ -169,12 +194,12 @@ class Lab:
     def targets_piece(self) -> dict[str, Any]:
         """Where everything starts, and how far it is to go."""
         found = {
-            name: forgetting(self.model, self.sequences(name)) for name in ("report", "tuning")
+            name: forgetting(self.model, self.sequences(name)[::MEASURED])
+            for name in ("report", "tuning", "unseen")
         }
-        found["unseen"] = forgetting(self.model, self.sequences("unseen"))
         retrained, _ = self.models.load("retrained")
         found["retrained"] = {
-            **forgetting(retrained, self.sequences("report")),
+            **forgetting(retrained, self.sequences("report")[::MEASURED]),
             "kl": self.ruler.kl("held_out", retrained),
             "report_kl": self.ruler.kl("report", retrained),
         }

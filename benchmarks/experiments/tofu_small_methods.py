@@ -29,6 +29,7 @@ from kfade.batches import Sequence as Tokens
 from kfade.cli.baseline_words import builder_of
 from kfade.cli.session import Loaded
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.draws import Draw
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
 from kfade.errors import InputError
@@ -50,6 +51,7 @@ OBJECTIVES = {"margin": kfade.margin, "ce": kfade.cross_entropy}
 GUESS_SEQUENCES, GUESS_KL = 4, 0.01  # an exact form and its KL, to begin a search with
 # Where a model is noise its answers' probability may rise again: a search must not get there.
 FAR_KL, MOST_TRIALS = 5.0, 12
+MEASURED = 2  # every so many of the forget questions tell how far a method has come
 # Rates are constant: a run ends where it has forgotten enough, which nobody knows beforehand.
 START_RATE, RMU_START_RATE = 2e-4, 1e-3
 RMU_LENGTH = 3.0  # of the control vector, times the median length of hidden states at its block
@@ -104,7 +106,7 @@ class Group:
 
     def forgotten(self, model: Any) -> dict[str, float]:
         """How far the model has forgotten: ``forget_loss``, ``forget_probability``."""
-        return forgetting(model, self.forget)
+        return forgetting(model, self.forget[::MEASURED])
 
 
 def fitted(
@@ -113,16 +115,17 @@ def fitted(
     batches: Sequence[Batch],
     targets: Sequence[Target],
     kfac: Callable[[], Curvature],
+    draw: Draw = kfade.square_root_draw,
 ) -> Curvature:
     """The curvature by the estimator of that name; EK-FAC from the fit that ``kfac`` gives."""
     match name:
         case "identity":
             return kfade.fit_identity(model, batches, targets)
         case "diagonal":
-            return kfade.fit_diagonal(model, batches, targets)
+            return kfade.fit_diagonal(model, batches, targets, draw=draw)
         case "kfac":
-            return kfade.fit_kfac(model, batches, targets)
-    return correct_eigenvalues(model, batches, targets, kfac())
+            return kfade.fit_kfac(model, batches, targets, draw=draw)
+    return correct_eigenvalues(model, batches, targets, kfac(), draw=draw)
 
 
 class Search:
@@ -138,6 +141,7 @@ class Search:
         targets: Sequence[Target],
         *,
         damping: float,
+        relative: bool = True,
         guess_kl: float | None,
     ) -> tuple[dict[str, Any], Update | None]:
         """One step to the target, and what it does there.
@@ -147,7 +151,7 @@ class Search:
                 begins at half of that way.
         """
         start = time.perf_counter()
-        step = gauss_newton_step(curvature, gradient, damping=damping, relative=True)
+        step = gauss_newton_step(curvature, gradient, damping=damping, relative=relative)
         changes = parameter_changes(targets, step.direction)
         solve = time.perf_counter() - start
         few = self._ruler.some("held_out", GUESS_SEQUENCES)

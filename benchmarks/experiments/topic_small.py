@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from pieces import Piece, Results, opened, options_of, run
-from tofu_small import chosen, rates
+from tofu_small import VARIANTS, chosen, rates
 from tofu_small_data import block_weights, made
 from tofu_small_methods import BUDGET, OBJECTIVES, Group, Ruler, Search, fitted, method_of
 from topic_small_data import Data, Sizes, instructions
@@ -54,7 +54,6 @@ START_RATES = {"rmu": 1e-3}
 START_RATE, MOST_RATES = 1e-4, len(DAMPINGS)
 EVALUATIONS = 4  # of a baseline's run
 NEW_TOKENS = 48  # of a completion
-REFINE = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Lab:
         seconds = time.perf_counter() - start
         told, found = self._along(update)
         steps = update.provenance["steps"]
-        told |= {"refined": steps[-1]["refined"], "run_seconds": seconds}
+        told |= {"refined": steps[-1]["refined"], "damping": damping, "run_seconds": seconds}
         return self._kept(row, told, found)
 
     def baseline(self, name: str, rate: float) -> dict[str, Any]:
@@ -257,14 +256,12 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     for name in BASELINES[:3]:
         yield from compared(lab, results, name)
     damping = chosen(results, "ekfac")
-    for count in REFINE if damping is not None else ():
-        yield from bettered(lab, f"refine {count}", damping, refine=count)
+    for row, variant in VARIANTS.items() if damping is not None else ():
+        yield from bettered(lab, row, damping, refit=False, **variant)
     for name in ("diagonal", "identity"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
     for name in ("kfac", "diagonal", "identity"):
         yield from stepped(lab, results, name)
-    if damping is not None:
-        yield from bettered(lab, "steps 3", damping, steps=3, refit=False)
     for name in BASELINES[3:]:
         yield from compared(lab, results, name)
 

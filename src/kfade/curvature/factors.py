@@ -14,10 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfade.errors import InputError
-
 PANEL = 192  # columns of a symmetric product at a time: nearly half its arithmetic is spared
-PROBES = 8  # random columns that an eigendecomposition is checked on
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,40 +54,6 @@ class CovarianceSum:
     def free(self) -> None:
         """Give the memory back."""
         self.sum_ = self.sum_.new_empty(0)
-
-
-def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(eigenvalues [D] clamped at 0, eigenvectors [D, D] in columns) of a symmetric matrix.
-
-    Checked by its residual ‖(MQ − QΛ)X‖ / ‖M‖ on a few random columns X, which costs nothing
-    beside the decomposition and shows a wrong one as surely; a failure is repeated in float64 on
-    the CPU.
-
-    Raises:
-        InputError: the matrix holds NaN or Inf.
-    """
-    if not torch.isfinite(matrix_DD).all():
-        raise InputError(f"NaN or Inf in the curvature of {name}: look at the model's weights")
-    # A backward-stable eigh leaves a residual of a few D·eps; 1e-4 is far above it in float32 and
-    # far below anything that would change a step.
-    for exactly in (False, True):
-        attempt = matrix_DD.cpu().double() if exactly else matrix_DD
-        try:
-            values, vectors = torch.linalg.eigh(attempt)
-        except torch.linalg.LinAlgError:
-            continue
-        probe_DK = _probe(attempt)
-        residual = attempt @ (vectors @ probe_DK) - vectors @ (values[:, None] * probe_DK)
-        if residual.norm() <= 1e-4 * (attempt.norm() * PROBES**0.5):
-            # Contiguous, as it is when read from a file: products then agree to the last bit.
-            return values.clamp(min=0).to(matrix_DD), vectors.to(matrix_DD).contiguous()
-    raise RuntimeError(f"the eigendecomposition of {name} failed in float64 too")
-
-
-def _probe(matrix_DD: Tensor) -> Tensor:
-    """Random columns [D, PROBES] of unit variance: ‖MX‖² is about PROBES ‖M‖² (Frobenius)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(matrix_DD), PROBES, generator=generator).to(matrix_DD)
 
 
 def rows_first(mean_length: float, other_width: int, readers: int = 1) -> bool:

@@ -18,8 +18,9 @@ so that in all of them ½ δᵀGδ is in nats per loss token. The model is left 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ from kfade.batches import Batch, digest_batches
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import Draw, square_root_draw, token_keys
+from kfade.curvature.eigh import at_once, eigendecompose, side_by_side
 from kfade.curvature.factors import (
     CovarianceSum,
     add_sequence_squares,
-    eigendecompose,
     rows_first,
     sum_dtype,
 )
@@ -280,19 +281,17 @@ def _kfac(
     owners = distributed.deal([total.width**3 for _, _, total, _ in work])
     eigen: dict[str, tuple[Tensor, Tensor]] = {}
     with stage("eigh"):
-        for owner, (_, _, total, _) in zip(owners, work, strict=True):
+        for owner, (what, _, total, _) in zip(owners, work, strict=True):
             distributed.sum_to(owner, total.sum_)
-        pieces = list(zip(owners, work, strict=True))
-        for owner, (what, _, total, count) in track(
-            pieces, "eigendecompositions", lambda piece: piece[1][2].width ** 3
-        ):
-            like = total.sum_
-            if owner == distributed.rank():
-                eigen[what] = eigendecompose(total.mean(count), what)
-            else:
+            if owner != distributed.rank():
+                like = total.sum_
                 eigen[what] = (like.new_empty(total.width), torch.empty_like(like))
-            total.free()
-        for owner, (what, _, _, _) in pieces:
+                total.free()
+        own = [
+            piece for owner, piece in zip(owners, work, strict=True) if owner == distributed.rank()
+        ]
+        eigen.update(_decomposed(own))
+        for owner, (what, _, _, _) in zip(owners, work, strict=True):
             for tensor in eigen[what]:
                 distributed.spread_from(owner, tensor)
     blocks = {}
@@ -301,6 +300,31 @@ def _kfac(
         a_values, q_in = eigen[f"A of {target.input_of}"]
         blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
     return blocks
+
+
+def _decomposed(
+    work: Sequence[tuple[str, str, CovarianceSum, int]],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(values, vectors) of each (name, layer, sum, count); the sums are freed."""
+    work = sorted(work, key=lambda piece: -piece[2].width)
+
+    def decompose(piece: tuple[str, str, CovarianceSum, int]) -> tuple[Tensor, Tensor]:
+        what, _, total, count = piece
+        mean_DD = total.mean(count)
+        total.free()
+        return eigendecompose(mean_DD, what)
+
+    def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
+        # Each width by itself: how many run at a time, and so with how many threads, must not
+        # depend on what else is fitted.
+        for width, alike in groupby(work, lambda piece: piece[2].width):
+            pieces = list(alike)
+            sum_ = pieces[0][2].sum_
+            count = at_once(width, sum_.element_size(), sum_.device)
+            yield from side_by_side(decompose, pieces, count)
+
+    pieces = track(work, "eigendecompositions", lambda piece: piece[2].width ** 3)
+    return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}
 
 
 class _Eigenvalues:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kfade.curvature.eigh import workspace_bytes
 from kfade.curvature.factors import sum_dtype
 from kfade.errors import InputError
 from kfade.layers import Target
-
-DECOMPOSITION = 6  # matrices [D, D] of one eigendecomposition: the mean, its copies, Q, work
 
 
 def factor_bytes(group: Sequence[Target]) -> int:
@@ -41,7 +40,7 @@ def fit_bytes(group: Sequence[Target], estimator: str) -> dict[str, int]:
     if estimator == "diagonal":
         return {"lambda": sum(grids) + 2 * max(grids)}
     factors = factor_bytes(group)
-    decomposing = factors + size * DECOMPOSITION * max(widths(group)) ** 2
+    decomposing = factors + workspace_bytes(max(widths(group)), size, weight.device)
     stages = {"covariance": factors, "eigh": max(decomposing, factors + sum(grids))}
     if estimator == "ekfac":
         low = 0 if weight.dtype.itemsize == size else factors * weight.dtype.itemsize // size
