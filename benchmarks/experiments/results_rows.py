@@ -22,6 +22,7 @@ BASELINES = {
     "rmu": "RMU",
     "kl-min": "KL minimisation",
     "ga": "gradient ascent",
+    "elm": "ELM",
     "soul": "SOUL",
 }
 

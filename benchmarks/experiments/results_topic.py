@@ -19,7 +19,7 @@ from results_rows import (
     variant_title,
 )
 from tofu_small import VARIANTS, chosen
-from topic_small import DAMPINGS
+from topic_small import DAMPINGS, PAPER
 
 COMMAND = "python benchmarks/experiments/topic_small.py --data DIR"
 
@@ -45,7 +45,7 @@ def setting(results: Results) -> Iterator[str]:
         f"{sizes['tokens']} tokens from the first sentence that uses a term of its glossary. "
         f"Retained are {sizes['passages']} such passages of psychology and sociology and as many "
         f"paragraphs of WikiText; {sizes['held_out']} more of each kind are held out to steer and "
-        "to choose by. Questions (*Which term means ...?*, four terms of a chapter; the likeliest "
+        "to choose by, and as many are looked at by nothing but the table. Questions (*Which term means ...?*, four terms of a chapter; the likeliest "
         "in all wins) on "
         f"{sizes['tune_questions']} of the terms choose settings; those on the other "
         f"{sizes['questions']} are in the table, with questions on terms of the sister subjects of "
@@ -77,6 +77,11 @@ def rows(results: Results) -> Iterator[tuple[str, str, str, dict[str, Any], dict
                 results.get(f"report {row}"),
             )
         if name == "ekfac":
+            if "tune paper" in results:
+                fixed = f"sampled labels, damping {PAPER:g} (absolute)"
+                told = results["tune paper"]
+                title = "K-FADE, the paper's recipe"
+                yield "paper", title, fixed, told, results.get("report paper")
             for row, options in VARIANTS.items():
                 if f"tune {row}" in results:
                     told = results[f"tune {row}"]
@@ -87,19 +92,21 @@ def rows(results: Results) -> Iterator[tuple[str, str, str, dict[str, Any], dict
 def methods_table(results: Results) -> Iterator[str]:
     lines = []
     if "base" in results:
-        lines.append(f"| base model | | {accuracies(results['base'])} 0 | 0 | | `base` |")
+        lines.append(f"| base model | | {accuracies(results['base'])} 0 | 0 | 0 | | `base` |")
     for name, title, given, tuned, told in rows(results):
         cells = accuracies(told) if told else f"{tuned.get('failure', NOT_RUN)} | | |"
         kl = interval(told["completions"]["kl_per_token"]) if told else ""
+        kept = number(told["retain_kl"]) if told else ""
         parts = ("solve_seconds", "search_seconds", "run_seconds")
         taken = seconds(sum(tuned.get(part, 0.0) for part in parts))
         only = f"`'tune {name}*' 'report {name}*'`"
         lines.append(
-            f"| {title} | {given} | {cells} {number(tuned.get('kl'))} | {kl} | {taken} | {only} |"
+            f"| {title} | {given} | {cells} {number(tuned.get('kl'))} | {kept} | {kl} | {taken} | "
+            f"{only} |"
         )
     yield table(
         "method | setting | astronomy, % | sisters, % | general, % | KL, held out | "
-        "KL, Alpaca (95 %) | seconds | `--only`",
+        "KL, other retain text | KL, Alpaca (95 %) | seconds | `--only`",
         lines,
     )
     yield (
@@ -151,9 +158,14 @@ def claims(results: Results) -> Iterator[Claim]:
         claim = f"{name} needs at least {least:g} × K-FAC's KL"
         yield bounded(claim, ratio_of(name, "kfac"), least=least)
     better = [name for name in kls if name in VARIANTS]
-    best = min(better, key=lambda name: kls[name]["value"], default="")
-    claim = f"refined, or several steps{f' ({titles[best]})' if best else ''}: KL at most 0.5 ×"
-    yield bounded(f"{claim} the plain step's", ratio_of(best, "ekfac"), most=0.5)
+    tuned = {name: told for name, _, _, told, _ in rows(results)}
+    best = min(better, key=lambda name: tuned[name]["kl"], default="")
+    named = f" ({titles[best]})" if best else ""
+    claim = f"refined, or several steps{named}: KL on Alpaca at most 0.5 × the paper's recipe's"
+    yield bounded(claim, ratio_of(best, "paper"), most=0.5)
+    kept = {name: told["retain_kl"] for name, told in found.items()}
+    claim = f"that{named}: KL on other retain text at most 0.5 × the paper's recipe's"
+    yield bounded(claim, quotient(kept.get(best), kept.get("paper")), most=0.5)
 
 
 def tuning_table(results: Results) -> Iterator[str]:
@@ -161,7 +173,9 @@ def tuning_table(results: Results) -> Iterator[str]:
     for name, told in results.items():
         if name.startswith("tune "):
             row, _, value = name.removeprefix("tune ").rpartition(" ")
-            single = name.removeprefix("tune ") in VARIANTS
+            single = name.removeprefix("tune ") in (*VARIANTS, "paper")
+            if single:
+                row, value = name.removeprefix("tune "), ""
             mark = "chosen" if not single and chosen(results, row) == float(value) else ""
             reached = told.get("failure") or number(told["kl"])
             lines.append(f"| {row} | {value} | {reached} | {mark} | `'{name}'` |")

@@ -89,21 +89,16 @@ class Lab:
         return found
 
     def fit(self, name: str) -> dict[str, Any]:
-        """Fit and keep a curvature, by square-root draws, or as in ``ekfac sampled``; how long that
-        took, with the fit that it builds upon."""
+        """Fit and keep a curvature; how long that took, with the fit that it builds upon."""
 
         def make(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             batches = make_batches(self.slices["fit"], budget=BUDGET)
-            estimator, _, labels = name.partition(" ")
-            kfac = f"kfac {labels}".strip()
-            draw = kfade.sampled_labels if labels == "sampled" else kfade.square_root_draw
-            arguments = (self.model, batches, self.targets, lambda: self.curvature(kfac), draw)
-            found = fitted(estimator, *arguments)
+            found = fitted(name, self.model, batches, self.targets, self.curvature)
             seconds = time.perf_counter() - start
             found.save(folder / "curvature.safetensors")
-            if estimator == "ekfac":
-                seconds += self.fit(kfac)["fit_seconds"]
+            if name.startswith("ekfac"):
+                seconds += self.fit(name.replace("ekfac", "kfac"))["fit_seconds"]
             return {"fit_seconds": seconds, "questions": len(self.slices["fit"])}
 
         return made(self._cache / f"fit-{name}", make)

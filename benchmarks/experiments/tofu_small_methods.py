@@ -29,7 +29,6 @@ from kfade.batches import Sequence as Tokens
 from kfade.cli.baseline_words import builder_of
 from kfade.cli.session import Loaded
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.draws import Draw
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
 from kfade.errors import InputError
@@ -114,18 +113,21 @@ def fitted(
     model: Any,
     batches: Sequence[Batch],
     targets: Sequence[Target],
-    kfac: Callable[[], Curvature],
-    draw: Draw = kfade.square_root_draw,
+    fit_of: Callable[[str], Curvature],
 ) -> Curvature:
-    """The curvature by the estimator of that name; EK-FAC from the fit that ``kfac`` gives."""
-    match name:
+    """The curvature by the estimator of that name, by square-root draws or, as in ``ekfac
+    sampled``, by sampled labels; EK-FAC from the K-FAC fit that ``fit_of`` gives."""
+    estimator, _, labels = name.partition(" ")
+    draw = kfade.sampled_labels if labels == "sampled" else kfade.square_root_draw
+    match estimator:
         case "identity":
             return kfade.fit_identity(model, batches, targets)
         case "diagonal":
             return kfade.fit_diagonal(model, batches, targets, draw=draw)
         case "kfac":
             return kfade.fit_kfac(model, batches, targets, draw=draw)
-    return correct_eigenvalues(model, batches, targets, kfac(), draw=draw)
+    kfac = fit_of(name.replace("ekfac", "kfac"))
+    return correct_eigenvalues(model, batches, targets, kfac, draw=draw)
 
 
 class Search:
@@ -203,11 +205,13 @@ class Search:
             return {**found, "kl": self._ruler.kl("held_out")}
 
 
-def method_of(name: str, model: Any, forget: Sequence[Tokens]) -> Method:
-    """The baseline that ``kfade baseline`` calls so."""
-    loaded = Loaded(model, None, [])
+def method_of(
+    name: str, model: Any, forget: Sequence[Tokens], tokenizer: Any = None, **given: Any
+) -> Method:
+    """The baseline that ``kfade baseline`` calls so, with the loss options ``given``."""
+    loaded = Loaded(model, tokenizer, [])
     if name != "rmu":
-        return builder_of(name, {})(loaded, 0)
+        return builder_of(name, given)(loaded, 0)
     layer = len(decoder_blocks(model)[1]) // 3
     block = rmu.find_block(model, layer)
     with torch.no_grad():

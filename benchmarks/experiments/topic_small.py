@@ -29,7 +29,7 @@ from pieces import Piece, Results, opened, options_of, run
 from tofu_small import VARIANTS, chosen, rates
 from tofu_small_data import block_weights, made
 from tofu_small_methods import BUDGET, OBJECTIVES, Group, Ruler, Search, fitted, method_of
-from topic_small_data import Data, Sizes, instructions
+from topic_small_data import SUBJECT, Data, Sizes, instructions
 from torch.optim import AdamW
 
 import kfade
@@ -48,8 +48,9 @@ from kfade.layers import Target
 from kfade.update import Update
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
-DAMPINGS = (0.1, 0.01)  # times the mean eigenvalue
-BASELINES = ("gd", "npo", "rmu", "simnpo")
+DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
+PAPER = 1e-14  # the paper's damping on WMDP, absolute, with sampled labels
+BASELINES = ("gd", "npo", "rmu", "simnpo", "elm")
 START_RATES = {"rmu": 1e-3}
 START_RATE, MOST_RATES = 1e-4, len(DAMPINGS)
 EVALUATIONS = 4  # of a baseline's run
@@ -83,7 +84,7 @@ class Lab:
 
     @cached_property
     def ruler(self) -> Ruler:
-        return Ruler(self.model, {"held_out": self.data.held_out})
+        return Ruler(self.model, {"held_out": self.data.held_out, "report": self.data.report})
 
     @cached_property
     def subject(self) -> Subject:
@@ -101,7 +102,7 @@ class Lab:
         def make(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             batches = make_batches(self.data.fit, budget=BUDGET)
-            found = fitted(name, self.model, batches, self.targets, lambda: self.curvature("kfac"))
+            found = fitted(name, self.model, batches, self.targets, self.curvature)
             seconds = time.perf_counter() - start
             found.save(folder / "curvature.safetensors")
             return {"fit_seconds": seconds}
@@ -112,13 +113,19 @@ class Lab:
         self.fit(name)
         return Curvature.load(self._cache / f"fit-{name}" / "curvature.safetensors")
 
-    def step(self, estimator: str, damping: float) -> dict[str, Any]:
+    def step(
+        self, row: str, estimator: str, damping: float, *, relative: bool = True
+    ) -> dict[str, Any]:
         """One step of K-FADE by the margin."""
-        search = Search(self.model, self.ruler, self.subject)
-        row, update = search.step(
-            self.curvature(estimator), self.gradient, self.targets, damping=damping, guess_kl=0.2
+        told, update = Search(self.model, self.ruler, self.subject).step(
+            self.curvature(estimator),
+            self.gradient,
+            self.targets,
+            damping=damping,
+            relative=relative,
+            guess_kl=0.2,
         )
-        return self._kept(f"{estimator} {damping:g}", {**row, "damping": damping}, update)
+        return self._kept(row, {**told, "damping": damping}, update)
 
     def unlearn(self, row: str, damping: float, **options: Any) -> dict[str, Any]:
         """``kfade.unlearn``, as far as one step went, then to the target."""
@@ -142,8 +149,9 @@ class Lab:
 
     def baseline(self, name: str, rate: float) -> dict[str, Any]:
         """A run that ends where the target has been reached or passed, then brought to it."""
-        method = method_of(name, self.model, self.data.forget)
-        given, start_rate = method.defaults, START_RATES.get(name, START_RATE)
+        given = {"concept": SUBJECT} if name == "elm" else {}
+        method = method_of(name, self.model, self.data.forget, self.tokenizer, **given)
+        start_rate = START_RATES.get(name, START_RATE)
         steps = round(self.sizes.steps * max(1.0, start_rate / rate))
         start, told = time.perf_counter(), []
 
@@ -165,8 +173,8 @@ class Lab:
                     lr=rate,
                     steps=steps,
                     batch=self.sizes.batch,
-                    weight_decay=given.weight_decay,
-                    clip=given.clip,
+                    weight_decay=method.defaults.weight_decay,
+                    clip=method.defaults.clip,
                     optimizer=partial(AdamW, fused=True),
                 ),
                 evaluate_every=steps // EVALUATIONS,
@@ -187,6 +195,7 @@ class Lab:
         update = Update({}) if row is None else Update.load(self._path(row))
         with update.applied_to(self.model):
             told = {name: self._asked(own) for name, own in self.data.questions.items()}
+            told["retain_kl"] = self.ruler.kl("report") if row else 0.0
         return {**told, "completions": self._divergence(update)}
 
     def has(self, row: str) -> bool:
@@ -258,6 +267,11 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     damping = chosen(results, "ekfac")
     for row, variant in VARIANTS.items() if damping is not None else ():
         yield from bettered(lab, row, damping, refit=False, **variant)
+    for name in ("kfac sampled", "ekfac sampled"):
+        yield f"fit {name}", lambda name=name: lab.fit(name)
+    yield "tune paper", lambda: lab.step("paper", "ekfac sampled", PAPER, relative=False)
+    if lab.has("paper"):
+        yield "report paper", lambda: lab.report("paper")
     for name in ("diagonal", "identity"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
     for name in ("kfac", "diagonal", "identity"):
@@ -269,7 +283,8 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
 def stepped(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
     """One step: tuned over dampings, then reported; identity's direction does not depend on it."""
     for damping in DAMPINGS if estimator != "identity" else (0.0,):
-        yield f"tune {estimator} {damping:g}", lambda d=damping: lab.step(estimator, d)
+        row = f"{estimator} {damping:g}"
+        yield f"tune {row}", lambda row=row, d=damping: lab.step(row, estimator, d)
     yield from reported(lab, results, estimator)
 
 

@@ -35,17 +35,17 @@ class Sizes:
     model: str = ""
     tune_questions: int = 48
     """Of the subject; settings are chosen and lengths searched by them."""
-    questions: int = 100
+    questions: int = 145
     """Of the subject, in the tables; each other set has four fifths as many."""
-    passages: int = 48
+    passages: int = 160
     """Of the sister subjects, and as many of WikiText, in the retain data."""
-    held_out: int = 16
-    """Passages of each of the two kinds."""
-    tokens: int = 48
+    held_out: int = 40
+    """Passages of each of the two kinds to steer and choose by, and as many for the tables."""
+    tokens: int = 64
     """Of a passage."""
-    completions: int = 32
+    completions: int = 64
     """Of Alpaca's instructions, for the KL on benign completions."""
-    steps: int = 24
+    steps: int = 48
     """Of a baseline at its first rate, at most."""
     batch: int = 4
     """Passages of each set in a baseline's batch."""
@@ -70,6 +70,8 @@ class Data:
     forget: Sequence[Tokens]
     fit: Sequence[Tokens]
     held_out: Sequence[Tokens]
+    report: Sequence[Tokens]
+    """Retain text for the tables, as much as is held out."""
     questions: dict[str, Sequence[Question]]
     """``tune``, and of the tables: ``topic``, ``sisters``, ``general``."""
 
@@ -85,12 +87,14 @@ class Data:
         own = own[: sizes.tune_questions + sizes.questions]
         other = [term for name in SISTERS for term in terms(folder / "openstax" / name, sizes.seed)]
         random.Random(sizes.seed).shuffle(other)
-        end, kept = sizes.passages + sizes.held_out, sizes.questions * 4 // 5
+        fitted, steered = sizes.passages, sizes.passages + sizes.held_out
+        end, kept = steered + sizes.held_out, sizes.questions * 4 // 5
         sisters, wiki = encode([term.passage for term in other[:end]]), encode(paragraphs(folder))
         return cls(
             encode([term.passage for term in own]),
-            [*sisters[: sizes.passages], *wiki[: sizes.passages]],
-            [*sisters[sizes.passages : end], *wiki[sizes.passages : end]],
+            [*sisters[:fitted], *wiki[:fitted]],
+            [*sisters[fitted:steered], *wiki[fitted:steered]],
+            [*sisters[steered:end], *wiki[steered:end]],
             {
                 "tune": [term.question for term in own[: sizes.tune_questions]],
                 "topic": [term.question for term in own[sizes.tune_questions :]],

@@ -51,10 +51,6 @@ class CovarianceSum:
             mean_DD[start:stop, stop:] = mean_DD[stop:, start:stop].T
         return mean_DD
 
-    def free(self) -> None:
-        """Give the memory back."""
-        self.sum_ = self.sum_.new_empty(0)
-
 
 def rows_first(mean_length: float, other_width: int, readers: int = 1) -> bool:
     """Whether turning a side's rows costs less than turning each sequence's product.

@@ -284,9 +284,7 @@ def _kfac(
         for owner, (what, _, total, _) in zip(owners, work, strict=True):
             distributed.sum_to(owner, total.sum_)
             if owner != distributed.rank():
-                like = total.sum_
-                eigen[what] = (like.new_empty(total.width), torch.empty_like(like))
-                total.free()
+                eigen[what] = (total.sum_.new_empty(total.width), total.sum_)
         own = [
             piece for owner, piece in zip(owners, work, strict=True) if owner == distributed.rank()
         ]
@@ -305,14 +303,13 @@ def _kfac(
 def _decomposed(
     work: Sequence[tuple[str, str, CovarianceSum, int]],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(values, vectors) of each (name, layer, sum, count); the sums are freed."""
+    """(values, vectors) of each (name, layer, sum, count); vectors take the place of the sums."""
     work = sorted(work, key=lambda piece: -piece[2].width)
 
     def decompose(piece: tuple[str, str, CovarianceSum, int]) -> tuple[Tensor, Tensor]:
         what, _, total, count = piece
-        mean_DD = total.mean(count)
-        total.free()
-        return eigendecompose(mean_DD, what)
+        values, vectors = eigendecompose(total.mean(count), what)
+        return values, total.sum_.copy_(vectors)
 
     def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
         # Each width by itself: how many run at a time, and so with how many threads, must not
