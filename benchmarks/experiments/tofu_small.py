@@ -203,6 +203,7 @@ def bettered(lab: Lab, results: Results) -> Iterator[Piece]:
                 keep=row,
             ),
         )
+    yield "report part", lambda: lab.economical(damping)
     for row, options in VARIANTS.items():
         yield (
             f"report {row}",
