@@ -38,7 +38,7 @@ LAST_BASELINES = ("soul",)
 DAMPINGS = (0.1, 0.01, 0.001)  # times the mean eigenvalue
 BASES = (4, 2, 8)  # one in so many retain sequences; the others for EK-FAC's eigenvalues
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-MOST_RATES = 3  # runs that a baseline is tuned by: as many as K-FADE has dampings
+MOST_RATES = 4  # runs that a baseline is tuned by, at most: one more than K-FADE has dampings
 VARIANTS: dict[str, dict[str, int]] = {  # what may better K-FADE's step; all by one fit
     "steps 3": {"steps": 3},
     "refine 1": {"refine": 1},

@@ -54,7 +54,7 @@ class Sizes:
     """Of fine-tuning."""
     epochs: int = 12
     """Of fine-tuning, at most."""
-    steps: int = 18
+    steps: int = 36
     """Of a baseline, at most."""
     every: int = 3
     """Steps of a baseline between evaluations."""
