@@ -159,13 +159,14 @@ def compute(folder: Path, sharded: bool) -> dict:
     return found
 
 
-def interrupted(folder: Path, sharded: bool) -> dict:
-    """A fit cut short in each process, elsewhere in each, and gone on with."""
+def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
+    """A fit cut short in each process, elsewhere in each, and gone on with; ``lost`` are the sums
+    of the second."""
     model = tiny_llama()
     if sharded:
         distributed.shard(decoder_blocks(model)[1])
     targets, batches = find_targets(model), batches_of(RETAIN)
-    kept = folder / f"interrupted-{sharded}"
+    kept = folder / f"interrupted-{sharded}-{lost}"
     if distributed.rank() == 0:
         kept.mkdir()
     distributed.wait()
@@ -174,7 +175,7 @@ def interrupted(folder: Path, sharded: bool) -> dict:
     first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
     with contextlib.suppress(RuntimeError):
         fit(draw=first)
-    if distributed.rank() == 1:  # as if it had been slower in writing
+    if lost and distributed.rank() == 1:  # as if it had been slower in writing
         for path in kept.glob("sums-*-001.safetensors"):
             path.unlink()
     distributed.wait()
@@ -198,6 +199,7 @@ def main(folder: Path) -> None:
         results["interrupted"] = interrupted(folder, sharded=False)
         results["sharded"] = compute(folder, sharded=True)
         results["interrupted, sharded"] = interrupted(folder, sharded=True)
+        results["interrupted, sharded, kept"] = interrupted(folder, sharded=True, lost=False)
         torch.save(results, folder / f"rank-{distributed.rank()}.pt")
 
 

@@ -371,11 +371,11 @@ def test_what_was_being_written_is_not_read(model, targets, batches, tmp_path):
     cut_short(fit_ekfac, model, batches, targets, 3, store=store)
     for name in ("sums-000-covariance-000.writing", "sums-000-lambda-1-000.writing"):
         (tmp_path / name).write_bytes(GARBAGE)
-    (tmp_path / "writing.safetensors").write_bytes(GARBAGE)
+    (tmp_path / "writing-000.safetensors").write_bytes(GARBAGE)
     resumed = fit_ekfac(model, batches, targets, store=store)
     assert differences(resumed, fit_ekfac(model, batches, targets)) == []
     assert files(tmp_path) == ["curvature-000.safetensors"]
-    (tmp_path / "writing.safetensors").write_bytes(GARBAGE)
+    (tmp_path / "writing-000.safetensors").write_bytes(GARBAGE)
     assert differences(Curvature.load(tmp_path), resumed) == []
 
 

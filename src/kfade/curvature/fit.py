@@ -237,7 +237,7 @@ def _in_groups(
         if not is_done:
             names = [target.name for target in owners.group]
             summed = {**facts, "targets": names, "batches": data}
-            found = fit_group(owners, partial(store.keeper, number, summed, spread))
+            found = fit_group(owners, partial(store.keeper, number, summed, together=spread))
             with stage("save"):
                 writes = spread or distributed.rank() == 0
                 store.finish(number * processes + part, found if writes else {}, made, number)

@@ -151,7 +151,7 @@ class Store:
         return blocks
 
     def keeper(
-        self, group: int, facts: Mapping[str, Any], together: bool, stage: str
+        self, group: int, facts: Mapping[str, Any], stage: str, *, together: bool = False
     ) -> SumsKeeper:
         """Keeps the sums of one pass over one group, in this process; ``facts`` decide them.
         ``together``: processes save after the same batches, since each sums what others bring."""
