@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ from kfade import (
     margin,
     square_root_draw,
 )
+from kfade.curvature import fit as fit_module
 from kfade.curvature.groups import group_bytes
+from kfade.curvature.passes import run_pass
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
 from kfade.gradient import forget_gradient
@@ -73,6 +76,33 @@ def bits_of(curvature) -> dict[str, torch.Tensor]:
             for name, block in curvature.blocks.items() for part in parts}  # fmt: skip
 
 
+def numbers_summed(fit, *arguments) -> dict[str, int]:
+    """How many numbers this process's sums hold in each pass of a fit."""
+    found = {}
+
+    def counting(model, batches, targets, sums, pseudo, name, keeper):
+        found[name] = sum(tensor.numel() for tensor in sums.tensors().values())
+        return run_pass(model, batches, targets, sums, pseudo, name, keeper)
+
+    with unittest.mock.patch.object(fit_module, "run_pass", counting):
+        fit(*arguments)
+    return found
+
+
+def brought_rows() -> dict:
+    """What each process gets of rows that are brought to one of them; the first has none."""
+    rank, counts = distributed.rank(), [0, 2, 3][: distributed.count()]
+    rows = torch.full((counts[rank], 4), float(rank), dtype=torch.bfloat16)
+    last = distributed.count() - 1
+    return {
+        "counts": counts,
+        "lists": distributed.lists([rank, 7]),
+        "rows": distributed.rows_to(last, rows, counts),
+        "anything": distributed.anything_from(last, rows if rank == last else None, "cpu"),
+        "nothing": distributed.anything_from(last, None, "cpu"),
+    }
+
+
 def compute(folder: Path, sharded: bool) -> dict:
     """Everything that must not depend on the number of processes."""
     model = tiny_llama()
@@ -86,13 +116,15 @@ def compute(folder: Path, sharded: bool) -> dict:
         draw = Counted()
         found[f"G of {name}"] = tensors_of(fit(model, batches, targets, draw=draw))
         found[f"passes of {name}"] = draw.calls
+    found["numbers summed"] = numbers_summed(fit_ekfac, model, batches, targets)
     found["G, one batch"] = tensors_of(fit_ekfac(model, batches_of(RETAIN, 1000), targets))
     kept = folder / f"kept-{sharded}"
     if distributed.rank() == 0:
         kept.mkdir()
     distributed.wait()
     options = {"memory": group_bytes(targets[:2], "ekfac"), "store": Store(kept)}
-    found["G, stored in groups"] = tensors_of(fit_ekfac(model, batches, targets, **options))
+    stored = fit_ekfac(model, batches, targets, **options)
+    found["G, stored in groups"], found["order"] = tensors_of(stored), list(stored.blocks)
     gradient = forget_gradient(model, batches_of(FORGET), targets, margin)
     found["gradient"] = gradient
     found["gradient, recomputed"] = forget_gradient(
@@ -127,13 +159,14 @@ def compute(folder: Path, sharded: bool) -> dict:
     return found
 
 
-def interrupted(folder: Path, sharded: bool) -> dict:
-    """A fit cut short in each process, elsewhere in each, and gone on with."""
+def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
+    """A fit cut short in each process, elsewhere in each, and gone on with; ``lost`` are the sums
+    of the second."""
     model = tiny_llama()
     if sharded:
         distributed.shard(decoder_blocks(model)[1])
     targets, batches = find_targets(model), batches_of(RETAIN)
-    kept = folder / f"interrupted-{sharded}"
+    kept = folder / f"interrupted-{sharded}-{lost}"
     if distributed.rank() == 0:
         kept.mkdir()
     distributed.wait()
@@ -142,7 +175,7 @@ def interrupted(folder: Path, sharded: bool) -> dict:
     first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
     with contextlib.suppress(RuntimeError):
         fit(draw=first)
-    if distributed.rank() == 1:  # as if it had been slower in writing
+    if lost and distributed.rank() == 1:  # as if it had been slower in writing
         for path in kept.glob("sums-*-001.safetensors"):
             path.unlink()
     distributed.wait()
@@ -161,10 +194,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.processes():
         results = {"count": distributed.count(), "rank": distributed.rank()}
+        results["brought"] = brought_rows()
         results["whole"] = compute(folder, sharded=False)
         results["interrupted"] = interrupted(folder, sharded=False)
         results["sharded"] = compute(folder, sharded=True)
         results["interrupted, sharded"] = interrupted(folder, sharded=True)
+        results["interrupted, sharded, kept"] = interrupted(folder, sharded=True, lost=False)
         torch.save(results, folder / f"rank-{distributed.rank()}.pt")
 
 

@@ -36,6 +36,7 @@ from kfade import (
 )
 from kfade.curvature import fit as fit_module
 from kfade.curvature import store as store_module
+from kfade.curvature import sums as sums_module
 from kfade.curvature.groups import group_bytes
 from kfade.curvature.passes import run_pass
 from kfade.curvature.store import Store
@@ -243,13 +244,13 @@ def test_bases_that_do_not_repeat_themselves_start_the_eigenvalues_anew(
     the old ones must not go on in the new."""
     store = Store(tmp_path, seconds=0.0)
     cut_short(fit_ekfac, model, batches, targets, len(batches) + 3, store=store)
-    plain = fit_module.eigendecompose
+    plain = sums_module.eigendecompose
 
     def turned(matrix_DD, name):
         values, vectors = plain(matrix_DD, name)
         return values, vectors.roll(1, dims=1)
 
-    monkeypatch.setattr(fit_module, "eigendecompose", turned)
+    monkeypatch.setattr(sums_module, "eigendecompose", turned)
     rest = Counted()
     resumed = fit_ekfac(model, batches, targets, draw=rest, store=store)
     assert rest.calls == len(batches)  # both batches of Λ again, none of the covariances
@@ -370,11 +371,11 @@ def test_what_was_being_written_is_not_read(model, targets, batches, tmp_path):
     cut_short(fit_ekfac, model, batches, targets, 3, store=store)
     for name in ("sums-000-covariance-000.writing", "sums-000-lambda-1-000.writing"):
         (tmp_path / name).write_bytes(GARBAGE)
-    (tmp_path / "writing.safetensors").write_bytes(GARBAGE)
+    (tmp_path / "writing-000.safetensors").write_bytes(GARBAGE)
     resumed = fit_ekfac(model, batches, targets, store=store)
     assert differences(resumed, fit_ekfac(model, batches, targets)) == []
     assert files(tmp_path) == ["curvature-000.safetensors"]
-    (tmp_path / "writing.safetensors").write_bytes(GARBAGE)
+    (tmp_path / "writing-000.safetensors").write_bytes(GARBAGE)
     assert differences(Curvature.load(tmp_path), resumed) == []
 
 

@@ -341,7 +341,7 @@ def test_eigenvalues_do_not_depend_on_how_they_are_computed(
     model, batches, targets, first, monkeypatch
 ):
     usual = fit_ekfac(model, batches, targets)
-    monkeypatch.setattr("kfade.curvature.fit.rows_first", lambda *_: first)
+    monkeypatch.setattr("kfade.curvature.sums.rows_first", lambda *_: first)
     assert operator_error(fit_ekfac(model, batches, targets), usual, targets) < EXACT
 
 

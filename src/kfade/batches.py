@@ -71,6 +71,11 @@ class Batch:
         """Whether every position is live."""
         return bool(self.live_BT.all())
 
+    def silenced(self) -> Batch:
+        """The same inputs, none of them live or scored: a pass over it adds nothing."""
+        none_BT = torch.zeros_like(self.loss_BT)
+        return Batch(self.input_BT, self.target_BT, none_BT, none_BT, self.id_B)
+
     def at_loss(self, x_BT: Tensor) -> Tensor:
         """The entries of ``x_BT`` [B, T, ...] at the N loss positions, [N, ...]."""
         return x_BT[self.loss_BT]

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from kfade.curvature.factors import PANEL, rows_first
-from kfade.curvature.groups import factor_bytes, fit_bytes, widths
+from kfade.curvature.groups import dealt, factor_bytes, fit_bytes, widths
 from kfade.distributed import deal
 from kfade.layers import Target
 from kfade.plan import Subject, Work
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
 """Sequences that a step's size is measured on (held out; forget set), and trials it takes."""
+PASSES = {"ekfac": 2, "kfac": 1, "diagonal": 1, "identity": 0}
+"""Over the retain tokens, for each group of layers."""
 EIGH_FLOPS = 12
 """Of a decomposition, times d³: LAPACK's ``syevd`` in float32, in flops at the speed of products
 (0.22 s for d = 1536, 0.014 s for d = 576 where products make 190 GFLOP/s)."""
@@ -163,7 +165,7 @@ def flops(
         if "covariance" in stages:
             one_pass("covariance", group, retain)
             add("covariance", products=retain * sum(map(symmetric_flops, widths(group))))
-            add("eigh", decompositions=float(sum(EIGH_FLOPS * d**3 for d in widths(group))))
+            add("eigh", decompositions=sum(_decompositions(group)))
         if "lambda" in stages:
             one_pass("lambda", group, retain)
             products, squares = lambda_flops(group, work)
@@ -199,8 +201,7 @@ def seconds(
     """Seconds of each stage of one step on so many devices.
 
     Data are split evenly; decompositions are dealt out by cost, and the one with most of them is
-    waited for; each computes the direction. "exchange" is the sums that are brought together and
-    the bases that are spread.
+    waited for; each computes the direction. "exchange" is what crosses their links.
     """
     rates = {kind: share * speed.products for kind, share in EFFICIENCY.items()}
     rates["float32"] = rates["rotations"] = EFFICIENCY["products"] * speed.float32
@@ -214,7 +215,8 @@ def seconds(
     if devices == 1:
         return found
     if "eigh" in found:
-        found["eigh"] = sum(_slowest(group, devices) for group in groups) / rates["decompositions"]
+        slowest = sum(_slowest(subject, group, work.estimator, devices) for group in groups)
+        found["eigh"] = slowest / rates["decompositions"]
     found["exchange"] = exchanged_bytes(subject, work) / speed.link
     return found
 
@@ -223,18 +225,31 @@ def exchanged_bytes(subject: Subject, work: Work) -> int:
     """Bytes that each of several devices sends in one step.
 
     The factors, to where each is decomposed, and the bases back; grids and the gradient summed
-    everywhere, which takes twice their size.
+    everywhere, which takes twice their size. Where the layers are spread over the devices their
+    rows cross instead of factors, bases and grids: inputs and gradients of every token, in each
+    pass, but for the part whose owner has computed them.
     """
     vector = subject.size * subject.targeted
+    if subject.shards > 1:
+        row = subject.targets[0].weight.dtype.itemsize * sum(widths(subject.targets))
+        passes = PASSES[work.estimator] * work.positions(work.retain_tokens) / subject.shards
+        return round(passes * row * (1 - 1 / subject.shards)) + 2 * vector
     factors = factor_bytes(subject.targets) if work.estimator in ("kfac", "ekfac") else 0
     grids = vector if work.estimator in ("diagonal", "ekfac") else 0
     return 2 * factors + 2 * grids + 2 * vector
 
 
-def _slowest(group: Sequence[Target], devices: int) -> float:
+def _slowest(subject: Subject, group: Sequence[Target], estimator: str, devices: int) -> float:
     """Flops of the decompositions of whoever has most of them."""
-    costs = [EIGH_FLOPS * float(d) ** 3 for d in widths(group)]
+    if subject.shards > 1:
+        return max(sum(_decompositions(own)) for own in dealt(group, estimator, devices))
+    costs = _decompositions(group)
     load = [0.0] * devices
     for owner, cost in zip(deal(costs, devices), costs, strict=True):
         load[owner] += cost
     return max(load)
+
+
+def _decompositions(group: Sequence[Target]) -> list[float]:
+    """Flops of each."""
+    return [EIGH_FLOPS * float(d) ** 3 for d in widths(group)]

@@ -92,11 +92,55 @@ def sum_numbers(numbers: Sequence[float], device: torch.device | str = "cpu") ->
     return sum_everywhere(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
 
+def lists(numbers: Sequence[int]) -> list[list[int]]:
+    """The lists of all processes, in all of them."""
+    if not _grouped():
+        return [list(numbers)]
+    found: list[list[int]] = [[] for _ in range(count())]
+    dist.all_gather_object(found, list(numbers))
+    return found
+
+
+def rows_to(owner: int, rows_RD: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The rows of each process, in process ``owner``; none in the others.
+
+    Args:
+        counts: how many rows each process has.
+    """
+    own = rank()
+    if own != owner:
+        if counts[own]:
+            dist.send(rows_RD.contiguous(), dst=owner)
+        return []
+    parts = []
+    for process, many in enumerate(counts):
+        part = rows_RD if process == own else rows_RD.new_empty(many, rows_RD.shape[1])
+        if process != own and many:
+            dist.recv(part, src=process)
+        parts.append(part)
+    return parts
+
+
 def spread_from(owner: int, tensor: Tensor) -> Tensor:
     """``tensor`` of process ``owner`` in all of them, in place."""
     if _grouped():
         dist.broadcast(tensor, src=owner)
     return tensor
+
+
+def anything_from(owner: int, tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+    """``tensor`` of process ``owner``, or that it has none, in all of them."""
+    if not _grouped():
+        return tensor
+    what = [None if tensor is None else (tensor.shape, tensor.dtype)]
+    dist.broadcast_object_list(what, src=owner)
+    if what[0] is None:
+        return None
+    shape, dtype = what[0]
+    if rank() != owner:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+    assert tensor is not None
+    return spread_from(owner, tensor)
 
 
 def wait() -> None:
@@ -122,6 +166,11 @@ def shard(blocks: Iterable[nn.Module]) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether :func:`shard` has spread weights of ``model``."""
+    return any(_is_shard(parameter) for parameter in model.parameters())
+
+
 def missing(model: nn.Module, passes: int) -> int:
     """How many passes through ``model`` this process makes fewer than the one that makes most.
 
@@ -129,7 +178,7 @@ def missing(model: nn.Module, passes: int) -> int:
     its own it repeats any batch, which counts for nothing. To be asked before the first of them. 0
     where the model is whole.
     """
-    if not any(_is_shard(parameter) for parameter in model.parameters()):
+    if not is_sharded(model):
         return 0
     device = next(model.parameters()).device
     most = torch.tensor(passes, device=device)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from kfade.curvature.factors import sum_dtype
-from kfade.curvature.groups import fit_bytes, stored_bytes
+from kfade.curvature.groups import fit_bytes, largest_share, stored_bytes
 from kfade.errors import InputError
 from kfade.head import CHUNK
 from kfade.layers import Target, decoder_blocks
@@ -74,6 +74,8 @@ class Subject:
     model_bytes: int
     head: tuple[int, int]
     """(V, D)."""
+    shards: int = 1
+    """Processes that the model's weights, and so the curvature's layers, are spread over."""
 
     @property
     def size(self) -> int:
@@ -135,7 +137,7 @@ def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) 
     with on_shapes(model):
         cost = trace_pass(model, targets, work.shape, recompute=work.recompute)
     vocabulary, width = model.get_output_embeddings().weight.shape
-    return Subject(targets, cost, model_bytes(model, shards), (vocabulary, width))
+    return Subject(targets, cost, model_bytes(model, shards), (vocabulary, width), shards)
 
 
 @contextlib.contextmanager
@@ -195,16 +197,17 @@ def peaks(
 ) -> dict[str, int]:
     """Most bytes held at a time by each stage of a first step.
 
-    The fit holds one group of layers at a time. Finished curvature lies on disk, as the commands
-    keep it, and is read a layer at a time. What stays is the gradient, the direction (for a moment
-    twice) and, while a step's size is tried, an update and the weights that it replaces. Refining
-    holds four more vectors, and the best direction besides the last; its products and solves make
-    one more.
+    The fit holds one group of layers at a time, of a spread model the largest share of it. Finished
+    curvature lies on disk, as the commands keep it, and is read a layer at a time. What stays is
+    the gradient, the direction (for a moment twice) and, while a step's size is tried, an update
+    and the weights that it replaces. Refining holds four more vectors, and the best direction
+    besides the last; its products and solves make one more.
     """
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
     for group in groups:
-        for stage, curvature in fit_bytes(group, estimator).items():
+        share = largest_share(group, estimator, subject.shards)
+        for stage, curvature in fit_bytes(share, estimator).items():
             passing = 0 if stage == "eigh" else _pass_bytes(subject, stage, group)
             found[stage] = max(found.get(stage, 0), fixed + passing + curvature)
     targets, cost, vector = subject.targets, subject.cost, subject.vector_bytes

@@ -13,7 +13,7 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.plan_page import page
 from kfade.cli.session import console, session, show
-from kfade.cost import Speed, flops, measure_speed, seconds
+from kfade.cost import PASSES, Speed, flops, measure_speed, seconds
 from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups, stored_bytes
 from kfade.errors import InputError
 from kfade.layers import Target, find_targets
@@ -21,7 +21,6 @@ from kfade.models import load_skeleton
 from kfade.plan import RUNTIME_BYTES, Subject, Work, examine, fit_overhead, on_shapes, peaks
 
 DEVICE = "Device"
-PASSES = {"ekfac": 2, "kfac": 1, "diagonal": 1, "identity": 0}
 
 Tokens = Annotated[
     int | None,
@@ -135,7 +134,7 @@ def plan(
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             rates = measure_speed(device, targets[0].weight.dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    result = _result(model, parameters, subject, work, machines, shards, rates)
+    result = _result(model, parameters, subject, work, machines, rates)
     show(result, json, [])
     if not json:
         for part in page(result):
@@ -200,7 +199,6 @@ def _result(
     subject: Subject,
     work: Work,
     machines: _Machines,
-    shards: int,
     speed: Speed | None,
 ) -> dict[str, Any]:
     """The plan as one JSON object."""
@@ -227,7 +225,7 @@ def _result(
         "bytes": _sizes(subject, work.estimator),
         "memory": machines.memory,
         "devices": machines.count,
-        "shards": shards,
+        "shards": subject.shards,
         "groups": len(groups) if groups else None,
         "passes": len(groups or whole) * PASSES[work.estimator],
         "peak_bytes": {
@@ -256,7 +254,7 @@ def _groups(
                 f"{-budget / 1e9:.3g} GB: lower --batch-tokens, or take fewer --layers"
             )
     try:
-        return group_targets(subject.targets, work.estimator, budget), None
+        return group_targets(subject.targets, work.estimator, budget, subject.shards), None
     except InputError as error:
         return None, str(error)
 

@@ -18,9 +18,8 @@ so that in all of them ½ δᵀGδ is in nats per loss token. The model is left 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,28 +30,28 @@ from kfade.batches import Batch, digest_batches
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import Draw, square_root_draw, token_keys
-from kfade.curvature.eigh import at_once, eigendecompose, side_by_side
 from kfade.curvature.factors import (
-    CovarianceSum,
-    add_sequence_squares,
-    rows_first,
     sum_dtype,
 )
 from kfade.curvature.groups import group_targets
-from kfade.curvature.passes import FromOutputs, Keeper, Waiting, live_rows, run_pass
+from kfade.curvature.owners import Blocks, Owners, everywhere
+from kfade.curvature.passes import FromOutputs, Keeper, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.store import Store
+from kfade.curvature.sums import (
+    Bases,
+    Covariances,
+    Eigenvalues,
+    dealt_out,
+    decomposed,
+)
 from kfade.head import Head
 from kfade.layers import Target
-from kfade.progress import track
 from kfade.stages import stage
 
 COVARIANCE_STREAM, EIGENVALUE_STREAM = 0, 1
 Fit = Callable[..., Curvature]
 """(model, batches, targets, *, draw, seed, recompute, memory, store) -> Curvature."""
-Blocks = dict[str, EigenBlock]
-Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
-"""Target name -> (Q_O, Q_I)."""
 
 
 def fit_identity(
@@ -68,16 +67,16 @@ def fit_identity(
 ) -> Curvature:
     """G̃ = I: no curvature at all; nothing of ``batches`` is used."""
 
-    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+    def fit_group(owners: Owners, keeper_of: KeeperOf) -> Blocks:
         blocks = {}
-        for target in group:
+        for target in owners.own:
             weight = target.weight
             one = torch.ones(1, 1, dtype=sum_dtype(weight.dtype), device=weight.device)
             blocks[target.name] = EigenBlock(None, None, one)
         return blocks
 
     facts = {"estimator": "identity"}
-    return _in_groups(batches, targets, fit_group, facts, memory, store)
+    return _in_groups(model, batches, targets, fit_group, facts, memory, store)
 
 
 def fit_diagonal(
@@ -93,14 +92,14 @@ def fit_diagonal(
 ) -> Curvature:
     """Λ = (1/N) Σ_sequences (∇W_sequence)∘²; arguments as in :func:`fit_ekfac`."""
 
-    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
-        bare = {target.name: (None, None) for target in group}
+    def fit_group(owners: Owners, keeper_of: KeeperOf) -> Blocks:
+        bare = {target.name: (None, None) for target in owners.own}
         pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
-        with recomputing(model, group, recompute):
-            return _with_eigenvalues(model, batches, group, bare, pseudo, keeper_of("diagonal"))
+        with recomputing(model, owners.group, recompute):
+            return _with_eigenvalues(model, batches, owners, bare, pseudo, keeper_of("diagonal"))
 
     facts = _provenance("diagonal", batches, draw, seed)
-    return _in_groups(batches, targets, fit_group, facts, memory, store)
+    return _in_groups(model, batches, targets, fit_group, facts, memory, store)
 
 
 def fit_kfac(
@@ -117,13 +116,13 @@ def fit_kfac(
     """G̃ = S ⊗ A for each layer, in the eigenbases of S and A; arguments as in
     :func:`fit_ekfac`."""
 
-    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+    def fit_group(owners: Owners, keeper_of: KeeperOf) -> Blocks:
         pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
-        with recomputing(model, group, recompute):
-            return _kfac(model, batches, group, pseudo, keeper_of("covariance"))
+        with recomputing(model, owners.group, recompute):
+            return _kfac(model, batches, owners, pseudo, keeper_of("covariance"))
 
     facts = _provenance("kfac", batches, draw, seed)
-    return _in_groups(batches, targets, fit_group, facts, memory, store)
+    return _in_groups(model, batches, targets, fit_group, facts, memory, store)
 
 
 def fit_ekfac(
@@ -149,26 +148,27 @@ def fit_ekfac(
         store: where finished groups go, to be read back block by block, and where unfinished
             sums are kept, so that a fit that was interrupted goes on. None: all in memory.
 
-    With several processes (``distributed``) each sums over its share of the batches.
+    With several processes (``distributed``) each sums over its share of the batches; of a model
+    whose weights are spread over them each keeps the sums of some layers, see ``owners``.
 
     Raises:
         InputError: NaN or Inf in activations, gradients or factors; a group over ``memory``.
     """
 
-    def fit_group(group: Sequence[Target], keeper_of: KeeperOf) -> Blocks:
+    def fit_group(owners: Owners, keeper_of: KeeperOf) -> Blocks:
         pseudo = pseudo_gradients(draw, seed, COVARIANCE_STREAM)
-        with recomputing(model, group, recompute):
-            kfac = _kfac(model, batches, group, pseudo, keeper_of("covariance"))
+        with recomputing(model, owners.group, recompute):
+            kfac = _kfac(model, batches, owners, pseudo, keeper_of("covariance"))
         bases = {name: (block.q_out, block.q_in) for name, block in kfac.items()}
         kfac.clear()
         pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
         # Sums in other bases are not continued, should an eigendecomposition not repeat itself.
         keeper = keeper_of(f"lambda-{_fingerprint(bases):08x}")
-        with recomputing(model, group, recompute):
-            return _with_eigenvalues(model, batches, group, bases, pseudo, keeper)
+        with recomputing(model, owners.group, recompute):
+            return _with_eigenvalues(model, batches, owners, bases, pseudo, keeper)
 
     facts = _provenance("ekfac", batches, draw, seed)
-    return _in_groups(batches, targets, fit_group, facts, memory, store)
+    return _in_groups(model, batches, targets, fit_group, facts, memory, store)
 
 
 def correct_eigenvalues(
@@ -183,8 +183,9 @@ def correct_eigenvalues(
     """EK-FAC from a K-FAC fit: the same bases, Λ measured with a fresh draw."""
     bases = {name: (block.q_out, block.q_in) for name, block in kfac.blocks.items()}
     pseudo = pseudo_gradients(draw, seed, EIGENVALUE_STREAM)
-    blocks = _with_eigenvalues(model, batches, targets, bases, pseudo, None)
-    return Curvature(blocks, _provenance("ekfac", batches, draw, seed))
+    owners = Owners(targets, "ekfac", spread=distributed.is_sharded(model))
+    blocks = _with_eigenvalues(model, batches, owners, bases, pseudo, None)
+    return Curvature(everywhere(blocks, owners), _provenance("ekfac", batches, draw, seed))
 
 
 def pseudo_gradients(draw: Draw, seed: int, stream: int):
@@ -210,179 +211,101 @@ KeeperOf = Callable[[str], "Keeper | None"]
 
 
 def _in_groups(
+    model: nn.Module,
     batches: Sequence[Batch],
     targets: Sequence[Target],
-    fit_group: Callable[[Sequence[Target], KeeperOf], Blocks],
+    fit_group: Callable[[Owners, KeeperOf], Blocks],
     facts: dict[str, Any],
     memory: int | None,
     store: Store | None,
 ) -> Curvature:
     """Fit group after group, each stored before the next where there is a store."""
-    groups = group_targets(targets, facts["estimator"], memory)
+    estimator, spread = facts["estimator"], distributed.is_sharded(model)
+    processes = distributed.count() if spread else 1
+    groups = group_targets(targets, estimator, memory, processes)
+    owned = [Owners(group, estimator, spread=spread) for group in groups]
     if store is None:
         blocks: Mapping[str, EigenBlock] = {}
-        for group in groups:
-            blocks = {**blocks, **fit_group(group, lambda stage: None)}
+        for owners in owned:
+            blocks = {**blocks, **everywhere(fit_group(owners, lambda stage: None), owners)}
         return Curvature(blocks, facts)
-    names = [[target.name for target in group] for group in groups]
-    finished = [store.finished(number, group, facts) for number, group in enumerate(names)]
-    distributed.wait()  # all have looked before the first writes
+    made = {**facts, "spread over": processes} if spread else facts
+    part = distributed.rank() if spread else 0
+    done = [_is_finished(store, number, owners, made) for number, owners in enumerate(owned)]
     data = digest_batches(batches)
-    for number, group in enumerate(groups):
-        if not finished[number]:
-            summed = {**facts, "targets": names[number], "batches": data}
-            found = fit_group(group, partial(store.keeper, number, summed))
+    for number, (owners, is_done) in enumerate(zip(owned, done, strict=True)):
+        if not is_done:
+            names = [target.name for target in owners.group]
+            summed = {**facts, "targets": names, "batches": data}
+            found = fit_group(owners, partial(store.keeper, number, summed, together=spread))
             with stage("save"):
-                store.finish(number, found, facts)
+                writes = spread or distributed.rank() == 0
+                store.finish(number * processes + part, found if writes else {}, made, number)
             del found  # before the next group is fitted
-    return Curvature(store.blocks(len(groups)), {**facts, **store.provenance})
+    files = [
+        number * processes + process
+        for number, owners in enumerate(owned)
+        for process in range(processes)
+        if owners.kept_by(process)
+    ]
+    names = [target.name for target in targets]
+    stored = store.blocks(files).only(names, store.device)
+    return Curvature(stored, {**facts, **store.provenance})
 
 
-class _Covariances:
-    """Σ a aᵀ for each distinct input, Σ g gᵀ for each layer."""
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self.a: dict[str, CovarianceSum] = {}
-        self.s: dict[str, CovarianceSum] = {}
-        for target in targets:
-            dtype, device = sum_dtype(target.weight.dtype), target.weight.device
-            if target.input_of not in self.a:
-                self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
-            self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
-
-    def begin(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        self.a[target.input_of].add(live_rows(a_BTI, self._batch))
-
-    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        self.s[target.name].add(live_rows(g_BTO, self._batch))
-
-    def tensors(self) -> dict[str, Tensor]:
-        both = {"A": self.a, "S": self.s}
-        return {f"{k}/{name}": s.sum_ for k, sums in both.items() for name, s in sums.items()}
+def _is_finished(store: Store, number: int, owners: Owners, facts: Mapping[str, Any]) -> bool:
+    """Whether all processes see what they have to have written of group ``number``."""
+    processes = distributed.count() if owners.spread else 1
+    part = distributed.rank() if owners.spread else 0
+    names = [target.name for target in owners.own]
+    there = not names or store.finished(number * processes + part, names, facts)
+    return all(own for [own] in distributed.lists([there]))
 
 
 def _kfac(
     model: nn.Module,
     batches: Sequence[Batch],
-    targets: Sequence[Target],
+    owners: Owners,
     pseudo: FromOutputs,
     keeper: Keeper | None,
 ) -> Blocks:
-    """A and S, summed over processes, each decomposed by one of them and spread to all."""
-    sums = _Covariances(targets)
+    """A and S, each decomposed by one process: its owner, or where there are no owners by one that
+    has the sum over all of them and spreads the result to all."""
+    sums = Covariances(owners)
     with stage("covariance"):
-        run_pass(model, batches, targets, sums, pseudo, "covariances", keeper)
+        run_pass(model, batches, owners.group, sums, pseudo, "covariances", keeper)
     loss_tokens, positions = _counts(batches)
     work = [(f"A of {name}", name, total, positions) for name, total in sums.a.items()]
     work += [(f"S of {name}", name, total, loss_tokens) for name, total in sums.s.items()]
-    owners = distributed.deal([total.width**3 for _, _, total, _ in work])
-    eigen: dict[str, tuple[Tensor, Tensor]] = {}
     with stage("eigh"):
-        for owner, (what, _, total, _) in zip(owners, work, strict=True):
-            distributed.sum_to(owner, total.sum_)
-            if owner != distributed.rank():
-                eigen[what] = (total.sum_.new_empty(total.width), total.sum_)
-        own = [
-            piece for owner, piece in zip(owners, work, strict=True) if owner == distributed.rank()
-        ]
-        eigen.update(_decomposed(own))
-        for owner, (what, _, _, _) in zip(owners, work, strict=True):
-            for tensor in eigen[what]:
-                distributed.spread_from(owner, tensor)
+        eigen = decomposed(work) if owners.spread else dealt_out(work)
     blocks = {}
-    for target in targets:
+    for target in owners.own:
         s_values, q_out = eigen[f"S of {target.name}"]
         a_values, q_in = eigen[f"A of {target.input_of}"]
         blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
     return blocks
 
 
-def _decomposed(
-    work: Sequence[tuple[str, str, CovarianceSum, int]],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """(values, vectors) of each (name, layer, sum, count); vectors take the place of the sums."""
-    work = sorted(work, key=lambda piece: -piece[2].width)
-
-    def decompose(piece: tuple[str, str, CovarianceSum, int]) -> tuple[Tensor, Tensor]:
-        what, _, total, count = piece
-        values, vectors = eigendecompose(total.mean(count), what)
-        return values, total.sum_.copy_(vectors)
-
-    def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
-        # Each width by itself: how many run at a time, and so with how many threads, must not
-        # depend on what else is fitted.
-        for width, alike in groupby(work, lambda piece: piece[2].width):
-            pieces = list(alike)
-            sum_ = pieces[0][2].sum_
-            count = at_once(width, sum_.element_size(), sum_.device)
-            yield from side_by_side(decompose, pieces, count)
-
-    pieces = track(work, "eigendecompositions", lambda piece: piece[2].width ** 3)
-    return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}
-
-
-class _Eigenvalues:
-    """Σ_sequences (Q_Oᵀ ∇W_sequence Q_I)∘² of every target in the given bases."""
-
-    def __init__(self, targets: Sequence[Target], bases: Bases) -> None:
-        self.grids: dict[str, Tensor] = {}
-        self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        low: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
-        self._inputs: Waiting[tuple[Tensor, Tensor | None]] = Waiting(targets)
-        for target in targets:
-            weight = target.weight
-            self.grids[target.name] = torch.zeros(
-                target.shape, dtype=sum_dtype(weight.dtype), device=weight.device
-            )
-            q_out, q_in = bases[target.name]
-            cast = [
-                q if q is None else low.setdefault(id(q), q.to(weight.dtype)) for q in (q_out, q_in)
-            ]
-            self._bases[target.name] = (cast[0], cast[1])
-
-    def begin(self, batch: Batch) -> None:
-        self._batch, self._lengths = batch, batch.live_BT.sum(dim=1).tolist()
-        self._mean_length = sum(self._lengths) / len(self._lengths)
-
-    def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        a_RI, q_in = live_rows(a_BTI, self._batch), self._bases[target.name][1]
-        readers = self._inputs.readers[target.input_of]
-        if q_in is not None and rows_first(self._mean_length, target.shape[0], readers):
-            a_RI, q_in = a_RI @ q_in, None
-        self._inputs.put(target, (a_RI, q_in))
-
-    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        g_RO, q_out = live_rows(g_BTO, self._batch), self._bases[target.name][0]
-        if q_out is not None and rows_first(self._mean_length, target.shape[1]):
-            g_RO, q_out = g_RO @ q_out, None
-        a_RI, q_in = self._inputs.take(target)
-        grid = self.grids[target.name]
-        add_sequence_squares(grid, g_RO, a_RI, self._lengths, q_out=q_out, q_in=q_in)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.grids
-
-
 def _with_eigenvalues(
     model: nn.Module,
     batches: Sequence[Batch],
-    targets: Sequence[Target],
+    owners: Owners,
     bases: Bases,
     pseudo: FromOutputs,
     keeper: Keeper | None,
 ) -> Blocks:
-    """Λ [O, I] of every target in the given bases, with them."""
-    sums = _Eigenvalues(targets, bases)
+    """Λ [O, I] in the given bases, with them, of every target whose sums lie here."""
+    sums = Eigenvalues(owners, bases)
     name = "eigenvalues" if any(q is not None for q, _ in bases.values()) else "diagonal"
     with stage("lambda"):
-        run_pass(model, batches, targets, sums, pseudo, name, keeper)
+        run_pass(model, batches, owners.group, sums, pseudo, name, keeper)
         loss_tokens, _ = _counts(batches)
         blocks = {}
-        for target in targets:
-            grid = distributed.sum_everywhere(sums.grids[target.name])
+        for target in owners.own:
+            grid = sums.grids[target.name]
+            if not owners.spread:
+                distributed.sum_everywhere(grid)
             blocks[target.name] = EigenBlock(*bases[target.name], grid.div_(loss_tokens))
     return blocks
 

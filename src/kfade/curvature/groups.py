@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kfade.curvature.eigh import workspace_bytes
 from kfade.curvature.factors import sum_dtype
+from kfade.distributed import deal
 from kfade.errors import InputError
 from kfade.layers import Target
 
@@ -70,12 +71,37 @@ def smallest_groups(targets: Sequence[Target]) -> list[list[Target]]:
     return list(units.values())
 
 
+def dealt(targets: Sequence[Target], estimator: str, processes: int) -> list[list[Target]]:
+    """Targets by the process that keeps their curvature, where each layer's is kept by one.
+
+    Layers that share their input stay together, since they share A; otherwise by bytes.
+    """
+    units = smallest_groups(targets)
+    owners = deal([group_bytes(unit, estimator) for unit in units], processes)
+    found: list[list[Target]] = [[] for _ in range(processes)]
+    for owner, unit in zip(owners, units, strict=True):
+        found[owner].extend(unit)
+    return found
+
+
+def largest_share(group: Sequence[Target], estimator: str, processes: int) -> list[Target]:
+    """Of :func:`dealt` the one that needs most."""
+    return max(dealt(group, estimator, processes), key=lambda own: _bytes(own, estimator))
+
+
+def _bytes(own: Sequence[Target], estimator: str) -> int:
+    return group_bytes(own, estimator) if own else 0
+
+
 def group_targets(
-    targets: Sequence[Target], estimator: str, budget: int | None
+    targets: Sequence[Target], estimator: str, budget: int | None, processes: int = 1
 ) -> list[list[Target]]:
     """Consecutive targets in as few groups as ``budget`` bytes of curvature allow; None: one.
 
     Layers that share their input stay together, since they share A.
+
+    Args:
+        processes: over which each group is dealt out; the budget is that of one of them.
 
     Raises:
         InputError: the layers of one input alone are over the budget.
@@ -90,7 +116,8 @@ def group_targets(
                 f"what shares its input needs {group_bytes(unit, estimator) / 1e9:.2f} GB: raise "
                 "it, lower --batch-tokens, give --recompute, or use --estimator diagonal"
             )
-        if groups and group_bytes([*groups[-1], *unit], estimator) <= budget:
+        share = largest_share([*groups[-1], *unit], estimator, processes) if groups else []
+        if groups and group_bytes(share, estimator) <= budget:
             groups[-1].extend(unit)
         else:
             groups.append(list(unit))

@@ -90,6 +90,7 @@ def run_pass(
         InputError: NaN or Inf in what a layer reads or passes back; names the layer.
     """
     own = distributed.share(batches, lambda batch: batch.positions)
+    own += [batches[-1].silenced()] * distributed.missing(model, len(own))  # in step with others
     done = keeper.load(sums.tensors()) if keeper is not None else 0
     seen: list[tuple[str, str, Tensor]] = []
 
@@ -104,7 +105,6 @@ def run_pass(
 
     with frozen(model):
         head = read_head(model)
-        missing = distributed.missing(model, len(own) - done)
         for number, batch in enumerate(track(own[done:], name, lambda b: b.positions), done + 1):
             sums.begin(batch)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):
@@ -112,9 +112,6 @@ def run_pass(
             _refuse_broken(seen)
             if keeper is not None:
                 keeper.save(number, sums.tensors())
-        for _ in range(missing):
-            with capture(targets, on_gradient=lambda target, gradient: None):
-                backward(model, head, batches[-1], from_outputs)
 
 
 def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutputs) -> None:

@@ -6,6 +6,7 @@ A folder holds ``curvature-000.safetensors``, one file a group, and while a fit 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -95,7 +96,8 @@ def write_blocks(
 class Store:
     """Where a fit puts what it has finished and keeps what it has not.
 
-    With several processes all see the same folder; finished groups are written by the first.
+    With several processes all see the same folder; a finished group is written by the first, or
+    where each process keeps the curvature of layers of its own, by each of them as one file.
     """
 
     folder: Path
@@ -106,13 +108,13 @@ class Store:
     device: torch.device | str = "cpu"
     """Where blocks are read to."""
 
-    def finished(self, group: int, names: Sequence[str], facts: Mapping[str, Any]) -> bool:
-        """Whether a group is there, with the blocks ``names`` and made as ``facts`` say.
+    def finished(self, number: int, names: Sequence[str], facts: Mapping[str, Any]) -> bool:
+        """Whether a file is there, with the blocks ``names`` and made as ``facts`` say.
 
         Raises:
             InputError: there is another fit's.
         """
-        path = self._finished_path(group)
+        path = self._finished_path(number)
         if not path.is_file():
             return False
         blocks = StoredBlocks(self.device)
@@ -125,50 +127,73 @@ class Store:
         return True
 
     def finish(
-        self, group: int, blocks: Mapping[str, EigenBlock], facts: Mapping[str, Any]
+        self,
+        number: int,
+        blocks: Mapping[str, EigenBlock],
+        facts: Mapping[str, Any],
+        group: int,
     ) -> None:
-        """Write a finished group, and drop the sums that led to it."""
-        if distributed.rank() == 0:
-            aside = self.folder / "writing.safetensors"
+        """Write ``blocks`` as file ``number``, if there are any, and drop the sums that led to
+        them: those of ``group``."""
+        if blocks:
+            aside = self.folder / f"writing-{distributed.rank():03}.safetensors"
             write_blocks(aside, blocks, {**facts, **self.provenance})
-            os.replace(aside, self._finished_path(group))
+            os.replace(aside, self._finished_path(number))
         distributed.wait()
         for path in self.folder.glob(f"sums-{group:03}-*-{distributed.rank():03}.*"):
             path.unlink()
 
-    def blocks(self, groups: int) -> StoredBlocks:
-        """All finished groups."""
+    def blocks(self, numbers: Iterable[int]) -> StoredBlocks:
+        """What is in the files of those numbers."""
         blocks = StoredBlocks(self.device)
-        for group in range(groups):
-            blocks.include(self._finished_path(group))
+        for number in numbers:
+            blocks.include(self._finished_path(number))
         return blocks
 
-    def keeper(self, group: int, facts: Mapping[str, Any], stage: str) -> SumsKeeper:
-        """Keeps the sums of one pass over one group, in this process; ``facts`` decide them."""
+    def keeper(
+        self, group: int, facts: Mapping[str, Any], stage: str, *, together: bool = False
+    ) -> SumsKeeper:
+        """Keeps the sums of one pass over one group, in this process; ``facts`` decide them.
+        ``together``: processes save after the same batches, since each sums what others bring."""
         name = f"sums-{group:03}-{stage}-{distributed.rank():03}.safetensors"
         made_for = {**facts, **self.provenance, "processes": distributed.count()}
-        return SumsKeeper(self.folder / name, _text(made_for), self.seconds)
+        return SumsKeeper(self.folder / name, _text(made_for), self.seconds, together)
 
-    def _finished_path(self, group: int) -> Path:
-        return self.folder / f"curvature-{group:03}.safetensors"
+    def _finished_path(self, number: int) -> Path:
+        return self.folder / f"curvature-{number:03}.safetensors"
 
 
 class SumsKeeper:
     """The sums of one pass, written every so many seconds; see ``passes.Keeper``."""
 
-    def __init__(self, path: Path, made_for: str, seconds: float) -> None:
+    def __init__(self, path: Path, made_for: str, seconds: float, together: bool) -> None:
         self._path, self._made_for, self._seconds = path, made_for, seconds
+        self._together = together
         self._saved = time.monotonic()
 
     def load(self, tensors: Mapping[str, Tensor]) -> int:
-        """Fill ``tensors``; the number of batches in them.
+        """Fill ``tensors``; the number of batches in them. Where processes save together and were
+        interrupted in between, so that they have different numbers: 0, and nothing is filled.
 
         Raises:
             InputError: they were summed over other data, another model or by more processes; or
                 the file is broken.
         """
+        batches = self._saved_batches()
+        if self._together and len({own for [own] in distributed.lists([batches])}) > 1:
+            return 0
+        if batches:
+            self._fill(tensors)
+        return batches
+
+    def _saved_batches(self) -> int:
         if not self._path.is_file():
             return 0
+        with self._opened() as file:
+            return int(file.metadata()["batches"])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
             with safe_open(self._path, "pt") as file:
                 metadata = file.metadata()
@@ -177,17 +202,23 @@ class SumsKeeper:
                         f"{self._path}: sums of another fit (model, data, settings or number of "
                         "processes differ); repeat it as it was, or remove the folder"
                     )
-                for name, tensor in tensors.items():
-                    tensor.copy_(file.get_tensor(name))
+                yield file
         except SafetensorError as error:
             raise InputError(
                 f"{self._path}: not a whole safetensors file ({error}); remove it"
             ) from None
-        return int(metadata["batches"])
+
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        with self._opened() as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the sums over that many batches, if the last saving is long enough ago."""
-        if time.monotonic() - self._saved < self._seconds:
+        due = time.monotonic() - self._saved >= self._seconds
+        if self._together:
+            due = any(own for [own] in distributed.lists([due]))
+        if not due:
             return
         aside = self._path.with_suffix(".writing")
         metadata = {"batches": str(batches), "made_for": self._made_for}

@@ -1,0 +1,93 @@
+"""Who keeps the sums of which layers.
+
+Ordinarily each process sums what its own batches give, for all layers, and the sums are added up
+at the end. That takes room for all factors in each. A model whose weights are spread over the
+processes (``distributed.shard``) is larger than a device, and so are its factors: there each layer
+is kept by one process, its owner, and the others send their rows to it batch by batch. Sums,
+decompositions and eigenvalues then lie where their layer's owner is, and nowhere else.
+
+Shapes: B batch, T positions, R live rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kfade import distributed
+from kfade.batches import Batch
+from kfade.curvature.block import EigenBlock
+from kfade.curvature.groups import dealt
+from kfade.curvature.passes import live_rows
+from kfade.layers import Target
+
+Rows = list[tuple[Tensor, list[int]]]
+"""(rows [R, width], how many of them each sequence has), of each process that has any."""
+
+
+Blocks = dict[str, EigenBlock]
+
+
+class Owners:
+    """The owner of each target of a group, and the way of rows to it."""
+
+    def __init__(self, group: Sequence[Target], estimator: str, *, spread: bool) -> None:
+        self.spread = spread
+        """Whether each layer is kept by one process."""
+        self.group = group
+        shares = dealt(group, estimator, distributed.count()) if spread else []
+        self._owner = {t.name: process for process, own in enumerate(shares) for t in own}
+        self._lengths: list[list[int]] = []
+
+    @property
+    def own(self) -> list[Target]:
+        """The targets whose sums this process keeps."""
+        return self.kept_by(distributed.rank())
+
+    def kept_by(self, process: int) -> list[Target]:
+        """The targets whose sums that process keeps."""
+        return [t for t in self.group if self._owner.get(t.name, process) == process]
+
+    def owner(self, target: Target) -> int:
+        """The process that keeps ``target``, where each layer is kept by one."""
+        return self._owner[target.name]
+
+    def begin(self, batch: Batch) -> None:
+        """The next batch is about to run, here and in the other processes."""
+        self._batch = batch
+        lengths = batch.live_BT.sum(dim=1).tolist()
+        self._lengths = distributed.lists(lengths) if self.spread else [lengths]
+
+    def rows(self, target: Target, x_BT: Tensor) -> Rows:
+        """Live rows of ``x_BT`` [B, T, width] that are to be summed for ``target`` here.
+
+        This process's own; or, where layers have owners, those of all processes in the owner and
+        none in the others.
+        """
+        own_R = live_rows(x_BT, self._batch)
+        if not self.spread:
+            return [(own_R, self._lengths[0])]
+        counts = [sum(lengths) for lengths in self._lengths]
+        parts = distributed.rows_to(self.owner(target), own_R, counts)
+        return [(part, own) for part, own in zip(parts, self._lengths, strict=False) if sum(own)]
+
+
+def everywhere(blocks: Blocks, owners: Owners) -> Blocks:
+    """The blocks of a group in all processes, where each is with its owner only."""
+    if not owners.spread:
+        return blocks
+    found: Blocks = {}
+    inputs: dict[str, Tensor | None] = {}  # a basis that layers share is sent once
+    for target in owners.group:
+        owner, block = owners.owner(target), blocks.get(target.name)
+        q_out, eigenvalues = (
+            distributed.anything_from(owner, getattr(block, part, None), target.weight.device)
+            for part in ("q_out", "eigenvalues")
+        )
+        if target.input_of not in inputs:
+            q_in = getattr(block, "q_in", None)
+            inputs[target.input_of] = distributed.anything_from(owner, q_in, target.weight.device)
+        assert eigenvalues is not None
+        found[target.name] = EigenBlock(q_out, inputs[target.input_of], eigenvalues)
+    return found

@@ -1,0 +1,164 @@
+"""What the passes of a fit add up for the layers of a group, and what is made of the sums.
+
+Shapes: R live rows of a batch, D width of a factor, I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from kfade import distributed
+from kfade.batches import Batch
+from kfade.curvature.eigh import at_once, eigendecompose, side_by_side
+from kfade.curvature.factors import (
+    CovarianceSum,
+    add_sequence_squares,
+    rows_first,
+    sum_dtype,
+)
+from kfade.curvature.owners import Owners
+from kfade.curvature.passes import Waiting
+from kfade.layers import Target
+from kfade.progress import track
+
+Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
+"""Target name -> (Q_O, Q_I)."""
+Factor = tuple[str, str, CovarianceSum, int]
+"""(what it is, its layer or input, the sum, over how many)."""
+
+
+class Covariances:
+    """Σ a aᵀ for each distinct input, Σ g gᵀ for each layer."""
+
+    def __init__(self, owners: Owners) -> None:
+        self.a: dict[str, CovarianceSum] = {}
+        self.s: dict[str, CovarianceSum] = {}
+        self._owners = owners
+        for target in owners.own:
+            dtype, device = sum_dtype(target.weight.dtype), target.weight.device
+            if target.input_of not in self.a:
+                self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
+            self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
+
+    def begin(self, batch: Batch) -> None:
+        """The next batch is about to run."""
+        self._owners.begin(batch)
+
+    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+        """Rows of an input, to the owner of its readers."""
+        for a_RI, _ in self._owners.rows(target, a_BTI):
+            self.a[target.input_of].add(a_RI)
+
+    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+        """Rows of an output gradient, to the owner of its layer."""
+        for g_RO, _ in self._owners.rows(target, g_BTO):
+            self.s[target.name].add(g_RO)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far, by name."""
+        both = {"A": self.a, "S": self.s}
+        return {f"{k}/{name}": s.sum_ for k, sums in both.items() for name, s in sums.items()}
+
+
+class Eigenvalues:
+    """Σ_sequences (Q_Oᵀ ∇W_sequence Q_I)∘² of every target in the given bases."""
+
+    def __init__(self, owners: Owners, bases: Bases) -> None:
+        self.grids: dict[str, Tensor] = {}
+        self._owners = owners
+        self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        low: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
+        self._inputs: Waiting[list[tuple[Tensor, Tensor | None]]] = Waiting(owners.own)
+        for target in owners.own:
+            weight = target.weight
+            self.grids[target.name] = torch.zeros(
+                target.shape, dtype=sum_dtype(weight.dtype), device=weight.device
+            )
+            q_out, q_in = bases[target.name]
+            cast = [
+                q if q is None else low.setdefault(id(q), q.to(weight.dtype)) for q in (q_out, q_in)
+            ]
+            self._bases[target.name] = (cast[0], cast[1])
+
+    def begin(self, batch: Batch) -> None:
+        """The next batch is about to run."""
+        self._owners.begin(batch)
+
+    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+        """Rows of an input, to the owner of its readers."""
+        rows = self._owners.rows(target, a_BTI)
+        if target.name not in self.grids:
+            return
+        q_in = self._bases[target.name][1]
+        width, readers = target.shape[0], self._inputs.readers[target.input_of]
+        turned = [_turned(a_RI, lengths, q_in, width, readers) for a_RI, lengths in rows]
+        self._inputs.put(target, turned)
+
+    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+        """Rows of an output gradient, to the owner of its layer."""
+        rows = self._owners.rows(target, g_BTO)
+        if target.name not in self.grids:
+            return
+        grid, q_out = self.grids[target.name], self._bases[target.name][0]
+        inputs = self._inputs.take(target)
+        for (g_RO, lengths), (a_RI, q_in) in zip(rows, inputs, strict=True):
+            g_RO, q_left = _turned(g_RO, lengths, q_out, target.shape[1])
+            add_sequence_squares(grid, g_RO, a_RI, lengths, q_out=q_left, q_in=q_in)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far, by name."""
+        return self.grids
+
+
+def _turned(
+    rows_RD: Tensor, lengths: Sequence[int], q: Tensor | None, width: int, readers: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """Rows turned by ``q`` and None, or rows and ``q`` where products are to be turned by it."""
+    if q is not None and rows_first(sum(lengths) / len(lengths), width, readers):
+        return rows_RD @ q, None
+    return rows_RD, q
+
+
+def dealt_out(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each summed over processes, decomposed by one of them, and spread to all."""
+    owners = distributed.deal([total.width**3 for _, _, total, _ in work])
+    eigen: dict[str, tuple[Tensor, Tensor]] = {}
+    own = []
+    for owner, piece in zip(owners, work, strict=True):
+        what, _, total, _ = piece
+        distributed.sum_to(owner, total.sum_)
+        if owner == distributed.rank():
+            own.append(piece)
+        else:
+            eigen[what] = (total.sum_.new_empty(total.width), total.sum_)
+    eigen.update(decomposed(own))
+    for owner, (what, _, _, _) in zip(owners, work, strict=True):
+        for tensor in eigen[what]:
+            distributed.spread_from(owner, tensor)
+    return eigen
+
+
+def decomposed(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(values, vectors) of each factor; vectors take the place of the sums."""
+    work = sorted(work, key=lambda piece: -piece[2].width)
+
+    def decompose(piece: Factor) -> tuple[Tensor, Tensor]:
+        what, _, total, count = piece
+        values, vectors = eigendecompose(total.mean(count), what)
+        return values, total.sum_.copy_(vectors)
+
+    def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
+        # Each width by itself: how many run at a time, and so with how many threads, must not
+        # depend on what else is fitted.
+        for width, alike in groupby(work, lambda piece: piece[2].width):
+            pieces = list(alike)
+            sum_ = pieces[0][2].sum_
+            count = at_once(width, sum_.element_size(), sum_.device)
+            yield from side_by_side(decompose, pieces, count)
+
+    pieces = track(work, "eigendecompositions", lambda piece: piece[2].width ** 3)
+    return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}
