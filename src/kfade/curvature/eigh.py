@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kfade.errors import InputError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 PROBES = 8  # random columns that a decomposition is checked on
 WORKSPACE = 6  # matrices [D, D] of one decomposition: the mean, its copies, Q, work
 AT_ONCE_BYTES = 500_000_000  # that the workspaces of decompositions beside the first may take
