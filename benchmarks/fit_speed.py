@@ -26,11 +26,17 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "fit_speed.json"
 LENGTH = 512
 RUNS: list[tuple[str, list[str]]] = [
-    ("kfade", ["--peer", "kfade", "--batch", "1"]),
+    ("kfade", ["--peer", "kfade", "--batch", "2"]),
     ("kronfluence", ["--peer", "kronfluence", "--batch", "1"]),
-    ("kfade --recompute", ["--peer", "kfade", "--batch", "1", "--recompute"]),
-    ("kfade bf16", ["--peer", "kfade", "--batch", "1", "--dtype", "bfloat16"]),
+    ("kfade bf16", ["--peer", "kfade", "--batch", "4", "--dtype", "bfloat16"]),
+    ("kfade, 1 a batch", ["--peer", "kfade", "--batch", "1"]),
+    ("kfade --recompute, 1 a batch", ["--peer", "kfade", "--batch", "1", "--recompute"]),
+    ("kronfluence, 2 a batch", ["--peer", "kronfluence", "--batch", "2"]),
     ("kronfluence bf16", ["--peer", "kronfluence", "--batch", "1", "--dtype", "bfloat16"]),
+    (
+        "kronfluence bf16, 4 a batch",
+        ["--peer", "kronfluence", "--batch", "4", "--dtype", "bfloat16"],
+    ),
     ("curvlinops", ["--peer", "curvlinops", "--batch", "1"]),
     ("bergson", ["--peer", "bergson", "--batch", "1"]),
 ]
@@ -125,7 +131,7 @@ def ratios(result: dict[str, Any]) -> list[str]:
     runs = result["runs"]
     lines = ["| kronfluence (float32) over | covariances | eigh | Λ | whole EK-FAC | peak |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name in ("kfade", "kfade --recompute", "kfade bf16"):
+    for name in (name for name, _ in RUNS if name.startswith("kfade")):
         if name not in runs or "kronfluence" not in runs:
             continue
         pairs = list(zip(runs["kronfluence"], runs[name], strict=False))

@@ -60,6 +60,7 @@ SOME = (
     "tune gd*",
     "report gd*",
     "report refine 1",
+    "report part",
     "tofu *x1",
     "attack ekfac* related",
     "attack ekfac* forget",
@@ -99,8 +100,8 @@ def test_the_models_know_what_they_were_taught(results):
     assert results["full"]["loss"] <= 0.15
     for role in ("report", "tuning"):
         assert told[role]["forget_probability"] > 0.8
-    assert told["unseen"]["forget_probability"] < 0.1
-    assert told["retrained"]["forget_probability"] < 0.1
+    assert told["unseen"]["forget_probability"] < 0.2
+    assert told["retrained"]["forget_probability"] < 0.2
     assert told["retrained"]["kl"] > 0
 
 
