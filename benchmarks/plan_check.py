@@ -38,7 +38,7 @@ def main() -> None:
         run = kfade(
             *("unlearn", str(given.model), "--forget", str(forget), "--retain", str(retain)),
             *("--holdout", str(HELD_OUT), "--alpha", "1e-4", "--out", str(Path(folder) / "out")),
-            *("--sequence-length", str(LENGTH), "--template", "plain", "--no-pack", "--truncate"),
+            *("--sequence-length", str(LENGTH), "--template", "plain", "--no-pack"),
             *batch,
         )
     result = compared(planned, run)
@@ -58,17 +58,20 @@ def kfade(*arguments: str) -> dict[str, Any]:
 
 
 def write_examples(model: Path, text: Path, folder: Path) -> list[Path]:
-    """Forget and retain examples of at least ``LENGTH`` tokens each, which the run cuts to it."""
+    """Forget and retain examples of ``LENGTH`` tokens each, with the EOS that closes them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text.read_text(encoding="utf-8")).input_ids
-    pieces = [tokenizer.decode(ids[i : i + 700]) for i in range(0, 700 * 24, 700)]
-    parts = {"forget": pieces[:FORGET], "retain": pieces[FORGET : FORGET + RETAIN + HELD_OUT]}
+    ids, texts, start = tokenizer(text.read_text(encoding="utf-8")).input_ids, [], 0
+    while len(texts) < FORGET + RETAIN + HELD_OUT:
+        piece = tokenizer.decode(ids[start : start + LENGTH - 1])
+        start += LENGTH
+        if len(tokenizer(piece).input_ids) == LENGTH - 1:  # the cut may have split a word
+            texts.append(piece)
     paths = []
-    for name, texts in parts.items():
+    for name, part in {"forget": texts[:FORGET], "retain": texts[FORGET:]}.items():
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in part), encoding="utf-8")
         paths.append(path)
     return paths
 
