@@ -193,16 +193,15 @@ def bettered(lab: Lab, results: Results) -> Iterator[Piece]:
         return
     for name in ("kfac sampled", "ekfac sampled"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
-    for row, d, relative in (("paper", PAPER, False), ("sampled", damping, True)):
-        yield (
-            f"report {row}",
-            lambda row=row, d=d, relative=relative: lab.search(
-                *("report", lab.curvature("ekfac sampled"), "margin", d),
-                relative=relative,
-                like="ekfac margin",
-                keep=row,
-            ),
-        )
+    yield (
+        "report paper",
+        lambda: lab.search(
+            *("report", lab.curvature("ekfac sampled"), "margin", PAPER),
+            relative=False,
+            like="ekfac margin",
+            keep="paper",
+        ),
+    )
     yield "report part", lambda: lab.economical(damping)
     for row, options in VARIANTS.items():
         yield (
@@ -241,6 +240,10 @@ def ablations(lab: Lab, results: Results) -> Iterator[Piece]:
     def search(curvature: Curvature, d: float, layers: str, like: str) -> dict[str, Any]:
         return lab.search("report", curvature, "margin", d, layers=layers, like=like)
 
+    def sampled() -> dict[str, Any]:
+        return search(lab.curvature("ekfac sampled"), damping, "all", "ekfac margin")
+
+    yield "ablation sampled labels", sampled
     for share in BASES:
         yield (
             f"ablation bases from 1/{share}, eigenvalues from the rest",
