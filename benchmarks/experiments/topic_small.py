@@ -94,9 +94,12 @@ class Lab:
         return Subject("topic", self.data.forget, start, goal, math.nan, asked, self.tokenizer)
 
     @cached_property
-    def gradient(self) -> Matrices:
+    def gradient(self) -> tuple[Matrices, float]:
+        """That of the margin, and the seconds it took."""
+        start = time.perf_counter()
         batches = make_batches(self.data.forget, budget=BUDGET)
-        return forget_gradient(self.model, batches, self.targets, OBJECTIVES["margin"])
+        found = forget_gradient(self.model, batches, self.targets, OBJECTIVES["margin"])
+        return found, time.perf_counter() - start
 
     def fit(self, name: str) -> dict[str, Any]:
         def make(folder: Path) -> dict[str, Any]:
@@ -105,6 +108,8 @@ class Lab:
             found = fitted(name, self.model, batches, self.targets, self.curvature)
             seconds = time.perf_counter() - start
             found.save(folder / "curvature.safetensors")
+            if name.startswith("ekfac"):
+                seconds += self.fit(name.replace("ekfac", "kfac"))["fit_seconds"]
             return {"fit_seconds": seconds}
 
         return made(self._cache / f"fit-{name}", make)
@@ -117,15 +122,17 @@ class Lab:
         self, row: str, estimator: str, damping: float, *, relative: bool = True
     ) -> dict[str, Any]:
         """One step of K-FADE by the margin."""
+        gradient, seconds = self.gradient
         told, update = Search(self.model, self.ruler, self.subject).step(
             self.curvature(estimator),
-            self.gradient,
+            gradient,
             self.targets,
             damping=damping,
             relative=relative,
             guess_kl=0.2,
         )
-        return self._kept(row, {**told, "damping": damping}, update)
+        told |= {"damping": damping, "gradient_seconds": seconds}
+        return self._kept(row, told, update)
 
     def unlearn(self, row: str, damping: float, **options: Any) -> dict[str, Any]:
         """``kfade.unlearn``, as far as one step went, then to the target."""
@@ -262,16 +269,17 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     for name in ("kfac", "ekfac"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
     yield from stepped(lab, results, "ekfac")
-    for name in BASELINES[:3]:
-        yield from compared(lab, results, name)
-    damping = chosen(results, "ekfac")
-    for row, variant in VARIANTS.items() if damping is not None else ():
-        yield from bettered(lab, row, damping, refit=False, **variant)
     for name in ("kfac sampled", "ekfac sampled"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
     yield "tune paper", lambda: lab.step("paper", "ekfac sampled", PAPER, relative=False)
     if lab.has("paper"):
         yield "report paper", lambda: lab.report("paper")
+    yield from compared(lab, results, "gd")
+    damping = chosen(results, "ekfac")
+    for row, variant in VARIANTS.items() if damping is not None else ():
+        yield from bettered(lab, row, damping, refit=False, **variant)
+    for name in BASELINES[1:3]:
+        yield from compared(lab, results, name)
     for name in ("diagonal", "identity"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
     for name in ("kfac", "diagonal", "identity"):

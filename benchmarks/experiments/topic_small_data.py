@@ -35,11 +35,11 @@ class Sizes:
     model: str = ""
     tune_questions: int = 48
     """Of the subject; settings are chosen and lengths searched by them."""
-    questions: int = 145
+    questions: int = 100
     """Of the subject, in the tables; each other set has four fifths as many."""
-    passages: int = 160
+    passages: int = 128
     """Of the sister subjects, and as many of WikiText, in the retain data."""
-    held_out: int = 40
+    held_out: int = 32
     """Passages of each of the two kinds to steer and choose by, and as many for the tables."""
     tokens: int = 64
     """Of a passage."""

@@ -24,8 +24,6 @@ from kfade.layers import Target
 
 Rows = list[tuple[Tensor, list[int]]]
 """(rows [R, width], how many of them each sequence has), of each process that has any."""
-
-
 Blocks = dict[str, EigenBlock]
 
 
