@@ -38,7 +38,7 @@ def topic(results: Results) -> Iterator[str]:
 
 
 def setting(results: Results) -> Iterator[str]:
-    sizes = results["settings"]
+    sizes, base = results["settings"], results.get("base")
     yield (
         f"{sizes['model']} as it is shipped forgets astronomy: "
         f"{sizes['tune_questions'] + sizes['questions']} passages of an OpenStax book, each of "
@@ -51,14 +51,11 @@ def setting(results: Results) -> Iterator[str]:
         f"{sizes['questions']} are in the table, with questions on terms of the sister subjects of "
         "which no passage is used, ARC's easy questions without those of the sky, and the KL on "
         f"completions that the base model wrote to {sizes['completions']} Alpaca instructions. "
-        f"*Equal forgetting*: on the tune questions the mean probability of the right choice among "
-        f"the four is {sizes['target']:g} (chance 0.25"
-        + (
-            f", the base model's {results['base']['tune']['probability']:.2f}"
-            if "base" in results
-            else ""
-        )
-        + "): each method's update is lengthened or shortened to that. One seed."
+        f"*Equal forgetting*: the mean probability of the right choice among the four is "
+        f"{sizes['target']:g} (chance 0.25"
+        + (f", the base model's {base['topic']['probability']:.2f}" if base else "")
+        + "): each method's update is lengthened or shortened to that, on the tune questions where "
+        "settings are chosen and on the subject's other questions for the table. One seed."
     )
 
 
@@ -94,14 +91,15 @@ def methods_table(results: Results) -> Iterator[str]:
     if "base" in results:
         lines.append(f"| base model | | {accuracies(results['base'])} 0 | 0 | 0 | | `base` |")
     for name, title, given, tuned, told in rows(results):
-        cells = accuracies(told) if told else f"{tuned.get('failure', NOT_RUN)} | | |"
+        failure = (told or tuned).get("failure", NOT_RUN)
+        told = told if told and "failure" not in told else None
+        cells = accuracies(told) if told else f"{failure} | | |"
         kl = interval(told["completions"]["kl_per_token"]) if told else ""
         kept = number(told["retain_kl"]) if told else ""
         only = f"`'tune {name}*' 'report {name}*'`"
         lines.append(
-            f"| {title} | {given} | {cells} {number(tuned.get('kl'))} | {kept} | {kl} | "
-            f"{seconds(request_seconds(tuned))} | "
-            f"{only} |"
+            f"| {title} | {given} | {cells} {number((told or {}).get('kl'))} | {kept} | {kl} | "
+            f"{seconds(request_seconds(tuned))} | {only} |"
         )
     yield table(
         "method | setting | astronomy, % | sisters, % | general, % | KL, held out | "
@@ -133,7 +131,7 @@ def interval(figure: dict[str, float]) -> str:
 
 
 def claims(results: Results) -> Iterator[Claim]:
-    found = {name: told for name, _, _, _, told in rows(results) if told}
+    found = {name: told for name, _, _, _, told in rows(results) if told and "failure" not in told}
     titles = {name: title for name, title, _, _, _ in rows(results)}
     kls = {name: told["completions"]["kl_per_token"] for name, told in found.items()}
     ours = kls.get("ekfac")

@@ -105,7 +105,7 @@ def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results
         assert told["kl"] > 0
     for name, told in results.items():
         if name.startswith("report "):
-            assert told["tune"]["probability"] == pytest.approx(SIZES.target, abs=0.04)
+            assert told["topic"]["probability"] == pytest.approx(SIZES.target, abs=0.04)
             assert told["topic"]["accuracy"] < results["base"]["topic"]["accuracy"]
             assert told["completions"]["kl_per_token"]["value"] > 0
     assert results["base"]["completions"]["kl_per_token"]["value"] == 0

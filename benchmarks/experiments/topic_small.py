@@ -6,9 +6,10 @@ The stand-in for WMDP and MMLU. Passages of an astronomy textbook are forgotten;
 psychology and sociology and WikiText are retained. Questions are those of the books' glossaries.
 Every method yields an update, which is then lengthened or shortened until, on the *tune* questions,
 the mean probability of the right choice (among the four, by their likelihoods) is the target: so
-all are compared at equal forgetting. The setting with the least KL on held-out retain text is kept,
-and measured on other questions of the subject, on questions of the sisters and of general
-knowledge, and by the KL on completions of Alpaca's instructions.
+all are compared at equal forgetting. The setting with the least KL on held-out retain text is kept.
+Its update is brought to the target on the subject's other questions, and then measured on questions
+of the sisters and of general knowledge, on other retain text, and by the KL on completions of
+Alpaca's instructions.
 
 Results go to ``benchmarks/results/topic_small.json`` piece by piece; a piece that is there is not
 computed again. ``results_page.py`` makes ``docs/results.md`` of them.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,11 +62,11 @@ NEW_TOKENS = 48  # of a completion
 class Subject(Group):
     """What is to be forgotten, and the questions that tell how far."""
 
-    questions: tuple[Question, ...]
+    questions: Sequence[Question]
     tokenizer: Any
 
     def forgotten(self, model: Any) -> dict[str, float]:
-        """``forget_probability``: of the right choice, mean over the tune questions."""
+        """``forget_probability``: of the right choice, mean over the questions."""
         told = answer_by_likelihood(model, self.tokenizer, self.questions)["total"]
         return {"forget_probability": sum(told.probabilities) / len(told.probabilities)}
 
@@ -86,12 +87,11 @@ class Lab:
     def ruler(self) -> Ruler:
         return Ruler(self.model, {"held_out": self.data.held_out, "report": self.data.report})
 
-    @cached_property
-    def subject(self) -> Subject:
-        asked = tuple(self.data.questions["tune"])
-        start = self._results["base"]["tune"]["probability"]
-        goal = self.sizes.target
-        return Subject("topic", self.data.forget, start, goal, math.nan, asked, self.tokenizer)
+    def subject(self, asked: str = "tune") -> Subject:
+        """The subject as the questions ``asked`` tell of it: ``tune``, ``topic``."""
+        start = self._results["base"][asked]["probability"]
+        target, questions = self.sizes.target, self.data.questions[asked]
+        return Subject(asked, self.data.forget, start, target, math.nan, questions, self.tokenizer)
 
     @cached_property
     def gradient(self) -> tuple[Matrices, float]:
@@ -123,7 +123,7 @@ class Lab:
     ) -> dict[str, Any]:
         """One step of K-FADE by the margin."""
         gradient, seconds = self.gradient
-        told, update = Search(self.model, self.ruler, self.subject).step(
+        told, update = Search(self.model, self.ruler, self.subject()).step(
             self.curvature(estimator),
             gradient,
             self.targets,
@@ -164,7 +164,7 @@ class Lab:
 
         def enough(checkpoint: Any, update: Update) -> bool:
             point = checkpoint.curve[-1]
-            found = self.subject.forgotten(self.model)
+            found = self.subject().forgotten(self.model)
             told.append({"step": point["step"], "kl": point["retain_kl"], **found})
             return found["forget_probability"] <= self.sizes.target
 
@@ -198,18 +198,26 @@ class Lab:
         return self._kept(f"{name} {rate:g}", {**row, **found}, scaled)
 
     def report(self, row: str | None) -> dict[str, Any]:
-        """The tables' figures of an update; of the base model where there is none."""
-        update = Update({}) if row is None else Update.load(self._path(row))
+        """The tables' figures of an update, at the length that the subject's questions ask for; of
+        the base model where there is none."""
+        update, scaled = Update({}), {}
+        if row is not None:
+            kept = Update.load(self._path(row))
+            search = Search(self.model, self.ruler, self.subject("topic"))
+            scaled, found = search.along(kept.deltas, 1.0)
+            if found is None:
+                return scaled
+            update = found
         with update.applied_to(self.model):
             told = {name: self._asked(own) for name, own in self.data.questions.items()}
             told["retain_kl"] = self.ruler.kl("report") if row else 0.0
-        return {**told, "completions": self._divergence(update)}
+        return {**scaled, **told, "completions": self._divergence(update)}
 
     def has(self, row: str) -> bool:
         return self._path(row).is_file()
 
     def _along(self, update: Update) -> tuple[dict[str, Any], Update | None]:
-        return Search(self.model, self.ruler, self.subject).along(update.deltas, 1.0)
+        return Search(self.model, self.ruler, self.subject()).along(update.deltas, 1.0)
 
     def _asked(self, questions: Any) -> dict[str, Any]:
         told = answer_by_likelihood(self.model, self.tokenizer, questions)["total"]
