@@ -239,7 +239,7 @@ def test_the_kl_at_a_target_lies_between_evaluations():
 )
 def test_rates_go_on_where_there_is_something_to_find(kl_at, tried):
     results, seen = {}, []
-    for rate in tofu_small.rates(results, "gd", 4.0):
+    for rate in tofu_small.rates(results, "gd", 4.0, most=3):
         seen.append(rate)
         kl = kl_at.get(rate)
         told = {"kl": kl, "curve": [{}]} if kl else {"failure": "not reached", "curve": [{}]}
