@@ -249,23 +249,30 @@ def baseline(
     sizes: Sizes,
     report: Callable[[], float] | None = None,
 ) -> tuple[dict[str, Any], Update | None]:
-    """Train until the forget probability is at the target or below, or the steps are over.
+    """Train until the forget probability is at the target or below and the KL, which training on
+    retain data may bring down again, no longer falls; or until the steps are over.
 
     Args:
         report: KL on the report slice of the model as it is, measured at each evaluation.
 
     Returns:
-        What was measured, with ``kl`` and ``report_kl`` where the target lies on the curve, and
-        the update of the last evaluation.
+        What was measured, with ``kl`` and ``report_kl`` as :func:`at_target` says, and the update
+        of the evaluation of the lowest KL at the target or below; of the last where none is.
     """
     method = method_of(name, model, group.forget)
     steps = steps_of(name, rate, sizes)
     given = method.defaults
-    reports = [0.0]
+    reports, best = [0.0], {math.inf: Update({})}  # the update by its KL
 
     def enough(checkpoint: Any, update: Update) -> bool:
         reports.append(report() if report else math.nan)
-        return checkpoint.curve[-1]["forget_probability"] <= group.target
+        *_, before, now = (point["retain_kl"] for point in checkpoint.curve)
+        if checkpoint.curve[-1]["forget_probability"] > group.target:
+            return False
+        if now < min(best):
+            best.clear()
+            best[now] = update
+        return now >= before
 
     settings = Settings(
         lr=rate,
@@ -304,24 +311,29 @@ def baseline(
     if found is None:
         least = min(point["forget_probability"] for point in curve)
         return {**row, "failure": f"not reached: {least:.3f} in {settings.steps} steps"}, update
-    return {**row, **found}, update
+    return {**row, **found}, best[min(best)]
 
 
 def at_target(curve: Curve, target: float) -> dict[str, float] | None:
-    """Each KL where the forget probability first is ``target``; None where it never is.
+    """Each KL where the held-out one is lowest of all points of the curve at ``target`` or below;
+    None where there are none.
 
-    Between the evaluations before and after, √KL is taken as linear in −log p.
+    Where the curve passes ``target`` between two evaluations √KL is taken as linear in −log p.
     """
+    names, found = ("kl", "report_kl"), []
     for before, after in pairwise(curve):
         if after["forget_probability"] <= target:
-            first, last = nats(before["forget_probability"]), nats(after["forget_probability"])
-            share = (nats(target) - first) / (last - first)
-            return {
-                name: ((1 - share) * before.get(name, 0.0) ** 0.5 + share * after[name] ** 0.5) ** 2
-                for name in ("kl", "report_kl")
-                if name in after
-            }
-    return None
+            found.append({name: after[name] for name in names if name in after})
+            if before["forget_probability"] > target:
+                first, last = nats(before["forget_probability"]), nats(after["forget_probability"])
+                share = (nats(target) - first) / (last - first)
+                found.append(
+                    {
+                        name: ((1 - share) * before.get(name, 0.0) ** 0.5 + share * end**0.5) ** 2
+                        for name, end in found[-1].items()
+                    }
+                )
+    return min(found, key=lambda kls: kls["kl"], default=None)
 
 
 def nats(probability: float) -> float:
