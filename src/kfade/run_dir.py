@@ -70,8 +70,9 @@ class RunDir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        kept = any(path.is_file() for path in self.state.rglob("*"))
-        if self._writes and not self._finished and not kept:
+        if not self._writes or self._finished:  # the first process may be removing the state now
+            return
+        if not any(path.is_file() for path in self.state.rglob("*")):
             shutil.rmtree(self.part, ignore_errors=True)
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
