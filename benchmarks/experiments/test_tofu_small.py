@@ -17,7 +17,7 @@ import tofu_small
 from conftest import WORDS
 from tofu_small_attacks import AT, GIVEN
 from tofu_small_data import OF_AUTHOR, Authors
-from tofu_small_methods import at_target, lowest
+from tofu_small_methods import MEASURED, at_target, lowest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTHORS, QUESTIONS = 8, 6
@@ -76,7 +76,7 @@ def run(data, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     given = {"data": data, "model": model, "cache": folder / "cache"}
     given |= {"results": folder / "results.json", "authors": 5, "questions": QUESTIONS}
-    given |= {"utility": 4, "rate": 1e-2, "epochs": 60, "steps": 30, "every": 2}
+    given |= {"utility": 4, "rate": 1e-2, "epochs": 120, "steps": 30, "every": 2}
 
     def run(*only, **other):
         options = {**given, **other}
@@ -99,7 +99,7 @@ def test_the_models_know_what_they_were_taught(results):
     told = results["targets"]
     assert results["full"]["loss"] <= 0.15
     for role in ("report", "tuning"):
-        assert told[role]["forget_probability"] > 0.8
+        assert told[role]["forget_probability"] > 0.6
     assert told["unseen"]["forget_probability"] < 0.2
     assert told["retrained"]["forget_probability"] < 0.2
     assert told["retrained"]["kl"] > 0
@@ -143,7 +143,7 @@ def test_an_update_that_was_kept_does_what_was_measured(run, results, tmp_path_f
     assert len(losses(full, "forget")) == QUESTIONS
     assert all(len(losses(full, name)) == 4 for name in ("retain", "real_authors", "world_facts"))
     probabilities = [
-        statistics.fmean(map(math.exp, (-x for x in losses(items, "forget"))))
+        statistics.fmean(math.exp(-x) for x in losses(items, "forget")[::MEASURED])
         for items in (full, retrained, edited)
     ]
     told = results["targets"]
@@ -180,7 +180,7 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
     assert forget["ekfac"][0] == 2
     control = related["full"][1]
     assert set(control) == {("attacked", step) for step in AT}
-    assert control["attacked", 0]["forget_probability"] > 0.8
+    assert control["attacked", 0]["forget_probability"] > 0.6
     assert control["attacked", 0]["retain_kl"] == pytest.approx(0, abs=1e-9)
 
 
