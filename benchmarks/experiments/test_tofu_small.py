@@ -76,7 +76,7 @@ def run(data, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     given = {"data": data, "model": model, "cache": folder / "cache"}
     given |= {"results": folder / "results.json", "authors": 5, "questions": QUESTIONS}
-    given |= {"utility": 4, "rate": 1e-2, "epochs": 120, "steps": 30, "every": 2}
+    given |= {"utility": 4, "rate": 8e-3, "epochs": 60, "steps": 30, "every": 2}
 
     def run(*only, **other):
         options = {**given, **other}
@@ -99,7 +99,7 @@ def test_the_models_know_what_they_were_taught(results):
     told = results["targets"]
     assert results["full"]["loss"] <= 0.15
     for role in ("report", "tuning"):
-        assert told[role]["forget_probability"] > 0.6
+        assert told[role]["forget_probability"] > 0.8
     assert told["unseen"]["forget_probability"] < 0.2
     assert told["retrained"]["forget_probability"] < 0.2
     assert told["retrained"]["kl"] > 0
@@ -180,7 +180,7 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
     assert forget["ekfac"][0] == 2
     control = related["full"][1]
     assert set(control) == {("attacked", step) for step in AT}
-    assert control["attacked", 0]["forget_probability"] > 0.6
+    assert control["attacked", 0]["forget_probability"] > 0.8
     assert control["attacked", 0]["retain_kl"] == pytest.approx(0, abs=1e-9)
 
 
