@@ -61,7 +61,7 @@ def time_claims(results: Results, ours: Row) -> Iterator[Claim]:
     claim = "a request with a kept curvature: at most 5 % of retraining"
     yield bounded(claim, quotient(ours.seconds, train), most=0.05)
     part = results.get("report part")
-    if part and "request" in part:
+    if part and "report_kl" in part:
         ratio = quotient(part["request"]["seconds"], train)
         name = f"one that looks at every {PART}th question, at {number(part['report_kl'])} nats"
         yield bounded(f"{name}: the same", ratio, most=0.05)
@@ -113,7 +113,8 @@ def quality_claims(
     }
     for rule, (name, quality, utility) in pairs.items():
         holds = quality >= 0.8 and utility >= 0.97 * whole
-        measured = f"{quality:.2g} at {utility / whole:.3f} × ({name})"
+        share = utility / whole if whole else math.nan  # tiny models may have none
+        measured = f"{quality:.2g} at {share:.3f} × ({name})"
         yield f"{claim} ({rule}, of {len(logs)} rows)", measured, yes(holds)
     chosen_rows = [choose_row(row.logs, retrained) for row in others if row.logs]
     if not chosen_rows:

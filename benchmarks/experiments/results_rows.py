@@ -78,7 +78,7 @@ def rows_of(results: Results) -> list[Row]:
     fixed = f"margin, sampled labels, damping {PAPER:g} (absolute)"
     rows.append(row_of(results, "paper", "K-FADE, the paper's recipe", fixed, "paper"))
     for name, options in VARIANTS.items():
-        setting = variant_setting(results.get(f"report {name}", {}))
+        setting = variant_setting(options, results.get(f"report {name}", {}))
         rows.append(row_of(results, name, variant_title(options), setting, name))
     for name, title in BASELINES.items():
         rate = chosen(results, name)
@@ -94,9 +94,11 @@ def variant_title(options: dict[str, int]) -> str:
     return "K-FADE, " + ", ".join(words[key].format(count) for key, count in options.items())
 
 
-def variant_setting(told: dict[str, Any]) -> str:
+def variant_setting(options: dict[str, int], told: dict[str, Any]) -> str:
+    """Damping, and which of the refined directions was the best: 0 is the plain step's."""
     setting = f"margin, damping {told['damping']:g}" if "damping" in told else "margin"
-    return f"{setting}, iterate {told['refined']} kept" if told.get("refined") else setting
+    is_refined = "refine" in options and "refined" in told
+    return f"{setting}, iterate {told['refined']} kept" if is_refined else setting
 
 
 def row_of(results: Results, method: str, title: str, setting: str, name: str | None) -> Row:

@@ -82,7 +82,7 @@ def rows(results: Results) -> Iterator[tuple[str, str, str, dict[str, Any], dict
             for row, options in VARIANTS.items():
                 if f"tune {row}" in results:
                     told = results[f"tune {row}"]
-                    setting = variant_setting(told)
+                    setting = variant_setting(options, told)
                     yield row, variant_title(options), setting, told, results.get(f"report {row}")
 
 
