@@ -58,10 +58,13 @@ class Row:
     @property
     def seconds(self) -> float | None:
         """Of the whole request, without the fit of a curvature."""
-        if self.told is None:
-            return None
-        parts = ("gradient_seconds", "solve_seconds", "search_seconds", "run_seconds")
-        return sum(self.told.get(part, 0.0) for part in parts)
+        return request_seconds(self.told) if self.told is not None else None
+
+
+def request_seconds(told: dict[str, Any]) -> float:
+    """Of the request that ``told`` was measured of, without the fit of a curvature."""
+    parts = ("gradient_seconds", "solve_seconds", "search_seconds", "run_seconds")
+    return sum(told.get(part, 0.0) for part in parts)
 
 
 def rows_of(results: Results) -> list[Row]:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from pieces import Results
-from results_claims import Claim, affordable, against_paper, bounded, plus, yes
+from results_claims import Claim, affordable, against_paper, bounded, whole_seconds, yes
 from results_rows import (
     BASELINES,
     ESTIMATORS,
     NOT_RUN,
     number,
     quotient,
+    request_seconds,
     seconds,
     table,
     variant_setting,
@@ -113,12 +114,6 @@ def methods_table(results: Results) -> Iterator[str]:
     yield f"    {COMMAND} --only PIECES"
 
 
-def request_seconds(tuned: dict[str, Any]) -> float:
-    """Of a row, without the fit of a curvature."""
-    parts = ("gradient_seconds", "solve_seconds", "search_seconds", "run_seconds")
-    return sum(tuned.get(part, 0.0) for part in parts)
-
-
 def accuracies(told: dict[str, Any]) -> str:
     return "".join(
         f"{100 * told[name]['accuracy']:.0f} ± {100 * told[name]['standard_error']:.0f} | "
@@ -153,7 +148,7 @@ def claims(results: Results) -> Iterator[Claim]:
     else:
         yield claim, NOT_RUN, ""
 
-    def ratio_of(one: str, other: str) -> float | None:
+    def ratio_of(one: str | None, other: str) -> float | None:
         values = [kls[name]["value"] if name in kls else None for name in (one, other)]
         return quotient(*values)
 
@@ -161,29 +156,18 @@ def claims(results: Results) -> Iterator[Claim]:
         claim = f"{name} needs at least {least:g} × K-FAC's KL"
         yield bounded(claim, ratio_of(name, "kfac"), least=least)
     tuned = {name: told for name, _, _, told, _ in rows(results)}
-    own = cost(results, "ekfac sampled", tuned.get("paper"))
-    costs = {
-        name: quotient(cost(results, "ekfac", tuned[name]), own)
-        for name in ("ekfac", *VARIANTS)
+    whole = {
+        name: whole_seconds(results, name, request_seconds(tuned[name]))
+        for name in ("paper", "ekfac", *VARIANTS)
         if name in kls
     }
+    costs = {name: quotient(whole[name], whole.get("paper")) for name in whole if name != "paper"}
     best = min(affordable(costs), key=lambda name: tuned[name]["kl"], default=None)
     claim = against_paper(titles[best], costs[best]) if best else against_paper()
     kept = {name: told["retain_kl"] for name, told in found.items()}
-    yield bounded(
-        f"{claim}: KL on Alpaca at most 0.5 × its", best and ratio_of(best, "paper"), most=0.5
-    )
-    yield bounded(
-        "that: KL on other retain text at most 0.5 × its",
-        best and quotient(kept[best], kept.get("paper")),
-        most=0.5,
-    )
-
-
-def cost(results: Results, fit: str, tuned: dict[str, Any] | None) -> float | None:
-    """Seconds of a row with the fit of its curvature."""
-    fitted = results.get(f"fit {fit}", {}).get("fit_seconds")
-    return plus(fitted, request_seconds(tuned) if tuned else None)
+    yield bounded(f"{claim}: KL on Alpaca at most 0.5 × its", ratio_of(best, "paper"), most=0.5)
+    claim = "that: KL on other retain text at most 0.5 × its"
+    yield bounded(claim, quotient(kept.get(best), kept.get("paper")), most=0.5)
 
 
 def tuning_table(results: Results) -> Iterator[str]:

@@ -262,16 +262,16 @@ def baseline(
     method = method_of(name, model, group.forget)
     steps = steps_of(name, rate, sizes)
     given = method.defaults
-    reports, best = [0.0], {math.inf: Update({})}  # the update by its KL
+    reports, best, least_kl = [0.0], Update({}), math.inf
 
     def enough(checkpoint: Any, update: Update) -> bool:
+        nonlocal best, least_kl
         reports.append(report() if report else math.nan)
         *_, before, now = (point["retain_kl"] for point in checkpoint.curve)
         if checkpoint.curve[-1]["forget_probability"] > group.target:
             return False
-        if now < min(best):
-            best.clear()
-            best[now] = update
+        if now < least_kl:
+            best, least_kl = update, now
         return now >= before
 
     settings = Settings(
@@ -311,7 +311,7 @@ def baseline(
     if found is None:
         least = min(point["forget_probability"] for point in curve)
         return {**row, "failure": f"not reached: {least:.3f} in {settings.steps} steps"}, update
-    return {**row, **found}, best[min(best)]
+    return {**row, **found}, best
 
 
 def at_target(curve: Curve, target: float) -> dict[str, float] | None:
@@ -320,19 +320,21 @@ def at_target(curve: Curve, target: float) -> dict[str, float] | None:
 
     Where the curve passes ``target`` between two evaluations √KL is taken as linear in −log p.
     """
-    names, found = ("kl", "report_kl"), []
+    found: list[dict[str, float]] = []
     for before, after in pairwise(curve):
-        if after["forget_probability"] <= target:
-            found.append({name: after[name] for name in names if name in after})
-            if before["forget_probability"] > target:
-                first, last = nats(before["forget_probability"]), nats(after["forget_probability"])
-                share = (nats(target) - first) / (last - first)
-                found.append(
-                    {
-                        name: ((1 - share) * before.get(name, 0.0) ** 0.5 + share * end**0.5) ** 2
-                        for name, end in found[-1].items()
-                    }
-                )
+        if after["forget_probability"] > target:
+            continue
+        reached = {name: after[name] for name in ("kl", "report_kl") if name in after}
+        found.append(reached)
+        if before["forget_probability"] > target:
+            first, last = nats(before["forget_probability"]), nats(after["forget_probability"])
+            share = (nats(target) - first) / (last - first)
+            starts = {name: before.get(name, 0.0) for name in reached}
+            passing = {
+                name: ((1 - share) * starts[name] ** 0.5 + share * end**0.5) ** 2
+                for name, end in reached.items()
+            }
+            found.append(passing)
     return min(found, key=lambda kls: kls["kl"], default=None)
 
 

@@ -202,9 +202,7 @@ class Lab:
         the base model where there is none."""
         update, scaled = Update({}), {}
         if row is not None:
-            kept = Update.load(self._path(row))
-            search = Search(self.model, self.ruler, self.subject("topic"))
-            scaled, found = search.along(kept.deltas, 1.0)
+            scaled, found = self._along(Update.load(self._path(row)), "topic")
             if found is None:
                 return scaled
             update = found
@@ -216,8 +214,9 @@ class Lab:
     def has(self, row: str) -> bool:
         return self._path(row).is_file()
 
-    def _along(self, update: Update) -> tuple[dict[str, Any], Update | None]:
-        return Search(self.model, self.ruler, self.subject()).along(update.deltas, 1.0)
+    def _along(self, update: Update, asked: str = "tune") -> tuple[dict[str, Any], Update | None]:
+        """``update`` at the length that those questions ask for, and what it does there."""
+        return Search(self.model, self.ruler, self.subject(asked)).along(update.deltas, 1.0)
 
     def _asked(self, questions: Any) -> dict[str, Any]:
         told = answer_by_likelihood(self.model, self.tokenizer, questions)["total"]
