@@ -93,7 +93,7 @@ GOOD = {"text": "a"}
         (['"text"'], "line 1: not a JSON object"),
         ([{"texts": "a", "id": 3}], r'line 1: has the keys texts, id; write one of \{"text"\}'),
         ([{}], "line 1: has the keys none"),
-        ([{"text": 3}], "line 1: has the keys text; write one of .* all strings"),
+        ([{"text": 3}], r"line 1: has the keys text; write one of .* all strings \(text is int\)"),
         ([{"prompt": "a"}], "line 1: has the keys prompt"),
         ([{"question": "a", "answer": None}], "line 1: has the keys question, answer"),
         ([GOOD, {"text": " \n"}], "line 2: the text to score is empty"),

@@ -298,6 +298,33 @@ def test_experts_that_see_some_positions_only():
         find_targets(model)
 
 
+class Listed(nn.Module):
+    """Reads the positions of all sequences as one list, as OPT's feed-forward block does."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x_BTD):
+        return self.down(self.up(x_BTD.reshape(-1, 16))).reshape(x_BTD.shape)
+
+
+def test_positions_in_one_list():
+    model = zoo.tiny("llama", torch.float32)
+    model.model.layers[1].mlp = Listed()
+    with pytest.raises(
+        InputError, match=r"1\.mlp\.up\.weight .* \[2, 16\] \(positions in one list"
+    ):
+        find_targets(model)
+
+
+def test_a_convolution():
+    model = zoo.tiny("llama", torch.float32)
+    model.model.layers[1].mlp.conv = nn.Conv1d(16, 16, 4)
+    with pytest.raises(InputError, match=r"mlp\.conv\.weight is a convolution's weight of shape"):
+        find_targets(model)
+
+
 def test_a_linear_map_that_takes_no_part():
     model = zoo.tiny("llama", torch.float32)
     model.model.layers[1].mlp.spare = nn.Linear(4, 4)

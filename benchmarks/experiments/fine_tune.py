@@ -11,6 +11,7 @@ import torch
 from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.head import hidden_states, read_head
+from kfade.layers import decoder_blocks
 from kfade.models import frozen
 from kfade.objectives import cross_entropy
 
@@ -68,3 +69,9 @@ def fine_tune(
             seconds = time.perf_counter() - start
             print(f"  epoch {len(history)}: loss {history[-1]:.3f}, {seconds:.0f} s", flush=True)
     return history
+
+
+def block_weights(model: Any) -> list[str]:
+    """All parameters of the decoder's blocks: what is trained; embeddings and head are not."""
+    name, _ = decoder_blocks(model)
+    return [own for own, _ in model.named_parameters() if own.startswith(f"{name}.")]

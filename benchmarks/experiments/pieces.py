@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -61,3 +62,18 @@ def run(pieces: Iterable[Piece], results: Results, arguments: argparse.Namespace
             os.replace(aside, path)
             shown = {k: v for k, v in row.items() if isinstance(v, float | str)}
             print(f"{name}: {results[name]['piece_seconds']:.0f} s {shown}", flush=True)
+
+
+def made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` told when it filled ``folder``, with its seconds; what is there is whole."""
+    record = folder / "record.json"
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        start = time.perf_counter()
+        told = make(part)
+        told["seconds"] = time.perf_counter() - start
+        (part / record.name).write_text(json.dumps(told))
+        os.replace(part, folder)
+    return json.loads(record.read_text())

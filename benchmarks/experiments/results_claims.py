@@ -15,8 +15,8 @@ from results_rows import (
     quotient,
     retrained_log,
 )
-from tofu_small import VARIANTS
 from tofu_small_lab import PART
+from tuning import VARIANTS
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
 

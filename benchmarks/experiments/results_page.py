@@ -35,9 +35,9 @@ from results_rows import (
     table,
 )
 from results_topic import topic
-from tofu_small import RESULTS, chosen
-from tofu_small_methods import lowest
+from tofu_small import LENGTHS, RESULTS
 from topic_small import RESULTS as TOPIC_RESULTS
+from tuning import chosen, lowest
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
@@ -171,9 +171,10 @@ def choices_table(results: Results, rows: Sequence[Row]) -> Iterator[str]:
                 f"{best.held_out} | {best.held_out_forget_quality:.2g} | "
                 f"{best.held_out_utility:.3f} |"
             )
+    lengths = ", ".join(f"{factor:g}" for factor in LENGTHS)
     yield (
-        "Each method's update at its own length and, where run, 1.25, 1.5 and 0.8 times as long. "
-        "The paper's rule takes the largest forget quality × utility, on the questions that are "
+        f"Each method's update at its own length and, where run, {lengths} times as long. The "
+        "paper's rule takes the largest forget quality × utility, on the questions that are "
         "then reported; the honest one chooses on half of the forget questions and reports on the "
         "other."
     )

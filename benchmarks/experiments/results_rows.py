@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pieces import Results
-from tofu_small import PAPER, VARIANTS, best_damping, chosen
-from tofu_small_methods import lowest
+from tofu_small import PAPER, best_damping
+from tuning import VARIANTS, chosen, lowest
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of

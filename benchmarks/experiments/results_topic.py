@@ -19,8 +19,8 @@ from results_rows import (
     variant_setting,
     variant_title,
 )
-from tofu_small import VARIANTS, chosen
 from topic_small import DAMPINGS, PAPER
+from tuning import VARIANTS, chosen
 
 COMMAND = "python benchmarks/experiments/topic_small.py --data DIR"
 

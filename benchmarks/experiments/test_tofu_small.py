@@ -15,9 +15,11 @@ import pytest
 import results_page
 import tofu_small
 from conftest import WORDS
+from equal_forgetting import MEASURED
 from tofu_small_attacks import AT, GIVEN
+from tofu_small_baselines import at_target
 from tofu_small_data import OF_AUTHOR, Authors
-from tofu_small_methods import MEASURED, at_target, lowest
+from tuning import lowest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTHORS, QUESTIONS = 8, 6

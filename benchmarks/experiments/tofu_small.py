@@ -15,38 +15,25 @@ pieces. ``results_page.py`` makes ``docs/results.md`` of them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from pieces import Piece, Results, opened, options_of, run
+from tofu_small_ablations import ablations
 from tofu_small_attacks import CONTROLS, attacked
-from tofu_small_data import BUDGET, Data, Models, Sizes
+from tofu_small_baselines import start_rate
+from tofu_small_data import Data, Models, Sizes
 from tofu_small_lab import Lab
-from tofu_small_methods import lowest, start_rate, thirds
-
-import kfade
-from kfade.batches import make_batches
-from kfade.curvature.curvature import Curvature
-from kfade.sweep import cut, targets_within
+from tuning import VARIANTS, chosen, lowest, rates
 
 RESULTS = Path(__file__).parents[1] / "results" / "tofu_small.json"
 BASELINES = ("gd", "npo", "simnpo", "rmu", "kl-min", "ga")
 LAST_BASELINES = ("soul",)
 DAMPINGS = (0.1, 0.01, 0.001)  # times the mean eigenvalue
-BASES = (4, 2, 8)  # one in so many retain sequences; the others for EK-FAC's eigenvalues
-DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_RATES = 4  # runs that a baseline is tuned by, at most: one more than K-FADE has dampings
-VARIANTS: dict[str, dict[str, int]] = {  # what may better K-FADE's step; all by one fit
-    "steps 3": {"steps": 3},
-    "refine 1": {"refine": 1},
-    "refine 3": {"refine": 3},
-    "steps 3 refine 1": {"steps": 3, "refine": 1},
-}
 PAPER = 1e-8  # the paper's damping on TOFU, absolute, with sampled labels
-LENGTHS = (1.25, 1.5, 0.8)  # updates at other lengths, so that a row can be chosen among them
+LENGTHS = (1.25, 1.5, 2.0, 3.0)  # updates at other lengths, so that a row can be chosen among them
 
 
 def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
@@ -108,13 +95,6 @@ def tuned_kfade(
         )
 
 
-def chosen(results: Results, row: str) -> float | None:
-    """The damping or the rate that was best on the tuning authors, of those tried."""
-    prefix = f"tune {row} "
-    tried = {name: told for name, told in results.items() if name.startswith(prefix)}
-    return lowest((float(name.removeprefix(prefix)), told) for name, told in tried.items())
-
-
 def best_damping(results: Results, estimator: str) -> float | None:
     """Chosen for the margin; identity's direction does not depend on it."""
     return 0.0 if estimator == "identity" else chosen(results, f"{estimator} margin")
@@ -135,31 +115,12 @@ def reported_kfade(lab: Lab, results: Results, estimator: str, objective: str) -
 
 def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
     """A baseline: tuned over learning rates, then reported at the best."""
-    for rate in rates(results, name, start_rate(name)):
+    for rate in rates(results, name, start_rate(name), MOST_RATES):
         yield f"tune {name} {rate:g}", lambda r=rate: lab.baseline(name, r, "tuning", None)
     best = chosen(results, name)
     if best is not None:
         row = f"{name} {best:g}"
         yield f"report {row}", lambda: lab.baseline(name, best, "report", row)
-
-
-def rates(results: Results, name: str, rate: float, most: int = MOST_RATES) -> Iterator[float]:
-    """Halves of the first rate as long as the held-out KL at the target falls; where the first does
-    not reach the target at all, doubles of it until one does."""
-    up, least = False, math.inf
-    for index in range(most):
-        yield rate
-        told = results.get(f"tune {name} {rate:g}")
-        if told is None:
-            return
-        late = "failure" in told and bool(told["curve"])  # without a curve it was too fast
-        kl = told.get("kl", math.inf)
-        if index == 0:
-            up = late
-        elif late != up or (not up and kl > least):
-            return
-        least = min(least, kl)
-        rate *= 2 if up else 0.5
 
 
 def named(results: Results, row: str) -> str | None:
@@ -208,7 +169,7 @@ def bettered(lab: Lab, results: Results) -> Iterator[Piece]:
             f"report {row}",
             lambda row=row, o=options: lab.unlearn(lab.curvature("ekfac"), damping, row, **o),
         )
-    for factor in (1.0, LENGTHS[0]):
+    for factor in (1.0, *LENGTHS):
         for row in VARIANTS:
             if lab.has(row):
                 yield f"tofu {row} x{factor:g}", lambda row=row, f=factor: lab.tofu(row, f)
@@ -226,72 +187,6 @@ def relearned(lab: Lab, results: Results) -> Iterator[Piece]:
         for row in (named(results, "ekfac margin"), best_baseline(results), control):
             if row is not None and lab.has(row):
                 yield f"attack {row} {kind}", lambda r=row, k=kind: attacked(lab, r, k)
-
-
-def ablations(lab: Lab, results: Results) -> Iterator[Piece]:
-    """One thing changed at a time, EK-FAC and margin, on the report authors.
-
-    What needs another fit is made on one third of the blocks, the one whose step cost least KL.
-    """
-    damping = chosen(results, "ekfac margin")
-    if damping is None:
-        return
-
-    def search(curvature: Curvature, d: float, layers: str, like: str) -> dict[str, Any]:
-        return lab.search("report", curvature, "margin", d, layers=layers, like=like)
-
-    def sampled() -> dict[str, Any]:
-        return search(lab.curvature("ekfac sampled"), damping, "all", "ekfac margin")
-
-    yield "ablation sampled labels", sampled
-    for share in BASES:
-        yield (
-            f"ablation bases from 1/{share}, eigenvalues from the rest",
-            lambda n=share: search(lab.split_fit(n), damping, "all", "ekfac margin"),
-        )
-    parts = thirds(results["full"]["blocks"])
-    for layers in parts:
-        yield (
-            f"ablation blocks {layers}",
-            lambda b=layers: search(lab.curvature("ekfac"), damping, b, f"blocks {b}"),
-        )
-    done = {b: results[f"ablation blocks {b}"] for b in parts if f"ablation blocks {b}" in results}
-    best = lowest(done.items())
-    if best is not None:
-        yield from third_ablations(lab, best, damping, search)
-    for d in DECADES:
-        if d != damping:
-            yield (
-                f"ablation damping {d:g}",
-                lambda d=d: search(lab.curvature("ekfac"), d, "all", "ekfac margin"),
-            )
-
-
-def third_ablations(
-    lab: Lab, layers: str, damping: float, search: Callable[..., dict[str, Any]]
-) -> Iterator[Piece]:
-    """Those made on the blocks ``layers``."""
-
-    def fit() -> list[Any]:
-        return lab.slices["fit"]
-
-    def refit(sequences: list[Any]) -> dict[str, Any]:
-        batches = make_batches(sequences, budget=BUDGET)
-        targets = targets_within(lab.targets, layers)
-        curvature = kfade.fit_ekfac(lab.model, batches, targets)
-        row = search(curvature, damping, layers, f"blocks {layers}")
-        return {**row, "layers": layers, "questions": len(sequences)}
-
-    def steps() -> dict[str, Any]:
-        targets = targets_within(lab.targets, layers)
-        part = cut(lab.curvature("ekfac"), targets)
-        return {**lab.unlearn(part, damping, targets=targets, steps=3), "layers": layers}
-
-    yield "ablation forget set in the fit", lambda: refit([*fit(), *lab.group("report").forget])
-    yield "ablation retain 1/4", lambda: refit(fit()[::4])
-    yield "ablation retain 1/16", lambda: refit(fit()[::16])
-    yield "ablation wikitext", lambda: refit(lab.text)
-    yield "ablation 3 steps", steps
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tofu_small_data import BUDGET
+from equal_forgetting import BUDGET
 from tofu_small_lab import Lab
 
 from kfade.batches import Sequence as Tokens

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fine_tune import fine_tune
+from equal_forgetting import BUDGET
+from fine_tune import block_weights, fine_tune
+from pieces import made
 
 import kfade
 from kfade.batches import Sequence as Tokens
@@ -30,7 +30,6 @@ OF_AUTHOR = 20  # questions of each author in the data set, in author order
 UNSEEN = 2  # authors that no model is trained on
 HELD_SHARE, REPORT_SHARE = 0.1, 0.15  # of each kept author's questions
 MEMORISED, SAMPLE = 0.15, 5  # stop at this answer loss, measured on every fifth question
-BUDGET = 2048  # positions in one forward pass
 NEW_TOKENS = 48  # of a generated answer
 # ChatML without the system prompt that some templates put first: a quarter of the tokens.
 TEMPLATE = (
@@ -201,12 +200,6 @@ class Models:
         }
 
 
-def block_weights(model: Any) -> list[str]:
-    """All parameters of the decoder's blocks: what is trained; embeddings and head are not."""
-    name, _ = decoder_blocks(model)
-    return [own for own, _ in model.named_parameters() if own.startswith(f"{name}.")]
-
-
 def encode(examples: Sequence[Example], tokenizer: Any) -> list[Tokens]:
     return kfade.encode(examples, tokenizer, chat=True)
 
@@ -224,21 +217,6 @@ def answer(
             batch_tokens=BUDGET,
         )
         return log.items
-
-
-def made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What ``make`` told when it filled ``folder``, with its seconds; what is there is whole."""
-    record = folder / "record.json"
-    if not folder.exists():
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        start = time.perf_counter()
-        told = make(part)
-        told["seconds"] = time.perf_counter() - start
-        (part / record.name).write_text(json.dumps(told))
-        os.replace(part, folder)
-    return json.loads(record.read_text())
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -8,24 +8,27 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from pieces import Results
-from tofu_small_data import BUDGET, Data, Models, Sizes, answer, encode, made
-from tofu_small_methods import (
+from equal_forgetting import (
+    BUDGET,
     MEASURED,
     OBJECTIVES,
     Group,
     Ruler,
     Search,
-    baseline,
     fitted,
     forgetting,
 )
+from pieces import Results, made
+from tofu_small_baselines import baseline
+from tofu_small_data import Data, Models, Sizes, answer, encode
 
 import kfade
 from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
+from kfade.evaluate.completions import Prompt, completed
+from kfade.evaluate.generation import generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.gradient import forget_gradient
@@ -35,6 +38,8 @@ from kfade.update import Update
 
 SHOWN = 6  # forgotten questions whose answers are kept to be read
 LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own
+OWN_TOKENS = 48  # of a turn that the model makes up
+TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # between them a question and its end
 PART = 4  # one in so many questions is enough for a request that must be cheap
 
 
@@ -69,6 +74,34 @@ class Lab:
         """WikiText, as many sequences as in the fit and of about the same length."""
         text = kfade.encode(self.data.paragraphs(), self.models.full[1], length=65)
         return text[: len(self.slices["fit"])]
+
+    @cached_property
+    def own_text(self) -> list[Tokens]:
+        """What the model itself says where a user's turn begins, and its answer to that (as Magpie
+        by Xu et al. 2024): as many turns as there are questions in the fit, at temperature 1."""
+        model, tokenizer = self.models.full
+        user, assistant = (
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TURNS
+        )
+
+        def said(prompts: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
+            found: dict[int, tuple[int, ...]] = {}
+            generate(
+                *(model, tokenizer, prompts, lambda index, tokens: found.update({index: tokens})),
+                max_new_tokens=OWN_TOKENS,
+                batch_tokens=BUDGET,
+                temperature=1.0,
+                seed=seed,
+            )
+            return [tuple(found[index]) for index in range(len(prompts))]
+
+        asked = said([user] * len(self.slices["fit"]), self.sizes.seed)
+        prompts = [(*user, *question, *assistant) for question in asked]
+        answers = said(prompts, self.sizes.seed + 1)
+        return [
+            completed(Prompt("own text", "", prompt), tokens)
+            for prompt, tokens in zip(prompts, answers, strict=True)
+        ]
 
     def sequences(self, role: str) -> list[Tokens]:
         """Of the authors of a role: report, tuning, unseen."""
@@ -179,7 +212,13 @@ class Lab:
         return self._kept({**row, "rate": rate}, update, keep)
 
     def unlearn(
-        self, curvature: Curvature, damping: float, keep: str | None = None, **options: Any
+        self,
+        curvature: Curvature,
+        damping: float,
+        keep: str | None = None,
+        *,
+        refit: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
         """``kfade.unlearn`` to the report group's forget loss, then made as long as its forget
         probability asks for; ``options`` are its own."""
@@ -193,7 +232,7 @@ class Lab:
                 held_out=self.slices["held_out"],
                 curvature=curvature,
                 damping=damping,
-                refit=False,
+                refit=refit,
                 until=group.target_loss,
                 batch_tokens=BUDGET,
                 **options,

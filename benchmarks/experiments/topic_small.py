@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pieces import Piece, Results, opened, options_of, run
-from tofu_small import VARIANTS, chosen, rates
-from tofu_small_data import block_weights, made
-from tofu_small_methods import BUDGET, OBJECTIVES, Group, Ruler, Search, fitted, method_of
+from competitors import method_of
+from equal_forgetting import BUDGET, OBJECTIVES, Group, Ruler, Search, fitted
+from fine_tune import block_weights
+from pieces import Piece, Results, made, opened, options_of, run
 from topic_small_data import SUBJECT, Data, Sizes, instructions
 from torch.optim import AdamW
+from tuning import VARIANTS, chosen, rates
 
 import kfade
 from kfade.baselines.loop import Settings, train

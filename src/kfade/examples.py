@@ -18,6 +18,7 @@ from typing import Any
 from kfade.errors import InputError
 
 FORMS = '{"text"}, {"prompt", "completion"}, {"question", "answer"} or {"messages"}'
+KEYS = ("text", "prompt", "completion", "question", "answer", "messages")
 PLAIN_QA = ("Question: ", "\nAnswer: ")  # before question and answer, without a chat template
 
 
@@ -82,13 +83,22 @@ def parse_example(row: Any, where: str) -> Example:
             example = Example(where, turns=tuple(parse_turn(m, where) for m in messages))
         case _:
             keys = ", ".join(map(str, row)) or "none"
-            raise InputError(f"{where}: has the keys {keys}; write one of {FORMS}, all strings")
+            kinds = [f"{k} is {type(v).__name__}" for k, v in row.items() if not _fits(k, v)]
+            given = f" ({', '.join(kinds)})" if kinds else ""
+            raise InputError(
+                f"{where}: has the keys {keys}; write one of {FORMS}, all strings{given}"
+            )
     if example.text is None and "assistant" not in [role for role, _ in example.turns]:
         raise InputError(f"{where}: no message of the role assistant, so nothing to score")
     scored = [example.text] if example.text is not None else _assistant(example)
     if not any(text.strip() for text in scored):
         raise InputError(f"{where}: the text to score is empty; remove the line or fill it")
     return example
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the type that the key has in any form."""
+    return key not in KEYS or isinstance(value, list if key == "messages" else str)
 
 
 def split_holdout(

@@ -184,10 +184,11 @@ def _refuse_unsupported(name: str, module: nn.Module) -> None:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for tensor_name, tensor in tensors:
         if isinstance(tensor, nn.Parameter) and tensor.ndim >= 3:
+            is_filter = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            kind = "convolution's" if is_filter else "fused mixture-of-experts"
             raise InputError(
-                f"{name}.{tensor_name} is a fused mixture-of-experts weight of shape "
-                f"{tuple(tensor.shape)}: kfade changes plain linear maps [O, I]; narrow "
-                "--target or --layers to those"
+                f"{name}.{tensor_name} is a {kind} weight of shape {tuple(tensor.shape)}: kfade "
+                "changes plain linear maps [O, I]; narrow --target or --layers to those"
             )
         quantised = tensor_name in ("qweight", "weight") and (
             not tensor.is_floating_point() or tensor.element_size() < 2
@@ -251,8 +252,9 @@ def _share_inputs(model: nn.Module, targets: list[Target]) -> list[Target]:
                 )
             if args[0].shape[:-1] != (1, 2):
                 raise InputError(
-                    f"{target.name} does not read one vector for each position (routed experts?): "
-                    "leave it out with --target"
+                    f"{target.name} does not read one vector for each position of each sequence, "
+                    f"[1, 2, I], but {list(args[0].shape)} (positions in one list, or routed "
+                    "experts): leave it out with --target"
                 )
             order.append(target)
             kept.append(args[0])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from kfade import distributed
+from kfade.batches import Sequence as Tokens
 from kfade.batches import digest_sequences, make_batches
 from kfade.cli import options as o
-from kfade.cli.session import load, read_retain, session, show, spread, to_tokens
+from kfade.cli.session import Loaded, load, read_retain, session, show, spread, to_tokens
 from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
 from kfade.run_dir import RunDir
-from kfade.stages import stage
+from kfade.stages import Clock, stage
 from kfade.unlearn import versions
 
 _NOT_SETTINGS = ("out", "config", "resume", "json")
@@ -64,14 +67,6 @@ def fit(
         sequences = to_tokens(examples, loaded, run.data)
         weight = loaded.targets[0].weight
         batches = make_batches(sequences, budget=run.data.batch_tokens, device=weight.device)
-        made_for = {
-            "model": run.model.model,
-            "weights_sha256": {
-                t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
-            },
-            "retain_sha256": digest_sequences(sequences),
-            "versions": versions(),
-        }
         with stage("fit"):
             curvature = fit_function(
                 loaded.model,
@@ -81,26 +76,13 @@ def fit(
                 seed=run.seed,
                 recompute=run.fit.recompute,
                 memory=budget,
-                store=Store(folder.state, made_for),
+                store=Store(folder.state, _made_for(run, loaded, sequences)),
             )
         files = sorted(folder.state.glob("curvature-*.safetensors"))
-        size = sum(path.stat().st_size for path in files)
+        metrics = _metrics(clock, sequences, files)
         distributed.wait()
         for path in files:
             folder.publish(path.name)
-        stages = ("load", "covariance", "eigh", "lambda", "save")
-        metrics: dict[str, Any] = {
-            "seconds": {
-                **{name: clock.seconds.get(name, 0.0) for name in stages},
-                "total": clock.total,
-            },
-            "peak_bytes": max(clock.peak_bytes.values()),
-            "peak_bytes_by_stage": clock.peak_bytes,
-            "tokens": sum(s.loss_tokens for s in sequences),
-            "curvature_bytes": size,
-            "groups": len(files),
-            "processes": distributed.count(),
-        }
         manifest = {
             "kind": "fit",
             **curvature.provenance,
@@ -115,6 +97,33 @@ def fit(
         [
             f"{run.fit.estimator} fitted on {metrics['tokens']} loss tokens",
             f"time: {seconds}",
-            f"{size / 1e6:.0f} MB in {len(files)} file(s) written to {out}",
+            f"{metrics['curvature_bytes'] / 1e6:.0f} MB in {len(files)} file(s) written to {out}",
         ],
     )
+
+
+def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[Tokens]) -> dict[str, Any]:
+    """What the curvature belongs to, kept with it."""
+    return {
+        "model": run.model.model,
+        "weights_sha256": {
+            t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
+        },
+        "retain_sha256": digest_sequences(sequences),
+        "versions": versions(),
+    }
+
+
+def _metrics(clock: Clock, sequences: Sequence[Tokens], files: Sequence[Path]) -> dict[str, Any]:
+    """What ``metrics.json`` tells of a fit that is written to ``files``."""
+    stages = ("load", "covariance", "eigh", "lambda", "save")
+    seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
+    return {
+        "seconds": {**seconds, "total": clock.total},
+        "peak_bytes": max(clock.peak_bytes.values()),
+        "peak_bytes_by_stage": clock.peak_bytes,
+        "tokens": sum(s.loss_tokens for s in sequences),
+        "curvature_bytes": sum(path.stat().st_size for path in files),
+        "groups": len(files),
+        "processes": distributed.count(),
+    }

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,8 @@ def run_unlearn(
     """
     if export_model and run.model.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
-    size = step_size(run)
-    damping, relative = damping_of(run)
-    fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
-    objective = o.objective_of(run.step.objective)
+    method = _method(run)
+    fit = o.fit_of(run.fit.estimator)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     source = {"curvature": str(curvature) if curvature else None}
@@ -130,20 +129,11 @@ def run_unlearn(
         loaded = loaded or load(run.model, run.fit)
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
-        forget = to_tokens(forget_examples, loaded, run.data)
-        retain = to_tokens(fit_examples, loaded, run.data)
-        held_out = to_tokens(held_examples, loaded, run.data)
-        saved = read_curvature(curvature, loaded) if curvature is not None else None
-        start = _resume_from(folder, forget, retain)
+        forget, retain, held_out = (
+            to_tokens(examples, loaded, run.data)
+            for examples in (forget_examples, fit_examples, held_examples)
+        )
         made_for = {"retain_sha256": digest_sequences(retain), "config": deciding(run)["fit"]}
-
-        def on_step(update: Update) -> None:
-            steps = update.provenance["steps"]
-            folder.keep(f"update-{len(steps):03}.safetensors", update.save)
-            facts = {k: v for k, v in steps[-1].items() if k not in _UNLOGGED}
-            folder.log("step", **facts)
-            console.print(step_line(len(steps), run.step.steps, steps[-1]))
-
         update = unlearn_model(
             loaded.model,
             forget=forget,
@@ -151,26 +141,10 @@ def run_unlearn(
             held_out=held_out,
             targets=loaded.targets,
             fit=_kept(fit, folder, budget, made_for),
-            objective=objective,
-            draw=draw,
-            curvature=saved,
-            damping=damping,
-            relative=relative,
-            exact_norm=run.step.exact_norm,
-            steps=run.step.steps,
-            forget_batch=run.step.forget_batch,
-            refit=run.step.refit,
-            alpha=size.alpha,
-            kl=size.kl,
-            until=size.until,
-            max_kl=size.max_kl,
-            batch_tokens=run.data.batch_tokens,
-            recompute=run.fit.recompute,
-            seed=run.seed,
-            refine=run.refinement.refine,
-            refine_sequences=run.refinement.refine_sequences,
-            start=start,
-            on_step=on_step,
+            curvature=read_curvature(curvature, loaded) if curvature is not None else None,
+            start=_resume_from(folder, forget, retain),
+            on_step=partial(_keep_step, folder, run.step.steps),
+            **method,
         )
         update = Update(
             update.deltas, {**update.provenance, "model": run.model.model, "config": asdict(run)}
@@ -191,6 +165,38 @@ def run_unlearn(
         }
         folder.finish(manifest, metrics, write_config(run))
     return {"out": str(out), **metrics}
+
+
+def _method(run: RunConfig) -> dict[str, Any]:
+    """What :func:`kfade.unlearn` is told of the method.
+
+    Raises:
+        InputError: settings that do not go together, or that there are not.
+    """
+    damping, relative = damping_of(run)
+    return {
+        **asdict(step_size(run)),
+        **asdict(run.refinement),
+        "objective": o.objective_of(run.step.objective),
+        "draw": o.draw_of(run.fit.labels),
+        "damping": damping,
+        "relative": relative,
+        "exact_norm": run.step.exact_norm,
+        "steps": run.step.steps,
+        "forget_batch": run.step.forget_batch,
+        "refit": run.step.refit,
+        "batch_tokens": run.data.batch_tokens,
+        "recompute": run.fit.recompute,
+        "seed": run.seed,
+    }
+
+
+def _keep_step(folder: RunDir, total: int, update: Update) -> None:
+    """Write the update after a step, for a resumed run to go on from, and tell of the step."""
+    steps = update.provenance["steps"]
+    folder.keep(f"update-{len(steps):03}.safetensors", update.save)
+    folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
+    console.print(step_line(len(steps), total, steps[-1]))
 
 
 def step_size(run: RunConfig) -> StepSize:
