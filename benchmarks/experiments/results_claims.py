@@ -69,9 +69,11 @@ def time_claims(results: Results, ours: Row) -> Iterator[Claim]:
     yield bounded("with the fit: at most 50 % of retraining", ratio, most=0.5)
 
 
-def whole_seconds(results: Results, method: str, request: float | None) -> float | None:
-    """Of a request by EK-FAC, with the fit."""
-    fit = "fit ekfac sampled" if method == "paper" else "fit ekfac"
+def whole_seconds(
+    results: Results, method: str, request: float | None, estimator: str = "ekfac"
+) -> float | None:
+    """Of a request, with the fit."""
+    fit = "fit ekfac sampled" if method == "paper" else f"fit {estimator}"
     return plus(request, results.get(fit, {}).get("fit_seconds"))
 
 

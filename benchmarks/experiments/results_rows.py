@@ -91,13 +91,14 @@ def rows_of(results: Results) -> list[Row]:
     return rows
 
 
-def variant_title(options: dict[str, int]) -> str:
+def variant_title(options: dict[str, Any]) -> str:
     """Of one of ``VARIANTS``."""
-    words = {"steps": "{} steps, one fit", "refine": "refined {}×"}
-    return "K-FADE, " + ", ".join(words[key].format(count) for key, count in options.items())
+    words = {"estimator": "{}", "steps": "{} steps, one fit", "refine": "refined {}×"}
+    told = {key: ESTIMATORS.get(value, value) for key, value in options.items()}
+    return "K-FADE, " + ", ".join(words[key].format(value) for key, value in told.items())
 
 
-def variant_setting(options: dict[str, int], told: dict[str, Any]) -> str:
+def variant_setting(options: dict[str, Any], told: dict[str, Any]) -> str:
     """Damping, and which of the refined directions was the best: 0 is the plain step's."""
     setting = f"margin, damping {told['damping']:g}" if "damping" in told else "margin"
     is_refined = "refine" in options and "refined" in told

@@ -51,6 +51,11 @@ from kfade.update import Update
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
+STEPPED: dict[str, dict[str, Any]] = {
+    **{row: {"estimator": "ekfac", **options} for row, options in VARIANTS.items()},
+    "steps 3 kfac": {"estimator": "kfac", "steps": 3},
+}
+"""What may better one step; all by one fit, at the damping that one step chose."""
 PAPER = 1e-14  # the paper's damping on WMDP, absolute, with sampled labels
 BASELINES = ("gd", "npo", "rmu", "simnpo", "elm")
 START_RATES = {"rmu": 1e-3}
@@ -135,17 +140,20 @@ class Lab:
         told |= {"damping": damping, "gradient_seconds": seconds}
         return self._kept(row, told, update)
 
-    def unlearn(self, row: str, damping: float, **options: Any) -> dict[str, Any]:
-        """``kfade.unlearn``, as far as one step went, then to the target."""
+    def unlearn(
+        self, row: str, damping: float, *, estimator: str, **options: Any
+    ) -> dict[str, Any]:
+        """``kfade.unlearn`` by one fit, as far as one step went, then to the target."""
         start = time.perf_counter()
         update = kfade.unlearn(
             self.model,
             forget=self.data.forget,
             retain=self.data.fit,
             held_out=self.data.held_out,
-            curvature=self.curvature("ekfac"),
+            curvature=self.curvature(estimator),
+            refit=False,
             damping=damping,
-            kl=self._results[f"tune ekfac {damping:g}"]["kl"],
+            kl=self._results[f"tune {estimator} {damping:g}"]["kl"],
             batch_tokens=BUDGET,
             **options,
         )
@@ -283,15 +291,14 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     if lab.has("paper"):
         yield "report paper", lambda: lab.report("paper")
     yield from compared(lab, results, "gd")
-    damping = chosen(results, "ekfac")
-    for row, variant in VARIANTS.items() if damping is not None else ():
-        yield from bettered(lab, row, damping, refit=False, **variant)
+    yield from bettered(lab, results, "ekfac")
     for name in BASELINES[1:3]:
         yield from compared(lab, results, name)
     for name in ("diagonal", "identity"):
         yield f"fit {name}", lambda name=name: lab.fit(name)
     for name in ("kfac", "diagonal", "identity"):
         yield from stepped(lab, results, name)
+    yield from bettered(lab, results, "kfac")
     for name in BASELINES[3:]:
         yield from compared(lab, results, name)
 
@@ -311,11 +318,14 @@ def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
     yield from reported(lab, results, name)
 
 
-def bettered(lab: Lab, row: str, damping: float, **options: Any) -> Iterator[Piece]:
-    """K-FADE at the damping that one step chose, in another way."""
-    yield f"tune {row}", lambda: lab.unlearn(row, damping, **options)
-    if lab.has(row):
-        yield f"report {row}", lambda: lab.report(row)
+def bettered(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
+    """K-FADE in another way than by one step, with that estimator."""
+    damping = chosen(results, estimator)
+    for row, options in STEPPED.items() if damping is not None else ():
+        if options["estimator"] == estimator:
+            yield f"tune {row}", lambda row=row, o=options: lab.unlearn(row, damping, **o)
+            if lab.has(row):
+                yield f"report {row}", lambda row=row: lab.report(row)
 
 
 def reported(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
