@@ -91,6 +91,22 @@ def draw_attacks(
     _write(figure, path)
 
 
+def draw_specificity(kls: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """KL on benign completions of each method, with its interval."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.3 * len(kls)), layout="constrained")
+    for place, (method, kl) in enumerate(reversed(kls.items())):
+        ends = [[kl["value"] - kl["low"]], [kl["high"] - kl["value"]]]
+        colour = "C0" if method.startswith("K-FADE") else "C3"
+        axes.errorbar(kl["value"], place, xerr=ends, fmt="o", ms=5, color=colour, capsize=3)
+    axes.set(
+        xscale="log",
+        xlabel="KL from the base model, nats/token",
+        yticks=range(len(kls)),
+        yticklabels=reversed(kls),
+    )
+    _write(figure, path)
+
+
 def _axes() -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)

@@ -34,14 +34,14 @@ from results_rows import (
     seconds,
     table,
 )
-from results_topic import topic
+from results_topic import specificity, topic
 from tofu_small import LENGTHS, RESULTS
 from topic_small import RESULTS as TOPIC_RESULTS
 from tuning import chosen, lowest
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS, NOTES = Path(__file__).parents[2] / "docs", Path(__file__).parent / "notes"
 COMMAND = "python benchmarks/experiments/tofu_small.py --data DIR"
 
 
@@ -50,7 +50,8 @@ def page(results: Results, topic_results: Results | None = None) -> str:
     parts = [
         "# Results",
         "Made by `benchmarks/experiments/results_page.py` from what the experiments beside it "
-        "wrote into `benchmarks/results/`; not written by hand.",
+        "wrote into `benchmarks/results/`; only what is said of claims that do not hold is written "
+        "by hand, in `benchmarks/experiments/notes/`.",
         "## TOFU-small",
         *setting(results),
         "### Methods at equal forgetting",
@@ -61,6 +62,7 @@ def page(results: Results, topic_results: Results | None = None) -> str:
         "![forget quality against utility](images/tofu_small_utility.svg)",
         "### Claims",
         *claims_table(results, rows),
+        notes("tofu_small"),
         *relearning(results, rows),
         "### Ablations",
         *ablations_table(results),
@@ -68,9 +70,14 @@ def page(results: Results, topic_results: Results | None = None) -> str:
         *tuning_table(results),
         "### Answers before and after",
         *answers_table(results, rows),
-        *(topic(topic_results) if topic_results else ()),
+        *((*topic(topic_results), notes("topic_small")) if topic_results else ()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def notes(experiment: str) -> str:
+    """What was tried where a claim does not hold: written by hand."""
+    return (NOTES / f"{experiment}.md").read_text(encoding="utf-8").rstrip()
 
 
 def setting(results: Results) -> Iterator[str]:
@@ -283,6 +290,8 @@ def main() -> None:
     results_figures.draw_kl(ways, told, images / "tofu_small_kl.svg")
     if attacked := curves(results, rows):
         results_figures.draw_attacks(attacked, images / "tofu_small_attacks.svg")
+    if topic_results:
+        results_figures.draw_specificity(specificity(topic_results), images / "topic_small_kl.svg")
     (arguments.docs / "results.md").write_text(page(results, topic_results), encoding="utf-8")
 
 

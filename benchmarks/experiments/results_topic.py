@@ -32,6 +32,7 @@ def topic(results: Results) -> Iterator[str]:
     yield from setting(results)
     yield "### The subject, its sisters, and the rest"
     yield from methods_table(results)
+    yield "![KL on benign completions](images/topic_small_kl.svg)"
     yield "### Claims on Topic-small"
     lines = [f"| {claim} | {measured} | {holds} |" for claim, measured, holds in claims(results)]
     yield table("claim | measured | holds?", lines)
@@ -113,6 +114,15 @@ def methods_table(results: Results) -> Iterator[str]:
         "Seconds: a run, or gradient, solve and search, without the fit. Command of a row:"
     )
     yield f"    {COMMAND} --only PIECES"
+
+
+def specificity(results: Results) -> dict[str, dict[str, float]]:
+    """KL on benign completions, with its interval, of each row that was measured, by its title."""
+    return {
+        title: told["completions"]["kl_per_token"]
+        for _, title, _, _, told in rows(results)
+        if told and "failure" not in told
+    }
 
 
 def accuracies(told: dict[str, Any]) -> str:
