@@ -32,7 +32,7 @@ from fine_tune import block_weights
 from pieces import Piece, Results, made, opened, options_of, run
 from topic_small_data import SUBJECT, Data, Sizes, instructions
 from torch.optim import AdamW
-from tuning import VARIANTS, chosen, rates
+from tuning import VARIANTS, chosen, lowest, rates
 
 import kfade
 from kfade.baselines.loop import Settings, train
@@ -47,6 +47,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.evaluate.questions import Question
 from kfade.gradient import forget_gradient
 from kfade.layers import Target
+from kfade.sweep import cut, targets_within
 from kfade.update import Update
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
@@ -56,6 +57,9 @@ STEPPED: dict[str, dict[str, Any]] = {
     "steps 3 kfac": {"estimator": "kfac", "steps": 3},
 }
 """What may better one step; all by one fit, at the damping that one step chose."""
+FITS = {"ekfac": kfade.fit_ekfac, "kfac": kfade.fit_kfac}
+BANDS = ("3-6", "8-11", "13-16", "20-23")  # of blocks; the paper's run on WMDP is on one
+BAND_STEPS = 4  # on a band, with refits, as the paper's
 PAPER = 1e-14  # the paper's damping on WMDP, absolute, with sampled labels
 BASELINES = ("gd", "npo", "rmu", "simnpo", "elm")
 START_RATES = {"rmu": 1e-3}
@@ -125,14 +129,21 @@ class Lab:
         return Curvature.load(self._cache / f"fit-{name}" / "curvature.safetensors")
 
     def step(
-        self, row: str, estimator: str, damping: float, *, relative: bool = True
+        self,
+        row: str,
+        estimator: str,
+        damping: float,
+        *,
+        relative: bool = True,
+        layers: str = "all",
     ) -> dict[str, Any]:
         """One step of K-FADE by the margin."""
         gradient, seconds = self.gradient
+        targets = targets_within(self.targets, layers)
         told, update = Search(self.model, self.ruler, self.subject()).step(
-            self.curvature(estimator),
+            cut(self.curvature(estimator), targets),
             gradient,
-            self.targets,
+            targets,
             damping=damping,
             relative=relative,
             guess_kl=0.2,
@@ -141,19 +152,31 @@ class Lab:
         return self._kept(row, told, update)
 
     def unlearn(
-        self, row: str, damping: float, *, estimator: str, **options: Any
+        self,
+        row: str,
+        like: str,
+        damping: float,
+        *,
+        estimator: str,
+        layers: str = "all",
+        refit: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
-        """``kfade.unlearn`` by one fit, as far as one step went, then to the target."""
+        """``kfade.unlearn``, as far as the one step ``like`` went, then to the target."""
+        targets = targets_within(self.targets, layers)
+        curvature = cut(self.curvature(estimator), targets)
         start = time.perf_counter()
         update = kfade.unlearn(
             self.model,
             forget=self.data.forget,
             retain=self.data.fit,
             held_out=self.data.held_out,
-            curvature=self.curvature(estimator),
-            refit=False,
+            targets=targets,
+            fit=FITS[estimator],
+            curvature=curvature,
+            refit=refit,
             damping=damping,
-            kl=self._results[f"tune {estimator} {damping:g}"]["kl"],
+            kl=self._results[f"tune {like}"]["kl"],
             batch_tokens=BUDGET,
             **options,
         )
@@ -297,6 +320,7 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
         yield f"fit {name}", lambda name=name: lab.fit(name)
     for name in ("kfac", "diagonal", "identity"):
         yield from stepped(lab, results, name)
+    yield from banded(lab, results, "kfac")
     yield from bettered(lab, results, "kfac")
     for name in BASELINES[3:]:
         yield from compared(lab, results, name)
@@ -320,11 +344,42 @@ def compared(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
 def bettered(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
     """K-FADE in another way than by one step, with that estimator."""
     damping = chosen(results, estimator)
-    for row, options in STEPPED.items() if damping is not None else ():
+    if damping is None:
+        return
+    like = f"{estimator} {damping:g}"
+    for row, options in STEPPED.items():
         if options["estimator"] == estimator:
-            yield f"tune {row}", lambda row=row, o=options: lab.unlearn(row, damping, **o)
+            yield f"tune {row}", lambda row=row, o=options: lab.unlearn(row, like, damping, **o)
             if lab.has(row):
                 yield f"report {row}", lambda row=row: lab.report(row)
+
+
+def banded(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
+    """K-FADE on a band of blocks: one step on each, then several with refits on the best."""
+    damping = chosen(results, estimator)
+    if damping is None:
+        return
+    for layers in BANDS:
+        row = f"band {layers}"
+        yield (
+            f"tune {row}",
+            lambda row=row, b=layers: lab.step(row, estimator, damping, layers=b),
+        )
+    best = best_band(results)
+    if best is None:
+        return
+    like, row = f"band {best}", f"steps {BAND_STEPS} band"
+    yield f"report {like}", lambda: lab.report(like)
+    options: dict[str, Any] = {"layers": best, "refit": True, "steps": BAND_STEPS}
+    yield f"tune {row}", lambda: lab.unlearn(row, like, damping, estimator=estimator, **options)
+    if lab.has(row):
+        yield f"report {row}", lambda: lab.report(row)
+
+
+def best_band(results: Results) -> str | None:
+    """The band whose step was best on the tune questions."""
+    told = {b: results[f"tune band {b}"] for b in BANDS if f"tune band {b}" in results}
+    return lowest(told.items())
 
 
 def reported(lab: Lab, results: Results, name: str) -> Iterator[Piece]:
