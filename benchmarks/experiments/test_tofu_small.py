@@ -68,7 +68,9 @@ SOME = (
     "attack ekfac* forget",
     "attack full related",
     "ablation blocks*",
-    "ablation 3 steps",
+    "ablation 3 steps*",
+    "ablation own text",
+    "ablation softened outputs",
 )
 
 

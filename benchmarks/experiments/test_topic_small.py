@@ -73,6 +73,14 @@ def learnt(data, model, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bands():
+    """Of a model of three blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topic_small, "BANDS", ("0", "1-2"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def results(data, learnt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
@@ -88,6 +96,7 @@ def results(data, learnt, tmp_path_factory):
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
+    only += ["* band *", "* band"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["topic_small.py", *words, "--only", *only, "* steps 3"])
         patch.setattr(topic_small, "START_RATE", 1e-2)
@@ -132,6 +141,7 @@ def test_the_page_tells_of_it(results, tmp_path):
     text = "\n\n".join(parts)
     assert "| K-FADE, EK-FAC | damping" in text
     assert "| K-FADE, identity | damping 0 |" in text
+    assert f"| K-FADE, K-FAC, blocks {topic_small.best_band(results)}, 4 steps, each with" in text
     assert "diagonal needs at least 5 × K-FAC's KL | not run" in text
     for part in parts:
         if part.startswith("|"):  # each row has as many cells as its table's head
