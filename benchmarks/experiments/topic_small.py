@@ -39,6 +39,7 @@ from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
 from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
+from kfade.cli.options import fit_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.completions import complete, completed, encode_prompts
@@ -57,7 +58,6 @@ STEPPED: dict[str, dict[str, Any]] = {
     "steps 3 kfac": {"estimator": "kfac", "steps": 3},
 }
 """What may better one step; all by one fit, at the damping that one step chose."""
-FITS = {"ekfac": kfade.fit_ekfac, "kfac": kfade.fit_kfac}
 BANDS = ("3-6", "8-11", "13-16", "20-23")  # of blocks; the paper's run on WMDP is on one
 BAND_STEPS = 4  # on a band, with refits, as the paper's
 PAPER = 1e-14  # the paper's damping on WMDP, absolute, with sampled labels
@@ -172,7 +172,7 @@ class Lab:
             retain=self.data.fit,
             held_out=self.data.held_out,
             targets=targets,
-            fit=FITS[estimator],
+            fit=fit_of(estimator),
             curvature=curvature,
             refit=refit,
             damping=damping,
