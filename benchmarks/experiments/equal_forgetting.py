@@ -17,6 +17,7 @@ from torch import Tensor
 import kfade
 from kfade.batches import Batch, make_batches
 from kfade.batches import Sequence as Tokens
+from kfade.cli.options import draw_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
@@ -103,7 +104,7 @@ def fitted(
     """The curvature by the estimator of that name, by square-root draws or, as in ``ekfac
     sampled``, by sampled labels; EK-FAC from the K-FAC fit that ``fit_of`` gives."""
     estimator, _, labels = name.partition(" ")
-    draw = kfade.sampled_labels if labels == "sampled" else kfade.square_root_draw
+    draw = draw_of(labels or "sqrt")
     match estimator:
         case "identity":
             return kfade.fit_identity(model, batches, targets)

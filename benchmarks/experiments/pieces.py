@@ -30,6 +30,12 @@ def options_of(description: str | None, results: Path) -> argparse.ArgumentParse
     options.add_argument("--only", nargs="*", default=["*"], help="patterns of pieces")
     options.add_argument("--skip", nargs="*", default=[], help="patterns of pieces")
     options.add_argument("--list", action="store_true", help="name the pieces and stop")
+    options.add_argument(
+        "--pace",
+        type=float,
+        default=1.0,
+        help="how many times as fast as the machine of the results that are there this one is",
+    )
     return options
 
 
@@ -57,6 +63,8 @@ def run(pieces: Iterable[Piece], results: Results, arguments: argparse.Namespace
             start = time.perf_counter()
             row = compute()
             results[name] = {**row, "piece_seconds": time.perf_counter() - start}
+            if arguments.pace != 1:
+                results[name]["pace"] = arguments.pace
             aside = path.with_suffix(".writing")
             aside.write_text(json.dumps(results, indent=1) + "\n")
             os.replace(aside, path)

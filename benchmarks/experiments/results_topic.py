@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pieces import Results
@@ -20,7 +22,15 @@ from results_rows import (
     variant_setting,
     variant_title,
 )
-from topic_small import BAND_STEPS, DAMPINGS, PAPER, STEPPED, best_band
+from topic_small import (
+    BAND_STEPS,
+    DAMPINGS,
+    OURS_ON_BAND,
+    PAPER,
+    PAPER_ON_BAND,
+    STEPPED,
+    best_band,
+)
 from tuning import chosen
 
 COMMAND = "python benchmarks/experiments/topic_small.py --data DIR"
@@ -62,23 +72,57 @@ def setting(results: Results) -> Iterator[str]:
     )
 
 
-def rows(results: Results) -> Iterator[tuple[str, str, str, dict[str, Any], dict[str, Any] | None]]:
-    """(method, title, setting, tuned, reported) of those that were tuned."""
+@dataclass(frozen=True)
+class Row:
+    """A method at the setting that was chosen for it."""
+
+    name: str
+    """As its pieces begin: ``ekfac``, ``band 3-6``, ``rmu``."""
+    title: str
+    setting: str
+    tuned: dict[str, Any]
+    reported: dict[str, Any] | None
+    """What was measured for the table; None where that was not run, or the target not reached."""
+    failure: str
+
+    @property
+    def kl(self) -> dict[str, float] | None:
+        """On benign completions, with its interval."""
+        return self.reported["completions"]["kl_per_token"] if self.reported else None
+
+    @property
+    def value(self) -> float | None:
+        return self.kl["value"] if self.kl else None
+
+    @property
+    def kept(self) -> float | None:
+        """KL on retain text that nothing else looks at."""
+        return self.reported["retain_kl"] if self.reported else None
+
+
+def rows_of(results: Results) -> list[Row]:
+    """All rows that were tuned."""
+
+    def row(name: str, title: str, setting: str, piece: str) -> Row:
+        tuned, told = results[f"tune {piece}"], results.get(f"report {piece}")
+        failure = (told or tuned).get("failure", NOT_RUN)
+        return Row(
+            name, title, setting, tuned, None if "failure" in (told or {}) else told, failure
+        )
+
+    rows = []
     for name, title in {**ESTIMATORS, **BASELINES}.items():
         best = chosen(results, name)
         if best is not None:
-            row, ours = f"{name} {best:g}", name in ESTIMATORS
-            title = f"K-FADE, {title}" if ours else title
-            yield (
-                name,
-                title,
-                f"{'damping' if ours else 'learning rate'} {best:g}",
-                results[f"tune {row}"],
-                results.get(f"report {row}"),
+            ours = name in ESTIMATORS
+            setting = f"{'damping' if ours else 'learning rate'} {best:g}"
+            rows.append(
+                row(name, f"K-FADE, {title}" if ours else title, setting, f"{name} {best:g}")
             )
-        for row, title, setting in other_ways(results, name):
-            if f"tune {row}" in results:
-                yield row, title, setting, results[f"tune {row}"], results.get(f"report {row}")
+        rows += [
+            row(*way, way[0]) for way in other_ways(results, name) if f"tune {way[0]}" in results
+        ]
+    return rows
 
 
 def other_ways(results: Results, estimator: str) -> Iterator[tuple[str, str, str]]:
@@ -92,26 +136,26 @@ def other_ways(results: Results, estimator: str) -> Iterator[tuple[str, str, str
             yield row, variant_title(options), setting
     best = best_band(results)
     if estimator == "kfac" and best is not None:
-        title, damping = f"K-FADE, K-FAC, blocks {best}", chosen(results, "kfac")
-        yield f"band {best}", title, f"damping {damping:g}"
-        row = f"steps {BAND_STEPS} band"
-        yield row, f"{title}, {BAND_STEPS} steps, each with its fit", f"damping {damping:g}"
+        title, setting = f"K-FADE, K-FAC, blocks {best}", f"damping {chosen(results, 'kfac'):g}"
+        ways = f"blocks {best}, {BAND_STEPS} steps, each with its fit"
+        yield f"band {best}", title, setting
+        yield OURS_ON_BAND, f"K-FADE, K-FAC, {ways}", setting
+        fixed = f"sampled labels, damping {PAPER:g} (absolute)"
+        yield PAPER_ON_BAND, f"K-FADE, the paper's recipe, {ways}", fixed
 
 
 def methods_table(results: Results) -> Iterator[str]:
     lines = []
     if "base" in results:
         lines.append(f"| base model | | {accuracies(results['base'])} 0 | 0 | 0 | | `base` |")
-    for name, title, given, tuned, told in rows(results):
-        failure = (told or tuned).get("failure", NOT_RUN)
-        told = told if told and "failure" not in told else None
-        cells = accuracies(told) if told else f"{failure} | | |"
-        kl = interval(told["completions"]["kl_per_token"]) if told else ""
-        kept = number(told["retain_kl"]) if told else ""
-        only = f"`'tune {name}*' 'report {name}*'`"
+    for row in rows_of(results):
+        cells = accuracies(row.reported) if row.reported else f"{row.failure} | | |"
+        held_out = number(row.reported["kl"]) if row.reported else NOT_RUN
+        only = f"`'tune {row.name}*' 'report {row.name}*'`"
         lines.append(
-            f"| {title} | {given} | {cells} {number((told or {}).get('kl'))} | {kept} | {kl} | "
-            f"{seconds(request_seconds(tuned))} | {only} |"
+            f"| {row.title} | {row.setting} | {cells} {held_out} | "
+            f"{number(row.kept) if row.reported else ''} | {interval(row.kl) if row.kl else ''} | "
+            f"{seconds(request_seconds(row.tuned))} | {only} |"
         )
     yield table(
         "method | setting | astronomy, % | sisters, % | general, % | KL, held out | "
@@ -127,11 +171,7 @@ def methods_table(results: Results) -> Iterator[str]:
 
 def specificity(results: Results) -> dict[str, dict[str, float]]:
     """KL on benign completions, with its interval, of each row that was measured, by its title."""
-    return {
-        title: told["completions"]["kl_per_token"]
-        for _, title, _, _, told in rows(results)
-        if told and "failure" not in told
-    }
+    return {row.title: row.kl for row in rows_of(results) if row.kl}
 
 
 def accuracies(told: dict[str, Any]) -> str:
@@ -146,69 +186,90 @@ def interval(figure: dict[str, float]) -> str:
 
 
 def claims(results: Results) -> Iterator[Claim]:
-    """K-FADE is the row of the lowest KL held out on the tune questions, which no claim is of."""
-    found = {name: told for name, _, _, _, told in rows(results) if told and "failure" not in told}
-    titles = {name: title for name, title, _, _, _ in rows(results)}
-    tuned = {name: told for name, _, _, told, _ in rows(results)}
-    kls = {name: told["completions"]["kl_per_token"] for name, told in found.items()}
-    estimators = {name: options["estimator"] for name, options in STEPPED.items()}
-    estimators |= {"ekfac": "ekfac", "kfac": "kfac"}
+    """All claims, of rows that were measured."""
+    by = {row.name: row for row in rows_of(results) if row.reported}
+    yield from specificity_claims(results, by)
+    for name, bound in (("diagonal", 5.0), ("identity", 20.0)):
+        claim = f"{name} needs at least {bound:g} × K-FAC's KL"
+        yield bounded(claim, value_ratio(by.get(name), by.get("kfac")), least=bound)
+    yield from paper_claims(results, by)
 
-    def least(names: Iterable[str]) -> str | None:
-        return min(names, key=lambda name: tuned[name]["kl"], default=None)
 
-    banded = (f"band {best_band(results)}", f"steps {BAND_STEPS} band")
-    ours = least(name for name in (*estimators, *banded) if name in kls)
-    others = {name: kl for name, kl in kls.items() if name in BASELINES}
-    rival = min(others, key=lambda name: others[name]["value"], default=None)
+def specificity_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
+    """Of K-FADE's row and the best baseline's."""
+    on_band = (f"band {best_band(results)}", OURS_ON_BAND)
+    ours = least_tuned(by, (*estimators(), *on_band))
+    others = [row for name, row in by.items() if name in BASELINES]
+    rival = min(others, key=lambda row: row.value or math.inf, default=None)
     claim = "KL on Alpaca below every baseline's, the intervals apart"
-    if ours and rival:
-        ratio = quotient(kls[ours]["value"], others[rival]["value"])
-        apart = kls[ours]["high"] < others[rival]["low"]
-        yield f"{titles[ours]}: {claim}", f"{ratio:.3g} × {titles[rival]}'s", yes(apart)
-        yield kept_claim({name: found[name] for name in others}, found[ours], titles)
+    if ours and ours.kl and rival and rival.kl:
+        apart = ours.kl["high"] < rival.kl["low"]
+        measured = f"{ours.kl['value'] / rival.kl['value']:.3g} × {rival.title}'s"
+        yield f"{ours.title}: {claim}", measured, yes(apart)
+        yield kept_claim(others, ours)
     else:
         yield claim, NOT_RUN, ""
 
-    def ratio_of(one: str | None, other: str) -> float | None:
-        values = [kls[name]["value"] if name in kls else None for name in (one, other)]
-        return quotient(*values)
 
-    for name, bound in (("diagonal", 5.0), ("identity", 20.0)):
-        claim = f"{name} needs at least {bound:g} × K-FAC's KL"
-        yield bounded(claim, ratio_of(name, "kfac"), least=bound)
-    paper = whole_of(results, "paper", tuned, "ekfac")
-    # On all blocks, as the paper's recipe was run here: a band and refits are its own, too.
+def paper_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
+    """Half the KL of the paper's recipe, in one step on all blocks and in several on a band."""
+    paper = by.get("paper")
+    spent = whole_of(results, paper, "ekfac")
     costs = {
-        name: quotient(whole_of(results, name, tuned, estimator), paper)
-        for name, estimator in estimators.items()
-        if name in kls
+        name: quotient(whole_of(results, by[name], estimator), spent)
+        for name, estimator in estimators().items()
+        if name in by
     }
-    best = least(affordable(costs))
-    claim = against_paper(titles[best], costs[best]) if best else against_paper()
-    kept = {name: told["retain_kl"] for name, told in found.items()}
-    yield bounded(f"{claim}: KL on Alpaca at most 0.5 × its", ratio_of(best, "paper"), most=0.5)
-    claim = "that: KL on other retain text at most 0.5 × its"
-    yield bounded(claim, quotient(kept.get(best), kept.get("paper")), most=0.5)
+    best = least_tuned(by, affordable(costs))
+    claim = against_paper(best.title, costs[best.name]) if best else against_paper()
+    yield from half_claims(claim, best, paper)
+    ours, paper = by.get(OURS_ON_BAND), by.get(PAPER_ON_BAND)
+    cost = quotient(whole_of(results, ours, "kfac"), whole_of(results, paper, "ekfac"))
+    claim = "the same on one band, in several steps with refits"
+    if ours and cost:
+        claim = f"{ours.title}, at {cost:.2g} × the cost of the paper's recipe done likewise"
+    yield from half_claims(claim, ours, paper)
 
 
-def whole_of(
-    results: Results, name: str, tuned: Mapping[str, dict[str, Any]], estimator: str
-) -> float | None:
+def half_claims(claim: str, ours: Row | None, paper: Row | None) -> Iterator[Claim]:
+    """At most half of that row's KL, on both texts."""
+    most = "at most 0.5 × its"
+    yield bounded(f"{claim}: KL on Alpaca {most}", value_ratio(ours, paper), most=0.5)
+    kept = quotient(*(row.kept if row else None for row in (ours, paper)))
+    yield bounded(f"that: KL on other retain text {most}", kept, most=0.5)
+
+
+def estimators() -> dict[str, str]:
+    """The estimator of each row of ours on all blocks."""
+    stepped = {name: options["estimator"] for name, options in STEPPED.items()}
+    return {**stepped, "ekfac": "ekfac", "kfac": "kfac"}
+
+
+def least_tuned(by: Mapping[str, Row], names: Iterable[str]) -> Row | None:
+    """Of those the row of the lowest KL held out on the tune questions, which no claim is of."""
+    measured = [by[name] for name in names if name in by]
+    return min(measured, key=lambda row: row.tuned["kl"], default=None)
+
+
+def value_ratio(one: Row | None, other: Row | None) -> float | None:
+    return quotient(*(row.value if row else None for row in (one, other)))
+
+
+def whole_of(results: Results, row: Row | None, estimator: str) -> float | None:
     """Seconds of a request and of the fit on all blocks."""
-    told = tuned.get(name)
-    return whole_seconds(results, name, request_seconds(told), estimator) if told else None
+    if row is None:
+        return None
+    return whole_seconds(results, row.name, request_seconds(row.tuned), estimator)
 
 
-def kept_claim(
-    others: Mapping[str, dict[str, Any]], ours: dict[str, Any], titles: Mapping[str, str]
-) -> Claim:
+def kept_claim(others: Sequence[Row], ours: Row) -> Claim:
     """That no baseline answers more of the other questions, beyond what the sample may do."""
     more, leads = [], []
-    for name, told in others.items():
+    for row in others:
         for kind in ("sisters", "general"):
-            lead, half = paired(told[kind]["correct"], ours[kind]["correct"])
-            leads.append((lead - half, f"{titles[name]}, {kind}: {lead:+.0f} ± {half:.0f} %"))
+            pair = [own.reported[kind]["correct"] for own in (row, ours) if own.reported]
+            lead, half = paired(*pair)
+            leads.append((lead - half, f"{row.title}, {kind}: {lead:+.0f} ± {half:.0f} %"))
             if lead > half:
                 more.append(leads[-1][1])
     claim = "no baseline keeps more of the sisters or of general knowledge (paired, 95 %)"
@@ -224,7 +285,7 @@ def paired(one: str, other: str) -> tuple[float, float]:
 
 
 def tuning_table(results: Results) -> Iterator[str]:
-    lines, singles = [], (*STEPPED, "paper", f"steps {BAND_STEPS} band")
+    lines, singles = [], (*STEPPED, "paper", OURS_ON_BAND, PAPER_ON_BAND)
     for name, told in results.items():
         if name.startswith("tune "):
             row, _, value = name.removeprefix("tune ").rpartition(" ")

@@ -39,7 +39,7 @@ from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
 from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
-from kfade.cli.options import fit_of
+from kfade.cli.options import draw_of, fit_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.completions import complete, completed, encode_prompts
@@ -60,6 +60,7 @@ STEPPED: dict[str, dict[str, Any]] = {
 """What may better one step; all by one fit, at the damping that one step chose."""
 BANDS = ("3-6", "8-11", "13-16", "20-23")  # of blocks; the paper's run on WMDP is on one
 BAND_STEPS = 4  # on a band, with refits, as the paper's
+OURS_ON_BAND, PAPER_ON_BAND = f"steps {BAND_STEPS} band", f"paper, steps {BAND_STEPS} band"
 PAPER = 1e-14  # the paper's damping on WMDP, absolute, with sampled labels
 BASELINES = ("gd", "npo", "rmu", "simnpo", "elm")
 START_RATES = {"rmu": 1e-3}
@@ -164,6 +165,7 @@ class Lab:
     ) -> dict[str, Any]:
         """``kfade.unlearn``, as far as the one step ``like`` went, then to the target."""
         targets = targets_within(self.targets, layers)
+        word, _, labels = estimator.partition(" ")
         curvature = cut(self.curvature(estimator), targets)
         start = time.perf_counter()
         update = kfade.unlearn(
@@ -172,7 +174,8 @@ class Lab:
             retain=self.data.fit,
             held_out=self.data.held_out,
             targets=targets,
-            fit=fit_of(estimator),
+            fit=fit_of(word),
+            draw=draw_of(labels or "sqrt"),
             curvature=curvature,
             refit=refit,
             damping=damping,
@@ -355,7 +358,8 @@ def bettered(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
 
 
 def banded(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
-    """K-FADE on a band of blocks: one step on each, then several with refits on the best."""
+    """K-FADE on a band of blocks: one step on each, then several with refits on the best, by that
+    estimator and by the paper's recipe."""
     damping = chosen(results, estimator)
     if damping is None:
         return
@@ -368,12 +372,17 @@ def banded(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
     best = best_band(results)
     if best is None:
         return
-    like, row = f"band {best}", f"steps {BAND_STEPS} band"
+    like = f"band {best}"
     yield f"report {like}", lambda: lab.report(like)
-    options: dict[str, Any] = {"layers": best, "refit": True, "steps": BAND_STEPS}
-    yield f"tune {row}", lambda: lab.unlearn(row, like, damping, estimator=estimator, **options)
-    if lab.has(row):
-        yield f"report {row}", lambda: lab.report(row)
+    ways: dict[str, dict[str, Any]] = {
+        OURS_ON_BAND: {"estimator": estimator, "damping": damping},
+        PAPER_ON_BAND: {"estimator": "ekfac sampled", "damping": PAPER, "relative": False},
+    }
+    shared = {"layers": best, "refit": True, "steps": BAND_STEPS}
+    for row, own in ways.items():
+        yield f"tune {row}", lambda row=row, o={**shared, **own}: lab.unlearn(row, like, **o)
+        if lab.has(row):
+            yield f"report {row}", lambda row=row: lab.report(row)
 
 
 def best_band(results: Results) -> str | None:
