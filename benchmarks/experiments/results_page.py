@@ -1,6 +1,7 @@
 """Make ``docs/results.md`` and its figures of what the experiments have measured.
 
-    python benchmarks/experiments/results_page.py [--results FILE] [--topic FILE] [--docs DIR]
+    python benchmarks/experiments/results_page.py [--results FILE] [--topic FILE] [--anew FILE]
+                                                 [--docs DIR]
 
 Nothing is computed but ratios, TOFU's aggregates and choices of rows; what was not measured is
 shown as *not run*.
@@ -42,10 +43,13 @@ from tuning import chosen, lowest
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
 DOCS, NOTES = Path(__file__).parents[2] / "docs", Path(__file__).parent / "notes"
+ANEW_RESULTS = RESULTS.with_name("tofu_small_anew.json")
 COMMAND = "python benchmarks/experiments/tofu_small.py --data DIR"
 
 
-def page(results: Results, topic_results: Results | None = None) -> str:
+def page(
+    results: Results, topic_results: Results | None = None, anew: Results | None = None
+) -> str:
     rows = rows_of(results)
     parts = [
         "# Results",
@@ -54,6 +58,7 @@ def page(results: Results, topic_results: Results | None = None) -> str:
         "by hand, in `benchmarks/experiments/notes/`.",
         "## TOFU-small",
         *setting(results),
+        *(trained_anew(results, anew) if anew else ()),
         "### Methods at equal forgetting",
         *methods_table(results, rows),
         "![KL against forget probability](images/tofu_small_kl.svg)",
@@ -114,6 +119,41 @@ def setting(results: Results) -> Iterator[str]:
         f"own KL from the full one is {number(again['kl'])} held out and "
         f"{number(again['report_kl'])} on the report slice (nats per token)."
     )
+
+
+def trained_anew(results: Results, anew: Results) -> Iterator[str]:
+    """The same figures of models that were trained again elsewhere."""
+
+    def line(name: str, piece: str, *keys: str) -> str:
+        cells = []
+        for told in (results.get(piece, {}), anew.get(piece, {})):
+            for key in keys:
+                told = told.get(key) if isinstance(told, dict) else None
+            cells.append(number(told))
+        return f"| {name} | {cells[0]} | {cells[1]} |"
+
+    paces = [told["pace"] for told in results.values() if "pace" in told]
+    yield (
+        "Rows were computed on two machines. The models were trained anew on the second, from the "
+        "same seed, and some figures measured again there:"
+    )
+    reported = [piece for piece in anew if piece.startswith("report ")]
+    yield table(
+        "what | first machine | second machine",
+        [
+            line("full model: answer loss", "full", "loss"),
+            line(
+                "retrained model: forget probability", "targets", "retrained", "forget_probability"
+            ),
+            line("retrained model: KL, report slice", "targets", "retrained", "report_kl"),
+            *(line(f"`{name}`: KL, report slice", name, "report_kl") for name in reported),
+        ],
+    )
+    if paces:
+        yield (
+            f"Both trainings took {max(paces):.2g} times as long on the first; seconds of rows "
+            "that were computed on the second are multiplied by that."
+        )
 
 
 def methods_table(results: Results, rows: Sequence[Row]) -> Iterator[str]:
@@ -274,11 +314,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--results", type=Path, default=RESULTS)
     options.add_argument("--topic", type=Path, default=TOPIC_RESULTS)
+    options.add_argument("--anew", type=Path, default=ANEW_RESULTS)
     options.add_argument("--docs", type=Path, default=DOCS)
     arguments = options.parse_args()
     results = json.loads(arguments.results.read_text())
-    has_topic = arguments.topic.is_file()
-    topic_results = json.loads(arguments.topic.read_text()) if has_topic else None
+    topic_results, anew = (
+        json.loads(path.read_text()) if path.is_file() else None
+        for path in (arguments.topic, arguments.anew)
+    )
     rows = rows_of(results)
     images = arguments.docs / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -292,7 +335,8 @@ def main() -> None:
         results_figures.draw_attacks(attacked, images / "tofu_small_attacks.svg")
     if topic_results:
         results_figures.draw_specificity(specificity(topic_results), images / "topic_small_kl.svg")
-    (arguments.docs / "results.md").write_text(page(results, topic_results), encoding="utf-8")
+    text = page(results, topic_results, anew)
+    (arguments.docs / "results.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

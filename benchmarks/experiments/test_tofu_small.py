@@ -16,6 +16,7 @@ import results_page
 import tofu_small
 from conftest import WORDS
 from equal_forgetting import MEASURED
+from results_rows import request_seconds
 from tofu_small_attacks import AT, GIVEN
 from tofu_small_baselines import at_target
 from tofu_small_data import OF_AUTHOR, Authors
@@ -189,8 +190,12 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
 
 
 def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypatch):
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    words = ["--results", str(tmp_path / "results.json"), "--docs", str(tmp_path)]
+    quick = {name: {**told, "pace": 2.0} for name, told in results.items() if name != "settings"}
+    files = {"results": {**quick, "settings": results["settings"]}, "anew": results}
+    words = ["--docs", str(tmp_path)]
+    for name, told in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+        words += [f"--{name}", str(tmp_path / f"{name}.json")]
     monkeypatch.setattr(sys, "argv", ["results_page.py", *words])
     results_page.main()
     text = (tmp_path / "results.md").read_text()
@@ -198,6 +203,13 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypa
     assert f", iterate {results['report refine 1']['refined']} kept" in text
     assert "| NPO |  | not run |" in text
     assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
+    [report] = [name for name in results if name.startswith("report ekfac margin")]
+    twice = [line for line in text.splitlines() if line.startswith(f"| `{report}`: KL")]
+    assert len(twice) == 1
+    assert len(set(twice[0].split("|")[2:4])) == 1
+    assert "took 2 times as long on the first" in text
+    row = next(line for line in text.splitlines() if f"`'{report}'" in line)
+    assert float(row.split("|")[-3]) == round(2 * request_seconds(results[report]))
     attacks = [line for line in text.splitlines() if "`'attack " in line]
     assert len(attacks) == 9
     run = [line.split("|")[1:3] for line in attacks if "not run" not in line]

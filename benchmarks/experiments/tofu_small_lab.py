@@ -37,7 +37,7 @@ from kfade.sweep import cut, targets_within
 from kfade.update import Update
 
 SHOWN = 6  # forgotten questions whose answers are kept to be read
-LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own
+CURVE_LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own
 OWN_TOKENS = 48  # of a turn that the model makes up
 TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # between them a question and its end
 PART = 4  # one in so many questions is enough for a request that must be cheap
@@ -249,7 +249,7 @@ class Lab:
         """A reported row's update at other lengths."""
         deltas = Update.load(self._path(row)).deltas
         search = Search(self.model, self.ruler, self.group("report"))
-        return {"curve": [search.at(Update({}).plus(deltas, part)) for part in LENGTHS]}
+        return {"curve": [search.at(Update({}).plus(deltas, part)) for part in CURVE_LENGTHS]}
 
     def targets_piece(self) -> dict[str, Any]:
         """Where everything starts, and how far it is to go."""
