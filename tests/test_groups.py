@@ -209,11 +209,11 @@ def test_a_fit_in_groups_is_the_fit_at_once_bit_for_bit(estimator, dtype, monkey
 
 
 def test_bit_for_bit_is_a_fine_sieve():
-    """Other batches of the same sequences give the same fit to rounding, and not its bits."""
+    """The same batches in the other order give the same fit to rounding, and not its bits."""
     model = tiny_llama()
-    targets = find_targets(model)
-    fits = [fit_diagonal(model, make_batches(random_sequences(8), budget=b), targets)
-            for b in (20, 40)]  # fmt: skip
+    # Many small ones: whatever the processor's kernels do in a batch, the sums over batches differ.
+    targets, batches = find_targets(model), make_batches(random_sequences(8), budget=1)
+    fits = [fit_diagonal(model, order, targets) for order in (batches, batches[::-1])]
     pairs = [[fit.blocks[t.name].eigenvalues for fit in fits] for t in targets]
     assert all(relative_error(*pair) < 1e-12 for pair in pairs)
     assert not all(same_bits(*pair) for pair in pairs)
