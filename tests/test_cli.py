@@ -168,6 +168,7 @@ def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch, r
     """Cut off after its first step, as if by a signal, and resumed, if need be with less memory;
     without --refit from the fit that it kept."""
     arguments = ("--alpha", "0.02", "--steps", "3", "--forget-batch", "2", refit)
+    arguments += ("--later-objective", "ce")
     whole = {**setup, "out": str(tmp_path / "whole")}
     assert unlearn(whole, *arguments) == 0
     calls = []
@@ -263,6 +264,8 @@ def corrupt(path: Path, name: str) -> None:
         (("--estimator", "shampoo"), "--estimator shampoo: give ekfac"),
         (("--labels", "true"), "--labels true: give sqrt"),
         (("--objective", "loss"), "--objective loss: give margin"),
+        (("--later-objective", "loss", "--steps", "2"), "--later-objective loss: give margin"),
+        (("--later-objective", "ce"), "--later-objective ce with one step: give --steps"),
         (("--template", "llama"), "--template llama: give auto"),
         (("--template", "chat"), "no chat template"),
         (("--sequence-length", "100000"), "over the model's window"),

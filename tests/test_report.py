@@ -230,6 +230,9 @@ def test_names():
     config = {"fit": {"estimator": "kfac"}, "step": {"objective": "ce"}}
     made = Subject("r", "run", manifest={"kind": "unlearn", "config": config})
     assert method_of(made) == "K-FADE, kfac, ce"
+    config["step"] = {"objective": "margin", "later_objective": "ce"}
+    assert method_of(made) == "K-FADE, kfac, margin, then ce"
+    config["step"] = {"objective": "ce", "later_objective": None}
     config["refinement"] = {"refine": 2}
     assert method_of(made) == "K-FADE, kfac, ce, refined 2"
     config["refinement"] = {"refine": 0}

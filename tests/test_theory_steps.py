@@ -249,6 +249,23 @@ def test_a_later_step_tries_first_how_far_the_last_one_went(model):
         assert after["exact_kl"] * part**2 == pytest.approx(before["exact_kl"])
 
 
+def test_a_later_objective_is_that_of_every_step_but_the_first(model):
+    options = {"steps": 3, "refit": False}
+    run(model, on_step=(firsts := []).append, objective=margin, **options)
+    by_hand = run(model, start=firsts[0], objective=cross_entropy, **options)
+    update = run(model, objective=margin, later_objective=cross_entropy, **options)
+    for name, delta in update.deltas.items():
+        assert same_bits(delta, by_hand.deltas[name])
+        assert not same_bits(delta, firsts[-1].deltas[name])
+    assert update.provenance["steps"] == by_hand.provenance["steps"]  # measured by it, too
+    last = update.provenance["steps"][-1]
+    rise = last["forget_loss_after"] - last["forget_loss_before"]
+    assert last["measured_objective_change"] == pytest.approx(rise)  # so it is of cross-entropy
+    last = firsts[-1].provenance["steps"][-1]
+    rise = last["forget_loss_after"] - last["forget_loss_before"]
+    assert last["measured_objective_change"] != pytest.approx(rise)
+
+
 # --- 13. The search for the size of a step ------------------------------------------------------
 
 

@@ -83,6 +83,8 @@ class StepConfig:
 
     objective: str = "margin"
     """margin or ce."""
+    later_objective: str | None = None
+    """Of all steps after the first; the same when unset."""
     steps: int = 1
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None

@@ -210,7 +210,7 @@ class _Scale:
     def __init__(self, model: nn.Module, held_out: list[Batch], forget: list[Batch]) -> None:
         self._model, self._forget = model, forget
         self._losses = TokenLosses()
-        self._gauge = Gauge(model, held_out, forget, self._losses)
+        self._gauge = Gauge(model, held_out, forget)
 
     def weigh(
         self,
@@ -228,7 +228,7 @@ class _Scale:
 
         def probe(alpha: float) -> Probe:
             nonlocal probability
-            found = self._gauge.measure(Update({}).plus(changes, alpha), alpha)
+            found = self._gauge.measure(Update({}).plus(changes, alpha), self._losses, alpha)
             probability = self._losses.mean_probability(self._forget)
             return found
 

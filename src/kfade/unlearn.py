@@ -48,6 +48,7 @@ def unlearn(
     targets: Sequence[Target] | None = None,
     fit: Fit = fit_ekfac,
     objective: Objective = margin,
+    later_objective: Objective | None = None,
     draw: Draw = square_root_draw,
     curvature: Curvature | None = None,
     damping: float = DEFAULT_DAMPING,
@@ -77,6 +78,9 @@ def unlearn(
     Args:
         held_out: retain sequences that no fit sees; KL is measured on them.
         targets: weights to change; every feed-forward weight when None.
+        later_objective: of all steps after the first; ``objective`` when None. Cross-entropy pulls
+            at a token by 1 − p_y: where the first step's margin has made answers unlikely, the
+            tokens that stay certain, which other text needs most, are then let alone.
         curvature: a fit made before, used for the first step (for all if not ``refit``).
         damping: λ, times each layer's mean eigenvalue if ``relative``.
         exact_norm: measure the length of r by the exact Gauss-Newton form on ``held_out``
@@ -111,11 +115,12 @@ def unlearn(
     retain_batches = batches_of(retain)
     with stage("check"):
         measured = drawn(forget, MEASURED_SEQUENCES, 0)
-        gauge = Gauge(model, batches_of(held_out), measured, objective)
+        gauge = Gauge(model, batches_of(held_out), measured)
     update = start or Update({}, _provenance(model, targets, forget, retain, held_out))
     for index in range(len(update.provenance["steps"]), steps):
+        aim = objective if index == 0 else later_objective or objective
         with stage("check"):
-            state = _State(update, gauge.measure(update), gauge.latest)
+            state = _State(update, aim, gauge.measure(update, aim), gauge.latest)
         if _is_reached(size, state.probe.forget_loss, first=index == 0):
             break
         if curvature is None or (refit and index > 0):
@@ -126,9 +131,7 @@ def unlearn(
                 )
         with stage("gradient"), update.applied_to(model):
             forget_batches = drawn(forget, forget_batch, index)
-            gradient = forget_gradient(
-                model, forget_batches, targets, objective, recompute=recompute
-            )
+            gradient = forget_gradient(model, forget_batches, targets, aim, recompute=recompute)
         directions = refined_steps(
             curvature,
             gradient,
@@ -154,6 +157,8 @@ class _State:
     """The edited model before a step, as it was measured."""
 
     update: Update
+    objective: Objective
+    """Of the step."""
     probe: Probe
     hidden: Reference
     """On held-out retain data."""
@@ -225,7 +230,11 @@ def _tries(
         guess = math.sqrt(2 * near / exact)
         with stage("check"):
             probes = choose_alpha(
-                lambda trial: gauge.measure(update.plus(changes, trial), trial),  # noqa: B023
+                lambda trial: gauge.measure(
+                    update.plus(changes, trial),  # noqa: B023
+                    state.objective,
+                    trial,
+                ),
                 size,
                 share=share,
                 start=before,
@@ -258,23 +267,21 @@ class Gauge:
         model: nn.Module,
         held_out: Sequence[Batch],
         forget: Sequence[Batch],
-        objective: Objective,
     ) -> None:
-        self.model, self._forget, self._objective = model, forget, objective
+        self.model, self._forget = model, forget
         with frozen(model):
             self.head = read_head(model)
         self.base = hidden_reference(model, held_out, "base reference")
         self.latest = self.base
         """Hidden states of the model that was measured last, on held-out retain data."""
 
-    def measure(self, update: Update, alpha: float = 0.0) -> Probe:
-        """Retain KL from the base, and forget loss, of the model with ``update`` applied."""
+    def measure(self, update: Update, objective: Objective, alpha: float = 0.0) -> Probe:
+        """Retain KL from the base, forget loss and objective of the model with ``update``."""
         with update.applied_to(self.model) as model:
             self.latest = self.base
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
-            objectives = (cross_entropy, self._objective)
-            loss, value = mean_objectives(model, self._forget, objectives)
+            loss, value = mean_objectives(model, self._forget, (cross_entropy, objective))
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
         return Probe(alpha, kl, loss, value)
 

@@ -82,6 +82,14 @@ CurvatureDir = Annotated[
 ObjectiveName = Annotated[
     str | None, _option(STEP, "margin or ce (cross-entropy). [margin]", "--objective")
 ]
+LaterObjective = Annotated[
+    str | None,
+    _option(
+        STEP,
+        "Objective of all steps after the first; ce where a step of the margin has made the text "
+        "unlikely. [as --objective]",
+    ),
+]
 Steps = Annotated[int | None, _option(STEP, "Number of Gauss-Newton steps. [1]")]
 ForgetBatch = Annotated[
     int | None, _option(STEP, "Forget sequences a step, without replacement. [all]")
@@ -191,14 +199,14 @@ def draw_of(word: str) -> Draw:
     raise InputError(f"--labels {word}: give sqrt or sampled")
 
 
-def objective_of(word: str) -> Objective:
-    """The forgetting objective of that name."""
+def objective_of(word: str, flag: str = "--objective") -> Objective:
+    """The forgetting objective of that name; ``flag`` is what gave it."""
     match word:
         case "margin":
             return margin
         case "ce":
             return cross_entropy
-    raise InputError(f"--objective {word}: give margin or ce")
+    raise InputError(f"{flag} {word}: give margin or ce")
 
 
 def chat_of(word: str) -> bool | None:

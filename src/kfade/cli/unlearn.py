@@ -34,6 +34,7 @@ from kfade.curvature.store import Store
 from kfade.errors import InputError
 from kfade.layers import Target, digest_weights, parameter_names
 from kfade.models import save_model
+from kfade.objectives import Objective
 from kfade.plan import curvature_budget
 from kfade.run_dir import RunDir
 from kfade.stages import Clock, stage
@@ -63,6 +64,7 @@ def unlearn(
     recompute: o.Recompute = None,
     curvature: o.CurvatureDir = None,
     objective: o.ObjectiveName = None,
+    later_objective: o.LaterObjective = None,
     steps: o.Steps = None,
     forget_batch: o.ForgetBatch = None,
     refit: o.Refit = None,
@@ -178,6 +180,7 @@ def _method(run: RunConfig) -> dict[str, Any]:
         **asdict(step_size(run)),
         **asdict(run.refinement),
         "objective": o.objective_of(run.step.objective),
+        "later_objective": _later_objective(run),
         "draw": o.draw_of(run.fit.labels),
         "damping": damping,
         "relative": relative,
@@ -189,6 +192,13 @@ def _method(run: RunConfig) -> dict[str, Any]:
         "recompute": run.fit.recompute,
         "seed": run.seed,
     }
+
+
+def _later_objective(run: RunConfig) -> Objective | None:
+    word = run.step.later_objective
+    if word is not None and run.step.steps == 1:
+        raise InputError(f"--later-objective {word} with one step: give --steps 2 or more")
+    return o.objective_of(word, "--later-objective") if word is not None else None
 
 
 def _keep_step(folder: RunDir, total: int, update: Update) -> None:

@@ -19,7 +19,9 @@ def method_of(subject: Subject) -> str:
     if subject.manifest.get("kind") == "unlearn":
         fit, step = config.get("fit", {}), config.get("step", {})
         refined = refinement(config.get("refinement", {}).get("refine"))
-        parts = ["K-FADE", fit.get("estimator"), step.get("objective"), refined]
+        later = step.get("later_objective")
+        then = f"then {later}" if later else None
+        parts = ["K-FADE", fit.get("estimator"), step.get("objective"), then, refined]
         return ", ".join(str(part) for part in parts if part)
     if subject.manifest.get("kind") == "baseline":
         return str(subject.manifest.get("method", subject.name))
