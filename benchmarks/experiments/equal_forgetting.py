@@ -153,21 +153,25 @@ class Search:
         return row, update
 
     def along(
-        self, changes: Mapping[str, Tensor], guess: float
+        self, changes: Mapping[str, Tensor], guess: float, before: Update | None = None
     ) -> tuple[dict[str, Any], Update | None]:
-        """Where along ``changes`` the target lies within 3 % of the way, in nats."""
+        """Where along ``changes``, made after those of ``before``, the target lies within 3 % of
+        the way, in nats."""
         curve: Curve = []
+        base, gone = before or Update({}), self._group.start
+        if base.deltas:
+            gone = self.at(base)["forget_probability"]
 
         def probe(alpha: float) -> Probe:
             if len(curve) == MOST_TRIALS:
                 raise InputError("no more trials")
-            found = {"alpha": alpha, **self.at(Update({}).plus(changes, alpha))}
+            found = {"alpha": alpha, **self.at(base.plus(changes, alpha))}
             curve.append(found)
             far = found["kl"] > FAR_KL
             forgotten = math.inf if far else nats(found["forget_probability"])
             return Probe(alpha, found["kl"], forgotten, 0.0)
 
-        start = Probe(0.0, 0.0, nats(self._group.start), 0.0)
+        start = Probe(0.0, 0.0, nats(gone), 0.0)
         size = StepSize(until=nats(self._group.target))
         try:
             best = choose_alpha(probe, size, share=1.0, start=start, guess=guess)[-1]
@@ -177,7 +181,7 @@ class Search:
                 "failure": f"not reached: {least:.3f} in {len(curve)} trials",
                 "curve": curve,
             }, None
-        update = Update({}).plus(changes, best.alpha)
+        update = base.plus(changes, best.alpha)
         row: dict[str, Any] = {**curve[-1], "curve": curve}
         if self._group.name == "report":
             with update.applied_to(self._model):

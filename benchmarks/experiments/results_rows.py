@@ -94,7 +94,12 @@ def rows_of(results: Results) -> list[Row]:
 
 def variant_title(options: dict[str, Any]) -> str:
     """Of one of ``VARIANTS``."""
-    words = {"estimator": "{}", "steps": "{} steps, one fit", "refine": "refined {}×"}
+    words = {
+        "estimator": "{}",
+        "steps": "{} steps, one fit",
+        "later_objective": "cross-entropy after the first",
+        "refine": "refined {}×",
+    }
     told = {key: ESTIMATORS.get(value, value) for key, value in options.items()}
     return "K-FADE, " + ", ".join(words[key].format(value) for key, value in told.items())
 

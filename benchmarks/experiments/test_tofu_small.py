@@ -63,6 +63,7 @@ SOME = (
     "tune gd*",
     "report gd*",
     "report refine 1",
+    "report steps 3 then ce",
     "report part",
     "tofu *x1",
     "attack ekfac* related",

@@ -220,10 +220,10 @@ class Lab:
         refit: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
-        """``kfade.unlearn`` to the report group's forget loss, then made as long as its forget
-        probability asks for; ``options`` are its own."""
+        """``kfade.unlearn`` to the report group's forget loss, its last step then made as long as
+        its forget probability asks for; ``options`` are its own."""
         start = time.perf_counter()
-        group = self.group("report")
+        group, states = self.group("report"), [Update({})]
         try:
             update = kfade.unlearn(
                 self.model,
@@ -235,12 +235,15 @@ class Lab:
                 refit=refit,
                 until=group.target_loss,
                 batch_tokens=BUDGET,
+                on_step=states.append,
                 **options,
             )
         except kfade.InputError as error:  # the loss cannot be reached
             return {"failure": str(error), "curve": []}
         seconds = time.perf_counter() - start
-        row, found = Search(self.model, self.ruler, group).along(update.deltas, 1.0)
+        before = states[-2]
+        last = update.plus(before.deltas, -1.0).deltas
+        row, found = Search(self.model, self.ruler, group).along(last, 1.0, before)
         steps = update.provenance["steps"]
         row |= {"refined": steps[-1]["refined"], "refinements": steps[-1]["refinements"]}
         return self._kept({**row, "damping": damping, "run_seconds": seconds}, found, keep)

@@ -8,8 +8,11 @@ from typing import Any
 
 from pieces import Results
 
-VARIANTS: dict[str, dict[str, int]] = {  # what may better K-FADE's step; all by one fit
+from kfade import cross_entropy
+
+VARIANTS: dict[str, dict[str, Any]] = {  # what may better K-FADE's step; all by one fit
     "steps 3": {"steps": 3},
+    "steps 3 then ce": {"steps": 3, "later_objective": cross_entropy},
     "refine 1": {"refine": 1},
     "refine 3": {"refine": 3},
     "steps 3 refine 1": {"steps": 3, "refine": 1},
