@@ -114,8 +114,8 @@ def main() -> None:
     forget = kfade.encode(kfade.load_examples(str(given.forget)), tokenizer, chat=False)[:48]
     targets = kfade.find_targets(model, layers=LAYERS)
     gradient = forget_gradient(model, make_batches(forget), targets, margin)
-    gauge = Gauge(model, make_batches(held_out), make_batches(forget), margin)
-    base = gauge.measure(Update({}))
+    gauge = Gauge(model, make_batches(held_out), make_batches(forget))
+    base = gauge.measure(Update({}), margin)
     exact: dict[str, tuple[Curvature, Matrices]] = {}
     rows: list[dict[str, Any]] = []
     for name, (dtype, seed) in FITS.items():
@@ -128,7 +128,7 @@ def main() -> None:
             lengths = inner(reference, direction, direction) * inner(reference, wanted, wanted)
             changes = parameter_changes(targets, {k: v.float() for k, v in direction.items()})
             probes = choose_alpha(
-                lambda alpha: gauge.measure(Update({}).plus(changes, alpha), alpha),  # noqa: B023
+                lambda alpha: gauge.measure(Update({}).plus(changes, alpha), margin, alpha),  # noqa: B023
                 StepSize(kl=KL),
                 share=1.0,
                 start=base,

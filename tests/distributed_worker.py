@@ -36,7 +36,7 @@ from kfade.curvature.store import Store
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.layers import decoder_blocks, digest_weights
-from kfade.measure import hidden_reference, mean_divergence, mean_objectives
+from kfade.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
 
 RETAIN = random_sequences(27)
 FORGET = random_sequences(5, seed=2)
@@ -146,6 +146,9 @@ def compute(folder: Path, sharded: bool) -> dict:
     with update.applied_to(model):
         after = hidden_reference(model, measured, "after")
         found["objective"] = mean_objectives(model, batches_of(FORGET), [margin])
+        losses = TokenLosses()
+        mean_objectives(model, batches_of(FORGET), [losses])
+        found["probability"] = losses.mean_probability(batches_of(FORGET))
     found["divergence"] = mean_divergence(read_head(model), base, after)
     found["lost"] = update.lost_fraction(model)
     found["weights kept"] = all(

@@ -254,6 +254,8 @@ def corrupt(path: Path, name: str) -> None:
         (("--kl", "0.1", "--alpha", "0.1"), "give exactly one of"),
         (("--max-kl", "0"), "--max-kl 0.0: give a positive"),
         (("--until", "loss=3"), "write forget_loss=NUMBER"),
+        (("--until", "forget_probability=1"), "forget_probability=1.0: give a number between"),
+        (("--until", "forget_probability=0.9"), "=0.9: the probability is .* already; ask"),
         (("--until", "forget_loss=0.0001"), "already; ask for more"),
         (("--until", "forget_loss=-1"), "--until -1.0: give a positive"),
         (("--damping", "-1"), "--damping -1.0: give a finite number"),

@@ -104,6 +104,7 @@ def test_every_process_measures_what_one_measures(kind, found, expected):
         ours = rank[kind]
         assert ours["quadratic form"] == pytest.approx(expected["quadratic form"], rel=EXACT)
         assert ours["objective"] == pytest.approx(expected["objective"], rel=EIGENVECTORS)
+        assert ours["probability"] == pytest.approx(expected["probability"], rel=EIGENVECTORS)
         assert ours["divergence"] == pytest.approx(expected["divergence"], rel=1e-6)
         assert ours["lost"] == pytest.approx(expected["lost"], rel=0.2)  # rounding itself
         assert ours["digest"] == expected["digest"]

@@ -204,7 +204,7 @@ def test_nothing_given_is_written_to(system):
 
 
 def record(refined: int, kl: float, loss: float) -> StepRecord:
-    return StepRecord(1.0, 0.5, kl, kl, kl, 1.0, loss, 0.0, 0.0, refined=refined)
+    return StepRecord(1.0, 0.5, kl, kl, kl, 1.0, loss, 0.5, 0.1, 0.0, 0.0, refined=refined)
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkey
     measured: list[Update] = []
     real = Gauge.measure
 
-    def noted(self, update, alpha=0.0):
+    def noted(self, update, objective, alpha=0.0):
         measured.append(update)
-        return real(self, update, alpha)
+        return real(self, update, objective, alpha)
 
     monkeypatch.setattr(Gauge, "measure", noted)
     sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
@@ -422,11 +422,11 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
 
     real, calls = Gauge.measure, []
 
-    def tripped(self, update, alpha=0.0):
+    def tripped(self, update, objective, alpha=0.0):
         calls.append(alpha)
         if len(calls) == trial:
             raise KeyboardInterrupt
-        return real(self, update, alpha)
+        return real(self, update, objective, alpha)
 
     out = tmp_path / "cut"
     monkeypatch.setattr(Gauge, "measure", tripped)

@@ -266,6 +266,33 @@ def test_a_later_objective_is_that_of_every_step_but_the_first(model):
     assert last["measured_objective_change"] != pytest.approx(rise)
 
 
+def test_a_run_meets_its_forgetting_target(model):
+    """Measured here text by text, not as the run does."""
+    update = run(model, kl=None, until_probability=0.02, steps=2)
+
+    def mean_probability() -> float:
+        found = []
+        for sequence in random_sequences(4, seed=7):
+            [batch] = make_batches([sequence])
+            with torch.no_grad():
+                logits = model(batch.input_BT).logits[batch.loss_BT]
+            loss = torch.nn.functional.cross_entropy(logits, batch.target_BT[batch.loss_BT])
+            found.append(math.exp(-loss))
+        return sum(found) / len(found)
+
+    first, last = update.provenance["steps"]
+    start = mean_probability()
+    assert first["forget_probability_before"] == pytest.approx(start)
+    with update.applied_to(model):
+        end = mean_probability()
+    assert last["forget_probability_after"] == pytest.approx(end)
+    way = math.log(first["forget_probability_after"] / 0.02)  # of the last step
+    assert abs(math.log(end / 0.02)) < 0.03 * way
+    assert end < first["forget_probability_after"] < start
+    with pytest.raises(InputError, match=r"forget_probability=0\.5: .* already"):
+        run(model, kl=None, until_probability=0.5)
+
+
 # --- 13. The search for the size of a step ------------------------------------------------------
 
 
@@ -273,7 +300,9 @@ def rising(alpha: float) -> float:
     return 1.0 + alpha
 
 
-START = Probe(alpha=0.0, retain_kl=0.0, forget_loss=1.0, objective=0.0)
+START = Probe(
+    alpha=0.0, retain_kl=0.0, forget_loss=1.0, forget_probability=math.exp(-0.5), objective=0.0
+)
 SHAPES = {
     "quadratic": lambda a: a**2,
     "steeper": lambda a: a**2 + 50 * a**4,
@@ -287,7 +316,9 @@ SHAPES = {
 def search(shape, size: StepSize, *, guess=0.1, share=1.0, start=START, loss=rising) -> list[Probe]:
     def probe(alpha: float) -> Probe:
         kl = start.retain_kl + shape(alpha)
-        return replace(start, alpha=alpha, retain_kl=kl, forget_loss=loss(alpha))
+        nats = loss(alpha)  # of the mean probability half as many, as where texts differ
+        found = replace(start, alpha=alpha, retain_kl=kl, forget_loss=nats)
+        return replace(found, forget_probability=math.exp(min(0, -nats / 2)))
 
     return choose_alpha(probe, size, share=share, start=start, guess=guess)
 
@@ -339,6 +370,16 @@ def test_search_reaches_a_forgetting_target(guess):
     for loss in losses:
         last = search(lambda a: a**2, StepSize(until=2.5), guess=guess, loss=loss)[-1]
         assert last.forget_loss == pytest.approx(2.5, abs=0.03 * 1.5)
+        size = StepSize(until_probability=math.exp(-2))
+        last = search(lambda a: a**2, size, guess=guess, loss=loss)[-1]
+        assert last.forget_probability == pytest.approx(math.exp(-2), rel=math.expm1(0.03 * 1.5))
+        assert last.forget_loss == pytest.approx(4, abs=2 * 0.03 * 1.5)
+
+
+def test_a_probability_that_underflows_is_too_far():
+    size = StepSize(until_probability=0.1)
+    last = search(lambda a: a**2, size, guess=1e6, loss=lambda a: 1 + a**2)[-1]
+    assert last.forget_probability == pytest.approx(0.1, rel=0.06)  # 3 % of 1.8 nats
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -367,9 +408,19 @@ def test_a_cap_that_is_kept_changes_nothing():
         (lambda a: math.nan, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
         (lambda a: a**2, lambda a: 1.5, {"until": 3.0}, "--until: 2 cannot be reached"),
         (lambda a: a**2, lambda a: 1 - a, {"until": 3.0}, "--until: 2 cannot be reached"),
+        (lambda a: a**2, lambda a: 1.5, {"until_probability": 0.1}, "--until: 1.8.* cannot be"),
         (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}, "--max-kl: 0.019 cannot be"),
     ],
-    ids=["saturates", "flat", "jumps", "never finite", "loss stays", "loss falls", "cap below all"],
+    ids=[
+        "saturates",
+        "flat",
+        "jumps",
+        "never finite",
+        "loss stays",
+        "loss falls",
+        "probability stays",
+        "cap below all",
+    ],
 )
 def test_what_cannot_be_reached_is_an_error(shape, loss, size, message):
     with pytest.raises(InputError, match=message):
@@ -387,7 +438,15 @@ def test_step_size_refuses_what_is_not_a_positive_number(name, value):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"max_kl": 1.0}, {"alpha": 1.0, "kl": 1.0}, {"kl": 1.0, "until": 1.0}], ids=str
+    "sizes",
+    [
+        {},
+        {"max_kl": 1.0},
+        {"alpha": 1.0, "kl": 1.0},
+        {"kl": 1.0, "until": 1.0},
+        {"until": 1.0, "until_probability": 0.5},
+    ],
+    ids=str,
 )
 def test_step_size_wants_exactly_one_way(sizes):
     with pytest.raises(InputError, match="exactly one of --alpha, --kl and --until"):

@@ -87,7 +87,6 @@ class Group:
     """Forget probability of the full model."""
     target: float
     """The one at which methods are compared."""
-    target_loss: float
 
     def forgotten(self, model: Any) -> dict[str, float]:
         """How far the model has forgotten: ``forget_loss``, ``forget_probability``."""
@@ -168,11 +167,11 @@ class Search:
             found = {"alpha": alpha, **self.at(base.plus(changes, alpha))}
             curve.append(found)
             far = found["kl"] > FAR_KL
-            forgotten = math.inf if far else nats(found["forget_probability"])
-            return Probe(alpha, found["kl"], forgotten, 0.0)
+            left = math.nan if far else found["forget_probability"]
+            return Probe(alpha, found["kl"], math.nan, left, math.nan)
 
-        start = Probe(0.0, 0.0, nats(gone), 0.0)
-        size = StepSize(until=nats(self._group.target))
+        start = Probe(0.0, math.nan, math.nan, gone, math.nan)
+        size = StepSize(until_probability=self._group.target)
         try:
             best = choose_alpha(probe, size, share=1.0, start=start, guess=guess)[-1]
         except InputError:

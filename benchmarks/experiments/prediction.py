@@ -207,12 +207,12 @@ def equal_kl(setting: Setting, curvature: kfade.Curvature) -> dict:
     step = gauss_newton_step(curvature, gradient, damping=DAMPING, relative=True)
     exact = quadratic_form(model, setting.held_out, targets, step.direction)
     changes = parameter_changes(targets, step.direction)
-    gauge = Gauge(model, setting.held_out, setting.forget, kfade.margin)
-    start = gauge.measure(Update({}))
+    gauge = Gauge(model, setting.held_out, setting.forget)
+    start = gauge.measure(Update({}), kfade.margin)
     rows = []
     for kl in EQUAL_KL:
         probes = choose_alpha(
-            lambda alpha: gauge.measure(Update({}).plus(changes, alpha), alpha),
+            lambda alpha: gauge.measure(Update({}).plus(changes, alpha), kfade.margin, alpha),
             StepSize(kl=kl),
             share=1.0,
             start=start,

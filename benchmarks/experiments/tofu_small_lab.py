@@ -112,8 +112,7 @@ class Lab:
         told = self._results["targets"]
         aim = told["retrained"] if name == "report" else told["unseen"]
         start = told[name]["forget_probability"]
-        target = (aim["forget_probability"], aim["forget_loss"])
-        return Group(name, self.sequences(name), start, *target)
+        return Group(name, self.sequences(name), start, aim["forget_probability"])
 
     @lru_cache(maxsize=2)  # noqa: B019
     def gradient(self, group: str, objective: str) -> Matrices:
@@ -220,8 +219,8 @@ class Lab:
         refit: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
-        """``kfade.unlearn`` to the report group's forget loss, its last step then made as long as
-        its forget probability asks for; ``options`` are its own."""
+        """``kfade.unlearn`` to the report group's target, the last step then brought to it as rows
+        of one step are; ``options`` are its own."""
         start = time.perf_counter()
         group, states = self.group("report"), [Update({})]
         try:
@@ -233,7 +232,7 @@ class Lab:
                 curvature=curvature,
                 damping=damping,
                 refit=refit,
-                until=group.target_loss,
+                until_probability=group.target,
                 batch_tokens=BUDGET,
                 on_step=states.append,
                 **options,

@@ -17,7 +17,6 @@ computed again. ``results_page.py`` makes ``docs/results.md`` of them.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -102,7 +101,7 @@ class Lab:
         """The subject as the questions ``asked`` tell of it: ``tune``, ``topic``."""
         start = self._results["base"][asked]["probability"]
         target, questions = self.sizes.target, self.data.questions[asked]
-        return Subject(asked, self.data.forget, start, target, math.nan, questions, self.tokenizer)
+        return Subject(asked, self.data.forget, start, target, questions, self.tokenizer)
 
     @cached_property
     def gradient(self) -> tuple[Matrices, float]:

@@ -118,7 +118,7 @@ class SizeConfig:
     kl: float | None = None
     """Measured KL on held-out retain data, nats per token, of the whole run."""
     until: str | None = None
-    """Forgetting target, as in forget_loss=2.7."""
+    """Forgetting target, as in forget_loss=2.7 or forget_probability=0.1."""
     max_kl: float | None = None
     """Cap on the measured KL of the whole run."""
 

@@ -89,14 +89,16 @@ class TokenLosses:
         return loss_N
 
     def mean_probability(self, batches: Sequence[Batch]) -> float:
-        """Mean over the sequences of exp(−their mean loss); what was noted is then forgotten.
-
-        Of one pass over ``batches``, in one process.
-        """
-        counts = [n for batch in batches for n in batch.loss_BT.sum(dim=1).tolist()]
-        own = torch.cat(self._losses).split(counts)
+        """Mean over the sequences of exp(−their mean loss), of one pass of
+        :func:`mean_objectives` over ``batches``; what was noted is then forgotten."""
+        total = 0.0
+        if own := distributed.share(batches, lambda batch: batch.positions):
+            counts = [n for batch in own for n in batch.loss_BT.sum(dim=1).tolist()]
+            losses = torch.cat(self._losses).split(counts)
+            total = sum(math.exp(-loss.mean().item()) for loss in losses)
         self._losses.clear()
-        return sum(math.exp(-loss.mean().item()) for loss in own) / len(own)
+        [total] = distributed.sum_numbers([total], batches[0].input_BT.device)
+        return total / sum(len(batch.loss_BT) for batch in batches)
 
 
 def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:

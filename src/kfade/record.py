@@ -24,6 +24,9 @@ class StepRecord:
     """KL(base ‖ after), all steps so far."""
     forget_loss_before: float
     forget_loss_after: float
+    forget_probability_before: float
+    """Mean over the forget texts of each one's probability per token (geometric)."""
+    forget_probability_after: float
     predicted_objective_change: float
     """α gᵀr, of the step's own forget batch."""
     measured_objective_change: float

@@ -74,7 +74,7 @@ def unit_step(direction: Matrices, slope: float, square: float) -> Step:
 
 @dataclass(frozen=True)
 class StepSize:
-    """How far to go; exactly one of the first three is set."""
+    """How far to go; exactly one of the first four is set."""
 
     alpha: float | None = None
     """G-norm of each step (the paper's): predicted KL ½α²."""
@@ -82,6 +82,8 @@ class StepSize:
     """Measured mean KL per loss token on held-out retain data, of the whole run."""
     until: float | None = None
     """Mean loss on the forget set at the end of the run, in nats per token."""
+    until_probability: float | None = None
+    """Mean probability of the forget texts at the end of the run, each per token (geometric)."""
     max_kl: float | None = None
     """Cap on the measured KL of the whole run, whichever way the size was chosen."""
 
@@ -91,8 +93,35 @@ class StepSize:
             if value is not None and not (math.isfinite(value) and value > 0):
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value}: give a positive, finite number")
-        if sum(value is not None for value in (self.alpha, self.kl, self.until)) != 1:
+        if self.until_probability is not None and not 0 < self.until_probability < 1:
+            raise InputError(
+                f"--until forget_probability={self.until_probability}: give a number between 0 "
+                "and 1"
+            )
+        ways = (self.alpha, self.kl, self.until, self.until_probability)
+        if sum(value is not None for value in ways) != 1:
             raise InputError("give exactly one of --alpha, --kl and --until")
+
+    @property
+    def goal(self) -> float | None:
+        """What :meth:`forgotten` is to be at the end of the run, where that was asked for."""
+        if self.until_probability is not None:
+            return -math.log(self.until_probability)
+        return self.until
+
+    def forgotten(self, probe: Probe) -> float:
+        """How far the forget set is forgotten, in nats: its mean loss; −log of its mean
+        probability where that is the target."""
+        if self.until_probability is None:
+            return probe.forget_loss
+        return -math.log(max(probe.forget_probability, 1e-300))  # finite where it underflows
+
+    @property
+    def target(self) -> str:
+        """The forgetting target as the command line says it."""
+        if self.until_probability is not None:
+            return f"--until forget_probability={self.until_probability:.4g}"
+        return f"--until forget_loss={self.until:.4g}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +132,8 @@ class Probe:
     retain_kl: float
     """KL(base ‖ edited) in nats per loss token on held-out retain data."""
     forget_loss: float
+    forget_probability: float
+    """Mean over the forget sequences of exp(−their loss per token)."""
     objective: float
     """Mean of the forgetting objective on the forget set."""
 
@@ -145,12 +176,11 @@ def choose_alpha(
         accept = around(aim, KL_TOLERANCE)
         chosen = _search(seen, lambda p: p.retain_kl, aim, accept, guess, "--kl")
     else:
-        assert size.until is not None
-        rise = (size.until - start.forget_loss) * share
+        assert size.goal is not None
+        begin = size.forgotten(start)
+        rise = (size.goal - begin) * share
         accept = around(rise, LOSS_TOLERANCE)
-        chosen = _search(
-            seen, lambda p: p.forget_loss - start.forget_loss, rise, accept, guess, "--until"
-        )
+        chosen = _search(seen, lambda p: size.forgotten(p) - begin, rise, accept, guess, "--until")
     if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
         cap = size.max_kl
         aim, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)

@@ -26,8 +26,7 @@ from kfade.errors import InputError
 from kfade.gradient import forget_gradient
 from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
-from kfade.measure import TokenLosses
-from kfade.objectives import Objective
+from kfade.objectives import Objective, cross_entropy
 from kfade.progress import track
 from kfade.refine import refined_steps
 from kfade.stages import stage
@@ -208,8 +207,7 @@ class _Scale:
     """Measures edits; of the forget sequences, one by one, in the same pass."""
 
     def __init__(self, model: nn.Module, held_out: list[Batch], forget: list[Batch]) -> None:
-        self._model, self._forget = model, forget
-        self._losses = TokenLosses()
+        self._model = model
         self._gauge = Gauge(model, held_out, forget)
 
     def weigh(
@@ -224,20 +222,16 @@ class _Scale:
         guess = 0.0  # not used where α is given
         if point.size.kl is not None:
             guess = self._guess(point.size.kl, targets, step, last)
-        probability = math.nan
 
         def probe(alpha: float) -> Probe:
-            nonlocal probability
-            found = self._gauge.measure(Update({}).plus(changes, alpha), self._losses, alpha)
-            probability = self._losses.mean_probability(self._forget)
-            return found
+            return self._gauge.measure(Update({}).plus(changes, alpha), cross_entropy, alpha)
 
         try:
-            start = Probe(0.0, 0.0, 0.0, 0.0)  # only a forgetting target would look at it
+            start = Probe(0.0, 0.0, 0.0, 1.0, 0.0)  # only a forgetting target would look at it
             best = choose_alpha(probe, point.size, share=1.0, start=start, guess=guess)[-1]
         except InputError as error:
             return Outcome(point, 0.0, failure=str(error))
-        if not all(map(math.isfinite, (best.retain_kl, best.forget_loss, probability))):
+        if not all(map(math.isfinite, (best.retain_kl, best.forget_loss, best.forget_probability))):
             return Outcome(point, 0.0, failure="the edited model's outputs are not finite")
         return Outcome(
             point,
@@ -246,7 +240,7 @@ class _Scale:
             predicted_kl=step.predicted_kl(best.alpha),
             retain_kl=best.retain_kl,
             forget_loss=best.forget_loss,
-            forget_probability=probability,
+            forget_probability=best.forget_probability,
         )
 
     def _guess(

@@ -24,9 +24,15 @@ from kfade.errors import InputError
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.layers import Target, digest_weights, find_targets, parameter_names
-from kfade.measure import Reference, hidden_reference, mean_divergence, mean_objectives
+from kfade.measure import (
+    Reference,
+    TokenLosses,
+    hidden_reference,
+    mean_divergence,
+    mean_objectives,
+)
 from kfade.models import frozen
-from kfade.objectives import Objective, cross_entropy, margin
+from kfade.objectives import Objective, margin
 from kfade.record import StepRecord, Try, best_try
 from kfade.refine import refined_steps
 from kfade.stages import stage
@@ -60,6 +66,7 @@ def unlearn(
     alpha: float | None = None,
     kl: float | None = None,
     until: float | None = None,
+    until_probability: float | None = None,
     max_kl: float | None = None,
     batch_tokens: int = 4096,
     recompute: bool = False,
@@ -87,7 +94,8 @@ def unlearn(
             instead of by G̃.
         forget_batch: forget sequences a step, without replacement; all of them when None.
         refit: fit anew at each step.
-        alpha, kl, until, max_kl: how far to go, see :class:`~kfade.step.StepSize`.
+        alpha, kl, until, until_probability, max_kl: how far to go, see
+            :class:`~kfade.step.StepSize`.
         batch_tokens: positions in one forward pass.
         recompute: passes with gradients run each block again in their backward pass instead of
             keeping what it made: the same result for less memory and more work.
@@ -102,7 +110,7 @@ def unlearn(
     Raises:
         InputError: an empty set, an impossible size or target, numbers that are not finite.
     """
-    size = StepSize(alpha, kl, until, max_kl)
+    size = StepSize(alpha, kl, until, until_probability, max_kl)
     _check_data(forget, retain, held_out)
     _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
     targets = list(targets) if targets is not None else find_targets(model)
@@ -121,7 +129,7 @@ def unlearn(
         aim = objective if index == 0 else later_objective or objective
         with stage("check"):
             state = _State(update, aim, gauge.measure(update, aim), gauge.latest)
-        if _is_reached(size, state.probe.forget_loss, first=index == 0):
+        if _is_reached(size, state.probe, first=index == 0):
             break
         if curvature is None or (refit and index > 0):
             at, key = (update, seed + index) if refit else (Update({}), seed)
@@ -170,14 +178,15 @@ class _State:
         return steps[0]["forget_loss_before"] if steps else self.probe.forget_loss
 
 
-def _is_reached(size: StepSize, loss: float, *, first: bool) -> bool:
-    """Whether the forget loss is already what it should become."""
-    if size.until is None or size.until > loss:
+def _is_reached(size: StepSize, probe: Probe, *, first: bool) -> bool:
+    """Whether as much is forgotten already as should be."""
+    if size.goal is None or size.goal > size.forgotten(probe):
         return False
     if first:
-        raise InputError(
-            f"--until forget_loss={size.until:.4g}: the loss is {loss:.4g} already; ask for more"
-        )
+        known = f"loss is {probe.forget_loss:.4g}"
+        if size.until_probability is not None:
+            known = f"probability is {probe.forget_probability:.4g}"
+        raise InputError(f"{size.target}: the {known} already; ask for more")
     return True
 
 
@@ -249,6 +258,8 @@ def _tries(
                 retain_kl=after.retain_kl,
                 forget_loss_before=before.forget_loss,
                 forget_loss_after=after.forget_loss,
+                forget_probability_before=before.forget_probability,
+                forget_probability_after=after.forget_probability,
                 predicted_objective_change=step.slope * after.alpha,
                 measured_objective_change=after.objective - before.objective,
                 relative_change=_relative_change(gauge.model, changes, after.alpha),
@@ -276,14 +287,15 @@ class Gauge:
         """Hidden states of the model that was measured last, on held-out retain data."""
 
     def measure(self, update: Update, objective: Objective, alpha: float = 0.0) -> Probe:
-        """Retain KL from the base, forget loss and objective of the model with ``update``."""
+        """Retain KL from the base, forgetting and objective of the model with ``update``."""
         with update.applied_to(self.model) as model:
             self.latest = self.base
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
-            loss, value = mean_objectives(model, self._forget, (cross_entropy, objective))
+            losses = TokenLosses()
+            loss, value = mean_objectives(model, self._forget, (losses, objective))
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
-        return Probe(alpha, kl, loss, value)
+        return Probe(alpha, kl, loss, losses.mean_probability(self._forget), value)
 
 
 def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, Tensor]:

@@ -127,7 +127,9 @@ Kl = Annotated[
     float | None,
     _option(SIZE, "Measured KL on held-out retain data, nats per token. [0.01]", "--kl"),
 ]
-Until = Annotated[str | None, _option(SIZE, "Forgetting target, as in forget_loss=2.7.")]
+Until = Annotated[
+    str | None, _option(SIZE, "Forgetting target, as in forget_loss=2.7 or forget_probability=0.1.")
+]
 MaxKl = Annotated[
     float | None, _option(SIZE, "Cap on the measured KL of the whole run, besides.", "--max-kl")
 ]
@@ -221,18 +223,22 @@ def chat_of(word: str) -> bool | None:
     raise InputError(f"--template {word}: give auto, chat or plain")
 
 
-def forget_loss_of(word: str | None) -> float | None:
-    """The number in ``forget_loss=2.7``."""
+def until_of(word: str | None) -> dict[str, float]:
+    """``forget_loss=2.7`` or ``forget_probability=0.1`` as ``unlearn`` calls it."""
     if word is None:
-        return None
+        return {}
+    names = {"forget_loss": "until", "forget_probability": "until_probability"}
     name, _, value = word.partition("=")
     try:
         number = float(value)
     except ValueError:
         number = math.nan
-    if name != "forget_loss" or not math.isfinite(number):
-        raise InputError(f"--until {word}: write forget_loss=NUMBER, in nats per token")
-    return number
+    if name not in names or not math.isfinite(number):
+        raise InputError(
+            f"--until {word}: write forget_loss=NUMBER, in nats per token, or "
+            "forget_probability=NUMBER, the mean over the forget texts"
+        )
+    return {names[name]: number}
 
 
 def bytes_of(size: str, option: str = "--memory") -> int:

@@ -211,11 +211,11 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
 
 def step_size(run: RunConfig) -> StepSize:
     """The step's size as asked, a measured KL of ``DEFAULT_KL`` where nothing is said."""
-    until = o.forget_loss_of(run.size.until)
+    until = o.until_of(run.size.until)
     kl = run.size.kl
-    if run.size.alpha is None and until is None and kl is None:
+    if run.size.alpha is None and kl is None and not until:
         kl = DEFAULT_KL
-    return StepSize(run.size.alpha, kl, until, run.size.max_kl)
+    return StepSize(run.size.alpha, kl, **until, max_kl=run.size.max_kl)
 
 
 def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
@@ -283,9 +283,10 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
 def summary(result: dict[str, Any]) -> list[str]:
     """What a person wants to see at the end."""
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items())
-    loss = result["forget_loss"]
+    loss, probability = result["forget_loss"], result["forget_probability"]
     return [
-        f"forget loss {loss['before']:.3f} -> {loss['after']:.3f} nats/token",
+        f"forget loss {loss['before']:.3f} -> {loss['after']:.3f} nats/token, probability of the "
+        f"forget texts {probability['before']:.3g} -> {probability['after']:.3g}",
         f"retain KL {result['retain_kl']:.2e} nats/token on {result['tokens']['held_out']} "
         "held-out tokens",
         f"{100 * result['lost_in_dtype']:.2g} % of the update is lost to rounding in this dtype",
@@ -364,6 +365,10 @@ def run_metrics(
         "forget_loss": {
             "before": steps[0]["forget_loss_before"],
             "after": steps[-1]["forget_loss_after"],
+        },
+        "forget_probability": {
+            "before": steps[0]["forget_probability_before"],
+            "after": steps[-1]["forget_probability_after"],
         },
         "seconds": {**seconds, "total": clock.total},
         "fit_seconds": {k: clock.seconds.get(k, 0.0) for k in ("covariance", "eigh", "lambda")},
