@@ -29,6 +29,7 @@ from topic_small import (
     PAPER,
     PAPER_ON_BAND,
     STEPPED,
+    THEN_CE_ON_BAND,
     best_band,
 )
 from tuning import chosen
@@ -141,6 +142,8 @@ def other_ways(results: Results, estimator: str) -> Iterator[tuple[str, str, str
         ways = f"blocks {best}, {BAND_STEPS} steps, each with its fit"
         yield f"band {best}", title, setting
         yield OURS_ON_BAND, f"K-FADE, K-FAC, {ways}", setting
+        after = f"{ways}, cross-entropy after the first"
+        yield THEN_CE_ON_BAND, f"K-FADE, K-FAC, {after}", setting
         fixed = f"sampled labels, damping {PAPER:g} (absolute)"
         yield PAPER_ON_BAND, f"K-FADE, the paper's recipe, {ways}", fixed
 
@@ -198,7 +201,7 @@ def claims(results: Results) -> Iterator[Claim]:
 
 def specificity_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
     """Of K-FADE's row and the best baseline's."""
-    on_band = (f"band {best_band(results)}", OURS_ON_BAND)
+    on_band = (f"band {best_band(results)}", OURS_ON_BAND, THEN_CE_ON_BAND)
     ours = least_tuned(by, (*estimators(), *on_band))
     others = [row for name, row in by.items() if name in BASELINES]
     rival = min(others, key=lambda row: row.value or math.inf, default=None)
@@ -290,7 +293,7 @@ def paired(one: str, other: str) -> tuple[float, float]:
 
 
 def tuning_table(results: Results) -> Iterator[str]:
-    lines, singles = [], (*STEPPED, "paper", OURS_ON_BAND, PAPER_ON_BAND)
+    lines, singles = [], (*STEPPED, "paper", OURS_ON_BAND, THEN_CE_ON_BAND, PAPER_ON_BAND)
     for name, told in results.items():
         if name.startswith("tune "):
             row, _, value = name.removeprefix("tune ").rpartition(" ")
