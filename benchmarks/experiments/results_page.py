@@ -19,6 +19,7 @@ import results_figures
 from pieces import Results
 from results_attack import curves, relearning
 from results_claims import claims, least_kl
+from results_questions import by_question
 from results_rows import (
     BASELINES,
     ESTIMATORS,
@@ -62,6 +63,7 @@ def page(
         "### Methods at equal forgetting",
         *methods_table(results, rows),
         "![KL against forget probability](images/tofu_small_kl.svg)",
+        *by_question(results, rows),
         "### Which row stands in a table",
         *choices_table(results, rows),
         "![forget quality against utility](images/tofu_small_utility.svg)",

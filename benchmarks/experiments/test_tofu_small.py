@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import results_page
+import results_questions
 import tofu_small
 from conftest import WORDS
 from equal_forgetting import MEASURED
@@ -73,6 +74,7 @@ SOME = (
     "ablation 3 steps*",
     "ablation own text",
     "ablation softened outputs",
+    "by question *",
 )
 
 
@@ -158,6 +160,18 @@ def test_an_update_that_was_kept_does_what_was_measured(run, results, tmp_path_f
     assert probabilities[2] < 0.1 < max(losses(edited, "forget"))
 
 
+def test_the_mean_over_questions_is_the_rows(results):
+    found = {k.removeprefix("by question "): v for k, v in results.items() if k.startswith("by ")}
+    assert len(found) >= 4
+    wanted = {name: results.get(f"report {name}", {}).get("report_kl") for name in found}
+    wanted["retrained"] = results["targets"]["retrained"]["report_kl"]
+    for name, told in found.items():
+        assert len(told["others"]) == QUESTIONS
+        if told.get("alpha", 1.0) == 1.0:  # at the target as it was reported
+            assert results_questions.mean(told["report"]) == pytest.approx(wanted[name], rel=1e-3)
+    assert found["retrained"]["report"] != found["steps 3 then ce"]["report"]
+
+
 def test_attacks_bring_back_what_the_update_takes_away_again(results):
     def pieces(kind):
         """What is told of an attack, by what is attacked; figures by state and step."""
@@ -209,6 +223,7 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypa
     assert len(twice) == 1
     assert len(set(twice[0].split("|")[2:4])) == 1
     assert "took 2 times as long on the first" in text
+    assert "### Question by question" in text
     row = next(line for line in text.splitlines() if f"`'{report}'" in line)
     assert float(row.split("|")[-3]) == round(2 * request_seconds(results[report]))
     attacks = [line for line in text.splitlines() if "`'attack " in line]

@@ -65,6 +65,7 @@ def pieces(lab: Lab, results: Results) -> Iterator[Piece]:
     for name in BASELINES[2:]:
         yield from compared(lab, results, name)
         yield from judged(lab, results, name)
+    yield from spread(lab, results)
     yield "tofu full x1", lambda: lab.tofu("full")
     for factor in LENGTHS:
         for row in ("ekfac margin", *BASELINES):
@@ -179,6 +180,14 @@ def best_baseline(results: Results) -> str | None:
     """Of those that were reported the one of the lowest held-out KL, as its pieces are called."""
     names = [named(results, row) for row in (*BASELINES, *LAST_BASELINES)]
     return lowest((n, results[f"report {n}"]) for n in names if f"report {n}" in results)
+
+
+def spread(lab: Lab, results: Results) -> Iterator[Piece]:
+    """How the KL lies on questions: a few may make most of a mean."""
+    reported = [named(results, row) for row in ("ekfac margin", *BASELINES, *LAST_BASELINES)]
+    for row in ("retrained", "paper", *VARIANTS, *reported):
+        if row is not None and lab.has(row):
+            yield f"by question {row}", lambda row=row: lab.by_question(row)
 
 
 def relearned(lab: Lab, results: Results) -> Iterator[Piece]:

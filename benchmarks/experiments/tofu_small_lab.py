@@ -28,6 +28,7 @@ from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.evaluate.completions import Prompt, completed
+from kfade.evaluate.divergence import divergences, grouped, outputs
 from kfade.evaluate.generation import generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
@@ -287,6 +288,32 @@ class Lab:
             ],
         }
 
+    def by_question(self, row: str) -> dict[str, Any]:
+        """KL question by question of ``retrained``, or of a row's update brought to the target by
+        its length.
+
+        ``report``: on the report slice; ``others``: on the questions of the tuning authors, who are
+        kept here and whom no method was shown. Each a list of (KL per token, tokens).
+        """
+        model, update = self.edited(row)
+        told: dict[str, Any] = {}
+        if update.deltas:
+            told, found = Search(model, self.ruler, self.group("report")).along(update.deltas, 1.0)
+            if found is None:
+                return told
+            update = found
+        for name, own in (("report", self.slices["report"]), ("others", self.sequences("tuning"))):
+            groups = grouped(make_batches(own, budget=BUDGET))
+            pairs: dict[int, tuple[float, int]] = {}
+            divergences(
+                groups,
+                lambda number: outputs(self.model, groups[number], "full model"),  # noqa: B023
+                lambda: update.applied_to(model),
+                lambda i, kl: pairs.update({i: (five(kl.mean().item()), len(kl))}),  # noqa: B023
+            )
+            told[name] = [pairs[i] for i in range(len(own))]
+        return told
+
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:
         """A model and what is to be added to it: ``full`` and ``retrained`` have no update."""
         if row == "retrained":
@@ -306,6 +333,11 @@ class Lab:
             self._path(keep).parent.mkdir(exist_ok=True)
             update.save(self._path(keep))
         return row
+
+
+def five(value: float) -> float:
+    """In five digits."""
+    return float(f"{value:.5g}")
 
 
 def rounded(value: Any) -> Any:
