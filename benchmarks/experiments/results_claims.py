@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pieces import Results
+from results_questions import best_baseline, interval, measured, words
 from results_rows import (
     BASELINES,
     NOT_RUN,
@@ -44,6 +45,7 @@ def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
     for row in {row.method: row for row in (ours, better, best) if row is not None}.values():
         claim = f"{row.title}: KL at most 0.2 × the best baseline's{named}"
         yield ratio_claim(claim, row, rival, most=0.2)
+        yield others_claim(results, rows, row)
         claim = f"{row.title}: KL at most the retrained model's own"
         yield bounded(claim, quotient(row.kl, again), most=1.0)
     for name, least in (("diagonal", 5.0), ("identity", 20.0)):
@@ -54,6 +56,17 @@ def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
     claim = "that: KL against our plain step's"
     yield ratio_claim(claim, better, by["ekfac margin"], most=1.0)
     yield from time_claims(results, ours)
+
+
+def others_claim(results: Results, rows: Sequence[Row], row: Row) -> Claim:
+    """The same on authors that no method was shown, with its interval."""
+    told = measured(results, rows, "others")
+    rival = best_baseline(told)
+    claim = "that, on kept authors whom no method was shown"
+    if row.method not in told or rival is None:
+        return claim, NOT_RUN, ""
+    found = interval(told[row.method], told[rival])
+    return f"{claim} ({BASELINES[rival]})", f"{words(found)} ×", yes(found["high"] <= 0.2)
 
 
 def time_claims(results: Results, ours: Row) -> Iterator[Claim]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,57 +13,69 @@ from results_rows import BASELINES, Row, number, table
 from kfade.evaluate.uncertainty import bootstrap
 
 SLICES = {"report": "report slice", "others": "other kept authors"}
+Questions = Sequence[Sequence[float]]
+"""(KL per token, tokens) of each."""
 
 
 def by_question(results: Results, rows: Sequence[Row]) -> Iterator[str]:
     """The whole section; nothing where no row was measured so."""
-    told = {
-        row.method: found
-        for row in rows
-        if row.piece and "report" in (found := results.get(piece_of(row), {}))
-    }
-    if not told:
-        return
     titles = {row.method: row.name for row in rows}
-    others = [method for method in told if method in BASELINES]
-    rival = min(others, key=lambda method: mean(told[method]["report"]), default=None)
+    told = {name: measured(results, rows, name) for name in SLICES}
+    methods = list(told["report"])
+    if not methods:
+        return
+    rivals = {name: best_baseline(told[name]) for name in SLICES}
     if "by question retrained" in results:
-        told["retrained"], titles["retrained"] = results["by question retrained"], "retrained"
-    counts = {name: len(next(iter(told.values()))[name]) for name in SLICES}
+        methods.append("retrained")
+        titles["retrained"] = "retrained"
+        for name in SLICES:
+            told[name]["retrained"] = results["by question retrained"][name]
+    counts = {name: len(told[name][methods[0]]) for name in SLICES}
     yield "### Question by question"
     yield (
         "A few questions may make most of a mean: KL (nats per token) with its interval (95 %, "
         "resampling questions) and the median question's, of each update brought to the target by "
-        f"its length, on the {counts['report']} questions of the report slice and on "
-        f"{counts['others']} of the tuning authors, who are kept here and whom no method was "
-        "shown. *Of the best baseline's*: mean by mean, both on the same resampled questions."
+        f"its length, on the {counts['report']} questions of the report slice, which are about the "
+        f"authors of the retain data, and on {counts['others']} about the tuning authors, who are "
+        "kept here and whom no method was shown. *Of the best baseline's*: mean by mean, of the "
+        "baseline of the lowest mean there, both on the same resampled questions."
     )
     heads = " | ".join(f"{title} | median | of the best baseline's" for title in SLICES.values())
     lines = []
-    for method, found in told.items():
+    for method in methods:
         cells = []
-        for name in SLICES:
-            middle = statistics.median(kl for kl, _ in found[name])
-            against = told[rival][name] if rival and method != rival else None
-            cells += [interval(found[name]), number(middle)]
-            cells.append(interval(found[name], against) if against else "")
+        for name, rival in rivals.items():
+            own = told[name][method]
+            middle = statistics.median(kl for kl, _ in own)
+            cells += [words(interval(own)), number(middle)]
+            other = told[name][rival] if rival and method != rival else None
+            cells.append(words(interval(own, other)) if other else "")
         lines.append(f"| {titles[method]} | {' | '.join(cells)} |")
     yield table(f"method | {heads}", lines)
 
 
-def piece_of(row: Row) -> str:
-    return (row.piece or "").replace("report ", "by question ", 1)
+def measured(results: Results, rows: Sequence[Row], slice_name: str) -> dict[str, Questions]:
+    """The questions' KLs of the rows that were measured so."""
+    found = {}
+    for row in rows:
+        piece = (row.piece or "").replace("report ", "by question ", 1)
+        if slice_name in results.get(piece, {}):
+            found[row.method] = results[piece][slice_name]
+    return found
 
 
-def mean(questions: Sequence[Sequence[float]]) -> float:
-    """Per token, of (KL per token, tokens)."""
+def best_baseline(told: Mapping[str, Questions]) -> str | None:
+    """The one of the lowest mean."""
+    return min((m for m in told if m in BASELINES), key=lambda m: mean(told[m]), default=None)
+
+
+def mean(questions: Questions) -> float:
+    """Per token."""
     return sum(kl * tokens for kl, tokens in questions) / sum(tokens for _, tokens in questions)
 
 
-def interval(
-    questions: Sequence[Sequence[float]], against: Sequence[Sequence[float]] | None = None
-) -> str:
-    """The mean per token, or its ratio to that of ``against``, with its interval."""
+def interval(questions: Questions, against: Questions | None = None) -> dict[str, float]:
+    """The mean per token, or its ratio to that of ``against``: ``value``, ``low``, ``high``."""
     own, other = (np.asarray(pairs) for pairs in (questions, against or questions))
 
     def figure(chosen: NDArray[np.int64]) -> list[float]:
@@ -71,4 +83,8 @@ def interval(
         return [sums[0] / (sums[1] if against else own[chosen, 1].sum())]
 
     [found] = bootstrap(figure, len(questions), seed=0)
+    return found
+
+
+def words(found: Mapping[str, float]) -> str:
     return f"{found['value']:.2g} ({found['low']:.2g} to {found['high']:.2g})"
