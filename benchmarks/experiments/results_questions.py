@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from pieces import Results
-from results_rows import BASELINES, Row, number, table
+from results_rows import BASELINES, Row, number, table, with_interval
 
 from kfade.evaluate.uncertainty import bootstrap
 
@@ -24,7 +24,7 @@ def by_question(results: Results, rows: Sequence[Row]) -> Iterator[str]:
     methods = list(told["report"])
     if not methods:
         return
-    rivals = {name: best_baseline(told[name]) for name in SLICES}
+    rivals = {name: rival_of(told[name]) for name in SLICES}
     if "by question retrained" in results:
         methods.append("retrained")
         titles["retrained"] = "retrained"
@@ -47,9 +47,9 @@ def by_question(results: Results, rows: Sequence[Row]) -> Iterator[str]:
         for name, rival in rivals.items():
             own = told[name][method]
             middle = statistics.median(kl for kl, _ in own)
-            cells += [words(interval(own)), number(middle)]
+            cells += [with_interval(interval(own)), number(middle)]
             other = told[name][rival] if rival and method != rival else None
-            cells.append(words(interval(own, other)) if other else "")
+            cells.append(with_interval(interval(own, other)) if other else "")
         lines.append(f"| {titles[method]} | {' | '.join(cells)} |")
     yield table(f"method | {heads}", lines)
 
@@ -64,8 +64,8 @@ def measured(results: Results, rows: Sequence[Row], slice_name: str) -> dict[str
     return found
 
 
-def best_baseline(told: Mapping[str, Questions]) -> str | None:
-    """The one of the lowest mean."""
+def rival_of(told: Mapping[str, Questions]) -> str | None:
+    """The baseline of the lowest mean."""
     return min((m for m in told if m in BASELINES), key=lambda m: mean(told[m]), default=None)
 
 
@@ -76,15 +76,11 @@ def mean(questions: Questions) -> float:
 
 def interval(questions: Questions, against: Questions | None = None) -> dict[str, float]:
     """The mean per token, or its ratio to that of ``against``: ``value``, ``low``, ``high``."""
-    own, other = (np.asarray(pairs) for pairs in (questions, against or questions))
+    kl, tokens = np.asarray(questions).T
+    unit = tokens if against is None else np.asarray(against)[:, 0] * tokens
 
     def figure(chosen: NDArray[np.int64]) -> list[float]:
-        sums = [(pairs[chosen, 0] * pairs[chosen, 1]).sum() for pairs in (own, other)]
-        return [sums[0] / (sums[1] if against else own[chosen, 1].sum())]
+        return [(kl * tokens)[chosen].sum() / unit[chosen].sum()]
 
     [found] = bootstrap(figure, len(questions), seed=0)
     return found
-
-
-def words(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.2g} ({found['low']:.2g} to {found['high']:.2g})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,11 @@ def probability_of(told: dict[str, Any]) -> float | None:
 
 def number(value: float | None) -> str:
     return NOT_RUN if value is None else f"{value:.3g}"
+
+
+def with_interval(figure: Mapping[str, float]) -> str:
+    """``value``, ``low`` and ``high`` in words."""
+    return f"{figure['value']:.3g} ({figure['low']:.3g} to {figure['high']:.3g})"
 
 
 def seconds(value: float | None) -> str:

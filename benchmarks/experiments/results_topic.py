@@ -21,6 +21,7 @@ from results_rows import (
     table,
     variant_setting,
     variant_title,
+    with_interval,
 )
 from topic_small import (
     BAND_STEPS,
@@ -29,7 +30,6 @@ from topic_small import (
     PAPER,
     PAPER_ON_BAND,
     STEPPED,
-    THEN_CE_ON_BAND,
     best_band,
 )
 from tuning import chosen
@@ -142,8 +142,6 @@ def other_ways(results: Results, estimator: str) -> Iterator[tuple[str, str, str
         ways = f"blocks {best}, {BAND_STEPS} steps, each with its fit"
         yield f"band {best}", title, setting
         yield OURS_ON_BAND, f"K-FADE, K-FAC, {ways}", setting
-        after = f"{ways}, cross-entropy after the first"
-        yield THEN_CE_ON_BAND, f"K-FADE, K-FAC, {after}", setting
         fixed = f"sampled labels, damping {PAPER:g} (absolute)"
         yield PAPER_ON_BAND, f"K-FADE, the paper's recipe, {ways}", fixed
 
@@ -155,10 +153,11 @@ def methods_table(results: Results) -> Iterator[str]:
     for row in rows_of(results):
         cells = accuracies(row.reported) if row.reported else f"{row.failure} | | |"
         held_out = number(row.reported["kl"]) if row.reported else NOT_RUN
+        kl = with_interval(row.kl) if row.kl else ""
         only = f"`'tune {row.name}*' 'report {row.name}*'`"
         lines.append(
             f"| {row.title} | {row.setting} | {cells} {held_out} | "
-            f"{number(row.kept) if row.reported else ''} | {interval(row.kl) if row.kl else ''} | "
+            f"{number(row.kept) if row.reported else ''} | {kl} | "
             f"{seconds(request_seconds(row.tuned))} | {only} |"
         )
     yield table(
@@ -185,10 +184,6 @@ def accuracies(told: dict[str, Any]) -> str:
     ).rstrip()
 
 
-def interval(figure: dict[str, float]) -> str:
-    return f"{figure['value']:.3g} ({figure['low']:.3g} to {figure['high']:.3g})"
-
-
 def claims(results: Results) -> Iterator[Claim]:
     """All claims, of rows that were measured."""
     by = {row.name: row for row in rows_of(results) if row.reported}
@@ -201,7 +196,7 @@ def claims(results: Results) -> Iterator[Claim]:
 
 def specificity_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
     """Of K-FADE's row and the best baseline's."""
-    on_band = (f"band {best_band(results)}", OURS_ON_BAND, THEN_CE_ON_BAND)
+    on_band = (f"band {best_band(results)}", OURS_ON_BAND)
     ours = least_tuned(by, (*estimators(), *on_band))
     others = [row for name, row in by.items() if name in BASELINES]
     rival = min(others, key=lambda row: row.value or math.inf, default=None)
@@ -293,7 +288,7 @@ def paired(one: str, other: str) -> tuple[float, float]:
 
 
 def tuning_table(results: Results) -> Iterator[str]:
-    lines, singles = [], (*STEPPED, "paper", OURS_ON_BAND, THEN_CE_ON_BAND, PAPER_ON_BAND)
+    lines, singles = [], (*STEPPED, "paper", OURS_ON_BAND, PAPER_ON_BAND)
     for name, told in results.items():
         if name.startswith("tune "):
             row, _, value = name.removeprefix("tune ").rpartition(" ")

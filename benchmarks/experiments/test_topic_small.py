@@ -24,7 +24,9 @@ from kfade.models import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TERMS, BOOKS = 30, ("astronomy", "psychology", "sociology")
-SIZES = Sizes(tune_questions=12, questions=15, passages=8, held_out=4, tokens=16, target=0.5)
+# The target is where a tiny model still says something: much lower, KL comes near FAR_KL, beyond
+# which no search goes, and whether rows get there hangs on rounding in the training.
+SIZES = Sizes(tune_questions=12, questions=15, passages=8, held_out=4, tokens=16, target=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +114,11 @@ def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results
     for told in reached:
         assert abs(told["forget_probability"] - SIZES.target) < 0.04
         assert told["kl"] > 0
-    # What a tiny model's training ends in depends on the processor: along some updates the other
-    # questions' probability then jumps past the target.
-    reported = [told for name, told in results.items() if name.startswith("report ")]
-    reached = [told for told in reported if "failure" not in told]
-    assert len(reached) >= 5
-    failures = [told["failure"] for told in reported if "failure" in told]
-    assert all(failure.startswith("not reached") for failure in failures)
-    for told in reached:
-        assert told["topic"]["probability"] == pytest.approx(SIZES.target, abs=0.04)
-        assert told["topic"]["accuracy"] < results["base"]["topic"]["accuracy"]
-        assert told["completions"]["kl_per_token"]["value"] > 0
+    for name, told in results.items():
+        if name.startswith("report "):
+            assert told["topic"]["probability"] == pytest.approx(SIZES.target, abs=0.04)
+            assert told["topic"]["accuracy"] < results["base"]["topic"]["accuracy"]
+            assert told["completions"]["kl_per_token"]["value"] > 0
     assert results["base"]["completions"]["kl_per_token"]["value"] == 0
 
 

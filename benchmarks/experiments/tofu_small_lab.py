@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from equal_forgetting import (
     BUDGET,
     MEASURED,
@@ -21,6 +22,7 @@ from equal_forgetting import (
 from pieces import Results, made
 from tofu_small_baselines import baseline
 from tofu_small_data import Data, Models, Sizes, answer, encode
+from torch import Tensor
 
 import kfade
 from kfade.batches import Sequence as Tokens
@@ -29,6 +31,7 @@ from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.divergence import divergences, grouped, outputs
+from kfade.evaluate.divergence import rounded as to_four_digits
 from kfade.evaluate.generation import generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
@@ -238,7 +241,7 @@ class Lab:
                 on_step=states.append,
                 **options,
             )
-        except kfade.InputError as error:  # the loss cannot be reached
+        except kfade.InputError as error:  # the target cannot be reached
             return {"failure": str(error), "curve": []}
         seconds = time.perf_counter() - start
         before = states[-2]
@@ -304,14 +307,15 @@ class Lab:
             update = found
         for name, own in (("report", self.slices["report"]), ("others", self.sequences("tuning"))):
             groups = grouped(make_batches(own, budget=BUDGET))
-            pairs: dict[int, tuple[float, int]] = {}
+            kls: dict[int, Tensor] = {}
             divergences(
                 groups,
                 lambda number: outputs(self.model, groups[number], "full model"),  # noqa: B023
                 lambda: update.applied_to(model),
-                lambda i, kl: pairs.update({i: (five(kl.mean().item()), len(kl))}),  # noqa: B023
+                kls.__setitem__,
             )
-            told[name] = [pairs[i] for i in range(len(own))]
+            means = torch.stack([kls[i].mean() for i in range(len(own))])
+            told[name] = [(kl, len(kls[i])) for i, kl in enumerate(to_four_digits(means))]
         return told
 
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:
@@ -333,11 +337,6 @@ class Lab:
             self._path(keep).parent.mkdir(exist_ok=True)
             update.save(self._path(keep))
         return row
-
-
-def five(value: float) -> float:
-    """In five digits."""
-    return float(f"{value:.5g}")
 
 
 def rounded(value: Any) -> Any:

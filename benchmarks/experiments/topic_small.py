@@ -61,7 +61,6 @@ STEPPED: dict[str, dict[str, Any]] = {
 BANDS = ("3-6", "8-11", "13-16", "20-23")  # of blocks; the paper's run on WMDP is on one
 BAND_STEPS = 4  # on a band, with refits, as the paper's
 OURS_ON_BAND, PAPER_ON_BAND = f"steps {BAND_STEPS} band", f"paper, steps {BAND_STEPS} band"
-THEN_CE_ON_BAND = f"{OURS_ON_BAND} then ce"
 PAPER = 1e-14  # the paper's damping on WMDP, absolute, with sampled labels
 BASELINES = ("gd", "npo", "rmu", "simnpo", "elm")
 START_RATES = {"rmu": 1e-3}
@@ -377,11 +376,6 @@ def banded(lab: Lab, results: Results, estimator: str) -> Iterator[Piece]:
     yield f"report {like}", lambda: lab.report(like)
     ways: dict[str, dict[str, Any]] = {
         OURS_ON_BAND: {"estimator": estimator, "damping": damping},
-        THEN_CE_ON_BAND: {
-            "estimator": estimator,
-            "damping": damping,
-            "later_objective": kfade.cross_entropy,
-        },
         PAPER_ON_BAND: {"estimator": "ekfac sampled", "damping": PAPER, "relative": False},
     }
     shared = {"layers": best, "refit": True, "steps": BAND_STEPS}

@@ -274,10 +274,7 @@ class Gauge:
     """Measures edits of a model against the model itself, by forward passes only."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        held_out: Sequence[Batch],
-        forget: Sequence[Batch],
+        self, model: nn.Module, held_out: Sequence[Batch], forget: Sequence[Batch]
     ) -> None:
         self.model, self._forget = model, forget
         with frozen(model):
