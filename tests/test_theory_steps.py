@@ -409,6 +409,7 @@ def test_a_cap_that_is_kept_changes_nothing():
         (lambda a: a**2, lambda a: 1.5, {"until": 3.0}, "--until: 2 cannot be reached"),
         (lambda a: a**2, lambda a: 1 - a, {"until": 3.0}, "--until: 2 cannot be reached"),
         (lambda a: a**2, lambda a: 1.5, {"until_probability": 0.1}, "--until: 1.8.* cannot be"),
+        (lambda a: a**2, lambda a: 1.5, {"until_probability": 0.1}, "rise .*_probability=0.1 asks"),
         (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}, "--max-kl: 0.019 cannot be"),
     ],
     ids=[
@@ -419,6 +420,7 @@ def test_a_cap_that_is_kept_changes_nothing():
         "loss stays",
         "loss falls",
         "probability stays",
+        "and its target is named",
         "cap below all",
     ],
 )

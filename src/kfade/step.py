@@ -180,7 +180,15 @@ def choose_alpha(
         begin = size.forgotten(start)
         rise = (size.goal - begin) * share
         accept = around(rise, LOSS_TOLERANCE)
-        chosen = _search(seen, lambda p: size.forgotten(p) - begin, rise, accept, guess, "--until")
+        chosen = _search(
+            seen,
+            lambda p: size.forgotten(p) - begin,
+            rise,
+            accept,
+            guess,
+            "--until",
+            unit=f"; in nats, the rise that {size.target} asks of this step",
+        )
     if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
         cap = size.max_kl
         aim, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
@@ -198,8 +206,10 @@ def _search(
     accept: tuple[float, float],
     guess: float,
     flag: str,
+    unit: str = "",
 ) -> Probe:
-    """Bracketed search for an α whose measure lies in ``accept``.
+    """Bracketed search for an α whose measure lies in ``accept``; ``flag`` asked for that, and
+    ``unit`` says of what the numbers in an error are where the flag does not.
 
     A measure is taken for a power of α: α² at first, then the power that two trials tell, those
     on both sides of ``aim`` where there are such. Where that would leave the bracket or does not
@@ -229,8 +239,8 @@ def _search(
             break
     reached = "nothing" if last is None else f"{measure(last):.4g}"
     raise InputError(
-        f"{flag}: {aim:.4g} cannot be reached in one step (nearest {reached}): ask for less, or "
-        "take more --steps"
+        f"{flag}: {aim:.4g} cannot be reached in one step (nearest {reached}{unit}): ask for "
+        "less, or take more --steps"
     )
 
 
