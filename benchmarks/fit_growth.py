@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
-from kfade.batches import Sequence, make_batches
+from kfade.batches import make_batches
+from kfade.sequences import Sequence
 from kfade.stages import Clock, timing
 
 HERE = Path(__file__).parent

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 import kfade
-from kfade.batches import Sequence, make_batches
+from kfade.batches import make_batches
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import sampled_labels, square_root_draw, token_keys
 from kfade.curvature.factors import CovarianceSum, add_sequence_squares
 from kfade.curvature.fit import pseudo_gradients
 from kfade.head import hidden_states, read_head
 from kfade.models import frozen, load_model
+from kfade.sequences import Sequence
 
 RESULT = Path(__file__).parent / "results" / "fit_parts.json"
 WIDTHS = (576, 1536)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import random_sequences, tiny_llama
 
-from kfade.batches import Batch, Sequence, make_batches
+from kfade.batches import Batch, make_batches
 from kfade.layers import Target, find_targets
+from kfade.sequences import Sequence
 
 torch.set_num_threads(1)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kfade.batches import Batch, Sequence
+from kfade.batches import Batch
 from kfade.head import read_head
 from kfade.measure import hidden_reference, mean_divergence
+from kfade.sequences import Sequence
 from kfade.update import Update
 
 VOCABULARY = 17

@@ -12,10 +12,10 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor, nn
 
-from kfade.batches import Sequence
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.draws import Draw, token_keys
 from kfade.layers import Target
+from kfade.sequences import Sequence
 
 
 def fisher(p_V: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from kfade.baselines.elm import (
 )
 from kfade.baselines.losses import Net
 from kfade.baselines.sophia import TOKENS, Sophia
-from kfade.batches import Sequence, make_batches
+from kfade.batches import make_batches
 from kfade.errors import InputError
 from kfade.head import hidden_states, read_head
+from kfade.sequences import Sequence
 from kfade.update import Update
 
 

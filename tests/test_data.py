@@ -11,17 +11,10 @@ import pytest
 import torch
 import zoo
 
-from kfade.batches import (
-    Sequence,
-    digest_sequences,
-    draw_without_replacement,
-    encode,
-    encode_prompt,
-    make_batches,
-    open_ended,
-)
+from kfade.batches import draw_without_replacement, make_batches, open_ended
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
+from kfade.sequences import Sequence, digest_sequences, encode, encode_prompt
 
 EOS = zoo.WORDS.index("</s>")
 

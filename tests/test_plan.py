@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import kfade.cost
-from kfade.batches import Sequence, make_batches
+from kfade.batches import make_batches
 from kfade.cli import main
 from kfade.cli.plan_page import duration, size
 from kfade.cost import EIGH_FLOPS, Speed, flops, lambda_flops, measure_speed, seconds
@@ -71,6 +71,7 @@ from kfade.plan import (
     model_bytes,
     peaks,
 )
+from kfade.sequences import Sequence
 from kfade.trace import trace_pass
 
 CPU = torch.device("cpu")

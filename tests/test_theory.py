@@ -30,7 +30,7 @@ from kfade import (
     sampled_labels,
     square_root_draw,
 )
-from kfade.batches import Batch, Sequence
+from kfade.batches import Batch
 from kfade.curvature import factors
 from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.draws import token_keys
@@ -44,6 +44,7 @@ from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
+from kfade.sequences import Sequence
 from kfade.unlearn import parameter_changes
 from kfade.update import Update
 

@@ -38,7 +38,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kfade.batches import Sequence
+from kfade.sequences import Sequence
 
 VOCABULARY = 37
 WIDTH = 16

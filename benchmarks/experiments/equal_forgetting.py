@@ -16,7 +16,6 @@ from torch import Tensor
 
 import kfade
 from kfade.batches import Batch, make_batches
-from kfade.batches import Sequence as Tokens
 from kfade.cli.options import draw_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
@@ -31,6 +30,7 @@ from kfade.measure import (
     mean_divergence,
     mean_objectives,
 )
+from kfade.sequences import Sequence as Tokens
 from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step
 from kfade.unlearn import parameter_changes
 from kfade.update import Update

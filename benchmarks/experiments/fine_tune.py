@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.head import hidden_states, read_head
 from kfade.layers import decoder_blocks
 from kfade.models import frozen
 from kfade.objectives import cross_entropy
+from kfade.sequences import Sequence as Tokens
 
 
 def fine_tune(

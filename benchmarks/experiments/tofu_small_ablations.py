@@ -13,9 +13,9 @@ from torch import Tensor
 from tuning import chosen, lowest
 
 import kfade
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature
+from kfade.sequences import Sequence as Tokens
 from kfade.sweep import cut, targets_within
 
 BASES = (4, 2, 8)  # one in so many retain sequences; the others for EK-FAC's eigenvalues

@@ -9,8 +9,8 @@ from typing import Any
 from equal_forgetting import BUDGET
 from tofu_small_lab import Lab
 
-from kfade.batches import Sequence as Tokens
 from kfade.evaluate.relearning import Examination, Tuning, attack
+from kfade.sequences import Sequence as Tokens
 
 AT = (0, 5, 10, 30)  # steps before which is measured
 BATCH = 4  # sequences a step

@@ -17,8 +17,8 @@ from torch.optim import AdamW
 
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
-from kfade.batches import Sequence as Tokens
 from kfade.errors import InputError
+from kfade.sequences import Sequence as Tokens
 from kfade.update import Update
 
 # Rates are constant: a run ends where it has forgotten enough, which nobody knows beforehand.

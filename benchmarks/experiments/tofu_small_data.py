@@ -16,7 +16,6 @@ from fine_tune import block_weights, fine_tune
 from pieces import made
 
 import kfade
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.tofu import TofuQuestion, evaluate_tofu, read_tofu
@@ -25,6 +24,7 @@ from kfade.layers import decoder_blocks
 from kfade.measure import mean_objectives
 from kfade.models import save_model
 from kfade.objectives import cross_entropy
+from kfade.sequences import Sequence as Tokens
 
 OF_AUTHOR = 20  # questions of each author in the data set, in author order
 UNSEEN = 2  # authors that no model is trained on

@@ -25,7 +25,6 @@ from tofu_small_data import Data, Models, Sizes, answer, encode
 from torch import Tensor
 
 import kfade
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
@@ -37,6 +36,7 @@ from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.gradient import forget_gradient
 from kfade.layers import Target
+from kfade.sequences import Sequence as Tokens
 from kfade.sweep import cut, targets_within
 from kfade.update import Update
 

@@ -36,7 +36,6 @@ from tuning import VARIANTS, chosen, lowest, rates
 import kfade
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.cli.options import draw_of, fit_of
 from kfade.curvature.curvature import Curvature, Matrices
@@ -47,6 +46,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.evaluate.questions import Question
 from kfade.gradient import forget_gradient
 from kfade.layers import Target
+from kfade.sequences import Sequence as Tokens
 from kfade.sweep import cut, targets_within
 from kfade.update import Update
 

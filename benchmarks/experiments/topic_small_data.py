@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import kfade
-from kfade.batches import Sequence as Tokens
 from kfade.evaluate.completions import read_prompts
 from kfade.evaluate.questions import Question, text_prompt
 from kfade.examples import Example, read_rows
+from kfade.sequences import Sequence as Tokens
 
 SUBJECT, SISTERS = "astronomy", ("psychology", "sociology")
 OF_THE_SKY = re.compile(

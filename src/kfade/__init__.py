@@ -7,7 +7,7 @@ update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[
 update.apply(model)
 """
 
-from kfade.batches import encode, make_batches
+from kfade.batches import make_batches
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import sampled_labels, square_root_draw
@@ -17,6 +17,7 @@ from kfade.examples import load_examples
 from kfade.layers import find_targets
 from kfade.models import load_model
 from kfade.objectives import cross_entropy, margin
+from kfade.sequences import encode
 from kfade.unlearn import unlearn
 from kfade.update import Update
 

@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.batches import Batch, draw_without_replacement, make_batches
-from kfade.batches import Sequence as Tokens
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.errors import InputError
@@ -29,6 +28,7 @@ from kfade.layers import Target, parse_layers
 from kfade.objectives import Objective, cross_entropy
 from kfade.progress import track
 from kfade.refine import refined_steps
+from kfade.sequences import Sequence as Tokens
 from kfade.stages import stage
 from kfade.step import Probe, Step, choose_alpha
 from kfade.unlearn import MEASURED_SEQUENCES, REFINE_SEQUENCES, Gauge, parameter_changes

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade import distributed
-from kfade.batches import Batch, digest_sequences, draw_without_replacement, make_batches
-from kfade.batches import Sequence as Tokens
+from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.draws import Draw, square_root_draw
 from kfade.curvature.fit import Fit, fit_ekfac
@@ -35,6 +34,8 @@ from kfade.models import frozen
 from kfade.objectives import Objective, margin
 from kfade.record import StepRecord, Try, best_try
 from kfade.refine import refined_steps
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import stage
 from kfade.step import Probe, Step, StepSize, choose_alpha
 from kfade.update import Update

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from kfade.baselines.losses import Net, Rows, Term, at_loss_tokens, token_nll, tokens
 from kfade.batches import Batch, make_batches
-from kfade.batches import Sequence as Tokens
 from kfade.errors import InputError
 from kfade.head import Head, hidden_states
+from kfade.sequences import Sequence as Tokens
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from kfade.baselines.gauge import Gauge
 from kfade.baselines.losses import Net, Term
 from kfade.baselines.references import Drawn, References
 from kfade.baselines.weights import Trainable
-from kfade.batches import Sequence as Tokens
-from kfade.batches import digest_sequences, draw_without_replacement, make_batches
+from kfade.batches import draw_without_replacement, make_batches
 from kfade.errors import InputError
 from kfade.head import read_head
 from kfade.layers import digest_weights
 from kfade.progress import track
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import stage
 from kfade.unlearn import MEASURED_SEQUENCES, versions
 from kfade.update import Update

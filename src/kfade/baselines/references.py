@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from kfade.baselines.losses import Net, Row, Rows, Term
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.progress import track
+from kfade.sequences import Sequence as Tokens
 
 AHEAD = 65536  # the base weights come and go once for so many positions
 LIMIT = 4 * 2**30

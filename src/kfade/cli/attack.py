@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kfade.batches import Sequence as Tokens
-from kfade.batches import digest_sequences, draw_without_replacement
+from kfade.batches import draw_without_replacement
 from kfade.cli import options as o
 from kfade.cli.eval import Subject, digest_model, load_subject
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
@@ -31,6 +30,8 @@ from kfade.evaluate.relearning import (
 from kfade.evaluate.relearning import attack as attack_model
 from kfade.examples import Example
 from kfade.run_dir import RunDir
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import stage
 from kfade.unlearn import MEASURED_SEQUENCES, versions
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.loop import train
-from kfade.batches import Sequence as Tokens
-from kfade.batches import digest_sequences
 from kfade.cli import baseline_options as b
 from kfade.cli import options as o
 from kfade.cli.baseline_words import builder_of, settings_of, trainable_of
@@ -20,6 +18,8 @@ from kfade.config import RunConfig, override
 from kfade.errors import InputError
 from kfade.models import load_model, save_model
 from kfade.run_dir import RunDir
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import Clock, stage
 from kfade.update import Update
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from kfade.cli.session import Loaded
 from kfade.errors import InputError
 from kfade.layers import Target, find_targets
 from kfade.models import model_window
+from kfade.sequences import continuation, open_tokens
 
 
 def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], Method]:
@@ -65,17 +67,17 @@ def guidance(loaded: Loaded, concept: str, eta: float, seed: int) -> Guidance:
     """ELM's texts about ``concept``, in the model's tokens."""
     tokenizer, window = loaded.tokenizer, model_window(loaded.model)
     longest = Guidance.fluent_tokens
+    # After a full stop, as it will stand after a text.
+    turn = "\nBut enough of that; let us turn to something else altogether."
+    bridge = continuation(tokenizer, ".", turn)
 
-    def tokens(text: str, **options: Any) -> tuple[int, ...]:
-        return tuple(tokenizer(text, **options).input_ids)
+    def before(text: str) -> tuple[int, ...]:
+        return tuple(open_tokens(tokenizer, text))
 
     return Guidance(
-        expert=tokens(f"What follows was written by an expert on {concept}:\n"),
-        novice=tokens(f"What follows was written by somebody who never heard of {concept}:\n"),
-        bridge=tokens(
-            "\nBut enough of that; let us turn to something else altogether.",
-            add_special_tokens=False,
-        ),
+        expert=before(f"What follows was written by an expert on {concept}:\n"),
+        novice=before(f"What follows was written by somebody who never heard of {concept}:\n"),
+        bridge=tuple(itertools.compress(bridge.tokens, bridge.scored)),
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         window=window,

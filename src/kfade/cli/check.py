@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import typer
 
-from kfade.batches import Sequence as Tokens
 from kfade.batches import make_batches
 from kfade.cli import options as o
 from kfade.cli.session import Loaded, console, load, read_source, session, show, to_tokens
@@ -22,6 +21,7 @@ from kfade.layers import find_targets
 from kfade.measure import hidden_reference, mean_divergence
 from kfade.models import frozen, model_window
 from kfade.objectives import margin
+from kfade.sequences import Sequence as Tokens
 from kfade.stages import stage
 from kfade.step import gauss_newton_step
 from kfade.unlearn import DEFAULT_DAMPING, parameter_changes

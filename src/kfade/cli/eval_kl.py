@@ -14,8 +14,7 @@ import torch
 import typer
 from torch import Tensor
 
-from kfade.batches import Batch, digest_sequences, make_batches
-from kfade.batches import Sequence as Tokens
+from kfade.batches import Batch, make_batches
 from kfade.cli import options as o
 from kfade.cli.eval import (
     Evaluation,
@@ -46,6 +45,8 @@ from kfade.evaluate.divergence import (
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models import load_skeleton, load_tokenizer, model_window
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import stage
 
 COMPLETIONS = "completions.jsonl"

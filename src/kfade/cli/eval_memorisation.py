@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from kfade.batches import Sequence as Tokens
-from kfade.batches import digest_sequences, encode
 from kfade.cli import options as o
 from kfade.cli.eval import (
     digest_model,
@@ -33,6 +31,8 @@ from kfade.evaluate.memorisation import (
 from kfade.evaluate.tokens import token_values
 from kfade.examples import Example, load_examples
 from kfade.models import model_window
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences, encode
 from kfade.stages import stage
 
 Members = Annotated[

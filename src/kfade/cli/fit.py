@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kfade import distributed
-from kfade.batches import Sequence as Tokens
-from kfade.batches import digest_sequences, make_batches
+from kfade.batches import make_batches
 from kfade.cli import options as o
 from kfade.cli.session import Loaded, load, read_retain, session, show, spread, to_tokens
 from kfade.cli.unlearn import curvature_bytes, git_sha
@@ -17,6 +16,8 @@ from kfade.config import RunConfig, deciding, override, read_config, write_confi
 from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
 from kfade.run_dir import RunDir
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import Clock, stage
 from kfade.unlearn import versions
 

@@ -22,8 +22,6 @@ from rich.progress import (
 from torch import nn
 
 from kfade import distributed
-from kfade.batches import Sequence as Tokens
-from kfade.batches import encode
 from kfade.cli.options import chat_of
 from kfade.config import DataConfig, FitConfig, ModelConfig
 from kfade.errors import InputError
@@ -31,6 +29,8 @@ from kfade.examples import Example, load_examples, split_holdout
 from kfade.layers import Target, decoder_blocks, find_targets
 from kfade.models import default_device, load_model, model_window
 from kfade.progress import reporting
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import encode
 from kfade.stages import Clock, stage, timing
 
 console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets

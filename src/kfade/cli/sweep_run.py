@@ -11,8 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kfade.batches import Batch, digest_sequences
-from kfade.batches import Sequence as Tokens
+from kfade.batches import Batch
 from kfade.cli import options as o
 from kfade.cli.session import (
     Loaded,
@@ -32,6 +31,8 @@ from kfade.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.layers import Target, digest_weights, parameter_names
 from kfade.objectives import Objective
 from kfade.run_dir import RunDir
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.sweep import cut, sweep, targets_within
 from kfade.unlearn import unlearn, versions
 from kfade.update import Update

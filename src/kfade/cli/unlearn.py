@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 
 from kfade import distributed
-from kfade.batches import Batch, digest_sequences
-from kfade.batches import Sequence as Tokens
+from kfade.batches import Batch
 from kfade.cli import options as o
 from kfade.cli.session import (
     Loaded,
@@ -37,6 +36,8 @@ from kfade.models import save_model
 from kfade.objectives import Objective
 from kfade.plan import curvature_budget
 from kfade.run_dir import RunDir
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import digest_sequences
 from kfade.stages import Clock, stage
 from kfade.step import StepSize
 from kfade.unlearn import DEFAULT_DAMPING, DEFAULT_KL

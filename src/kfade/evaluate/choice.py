@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfade.batches import Sequence as Tokens
-from kfade.batches import open_ended
 from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
 from kfade.evaluate.tokens import log_likelihoods, token_values
 from kfade.progress import track
+from kfade.sequences import continuation
 
 CHUNK = 256  # questions whose answers are kept at once; their sequences are sorted by length
 SCORINGS = ("letters", "text", "text_per_token", "text_per_character")
@@ -130,10 +129,10 @@ def _score_letters(
     """log p of each letter; one forward pass a question where a letter is one token."""
     prompts = [letter_prompt(question) for question in questions]
     most = max(len(question.choices) for question in questions)
-    ends = [_continuation(tokenizer, "Answer:", f" {letter}") for letter in LETTERS[:most]]
+    ends = [continuation(tokenizer, "Answer:", f" {letter}") for letter in LETTERS[:most]]
     if any(end.loss_tokens > 1 for end in ends):
         sequences = [
-            _continuation(tokenizer, prompt, f" {letter}", window)
+            continuation(tokenizer, prompt, f" {letter}", window=window)
             for prompt, question in zip(prompts, questions, strict=True)
             for letter in LETTERS[: len(question.choices)]
         ]
@@ -148,7 +147,7 @@ def _score_letters(
     def note(index: int, values: Tensor) -> None:
         scores[index] = values[0, : len(questions[index].choices)].tolist()
 
-    sequences = [_continuation(tokenizer, prompt, " A", window) for prompt in prompts]
+    sequences = [continuation(tokenizer, prompt, " A", window=window) for prompt in prompts]
     token_values(model, sequences, all_letters, note, name="letters", batch_tokens=batch_tokens)
     return scores
 
@@ -166,7 +165,7 @@ def _score_texts(
     The space between them belongs to the choice, as in the harness.
     """
     sequences = [
-        _continuation(tokenizer, context.rstrip(" "), f" {choice}", window)
+        continuation(tokenizer, context.rstrip(" "), f" {choice}", window=window)
         for context, question in zip(contexts, questions, strict=True)
         for choice in question.choices
     ]
@@ -201,21 +200,3 @@ def _accuracies(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
         scoring: {"value": result.accuracy, "standard_error": result.standard_error}
         for scoring, result in results.items()
     }
-
-
-def _continuation(
-    tokenizer: Any, start: str, continuation: str, window: int | None = None
-) -> Tokens:
-    """Both texts tokenised together; scored is what comes after the tokens of the first alone.
-
-    Together, since some tokenizers would put a mark of their own before a continuation tokenised
-    apart. The last ``window`` + 1 tokens are kept: the last is only scored, not read.
-    """
-    before = open_ended(tokenizer(start).input_ids, tokenizer)
-    tokens = open_ended(tokenizer(start + continuation).input_ids, tokenizer)
-    if len(tokens) <= len(before):  # the boundary was swallowed by one token
-        tokens = [*before, *tokenizer(continuation, add_special_tokens=False).input_ids]
-    scored = [False] * len(before) + [True] * (len(tokens) - len(before))
-    if window is not None:
-        tokens, scored = tokens[-window - 1 :], [False, *scored[-window - 1 :][1:]]
-    return Tokens(tuple(tokens), tuple(scored))

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfade.batches import Sequence as Tokens
-from kfade.batches import encode_prompt
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
 from kfade.evaluate.log import ItemLog
 from kfade.examples import PLAIN_QA, Example, parse_turn, read_rows
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import encode_prompt
 
 FORMS = '{"instruction"[, "input"]}, {"prompt"}, {"question"} or {"messages"}'
 

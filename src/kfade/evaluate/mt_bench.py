@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from kfade.batches import encode_prompt
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.judge import Judge, judge_messages, rating_of
@@ -24,6 +23,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.evaluate.uncertainty import standard_error
 from kfade.examples import PLAIN_QA, Example, read_rows
 from kfade.progress import track
+from kfade.sequences import encode_prompt
 
 # FastChat's sampling by category; 0 is greedy.
 TEMPERATURES = {

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kfade.batches import Batch, draw_without_replacement, make_batches
-from kfade.batches import Sequence as Tokens
 from kfade.errors import InputError
 from kfade.evaluate.choice import answer_questions, log_likelihoods, verdict
 from kfade.evaluate.divergence import Outputs, divergences, outputs
@@ -32,6 +31,7 @@ from kfade.head import Head, hidden_states, read_head
 from kfade.models import frozen, model_window
 from kfade.objectives import cross_entropy
 from kfade.progress import track
+from kfade.sequences import Sequence as Tokens
 from kfade.update import Update
 
 AT = (0, 25, 50, 100, 200)

@@ -16,8 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from kfade.batches import Sequence as Tokens
-from kfade.batches import encode, open_ended
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
@@ -26,6 +24,8 @@ from kfade.evaluate.tokens import log_likelihoods
 from kfade.examples import Example, read_rows, read_utf8
 from kfade.models import model_window
 from kfade.progress import track
+from kfade.sequences import Sequence as Tokens
+from kfade.sequences import continuation, encode, open_tokens
 
 HUB_NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
@@ -180,10 +180,8 @@ def _encode(question: TofuQuestion, tokenizer: Any, template: str, *, legacy: bo
         sequences = encode(examples, tokenizer, chat=True)
         return _Encoded(sequences[0].tokens[: sequences[0].scored.index(True)], tuple(sequences))
     before, lead = _written(question.question, template, legacy=legacy)
-    prompt = open_ended(tokenizer(before).input_ids, tokenizer)
-    return _Encoded(
-        tuple(prompt), tuple(_answer(prompt, before, lead + text, tokenizer) for text in texts)
-    )
+    answers = (continuation(tokenizer, before, lead + text, closed=True) for text in texts)
+    return _Encoded(tuple(open_tokens(tokenizer, before)), tuple(answers))
 
 
 def _written(question: str, template: str, *, legacy: bool) -> tuple[str, str]:
@@ -193,19 +191,6 @@ def _written(question: str, template: str, *, legacy: bool) -> tuple[str, str]:
     if template == "phi" and legacy:
         return f"Question: {question}\n", "Answer: "
     return f"Question: {question}\nAnswer:", " "
-
-
-def _answer(prompt: list[int], before: str, text: str, tokenizer: Any) -> Tokens:
-    """Prompt and answer tokenised as one text, as the benchmark's models were trained.
-
-    What is not a token of the prompt alone is scored, and one EOS.
-    """
-    tokens = open_ended(tokenizer(before + text).input_ids, tokenizer)
-    pairs = zip(prompt, tokens, strict=False)
-    start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(tokens)))
-    if tokenizer.eos_token_id is not None:
-        tokens = [*tokens, tokenizer.eos_token_id]
-    return Tokens(tuple(tokens), tuple(t >= max(start, 1) for t in range(len(tokens))))
 
 
 def _losses(

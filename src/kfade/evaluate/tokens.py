@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kfade.batches import Batch, make_batches
-from kfade.batches import Sequence as Tokens
 from kfade.errors import InputError
 from kfade.head import hidden_states, read_head
 from kfade.models import frozen
 from kfade.progress import track
+from kfade.sequences import Sequence as Tokens
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(logits [N, V] in float32 or better, target tokens [N]) -> values [N, K]."""

@@ -1,0 +1,267 @@
+"""Chat templates: a conversation as text, and which characters of it are the assistant's own.
+
+A template surrounds what was written by marks of its own: roles, an empty block of reasoning, the
+end of a turn. What a template adds is found by rendering the conversation once more with a mark in
+an answer's place; nothing is assumed about any template's form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from kfade.errors import InputError
+
+Span = tuple[int, int]
+"""Characters from the first number to before the second."""
+Message = Mapping[str, str]
+
+ANSWER = "KfadeMarksThisAnswer"  # one word, which no template splits or trims
+OPENING, CLOSING = "\ufdd0", "\ufdd1"  # noncharacters: no text holds them
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+CLOCK = "strftime_now"
+DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "e", *"aAwdbBmyYHIpMSfzZjUWcxXGuVDFTR")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How conversations are rendered."""
+
+    text: str | None = None
+    """A template in place of the tokenizer's own."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is told by name, such as ``enable_thinking``."""
+    now: datetime | None = None
+    """What a template that asks for the date is told; the present moment when None."""
+
+    def used_by(self, tokenizer: Any, chat: bool | None) -> bool:
+        """Whether conversations go through a template: as ``chat`` says, or if there is one.
+
+        Raises:
+            InputError: it was asked for, and there is none.
+        """
+        there = self.text is not None or bool(tokenizer.chat_template)
+        if chat and not there:
+            raise InputError(
+                "this tokenizer has no chat template: use --template plain, or give one with "
+                "--template-file"
+            )
+        return there if chat is None else chat
+
+    def render(
+        self, messages: Sequence[Message], tokenizer: Any, where: str, *, prompt: bool = False
+    ) -> str:
+        """The conversation as text; with ``prompt`` up to where the next answer begins.
+
+        Raises:
+            InputError: the template refuses the conversation; ``where`` says which one.
+        """
+        return self._render(self._source(tokenizer, where), messages, tokenizer, where, prompt)
+
+    def answers(
+        self, messages: Sequence[Message], tokenizer: Any, where: str
+    ) -> tuple[str, list[Span], bool]:
+        """(text, spans, closed) of a conversation.
+
+        The spans are what is the assistant's in the text: each answer as it was written, and the
+        mark that ends its turn, if the template sets one. A template that says by itself which
+        text is the assistant's (``{% generation %}``) is believed about where a turn ends, and
+        which turns count. ``closed`` tells whether the last turn has such a mark.
+
+        Raises:
+            InputError: the template refuses the conversation, or does not show an answer.
+        """
+        source = self._source(tokenizer, where)
+        text = self._render(source, messages, tokenizer, where)
+        own = self._own_spans(source, messages, tokenizer, where, text)
+        spans: list[Span] = []
+        closed = False
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or not message["content"].strip():
+                continue
+            (start, end), after = self._written(source, messages, index, tokenizer, where, text)
+            if own is not None:
+                ends = [b for a, b in own if a < end and b > start]
+                spans += [(start, max(ends))] if ends else []
+                closed = bool(ends)
+                continue
+            spans.append((start, end))
+            mark = self._end_mark(source, messages, index, tokenizer, where, after)
+            closed = mark is not None
+            if mark is not None:
+                spans.append((end + mark[0], end + mark[1]))
+        if not spans:
+            raise InputError(
+                f"{where}: the chat template's own mask marks none of the answers as the "
+                "assistant's: give another with --template-file, or use --template plain"
+            )
+        return text, spans, closed
+
+    def _written(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        index: int,
+        tokenizer: Any,
+        where: str,
+        text: str,
+    ) -> tuple[Span, str]:
+        """Where in ``text`` the answer of message ``index`` stands, and what the template puts
+        after it."""
+        content = messages[index]["content"]
+        marked = self._render(source, _with_mark(messages, index), tokenizer, where)
+        before, found, after = marked.partition(ANSWER)
+        if found:
+            for written in (content, content.strip(), content.lstrip(), content.rstrip()):
+                if text == before + written + after:
+                    return (len(before), len(before) + len(written)), after
+            # The template takes the answer apart, as some do with reasoning: what is neither the
+            # text before the mark nor the text after it came from the answer.
+            start = _shared(text, before)
+            rest = _shared(text[start:][::-1], after[::-1])
+            if start < len(text) - rest:
+                return (start, len(text) - rest), after
+        raise InputError(
+            f"{where}: the chat template does not show the assistant's turn {index + 1} "
+            f"({content.strip()[:40]!r}), so it cannot be scored: use --template plain, another "
+            "--template-file, or one exchange a line"
+        )
+
+    def _end_mark(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        index: int,
+        tokenizer: Any,
+        where: str,
+        after: str,
+    ) -> Span | None:
+        """The mark that ends a turn, within the text ``after`` its answer.
+
+        It is the first special token there, or where there is none all that the template puts
+        between the answer and the next turn but the white space around it.
+        """
+        ending = after
+        if index + 1 < len(messages):
+            upto = _with_mark(messages[: index + 1], index)
+            ending = self._render(source, upto, tokenizer, where).partition(ANSWER)[2]
+        ending = ending[: _shared(ending, after)].rstrip()
+        places = [(ending.find(token), -len(token)) for token in _special_tokens(tokenizer)]
+        found = min(((at, length) for at, length in places if at >= 0), default=None)
+        if found is not None:
+            return found[0], found[0] - found[1]
+        return (len(ending) - len(ending.lstrip()), len(ending)) if ending else None
+
+    def _own_spans(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        tokenizer: Any,
+        where: str,
+        text: str,
+    ) -> list[Span] | None:
+        """What the template itself marks as the assistant's; None where it marks nothing at all."""
+        if not GENERATION.search(source):
+            return None
+
+        def shown(tag: re.Match[str]) -> str:
+            # Two blocks around a mark: white space is cut before the first and after the last, as
+            # it is around the tag.
+            before, end, after = tag.groups()
+            word, mark = ("endif", CLOSING) if end else ("if true", OPENING)
+            return f"{{%{before} {word} %}}{{{{ '{mark}' }}}}{{% {word} {after}%}}"
+
+        marked = self._render(GENERATION.sub(shown, source), messages, tokenizer, where)
+        spans, start, length = [], 0, 0
+        for piece in re.split(f"([{OPENING}{CLOSING}])", marked):
+            if piece == OPENING:
+                start = length
+            elif piece == CLOSING:
+                spans.append((start, length))
+            else:
+                length += len(piece)
+        assert marked.replace(OPENING, "").replace(CLOSING, "") == text
+        return spans
+
+    def _source(self, tokenizer: Any, where: str) -> str:
+        """The template's text, with the clock stopped."""
+        source = self.text
+        if source is None:
+            with _refusals(where):
+                source = tokenizer.get_chat_template()
+        return _stopped_clock(self.now) + source if self.now and CLOCK in source else source
+
+    def _render(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        tokenizer: Any,
+        where: str,
+        prompt: bool = False,
+    ) -> str:
+        with _refusals(where):
+            return tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.arguments,
+            )
+
+
+class _refusals:
+    """A context in which whatever a template raises is told in one line, in its own words."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # A template is a program of somebody else's: it may raise anything.
+        if isinstance(error, Exception) and not isinstance(error, InputError | MemoryError):
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"{self._where}: the chat template refuses this conversation: {words}; change the "
+                "example, give another template with --template-file, or use --template plain"
+            ) from None
+
+
+def _with_mark(messages: Sequence[Message], index: int) -> list[Message]:
+    """The messages, the content of one of them replaced by the mark."""
+    return [
+        {**message, "content": ANSWER} if i == index else message
+        for i, message in enumerate(messages)
+    ]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _special_tokens(tokenizer: Any) -> Iterator[str]:
+    """The special tokens' texts, those that only some versions list among the special included."""
+    yield from tokenizer.all_special_tokens
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    yield from (token.content for token in added.values() if token.special)
+
+
+def _stopped_clock(now: datetime) -> str:
+    """A macro in Jinja, to stand before a template, that takes the place of its clock.
+
+    A template can be given data but no function. The last, empty expression keeps a newline that
+    the template may begin with.
+    """
+    # The percent sign itself goes first and comes back last, so that none is read twice.
+    filters = "replace('%%', '\ufdd2')"
+    for directive in DIRECTIVES:
+        value = now.strftime(f"%{directive}").replace("\\", "\\\\").replace("'", "\\'")
+        filters += f" | replace('%{directive}', '{value}')"
+    filters += " | replace('\ufdd2', '%')"
+    macro = f"{{%- macro {CLOCK}(format) %}}{{{{ format | {filters} }}}}{{%- endmacro %}}"
+    return macro + "{{ '' }}"
