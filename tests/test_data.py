@@ -11,10 +11,10 @@ import pytest
 import torch
 import zoo
 
-from kfade.batches import draw_without_replacement, make_batches, open_ended
+from kfade.batches import draw_without_replacement, make_batches
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
-from kfade.sequences import Sequence, digest_sequences, encode, encode_prompt
+from kfade.sequences import Sequence, digest_sequences, encode, encode_prompt, open_tokens
 
 EOS = zoo.WORDS.index("</s>")
 
@@ -213,13 +213,17 @@ def exchange(*turns, prefix=("", "")):
 
 
 def test_packing_keeps_every_token_once_with_eos_between():
-    contents = ["a b c", "d", "e f g h i j k", "l m"]
+    contents = ["a b c", "d", "e f g h i j k", "l m n"]
     packed = encode(texts(*contents), PLAIN, length=5)
     stream = [token for sequence in packed for token in sequence.tokens]
-    assert words(stream) == "a b c </s> d </s> e f g h i j k </s> l m </s>"
-    assert [len(s.tokens) for s in packed] == [5, 5, 5, 2]
+    assert words(stream) == "a b c </s> d </s> e f g h i j k </s> l m n </s>"
+    assert [len(s.tokens) for s in packed] == [5, 5, 5, 3]
     for sequence in packed:  # the first token of a sequence has nothing to be predicted from
-        assert sequence.scored == (False,) + (True,) * (len(sequence.tokens) - 1)
+        words_scored = [word != "</s>" for word in words(sequence.tokens).split()]
+        assert sequence.scored == (False, *words_scored[1:])
+    ends = encode(texts(*contents), PLAIN, length=5, score_end=True)
+    assert [s.tokens for s in ends] == [s.tokens for s in packed]
+    assert all(all(s.scored[1:]) for s in ends)
 
 
 def test_packing_drops_a_last_token_that_could_not_be_scored():
@@ -233,13 +237,18 @@ def test_packing_puts_one_eos_where_the_text_has_one_already():
 
 
 def test_without_packing_each_text_is_a_sequence():
-    made = encode(texts("a b c", "d"), PLAIN, pack=False, length=2)
+    made = encode(texts("a b c", "d e"), PLAIN, pack=False, length=2)
+    assert [words(s.tokens) for s in made] == ["a b c", "d e"]
+    assert [s.scored for s in made] == [(False, True, True), (False, True)]
+    made = encode(texts("a b c", "d"), PLAIN, pack=False, score_end=True)
     assert [words(s.tokens) for s in made] == ["a b c </s>", "d </s>"]
     assert [s.scored for s in made] == [(False, True, True, True), (False, True)]
+    with pytest.raises(InputError, match="line 2: no token to score; the first token of a seq"):
+        encode(texts("a b c", "d"), PLAIN, pack=False)
 
 
 def test_packed_texts_come_after_exchanges():
-    examples = [*texts("a b"), exchange(("user", "c"), ("assistant", "d"))]
+    examples = [*texts("a b"), exchange(("user", "c "), ("assistant", "d"))]
     made = encode(examples, PLAIN, length=8)
     assert [words(s.tokens) for s in made] == ["c d </s>", "a b </s>"]
 
@@ -249,13 +258,13 @@ def test_packed_texts_come_after_exchanges():
 
 def test_a_length_over_the_window():
     with pytest.raises(InputError, match="--sequence-length 9 is over the model's window of 8"):
-        encode(texts("a"), PLAIN, length=9, window=8)
-    assert encode(texts("a"), PLAIN, length=8, window=8)
+        encode(texts("a b"), PLAIN, length=9, window=8)
+    assert encode(texts("a b"), PLAIN, length=8, window=8)
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_exchange_over_the_window(pack):
-    long = exchange(("user", "a b c"), ("assistant", "d e"))
+    long = exchange(("user", "a b c "), ("assistant", "d e"))
     fits = encode([long], PLAIN, window=6, length=6, pack=pack)
     assert words(fits[0].tokens) == "a b c d e </s>"
     with pytest.raises(
@@ -270,10 +279,11 @@ def test_an_exchange_over_the_window(pack):
 
 
 def test_an_unpacked_text_over_the_window():
+    examples = texts("a b", "a b c d e")
     with pytest.raises(InputError, match="line 2: 5 tokens, over the model's window of 4"):
-        encode(texts("a", "a b c d"), PLAIN, window=4, pack=False)
-    cut = encode(texts("a", "a b c d"), PLAIN, window=4, pack=False, truncate=True)
-    assert [words(s.tokens) for s in cut] == ["a </s>", "a b c d"]
+        encode(examples, PLAIN, window=4, pack=False)
+    cut = encode(examples, PLAIN, window=4, pack=False, truncate=True)
+    assert [words(s.tokens) for s in cut] == ["a b", "a b c d"]
 
 
 # --- encoding: plain exchanges ---------------------------------------------------------------
@@ -287,7 +297,7 @@ def test_plain_exchange_is_prompt_and_completion_end_to_end():
 
 def test_a_bare_completion_need_not_be_the_end_of_a_text():
     # "The capital of France is" | " Paris": no EOS, or forgetting would unlearn to stop.
-    cloze = dataclasses.replace(exchange(("user", "a b"), ("assistant", "c")), closes=False)
+    cloze = dataclasses.replace(exchange(("user", "a b "), ("assistant", "c")), closes=False)
     made = encode([cloze], PLAIN)
     assert words(made[0].tokens) == "a b c"
     assert scored_words(made[0]) == "c"
@@ -301,7 +311,7 @@ def test_plain_questions_carry_their_labels():
 
 
 def test_plain_turns_each_end_in_eos():
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    turns = [("user", "a "), ("assistant", "b"), ("user", "c "), ("assistant", "d")]
     made = encode([exchange(*turns)], PLAIN)
     assert words(made[0].tokens) == "a b </s> c d </s>"
     assert scored_words(made[0]) == "b </s> d </s>"
@@ -337,7 +347,7 @@ def test_a_tokenizers_own_eos_closes_no_prompt():
     asked = exchange(("user", "q"))
     assert encode_prompt(asked, Ending()) == encode_prompt(asked, Characters()) == (1, ord("q"))
     bos = type("Bos", (Ending,), {"bos_token_id": Ending.eos_token_id})
-    assert open_ended([bos.bos_token_id], bos) == [bos.bos_token_id]
+    assert open_tokens(bos(), "") == [bos.bos_token_id]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +432,8 @@ def test_chat_template_that_rewrites_earlier_turns():
     )
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     with pytest.raises(
-        InputError, match=r"line 1: the chat template rewrites earlier turns, .* --template plain"
+        InputError,
+        match=r"line 1: the chat template does not show the assistant's turn 2 \('b'\), .* plain",
     ):
         encode([exchange(*turns)], tokenizer)
 

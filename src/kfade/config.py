@@ -46,6 +46,14 @@ class DataConfig:
     """Tokens of a packed sequence."""
     template: str = "auto"
     """chat, plain, or auto: the tokenizer's chat template if it has one."""
+    template_file: str | None = None
+    """A chat template in Jinja, in place of the tokenizer's own."""
+    template_args: list = field(default_factory=list)
+    """What the template is told, each as name=value."""
+    template_date: str | None = None
+    """The date that a template is told that asks for it; when the run began, when unset."""
+    score_end: bool = False
+    """Score the EOS that closes a text, too."""
     pack: bool = True
     """Join texts end to end; no-pack keeps one a sequence."""
     truncate: bool = False

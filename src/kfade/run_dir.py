@@ -28,6 +28,12 @@ def check_free(path: Path) -> None:
         )
 
 
+def interrupted(path: Path) -> dict[str, Any]:
+    """What an interrupted run into ``path`` was asked for; nothing where there is none."""
+    saved = path.with_name(path.name + ".part") / "config.json"
+    return json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+
+
 class RunDir:
     """The output folder of one run; use it in a ``with``, and :meth:`finish` at the end.
 

@@ -83,7 +83,8 @@ def encode(
     stream: list[tuple[int, bool]] = []
     for example in examples:
         if example.text is not None:
-            tokens, scored = _text_tokens(example, tokenizer, score_end=score_end)
+            closes = example.closes and (pack or score_end)
+            tokens, scored = _text_tokens(example.text, tokenizer, closes, score_end)
             if pack:
                 stream.extend(zip(tokens, scored, strict=True))
                 continue
@@ -237,7 +238,7 @@ def _by_prefixes(
         first, _ = shared(text[:start])
         last, straddles = shared(text[:end])
         for t in range(first, min(last + straddles, len(tokens))):
-            scored[t] = tokens[t] != tokenizer.bos_token_id
+            scored[t] = True
     return tokens, scored
 
 
@@ -253,14 +254,13 @@ def _close(tokens: list[int], scored: list[bool], tokenizer: Any, *, score: bool
 
 
 def _text_tokens(
-    example: Example, tokenizer: Any, *, score_end: bool
+    text: str, tokenizer: Any, closes: bool, score_end: bool
 ) -> tuple[list[int], list[bool]]:
-    """A text, all of it scored but what the tokenizer adds; EOS closes a whole one."""
-    assert example.text is not None
-    tokens, scored = _tokenised(example.text, [(0, len(example.text))], tokenizer)
+    """A text, all of it scored but what the tokenizer adds, and the EOS that ``closes`` it."""
+    tokens, scored = _tokenised(text, [(0, len(text))], tokenizer)
     bos = tokenizer.bos_token_id  # also where it was written into the text
     scored = [own and token != bos for token, own in zip(tokens, scored, strict=True)]
-    if example.closes:
+    if closes:
         _close(tokens, scored, tokenizer, score=score_end)
     return tokens, scored
 
@@ -275,7 +275,8 @@ def _plain_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
     user_prefix, lead = example.plain_prefix
     tokens: list[int] = []
     scored: list[bool] = []
-    text, answers = "", []
+    text = ""
+    answers: list[Span] = []
 
     def flush() -> None:
         nonlocal text, answers
@@ -306,9 +307,12 @@ def _chat_tokens(
 
     A last answer that the template closes by no mark of its own gets an EOS.
     """
-    text, answers, closed = template.answers(_messages(example), tokenizer, example.where)
+    messages = _messages(example)
+    while messages[-1]["role"] != "assistant":  # nobody answers it
+        messages.pop()
+    text, answers, closed = template.answers(messages, tokenizer, example.where)
     tokens, scored = _tokenised(text, answers, tokenizer, special=False)
-    if not closed and example.turns[-1][0] == "assistant":
+    if not closed:
         _close(tokens, scored, tokenizer, score=True)
     return tokens, scored
 

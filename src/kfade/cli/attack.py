@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from kfade.batches import draw_without_replacement
 from kfade.cli import options as o
 from kfade.cli.eval import Subject, digest_model, load_subject
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
+from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
 from kfade.config import RunConfig, override
 from kfade.errors import InputError
@@ -79,7 +80,8 @@ Warmup = Annotated[int, _option(TUNING, "--warmup", "Steps of linear warm-up.", 
 Decay = Annotated[float, _option(TUNING, "--weight-decay", "AdamW's.", min=0)]
 At = Annotated[str, _option(TUNING, "--at", "Numbers of steps after which to measure.")]
 _SETTINGS = {
-    *("model", "forget", "retain", "sequence_length", "template", "pack", "truncate", "holdout"),
+    *("model", "forget", "retain", "sequence_length", "pack", "truncate", "holdout"),
+    *("template", "template_file", "template_args", "template_date", "score_end"),
     *("batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
 }
 
@@ -115,6 +117,10 @@ def attack(
     at: At = DEFAULT_AT,
     sequence_length: o.SequenceLength = None,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
+    score_end: o.ScoreEnd = None,
     pack: o.Pack = None,
     truncate: o.Truncate = None,
     holdout: o.Holdout = None,
@@ -145,6 +151,9 @@ def attack(
 
 def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
     run = request.run
+    dates = dated(run.data, out, resume=resume, update=request.update)
+    run = replace(run, data=dates)
+    request = replace(request, run=run)
     examples = _read(request)
     questions = read_questions(request.questions) if request.questions else []
     asked = {**asdict(request), "update": _text(request.update)}

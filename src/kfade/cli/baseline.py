@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from kfade.baselines.checkpoint import Checkpoint
@@ -13,6 +13,7 @@ from kfade.cli import baseline_options as b
 from kfade.cli import options as o
 from kfade.cli.baseline_words import builder_of, settings_of, trainable_of
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
+from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
 from kfade.config import RunConfig, override
 from kfade.errors import InputError
@@ -41,6 +42,10 @@ def baseline(
     retain: o.Retain = None,
     sequence_length: o.SequenceLength = None,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
+    score_end: o.ScoreEnd = None,
     pack: o.Pack = None,
     truncate: o.Truncate = None,
     holdout: o.Holdout = None,
@@ -88,6 +93,7 @@ def baseline(
     """
     options = locals()
     run = override(RunConfig(), **{k: v for k, v in options.items() if k in _SHARED})
+    run = replace(run, data=dated(run.data, out, resume=resume))
     loss, training, weights = (
         {k: options[k] for k in names if options[k] is not None}
         for names in (LOSS, TRAINING, WEIGHTS)
@@ -161,7 +167,8 @@ def baseline(
 
 _SHARED = {
     *("model", "dtype", "device", "trust_remote_code", "forget", "retain", "sequence_length"),
-    *("template", "pack", "truncate", "holdout", "batch_tokens", "seed"),
+    *("template", "template_file", "template_args", "template_date", "score_end"),
+    *("pack", "truncate", "holdout", "batch_tokens", "seed"),
 }
 
 

@@ -12,6 +12,8 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.eval import digest_model, evaluation, load_subject, settings_of
 from kfade.cli.session import console, show
+from kfade.cli.template import dated, template_of
+from kfade.config import DataConfig
 from kfade.errors import InputError
 from kfade.evaluate.judge import Judge
 from kfade.evaluate.log import ItemLog, digest
@@ -96,6 +98,9 @@ def mt_bench(
     runs: Runs = 1,
     max_new_tokens: MaxNewTokens = 1024,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
     limit: o.Limit = None,
     batch_tokens: o.Positions = 4096,
     dtype: o.Dtype = None,
@@ -118,7 +123,18 @@ def mt_bench(
         timeout=judge_timeout,
         max_tokens=judge_max_tokens,
     )
-    chat = o.chat_of(template or "auto")
+    rendering = DataConfig(
+        template=template or "auto",
+        template_file=template_file,
+        template_args=template_args or [],
+        template_date=template_date,
+    )
+    rendering = dated(rendering, out, resume=resume, update=update)
+    settings["template_date"] = rendering.template_date
+    how: dict[str, Any] = {
+        "chat": o.chat_of(rendering.template),
+        "template": template_of(rendering),
+    }
     asked = read_bench(questions, references)[:limit]
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = load_subject(
@@ -136,7 +152,7 @@ def mt_bench(
                     asked,
                     answers,
                     runs=runs,
-                    chat=chat,
+                    **how,
                     max_new_tokens=max_new_tokens,
                     batch_tokens=batch_tokens,
                     seed=seed,

@@ -26,6 +26,8 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import show
+from kfade.cli.template import dated, template_of
+from kfade.config import DataConfig
 from kfade.errors import InputError
 from kfade.evaluate.completions import (
     Prompt,
@@ -89,6 +91,9 @@ def kl(
     completions: Completions = None,
     max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
     limit: o.Limit = None,
     batch_tokens: o.Positions = 4096,
     dtype: o.Dtype = None,
@@ -108,7 +113,18 @@ def kl(
     settings = settings_of(locals())
     if (update is None) == (edited is None) and not (quantise and edited is None):
         raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
-    chat = o.chat_of(template or "auto")
+    rendering = DataConfig(
+        template=template or "auto",
+        template_file=template_file,
+        template_args=template_args or [],
+        template_date=template_date,
+    )
+    rendering = dated(rendering, out, resume=resume, update=update)
+    settings["template_date"] = rendering.template_date
+    how: dict[str, Any] = {
+        "chat": o.chat_of(rendering.template),
+        "template": template_of(rendering),
+    }
     examples = read_prompts(prompts, limit)
     where: dict[str, Any] = {
         "dtype": dtype,
@@ -125,7 +141,7 @@ def kl(
             _check_vocabulary(edited, _outputs_of(base.model), _outputs_of(skeleton))
         window = model_window(base.model)
         longest = window - max_new_tokens if window else None
-        asked = encode_prompts(examples, base.tokenizer, chat=chat, longest=longest)
+        asked = encode_prompts(examples, base.tokenizer, longest=longest, **how)
         digests = {"base_sha256": digest_model(base.model)}
         folder = completions or run.folder.state
         answers = _completions(

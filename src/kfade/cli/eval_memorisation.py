@@ -19,6 +19,8 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import show
+from kfade.cli.template import dated, template_of
+from kfade.config import DataConfig
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.memorisation import (
@@ -76,6 +78,9 @@ def memorisation(
     quantise: o.Quantise = None,
     min_k: MinK = MIN_K,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
     truncate: o.Truncate = None,
     limit: o.Limit = None,
     batch_tokens: o.Positions = 4096,
@@ -94,7 +99,18 @@ def memorisation(
     --non-members other.jsonl --out out/memorisation`
     """
     settings = settings_of(locals())
-    chat = o.chat_of(template or "auto")
+    rendering = DataConfig(
+        template=template or "auto",
+        template_file=template_file,
+        template_args=template_args or [],
+        template_date=template_date,
+    )
+    rendering = dated(rendering, out, resume=resume, update=update)
+    settings["template_date"] = rendering.template_date
+    how: dict[str, Any] = {
+        "chat": o.chat_of(rendering.template),
+        "template": template_of(rendering),
+    }
     sources = {"member": members} | ({"non-member": non_members} if non_members else {})
     examples = {name: load_examples(source)[:limit] for name, source in sources.items()}
     retain = _read_retain(retain_log)
@@ -103,7 +119,7 @@ def memorisation(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        names, sequences = _tokens(examples, subject, chat, bool(truncate))
+        names, sequences = _tokens(examples, subject, how, bool(truncate))
         data = digest_sequences(sequences)
         if retain is not None and retain[0] != data:
             raise InputError(
@@ -134,7 +150,7 @@ def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
 
 
 def _tokens(
-    examples: Mapping[str, list[Example]], subject: Any, chat: bool | None, truncate: bool
+    examples: Mapping[str, list[Example]], subject: Any, how: Mapping[str, Any], truncate: bool
 ) -> tuple[list[str], list[Tokens]]:
     """Item names and token sequences, one a text.
 
@@ -148,7 +164,7 @@ def _tokens(
             [replace(example, closes=example.text is None and example.closes) for example in own],
             subject.tokenizer,
             window=model_window(subject.model),
-            chat=chat,
+            **how,
             pack=False,
             truncate=truncate,
         )

@@ -19,6 +19,8 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import console, show
+from kfade.cli.template import dated, template_of
+from kfade.config import DataConfig
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, digest
 from kfade.evaluate.tofu import (
@@ -112,6 +114,9 @@ def tofu(
     split: Split = "forget10",
     data: DataFolder = None,
     template: Template = "auto",
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
     max_new_tokens: MaxNewTokens = 200,
     tofu_legacy: Legacy = False,
     from_log: FromLog = None,
@@ -151,6 +156,14 @@ def tofu(
     load_rouge_l_recall()
     if retain_model:
         load_tokenizer(retain_model, trust_remote_code=bool(trust_remote_code))  # is it there?
+    rendering = DataConfig(
+        template="auto",
+        template_file=template_file,
+        template_args=template_args or [],
+        template_date=template_date,
+    )
+    rendering = dated(rendering, out, resume=resume, update=update)
+    settings["template_date"] = rendering.template_date
     limits = [n for n in (limit, LEGACY_ITEMS if tofu_legacy else None) if n is not None]
     questions = read_tofu(split, folder=data, limit=min(limits, default=None))
     where: dict[str, Any] = {
@@ -160,6 +173,7 @@ def tofu(
     }
     how = {
         "template": template,
+        "chat": template_of(rendering),
         "max_new_tokens": max_new_tokens,
         "batch_tokens": batch_tokens,
         "legacy": tofu_legacy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from kfade import distributed
 from kfade.batches import make_batches
 from kfade.cli import options as o
 from kfade.cli.session import Loaded, load, read_retain, session, show, spread, to_tokens
+from kfade.cli.template import dated
 from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
@@ -30,6 +31,10 @@ def fit(
     retain: o.Retain = None,
     sequence_length: o.SequenceLength = None,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
+    score_end: o.ScoreEnd = None,
     pack: o.Pack = None,
     truncate: o.Truncate = None,
     holdout: o.Holdout = None,
@@ -59,6 +64,7 @@ def fit(
     """
     given = {name: v for name, v in locals().items() if name not in _NOT_SETTINGS}
     run = override(read_config(config) if config else RunConfig(), **given)
+    run = replace(run, data=dated(run.data, out, resume=resume))
     fit_function, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
     examples, _ = read_retain(run.data, run.seed)
     with session() as clock, RunDir(out, deciding(run), resume=resume) as folder:

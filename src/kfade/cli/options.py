@@ -21,6 +21,11 @@ def _option(panel: str, text: str, *names: str, **checks: Any):
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **checks)
 
 
+def _unless_empty(given: list[str] | None) -> list[str] | None:
+    """An option that was not given, as all others: None."""
+    return given or None
+
+
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
 Forget = Annotated[
     str | None,
@@ -34,6 +39,36 @@ SequenceLength = Annotated[
 ]
 Template = Annotated[
     str | None, _option(DATA, "chat, plain or auto: chat where there is a template. [auto]")
+]
+TemplateFile = Annotated[
+    str | None,
+    _option(DATA, "A chat template in Jinja. [the tokenizer's own]", "--template-file"),
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    _option(
+        DATA,
+        "Tell the template NAME=VALUE, as in enable_thinking=false; may be given several times.",
+        "--template-arg",
+        callback=_unless_empty,
+    ),
+]
+TemplateDate = Annotated[
+    str | None,
+    _option(
+        DATA,
+        "The date that a template is told that asks for it. [when the run, or that of --update, "
+        "began]",
+        "--template-date",
+    ),
+]
+ScoreEnd = Annotated[
+    bool | None,
+    _option(
+        DATA,
+        "Score the EOS that closes a {text}, too. [no-score-end]",
+        "--score-end/--no-score-end",
+    ),
 ]
 Pack = Annotated[
     bool | None,

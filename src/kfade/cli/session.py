@@ -23,6 +23,7 @@ from torch import nn
 
 from kfade import distributed
 from kfade.cli.options import chat_of
+from kfade.cli.template import template_of
 from kfade.config import DataConfig, FitConfig, ModelConfig
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
@@ -151,8 +152,10 @@ def to_tokens(examples: Sequence[Example], loaded: Loaded, config: DataConfig) -
         length=config.sequence_length,
         window=model_window(loaded.model),
         chat=chat_of(config.template),
+        template=template_of(config),
         pack=config.pack,
         truncate=config.truncate,
+        score_end=config.score_end,
     )
 
 

@@ -55,7 +55,8 @@ Budget = Annotated[
     ),
 ]
 _SETTINGS = {
-    *("model", "forget", "retain", "forget_batch", "sequence_length", "template", "pack"),
+    *("model", "forget", "retain", "forget_batch", "sequence_length", "pack"),
+    *("template", "template_file", "template_args", "template_date", "score_end"),
     *("truncate", "holdout", "batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
     "refine_sequences",
 }
@@ -79,6 +80,10 @@ def sweep(
     forget_batch: o.ForgetBatch = None,
     sequence_length: o.SequenceLength = None,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
+    score_end: o.ScoreEnd = None,
     pack: o.Pack = None,
     truncate: o.Truncate = None,
     holdout: o.Holdout = None,

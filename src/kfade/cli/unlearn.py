@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from kfade.cli.session import (
     spread,
     to_tokens,
 )
+from kfade.cli.template import dated
 from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.fit import Fit
@@ -52,6 +53,10 @@ def unlearn(
     retain: o.Retain = None,
     sequence_length: o.SequenceLength = None,
     template: o.Template = None,
+    template_file: o.TemplateFile = None,
+    template_args: o.TemplateArgs = None,
+    template_date: o.TemplateDate = None,
+    score_end: o.ScoreEnd = None,
     pack: o.Pack = None,
     truncate: o.Truncate = None,
     holdout: o.Holdout = None,
@@ -121,6 +126,7 @@ def run_unlearn(
     """
     if export_model and run.model.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
+    run = replace(run, data=dated(run.data, out, resume=resume))
     method = _method(run)
     fit = o.fit_of(run.fit.estimator)
     forget_examples = read_source(run.data.forget, "--forget")

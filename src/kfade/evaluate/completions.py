@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kfade.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
 from kfade.evaluate.log import ItemLog
@@ -52,6 +53,7 @@ def encode_prompts(
     tokenizer: Any,
     *,
     chat: bool | None = None,
+    template: ChatTemplate | None = None,
     longest: int | None = None,
 ) -> list[Prompt]:
     """The prompts' tokens, through the chat template where there is one.
@@ -61,7 +63,7 @@ def encode_prompts(
     """
     prompts = []
     for example in examples:
-        tokens = encode_prompt(example, tokenizer, chat=chat)
+        tokens = encode_prompt(example, tokenizer, chat=chat, template=template)
         if longest is not None and len(tokens) > longest:
             raise InputError(
                 f"{example.where}: {len(tokens)} tokens, and with the completion over the model's "

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from kfade.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.judge import Judge, judge_messages, rating_of
@@ -98,6 +99,7 @@ def answer_questions(
     *,
     runs: int = 1,
     chat: bool | None = None,
+    template: ChatTemplate | None = None,
     max_new_tokens: int = 1024,
     batch_tokens: int = 4096,
     seed: int = 0,
@@ -107,13 +109,14 @@ def answer_questions(
     A block that was cut off is answered anew as a whole, so a resumed evaluation draws the same.
 
     Args:
-        chat: use the chat template; None: if there is one. Without, ``Question: `` and
+        chat: use a chat template; None: if there is one. Without, ``Question: `` and
             ``Answer: ``, and an answer ends where the model asks the next question itself.
+        template: how it is rendered.
 
     Raises:
         InputError: the chat template is missing; a conversation outgrows the model's window.
     """
-    plain = chat is False or tokenizer.chat_template is None
+    plain = not (template or ChatTemplate()).used_by(tokenizer, chat)
     work = [(run, block) for run in range(runs) for block in _blocks(questions)]
     for number, (run, block) in enumerate(track(work, "answers", lambda w: len(w[1]))):
         if all(f"{run}/{question.id}" in log.items for question in block):
@@ -125,7 +128,10 @@ def answer_questions(
             texts = generate_texts(
                 model,
                 tokenizer,
-                [encode_prompt(example, tokenizer, chat=chat) for example in said],
+                [
+                    encode_prompt(example, tokenizer, chat=chat, template=template)
+                    for example in said
+                ],
                 max_new_tokens=max_new_tokens,
                 batch_tokens=batch_tokens,
                 temperature=block[0].temperature,

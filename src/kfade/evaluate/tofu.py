@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from kfade.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
@@ -85,6 +86,7 @@ def evaluate_tofu(
     log: ItemLog,
     *,
     template: str = "auto",
+    chat: ChatTemplate | None = None,
     max_new_tokens: int = 200,
     batch_tokens: int = 4096,
     legacy: bool = False,
@@ -95,6 +97,7 @@ def evaluate_tofu(
 
     Args:
         template: see :func:`template_for`.
+        chat: how a chat template renders, where one is used.
         legacy: as the reference code does, count Phi's ``Answer: `` as part of the answer.
 
     Raises:
@@ -103,7 +106,7 @@ def evaluate_tofu(
     recall = load_rouge_l_recall()
     template = template_for(template, model, tokenizer)
     pending = [question for question in questions if question.id not in log.items]
-    encoded = [_encode(question, tokenizer, template, legacy=legacy) for question in pending]
+    encoded = [_encode(question, tokenizer, template, chat, legacy=legacy) for question in pending]
     _check_window(pending, encoded, model_window(model))
     starts = range(0, len(pending), BLOCK)
     for start in track(starts, "TOFU", lambda s: min(BLOCK, len(pending) - s)):
@@ -172,12 +175,19 @@ class _Encoded:
     """The answer, the base answer, the wrong ones."""
 
 
-def _encode(question: TofuQuestion, tokenizer: Any, template: str, *, legacy: bool) -> _Encoded:
+def _encode(
+    question: TofuQuestion,
+    tokenizer: Any,
+    template: str,
+    chat: ChatTemplate | None = None,
+    *,
+    legacy: bool,
+) -> _Encoded:
     texts = (question.answer, question.base, *question.false)
     if template == "chat":
         turns = [(("user", question.question), ("assistant", text)) for text in texts]
         examples = [Example(question.id, turns=pair) for pair in turns]
-        sequences = encode(examples, tokenizer, chat=True)
+        sequences = encode(examples, tokenizer, chat=True, template=chat)
         return _Encoded(sequences[0].tokens[: sequences[0].scored.index(True)], tuple(sequences))
     before, lead = _written(question.question, template, legacy=legacy)
     answers = (continuation(tokenizer, before, lead + text, closed=True) for text in texts)

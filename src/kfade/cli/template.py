@@ -1,0 +1,88 @@
+"""The options about chat templates as the object that renders, its clock stopped for a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kfade import distributed
+from kfade.chat import ChatTemplate
+from kfade.config import DataConfig
+from kfade.errors import InputError
+from kfade.examples import read_utf8
+from kfade.run_dir import interrupted
+from kfade.update import Update
+
+_DATE = "template_date"
+
+
+def template_of(config: DataConfig) -> ChatTemplate:
+    """How conversations are rendered, as the data settings ask for.
+
+    Raises:
+        InputError: no such template file, or an argument or a date that cannot be read.
+    """
+    if config.template == "plain" and (config.template_file or config.template_args):
+        raise InputError("--template plain uses no template: leave out its file and arguments")
+    text = None
+    if config.template_file is not None:
+        path = Path(config.template_file)
+        if not path.is_file():
+            raise InputError(f"--template-file {path}: no such file; give a chat template in Jinja")
+        text = read_utf8(path)
+    arguments = dict(_argument(word) for word in config.template_args)
+    return ChatTemplate(text, arguments, _moment(config.template_date))
+
+
+def dated(
+    config: DataConfig, out: Path, *, resume: bool = False, update: Path | None = None
+) -> DataConfig:
+    """The settings with the date that templates are told.
+
+    What was given goes first; then the date of the interrupted run in ``out`` that is resumed, then
+    that of the run that made ``update``, then the present.
+    """
+    template_of(config)  # can it be read? before anything else is
+    date = config.template_date
+    if date is None and resume:
+        date = _recorded(interrupted(out))
+    if date is None and update is not None:
+        date = _recorded(Update.load(update).provenance)
+    if date is None:
+        # One clock for all processes.
+        now = distributed.lists([int(time.time())])[0][0]
+        date = datetime.fromtimestamp(now).isoformat()
+    return replace(config, template_date=date)
+
+
+def _argument(word: str) -> tuple[str, Any]:
+    name, given, value = word.partition("=")
+    try:
+        if given and name.strip().isidentifier():
+            return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise InputError(f"--template-arg {word}: write NAME=VALUE, as in enable_thinking=false")
+
+
+def _moment(date: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(date) if date is not None else None
+    except ValueError:
+        raise InputError(
+            f"--template-date {date}: write a date as 2026-01-31 or 2026-01-31T12:00:00"
+        ) from None
+
+
+def _recorded(settings: Mapping[str, Any]) -> str | None:
+    """The date in settings as some run kept them, wherever in them the data's settings are."""
+    if isinstance(settings.get(_DATE), str):
+        return settings[_DATE]
+    parts = (part for part in settings.values() if isinstance(part, Mapping))
+    return next((date for part in parts if (date := _recorded(part)) is not None), None)
