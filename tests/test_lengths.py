@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import zoo
+from helpers import greedy
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,6 +20,7 @@ from transformers import (
 import kfade
 from kfade.batches import Sequence, make_batches
 from kfade.errors import InputError
+from kfade.evaluate.generation import generate
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.gradient import forget_gradient
 from kfade.head import hidden_states
@@ -225,3 +227,26 @@ def test_unlearning_with_sequences_on_both_sides(name):
     )
     (step,) = update.provenance["steps"]
     assert step["measured_kl"] == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_generation_across_the_border_is_that_of_each_prompt_alone(name, batch_tokens, monkeypatch):
+    build = MODELS[name]
+    model = build()
+    # dynamic models are made for no more than their border; beyond it they are asked all the same
+    monkeypatch.setattr("kfade.evaluate.generation.model_window", lambda model: None)
+    model.generation_config.eos_token_id = None
+    prompts = [list(sequence(n, n).tokens) for n in (3, 9, 12, 15, 16, 17, 20, 20, 30)]
+    prompts[-2][0] = 30
+    expected = {}
+    for i, prompt in enumerate(prompts):
+        fresh = build()  # transformers' own frequencies remember the longest input
+        expected[i] = greedy(fresh, prompt, [2], 12)
+    found: dict[int, list[int]] = {}
+    generate(
+        model, zoo.tokenizer(), prompts, found.__setitem__, max_new_tokens=12,
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
+    assert found == expected
+    assert len({tuple(tokens) for tokens in expected.values()}) > 4

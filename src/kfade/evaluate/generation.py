@@ -1,9 +1,9 @@
 """Generation in batches: padded at the left, greedy or at a temperature, nothing else.
 
 What is said to a prompt does not depend on the prompts beside it, up to ties within rounding.
-Prompts of different lengths share a batch only if the model does not see the padding, which is
-tried on the model at hand. A model whose rotary frequencies follow the length of its input
-(:mod:`kfade.lengths`) reads the whole text anew wherever they change.
+Prompts share a batch only if the model at hand, tried on two of them, does not see what is beside
+them: the padding, or the other prompt. A model whose rotary frequencies follow the length of its
+input (:mod:`kfade.lengths`) reads the whole text anew wherever they change.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from kfade.errors import InputError
 from kfade.lengths import LengthClass, length_class
 from kfade.models import frozen, model_window
 from kfade.progress import track
+
+Company = Literal["any", "equal", "none"]
+"""Prompts of any or of equal lengths share batches, or none do."""
 
 PROBE_TOKENS = 16  # of the longer prompt that padding is tried with
 
@@ -59,8 +62,7 @@ def generate(
     """
     ends = end_tokens(model, tokenizer)
     with frozen(model), _only_asked_for(model, ends):
-        padded = len({len(prompt) for prompt in prompts}) > 1 and not sees_padding(model, prompts)
-        writer = _Writer(model, ends, length_class(model), padded, temperature)
+        writer = _Writer(model, ends, length_class(model), company(model, prompts), temperature)
         groups = _groups(prompts, max_new_tokens, batch_tokens, model_window(model), writer)
         keys = _keys(prompts, seed)
         for room, group in track(groups, "generation", lambda numbered: len(numbered[1])):
@@ -107,24 +109,26 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({end for end in ends if end is not None})
 
 
-def sees_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether what ``model`` says to a short prompt changes when a longer one is beside it.
+def company(model: Any, prompts: Sequence[Sequence[int]]) -> Company:
+    """Which prompts may share a batch so that each is continued as it is alone.
 
     Tried with the beginnings of two of ``prompts``, on the first pass and on one from the cache. A
     model that reads text from left to right into a state may take padding for text; one whose
-    attention is masked does not. Where rounding alone is large, the answer may be a needless yes.
+    attention is masked does not. Where rounding is large the answer may be too careful.
     """
-    if not _takes_mask(model):
-        return True
     by_length = sorted(prompts, key=len)
-    longer = by_length[-1][:PROBE_TOKENS]
+    if len(prompts) < 2:
+        return "any"
+    window = model_window(model) or PROBE_TOKENS + 1
+    longer = by_length[-1][: min(PROBE_TOKENS, window - 1)]
     shorter = by_length[0][: max(1, len(longer) // 4)]
-    alone, beside = _first_logits(model, [shorter]), _first_logits(model, [shorter, longer])
-    for alone_BV, beside_BV in zip(alone, beside, strict=False):
-        limit = max(1e-4, 4 * torch.finfo(alone_BV.dtype).eps) * alone_BV[0].norm()
-        if not (alone_BV[0] - beside_BV[0]).norm() <= limit:  # NaN differs
-            return True
-    return False
+    vocabulary = model.get_input_embeddings().num_embeddings
+    another = [(token + 1) % vocabulary for token in longer]
+    if not _same_in(model, [longer, another]):
+        return "none"
+    if len(by_length[0]) == len(by_length[-1]):
+        return "any"
+    return "any" if _takes_mask(model) and _same_in(model, [shorter, longer]) else "equal"
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,12 @@ class _Writer:
     model: Any
     ends: Sequence[int]
     length_class: LengthClass
-    padded: bool
-    """Whether prompts of different lengths may share a batch."""
+    company: Company
     temperature: float
 
-    def kind(self, positions: int) -> tuple[int, int]:
-        """What texts of that many tokens must have in common to share a batch."""
-        return self.length_class(positions), 0 if self.padded else positions
+    def kind(self, text: Sequence[int]) -> tuple[int, int]:
+        """What texts must have in common to share a batch."""
+        return self.length_class(len(text)), 0 if self.company == "any" else len(text)
 
     def write(
         self, prompts: Sequence[Sequence[int]], room: int, keys: Sequence[int]
@@ -152,7 +155,7 @@ class _Writer:
         pending = list(range(len(texts)))
         while pending:
             pending.sort(key=lambda i: -len(texts[i]))
-            for _, same in groupby(pending, key=lambda i: self.kind(len(texts[i]))):
+            for _, same in groupby(pending, key=lambda i: self.kind(texts[i])):
                 own = list(same)
                 steps = min(
                     self.length_class.steps(len(texts[i]), room - len(texts[i]) + len(prompts[i]))
@@ -230,7 +233,7 @@ def _groups(
         return min(max_new_tokens, window - len(prompts[index])) if window else max_new_tokens
 
     def kind(index: int) -> tuple[int, tuple[int, int]]:
-        return room(index), writer.kind(len(prompts[index]))
+        return room(index), writer.kind(prompts[index])
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     if order and room(order[0]) < 1:
@@ -242,10 +245,21 @@ def _groups(
     while order:
         new = room(order[0])
         count = max(1, batch_tokens // (len(prompts[order[0]]) + new))
+        count = 1 if writer.company == "none" else count
         group = [i for i in order[:count] if kind(i) == kind(order[0])]
         groups.append((new, group))
         order = order[len(group) :]
     return groups
+
+
+def _same_in(model: Any, texts: Sequence[Sequence[int]]) -> bool:
+    """Whether the next two tokens of the first text are as likely beside the others as alone."""
+    alone, beside = _first_logits(model, texts[:1]), _first_logits(model, texts)
+    for alone_BV, beside_BV in zip(alone, beside, strict=False):
+        limit = max(1e-4, 4 * torch.finfo(alone_BV.dtype).eps) * alone_BV[0].norm()
+        if not (alone_BV[0] - beside_BV[0]).norm() <= limit:  # NaN differs
+            return False
+    return True
 
 
 def _first_logits(model: Any, texts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
