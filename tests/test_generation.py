@@ -69,6 +69,7 @@ OTHERS = {  # model, and which prompts may share a batch
                 intermediate_size=24,
                 lru_width=zoo.WIDTH,
                 attention_window_size=zoo.WINDOW,
+                logits_soft_cap=1e6,
             )
         ),
         "equal",
