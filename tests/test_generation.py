@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from kfade.errors import InputError
-from kfade.evaluate.generation import company, end_tokens, generate, generate_texts
+from kfade.evaluate.generation import company, end_tokens, generate, generate_texts, shares_batches
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 5, 9, 30]]
 END = 2
@@ -112,6 +112,7 @@ def test_models_of_other_kinds_say_in_batches_what_they_say_alone(name):
     model.generation_config.pad_token_id = END  # the one that generation pads with
     assert company(model, prompts) == expected_company
     assert company(model, prompts[:1]) == "any"
+    assert shares_batches(model, zoo.tokenizer()) == (expected_company == "any")
     same_length = "none" if expected_company == "none" else "any"
     assert company(model, [[5, 6, 7], [5, 6, 8]]) == same_length
 

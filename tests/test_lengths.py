@@ -20,7 +20,7 @@ from transformers import (
 import kfade
 from kfade.batches import Sequence, make_batches
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import generate, shares_batches
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.gradient import forget_gradient
 from kfade.head import hidden_states
@@ -181,6 +181,7 @@ def test_gradients_alone_and_in_batches_agree(name):
 def test_models_whose_frequencies_are_fixed_get_the_same_batches(name):
     group = length_class(UNAFFECTED[name]())
     assert group.borders == []
+    assert shares_batches(UNAFFECTED[name](), zoo.tokenizer())
     plain, grouped = make_batches(SEQUENCES), make_batches(SEQUENCES, group=group)
     assert [b.id_B.tolist() for b in plain] == [b.id_B.tolist() for b in grouped]
 
@@ -188,6 +189,7 @@ def test_models_whose_frequencies_are_fixed_get_the_same_batches(name):
 def test_short_sequences_of_a_dynamic_model_share_batches():
     group = length_class(dynamic(window=2048))
     assert group.borders == [2048]
+    assert not shares_batches(dynamic(window=2048), zoo.tokenizer())
     assert [len(b.id_B) for b in make_batches(SEQUENCES, group=group)] == [len(SEQUENCES)]
 
 

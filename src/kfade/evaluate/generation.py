@@ -109,6 +109,13 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({end for end in ends if end is not None})
 
 
+def shares_batches(model: Any, tokenizer: Any) -> bool:
+    """Whether texts of any lengths may share a padded batch, without regard to what they are."""
+    texts = [[1], list(range(1, PROBE_TOKENS + 1))]
+    with frozen(model), _only_asked_for(model, end_tokens(model, tokenizer)):
+        return not length_class(model).borders and company(model, texts) == "any"
+
+
 def company(model: Any, prompts: Sequence[Sequence[int]]) -> Company:
     """Which prompts may share a batch so that each is continued as it is alone.
 
