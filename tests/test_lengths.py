@@ -18,12 +18,14 @@ from transformers import (
 )
 
 import kfade
+from kfade.baselines.elm import Guidance, steered_sample
+from kfade.baselines.losses import Net
 from kfade.batches import Sequence, make_batches
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate, shares_batches
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.gradient import forget_gradient
-from kfade.head import hidden_states
+from kfade.head import hidden_states, read_head
 from kfade.lengths import length_class, no_memory_of_lengths
 from kfade.measure import hidden_reference, mean_objectives
 
@@ -252,3 +254,21 @@ def test_generation_across_the_border_is_that_of_each_prompt_alone(name, batch_t
     )  # fmt: skip
     assert found == expected
     assert len({tuple(tokens) for tokens in expected.values()}) > 4
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope", "gemma3 longrope"])
+def test_elms_continuations_across_the_border_are_those_without_a_cache(name):
+    model = MODELS[name]()
+    prompt, novice, expert = (sequence(n, n).tokens for n in (14, 3, 20))
+    steering = Guidance(expert, novice, (9,), None, None, None, fluent_tokens=8, fluent_eta=1e4)
+    head = read_head(model)
+    with no_memory_of_lengths(model):
+        drawn = steered_sample(Net(model, head, head), prompt, steering)
+
+    def log_p(start, so_far):
+        with torch.no_grad():  # a model that has seen nothing else
+            logits = MODELS[name]()(input_ids=torch.tensor([[*start, *so_far]])).logits[0, -1]
+        return logits.log_softmax(dim=-1)
+
+    for n, token in enumerate(drawn):  # so large an eta leaves one choice
+        assert token == int((log_p(novice, drawn[:n]) - log_p(expert, drawn[:n])).argmax())

@@ -82,7 +82,7 @@ def train(
         max_kl: keep the evaluation that forgets most at no more than this KL, see
             :func:`~kfade.baselines.checkpoint.keep`; the last one when None.
         batch_tokens: positions in one forward pass; a batch is cut into as many as it takes,
-            which does not change its gradient.
+            which does not change its gradient; but what LoRA's dropout drops is drawn a pass.
         start: an interrupted run, to go on from.
         on_evaluation: called with what is needed to go on, and with the update so far; the run
             ends there if it says True.
