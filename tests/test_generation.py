@@ -115,6 +115,7 @@ def test_models_of_other_kinds_say_in_batches_what_they_say_alone(name):
     assert shares_batches(model, zoo.tokenizer()) == (expected_company == "any")
     same_length = "none" if expected_company == "none" else "any"
     assert company(model, [[5, 6, 7], [5, 6, 8]]) == same_length
+    assert company(model.bfloat16(), prompts) == expected_company  # rounding is not taken for it
 
 
 def test_a_model_without_an_attention_mask_gets_no_padding():

@@ -123,19 +123,17 @@ def company(model: Any, prompts: Sequence[Sequence[int]]) -> Company:
     model that reads text from left to right into a state may take padding for text; one whose
     attention is masked does not. Where rounding is large the answer may be too careful.
     """
-    by_length = sorted(prompts, key=len)
     if len(prompts) < 2:
         return "any"
+    shortest, *_, longest = sorted(prompts, key=len)
     window = model_window(model) or PROBE_TOKENS + 1
-    longer = by_length[-1][: min(PROBE_TOKENS, window - 1)]
-    shorter = by_length[0][: max(1, len(longer) // 4)]
-    vocabulary = model.get_input_embeddings().num_embeddings
-    another = [(token + 1) % vocabulary for token in longer]
-    if not _same_in(model, [longer, another]):
+    longer = longest[: min(PROBE_TOKENS, window - 1)]
+    shorter = shortest[: max(1, len(longer) // 4)]
+    if not _is_alone(model, longer, len(longer)):
         return "none"
-    if len(by_length[0]) == len(by_length[-1]):
+    if len(shortest) == len(longest):
         return "any"
-    return "any" if _takes_mask(model) and _same_in(model, [shorter, longer]) else "equal"
+    return "any" if _takes_mask(model) and _is_alone(model, shorter, len(longer)) else "equal"
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class _Writer:
     ) -> list[list[int]]:
         """New tokens of each text, those after an end token included."""
         sampling = {"logits_processor": [_Draw(self.temperature, draws)]}
-        inputs = _left_padded(self.model, texts)
+        inputs = _left_padded(self.model, texts, self.model.generation_config.pad_token_id)
         whole_BT = self.model.generate(
             **inputs,
             max_new_tokens=steps,
@@ -259,20 +257,34 @@ def _groups(
     return groups
 
 
-def _same_in(model: Any, texts: Sequence[Sequence[int]]) -> bool:
-    """Whether the next two tokens of the first text are as likely beside the others as alone."""
-    alone, beside = _first_logits(model, texts[:1]), _first_logits(model, texts)
-    for alone_BV, beside_BV in zip(alone, beside, strict=False):
-        limit = max(1e-4, 4 * torch.finfo(alone_BV.dtype).eps) * alone_BV[0].norm()
-        if not (alone_BV[0] - beside_BV[0]).norm() <= limit:  # NaN differs
-            return False
-    return True
+def _is_alone(model: Any, text: Sequence[int], width: int) -> bool:
+    """Whether the next two tokens of ``text`` are as likely in a batch of that width as alone.
+
+    Two batches of the same shape, with other tokens in all other places, differ by less rounding
+    than a text alone and in a batch: they show what leaks from those tokens, the first also what
+    padding does whatever is in it.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    beside = [[(token + shift) % vocabulary for token in range(width)] for shift in (3, 5)]
+    pads = [model.generation_config.pad_token_id, (text[0] + 1) % vocabulary]
+    alone = _first_logits(model, [text], pads[0])
+    one, other = (_first_logits(model, [text, b], p) for b, p in zip(beside, pads, strict=True))
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    return _close(alone, one, max(1e-4, 16 * eps)) and _close(one, other, max(1e-4, 4 * eps))
 
 
-def _first_logits(model: Any, texts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+def _close(some: Sequence[Tensor], others: Sequence[Tensor], limit: float) -> bool:
+    """Whether the first rows of logits [B, V] differ by no more than ``limit`` of their length."""
+    return all(
+        bool((one_BV[0] - other_BV[0]).norm() <= limit * one_BV[0].norm())  # NaN differs
+        for one_BV, other_BV in zip(some, others, strict=False)
+    )
+
+
+def _first_logits(model: Any, texts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, ...]:
     """Logits [B, V] of the next two tokens, the second by the cache where the model has one."""
     return model.generate(
-        **_left_padded(model, texts),
+        **_left_padded(model, texts, pad),
         max_new_tokens=2,
         do_sample=False,
         output_logits=True,
@@ -280,11 +292,11 @@ def _first_logits(model: Any, texts: Sequence[Sequence[int]]) -> tuple[Tensor, .
     ).logits
 
 
-def _left_padded(model: Any, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def _left_padded(model: Any, texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
     """Tokens [B, T] and the mask of the padding, where the model takes one."""
     device = next(model.parameters()).device
     width = max(map(len, texts))
-    tokens_BT = torch.full((len(texts), width), model.generation_config.pad_token_id)
+    tokens_BT = torch.full((len(texts), width), pad)
     mask_BT = torch.zeros_like(tokens_BT)
     for row, text in enumerate(texts):
         tokens_BT[row, width - len(text) :] = torch.tensor(text)
