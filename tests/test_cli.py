@@ -216,7 +216,8 @@ def test_check_passes_on_a_sound_model(setup, capsys):
     assert code == 0
     names = [finding["name"] for finding in result["findings"]]
     assert names == [
-        *("targets", "padding and batch size", "exact quadratic form", "fitted curvature")
+        *("targets", "padding and batch size", "batched generation"),
+        *("exact quadratic form", "fitted curvature"),
     ]
 
 

@@ -8,10 +8,24 @@ import pytest
 import torch
 import zoo
 from helpers import greedy
-from transformers import GenerationConfig
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from kfade.errors import InputError
-from kfade.evaluate.generation import end_tokens, generate, generate_texts
+from kfade.evaluate.generation import company, end_tokens, generate, generate_texts, shares_batches
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 5, 9, 30]]
 END = 2
@@ -38,6 +52,86 @@ def test_a_padded_batch_says_what_each_prompt_alone_says(family, batch_tokens):
     expected = {i: greedy(model, p, [END, 20, 21, 22], 8) for i, p in enumerate(PROMPTS)}
     assert found == expected
     assert len({tuple(tokens) for tokens in expected.values()}) > 1  # the prompts matter
+
+
+SMALL = {"vocab_size": zoo.VOCABULARY, "hidden_size": zoo.WIDTH, "num_hidden_layers": 2}
+OTHERS = {  # model, and which prompts may share a batch
+    "a state that is masked": (
+        lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, initializer_range=0.3)),
+        "any",
+    ),
+    "a state that sees padding": (
+        lambda: RecurrentGemmaForCausalLM(
+            RecurrentGemmaConfig(
+                **{**SMALL, "num_hidden_layers": 3},
+                num_attention_heads=2,
+                head_dim=8,
+                intermediate_size=24,
+                lru_width=zoo.WIDTH,
+                attention_window_size=zoo.WINDOW,
+                logits_soft_cap=1e6,
+            )
+        ),
+        "equal",
+    ),
+    "a cache that mixes rows": (
+        lambda: RwkvForCausalLM(RwkvConfig(**SMALL, attention_hidden_size=zoo.WIDTH)),
+        "none",
+    ),
+    "alibi": (
+        lambda: BloomForCausalLM(BloomConfig(**SMALL, n_head=2, initializer_range=0.3)),
+        "any",
+    ),
+    "no cache": (
+        lambda: OpenAIGPTLMHeadModel(
+            OpenAIGPTConfig(
+                vocab_size=zoo.VOCABULARY,
+                n_embd=zoo.WIDTH,
+                n_layer=2,
+                n_head=2,
+                n_positions=64,
+                initializer_range=0.3,
+            )
+        ),
+        "any",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_kinds_say_in_batches_what_they_say_alone(name):
+    build, expected_company = OTHERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build().eval()
+    prompts = [*PROMPTS, [5, 6, 8], [30, 29], list(range(5, 25))]
+    model.generation_config.eos_token_id = None
+    expected = {i: greedy(model, p, [END], 8) for i, p in enumerate(prompts)}
+    assert len({tuple(tokens) for tokens in expected.values()}) > 1
+    assert continued(model, prompts, max_new_tokens=8) == expected
+    model.generation_config.pad_token_id = END  # the one that generation pads with
+    assert company(model, prompts) == expected_company
+    assert company(model, prompts[:1]) == "any"
+    assert shares_batches(model, zoo.tokenizer()) == (expected_company == "any")
+    same_length = "none" if expected_company == "none" else "any"
+    assert company(model, [[5, 6, 7], [5, 6, 8]]) == same_length
+    assert company(model.bfloat16(), prompts) == expected_company  # rounding is not taken for it
+
+
+def test_a_model_without_an_attention_mask_gets_no_padding():
+    class Unmasked(LlamaForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+            assert kwargs.pop("attention_mask", None) is None
+            return super().forward(
+                input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+            )
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Unmasked(LlamaConfig(**zoo.GROUPED)).eval()
+    model.generation_config.eos_token_id = None
+    expected = {i: greedy(model, p, [END], 8) for i, p in enumerate(PROMPTS)}
+    assert continued(model, max_new_tokens=8) == expected
 
 
 def test_a_continuation_ends_with_its_end_token():
@@ -119,3 +213,18 @@ def test_the_models_window_ends_a_continuation_but_not_its_neighbours():
 
 def test_no_prompts_no_texts():
     assert generate_texts(zoo.tiny("llama"), zoo.tokenizer(), [], max_new_tokens=9) == []
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_the_others():
+    model = zoo.tiny("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = [20]
+    options = {"max_new_tokens": 9, "temperature": 1.5, "seed": 7}
+    prompts = [*PROMPTS, PROMPTS[0]]
+    together = continued(model, prompts, **options)
+    assert continued(model, prompts, batch_tokens=1, **options) == together
+    assert continued(model, prompts, batch_tokens=40, **options) == together
+    for i, prompt in enumerate(PROMPTS):
+        assert continued(model, [prompt], **options) == {0: together[i]}
+    backwards = continued(model, PROMPTS[::-1], **options)
+    assert [backwards[len(PROMPTS) - 1 - i] for i in range(5)] == [together[i] for i in range(5)]
+    assert together[5] != together[0]  # the same prompt again is drawn for anew

@@ -237,6 +237,9 @@ def test_a_resumed_evaluation_draws_the_same(tmp_path, monkeypatch):
             cut.add(key, **whole.items[key])
         answer_questions(model, tokenizer, questions, cut, **options)
     assert cut.items == whole.items
+    with ItemLog(tmp_path / "other.jsonl", {}) as other:  # nor do the other questions matter
+        answer_questions(model, tokenizer, [questions[3], questions[1]], other, **options)
+    assert other.items == {key: whole.items[key] for key in ("0/3", "0/1")}
 
 
 def test_without_a_chat_template_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):

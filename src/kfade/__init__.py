@@ -15,6 +15,7 @@ from kfade.curvature.fit import fit_diagonal, fit_ekfac, fit_identity, fit_kfac
 from kfade.errors import InputError
 from kfade.examples import load_examples
 from kfade.layers import find_targets
+from kfade.lengths import length_class
 from kfade.models import load_model
 from kfade.objectives import cross_entropy, margin
 from kfade.sequences import encode
@@ -23,7 +24,8 @@ from kfade.update import Update
 
 __all__ = [
     # data and models
-    "load_model", "load_examples", "encode", "make_batches", "find_targets",
+    "load_model", "load_examples", "encode", "make_batches", "length_class",
+    "find_targets",
     # curvature
     "fit_identity", "fit_diagonal", "fit_kfac", "fit_ekfac", "Curvature", "EigenBlock",
     "sampled_labels", "square_root_draw",

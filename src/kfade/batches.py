@@ -7,9 +7,11 @@ and is scored on token t + 1.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,20 +59,29 @@ class Batch:
 
 
 def make_batches(
-    sequences: SequenceOf[Sequence], *, budget: int = 4096, device: torch.device | str = "cpu"
+    sequences: SequenceOf[Sequence],
+    *,
+    budget: int = 4096,
+    device: torch.device | str = "cpu",
+    group: Callable[[int], Hashable] = lambda positions: None,
 ) -> list[Batch]:
     """Batches of at most ``budget`` positions (but at least one sequence), longest first.
 
     Sorted by length, so there is little padding; longest first, so that a batch too large for the
     memory fails at once.
+
+    Args:
+        group: live positions of a sequence -> what sequences of one batch have in common; of a
+            model, :func:`~kfade.lengths.length_class`.
     """
     order = sorted(range(len(sequences)), key=lambda i: -sequences[i].live)
-    batches, start = [], 0
-    while start < len(order):
-        longest = sequences[order[start]].live
-        count = max(1, budget // longest)
-        batches.append(_collate(sequences, order[start : start + count], device))
-        start += count
+    batches = []
+    for _, own in groupby(order, key=lambda i: group(sequences[i].live)):
+        left = list(own)
+        while left:
+            count = max(1, budget // sequences[left[0]].live)
+            batches.append(_collate(sequences, left[:count], device))
+            left = left[count:]
     return batches
 
 

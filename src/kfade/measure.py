@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kfade import distributed
 from kfade.batches import Batch
 from kfade.head import Head, hidden_states, read_head
+from kfade.lengths import refuse_mixed
 from kfade.models import frozen
 from kfade.objectives import Objective, cross_entropy
 from kfade.progress import track
@@ -41,6 +42,7 @@ class Reference:
 
 def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
     """What ``model`` computes on ``batches`` now, to compare an edited model with."""
+    refuse_mixed(model, batches)
     with frozen(model), torch.no_grad():
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.missing(model, len(own))
@@ -57,6 +59,7 @@ def mean_objectives(
     model: nn.Module, batches: Sequence[Batch], objectives: Sequence[Objective]
 ) -> list[float]:
     """Mean of each objective per loss token, from one pass; for cross-entropy, nats."""
+    refuse_mixed(model, batches)
     totals = [0.0 for _ in objectives]
     with frozen(model), torch.no_grad():
         head = read_head(model)

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfade.errors import InputError
+from kfade.lengths import no_memory_of_lengths
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -110,7 +111,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         model.requires_grad_(False)
-        yield
+        with no_memory_of_lengths(model):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -25,6 +25,7 @@ from kfade.errors import InputError
 from kfade.gradient import forget_gradient
 from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
+from kfade.lengths import length_class
 from kfade.objectives import Objective, cross_entropy
 from kfade.progress import track
 from kfade.refine import refined_steps
@@ -95,7 +96,8 @@ def sweep(
         )
     ]
     forget_batches, measured, refining, held = (
-        make_batches(s, budget=batch_tokens, device=device) for s in (*drawn, held_out)
+        make_batches(s, budget=batch_tokens, device=device, group=length_class(model))
+        for s in (*drawn, held_out)
     )
     with stage("check"):
         scale = _Scale(model, held, measured)

@@ -23,6 +23,7 @@ from kfade.errors import InputError
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.layers import Target, digest_weights, find_targets, parameter_names
+from kfade.lengths import length_class
 from kfade.measure import (
     Reference,
     TokenLosses,
@@ -115,7 +116,12 @@ def unlearn(
     _check_data(forget, retain, held_out)
     _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
     targets = list(targets) if targets is not None else find_targets(model)
-    batches_of = partial(make_batches, budget=batch_tokens, device=targets[0].weight.device)
+    batches_of = partial(
+        make_batches,
+        budget=batch_tokens,
+        device=targets[0].weight.device,
+        group=length_class(model),
+    )
 
     def drawn(sequences: Sequence[Tokens], count: int | None, index: int) -> list[Batch]:
         chosen = draw_without_replacement(len(sequences), count, index, seed)

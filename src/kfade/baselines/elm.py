@@ -32,6 +32,7 @@ from kfade.baselines.losses import Net, Rows, Term, at_loss_tokens, token_nll, t
 from kfade.batches import Batch, make_batches
 from kfade.errors import InputError
 from kfade.head import Head, hidden_states
+from kfade.lengths import length_class
 from kfade.sequences import Sequence as Tokens
 
 
@@ -86,7 +87,8 @@ def fluency(guidance: Guidance, weight: float) -> Term:
 
     def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
         device = batch.input_BT.device
-        pieces = make_batches(continued(rows), budget=batch.positions, device=device)
+        group = length_class(net.model)
+        pieces = make_batches(continued(rows), budget=batch.positions, device=device, group=group)
         return torch.cat([token_nll(net, piece) for piece in pieces])
 
     def count(batch: Batch, rows: Rows) -> int:
@@ -136,12 +138,17 @@ def steered_sample(net: Net, prompt: Sequence[int], guidance: Guidance) -> list[
     device = next(net.model.parameters()).device
     key = hashlib.sha256(repr((guidance.seed, *prompt)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    feeds = [list(prompt), list(guidance.novice), list(guidance.expert)]
+    texts = [list(prompt), list(guidance.novice), list(guidance.expert)]
     caches: list[Any] = [None, None, None]
+    group = length_class(net.model)
     drawn: list[int] = []
     while len(drawn) < guidance.fluent_tokens and (not drawn or drawn[-1] != guidance.eos):
         logs = []
-        for i, feed in enumerate(feeds):
+        for i, text in enumerate(texts):
+            text += drawn[-1:]
+            if group(len(text)) != group(len(text) - 1):
+                caches[i] = None  # what it holds was computed at other rotary frequencies
+            feed = text if caches[i] is None else text[-1:]
             output = net.model.base_model(
                 input_ids=torch.tensor([feed], device=device),
                 past_key_values=caches[i],
@@ -152,7 +159,6 @@ def steered_sample(net: Net, prompt: Sequence[int], guidance: Guidance) -> list[
         steered = logs[0] + guidance.fluent_eta * (logs[1] - logs[2])
         p_V = steered.softmax(dim=-1).cpu()
         drawn.append(int(torch.multinomial(p_V, 1, generator=generator)))
-        feeds = [[drawn[-1]]] * 3
     return drawn
 
 

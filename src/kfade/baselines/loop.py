@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from kfade.baselines.gauge import Gauge
 from kfade.baselines.losses import Net, Term
 from kfade.baselines.references import Drawn, References
 from kfade.baselines.weights import Trainable
-from kfade.batches import draw_without_replacement, make_batches
+from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.errors import InputError
 from kfade.head import read_head
 from kfade.layers import digest_weights
+from kfade.lengths import length_class
 from kfade.progress import track
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import digest_sequences
@@ -81,7 +83,7 @@ def train(
         max_kl: keep the evaluation that forgets most at no more than this KL, see
             :func:`~kfade.baselines.checkpoint.keep`; the last one when None.
         batch_tokens: positions in one forward pass; a batch is cut into as many as it takes,
-            which does not change its gradient.
+            which does not change its gradient; but what LoRA's dropout drops is drawn a pass.
         start: an interrupted run, to go on from.
         on_evaluation: called with what is needed to go on, and with the update so far; the run
             ends there if it says True.
@@ -93,14 +95,17 @@ def train(
     device = next(model.parameters()).device
     sets = {"forget": forget, "retain": retain}
     provenance = _provenance(model, trainable, forget, retain, held_out)
+    batches_of = partial(
+        make_batches, budget=batch_tokens, device=device, group=length_class(model)
+    )
     with trainable.training():
         net = _net(model, trainable)
         with stage("check"):
             measured = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, seed)
             gauge = Gauge(
                 net,
-                make_batches([forget[i] for i in measured], budget=batch_tokens, device=device),
-                make_batches(held_out, budget=batch_tokens, device=device),
+                batches_of([forget[i] for i in measured]),
+                batches_of(held_out),
             )
         optimizer = _optimizer(trainable, settings)
         if start is None:
@@ -117,7 +122,7 @@ def train(
             with stage("train"):
                 trainable.reseed(seed * 1_000_003 + step)
                 loss = sum(
-                    _backward(net, terms, trainable, references, sets, drawn, batch_tokens)
+                    _backward(net, terms, trainable, references, sets, drawn, batches_of)
                     for drawn in _draw(sets, settings, step, seed)
                 )
                 losses.append(_finite(loss / settings.accumulate, step))
@@ -161,15 +166,14 @@ def _backward(
     references: References,
     sets: dict[str, Sequence[Tokens]],
     drawn: Drawn,
-    batch_tokens: int,
+    batches_of: Callable[[Sequence[Tokens]], list[Batch]],
 ) -> float:
-    """Add a batch's gradient to that of ``trainable``, ``batch_tokens`` at a time; its loss."""
+    """Add a batch's gradient to that of ``trainable``, in batches of ``batches_of``; its loss."""
     device = next(net.model.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float64)
     for number, term in enumerate(terms):
         own = drawn[term.on]
-        sequences = [sets[term.on][i] for i in own]
-        pieces = make_batches(sequences, budget=batch_tokens, device=device)
+        pieces = batches_of([sets[term.on][i] for i in own])
         rows = [references.rows(number, [own[i] for i in p.id_B.tolist()]) for p in pieces]
         count = sum(term.count(p, r) for p, r in zip(pieces, rows, strict=True))
         for piece, known in zip(pieces, rows, strict=True):

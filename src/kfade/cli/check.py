@@ -15,9 +15,12 @@ from kfade.cli.session import Loaded, console, load, read_source, session, show,
 from kfade.config import RunConfig, override
 from kfade.curvature.product import quadratic_form
 from kfade.demo.data import data_file
+from kfade.evaluate.generation import generate
+from kfade.evaluate.tokens import log_likelihoods
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.layers import find_targets
+from kfade.lengths import length_class
 from kfade.measure import hidden_reference, mean_divergence
 from kfade.models import frozen, model_window
 from kfade.objectives import margin
@@ -29,6 +32,8 @@ from kfade.update import Update
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
 SMALL_KL = 1e-4  # nats: large against rounding, small against the third order
+SHORT, BEYOND = 10, 32  # tokens of a short sequence; of a long one, beyond where lengths matter
+PROMPTS, NEW_TOKENS = (2, 20, 5, 9, 20), 8  # lengths of prompts; two are the same
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,10 @@ def check(
 ) -> None:
     """Check in about a minute that MODEL can be unlearned with, on a few short texts.
 
-    That the targets are found; that padding and batch size do not change the gradients; how the
-    predicted, the exact-quadratic and the measured KL of a small step relate. Exit code 1 if one
-    of them fails.
+    That the targets are found; that padding and batch size do not change the gradients, nor what
+    is generated; where the length of a sequence matters, that others' does not; how the predicted,
+    the exact-quadratic and the measured KL of a small step relate. Exit code 1 if one of them
+    fails.
     """
     given = {name: value for name, value in locals().items() if name != "json"}
     run = override(RunConfig(), **given, template="plain")
@@ -70,7 +76,8 @@ def check(
         run = override(run, sequence_length=length)
         texts = [example for example in examples if example.text] or examples
         tokens = to_tokens(texts[: 4 * SEQUENCES], loaded, run.data)[:SEQUENCES]
-        findings = [_targets(loaded), _padding(loaded, tokens)]
+        findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
+        findings.append(_generation(loaded, tokens))
         few = _few_blocks(loaded, run)
         findings += _small_step(few, tokens, fit, draw, run.seed)
     result: dict[str, Any] = {
@@ -100,20 +107,99 @@ def _padding(loaded: Loaded, tokens: list[Tokens]) -> Finding:
     device = loaded.targets[0].weight.device
     results = []
     for budget in (1, 10**9):
-        batches = make_batches(cut, budget=budget, device=device)
+        group = length_class(loaded.model)
+        batches = make_batches(cut, budget=budget, device=device, group=group)
         results.append(forget_gradient(loaded.model, batches, loaded.targets, margin))
     alone, together = results
     difference = sum((alone[n] - together[n]).square().sum().item() for n in alone) ** 0.5
     size = sum(alone[n].square().sum().item() for n in alone) ** 0.5
-    dtype = loaded.targets[0].weight.dtype
-    # Rounding grows with depth: a thousand units in the last place is usual, a wrong mask is O(1).
-    limit = max(1e-3, 16 * torch.finfo(dtype).eps)
+    limit = _rounding(loaded)
     return Finding(
         "padding and batch size",
         difference <= limit * size,
         f"gradients of {len(cut)} sequences alone and in one padded batch differ by "
         f"{difference / size:.1e} (limit {limit:.0e})",
     )
+
+
+def _rounding(loaded: Loaded) -> float:
+    """What rounding may do to a number relative to its size, or to a log-probability in nats.
+
+    It grows with depth: a thousand units in the last place is usual, a wrong mask is O(1).
+    """
+    return max(1e-3, 16 * torch.finfo(loaded.targets[0].weight.dtype).eps)
+
+
+def _lengths(loaded: Loaded, tokens: list[Tokens]) -> list[Finding]:
+    """Log-likelihoods of sequences on both sides of where the rotary frequencies change: alone,
+    together, and after longer ones; nothing for a model where they do not."""
+    borders = length_class(loaded.model).borders
+    if not borders:
+        return []
+    stream = [token for sequence in tokens for token in sequence.tokens]
+    lengths = [min(SHORT, borders[0]), borders[-1] + BEYOND // 2, borders[-1] + BEYOND]
+    sequences = []
+    for length in lengths:
+        text = (stream * (length // len(stream) + 1))[:length]
+        sequences.append(Tokens(tuple(text), (False,) + (True,) * (length - 1)))
+    rising = [log_likelihoods(loaded.model, [one])[0] for one in sequences]
+    together = log_likelihoods(loaded.model, sequences, batch_tokens=10**9)
+    falling = [log_likelihoods(loaded.model, [one])[0] for one in sequences[::-1]][::-1]
+    difference = max(
+        (max(values) - min(values)) / one.loss_tokens
+        for one, *values in zip(sequences, rising, together, falling, strict=True)
+    )
+    limit = _rounding(loaded)
+    return [
+        Finding(
+            "sequence length",
+            difference <= limit,
+            f"the model's rotary frequencies change beyond {', '.join(map(str, borders))} "
+            f"positions; log-likelihoods of {lengths[0]}, {lengths[1]} and {lengths[2]} tokens "
+            f"alone, together and after longer ones differ by {difference:.1e} nats per token "
+            f"(limit {limit:.0e})",
+        )
+    ]
+
+
+def _generation(loaded: Loaded, tokens: list[Tokens]) -> Finding:
+    """Greedy continuations of prompts of several lengths, together and one by one."""
+    name = "batched generation"
+    whole = [tokens[i % len(tokens)].tokens for i in range(len(PROMPTS))]
+    longest = max(1, (model_window(loaded.model) or LENGTH) - NEW_TOKENS)
+    prompts = [text[: min(length, longest)] for text, length in zip(whole, PROMPTS, strict=True)]
+    said: list[dict[int, list[int]]] = [{}, {}]
+    for found, budget in zip(said, (10**9, 1), strict=True):
+        options = {"max_new_tokens": NEW_TOKENS, "batch_tokens": budget}
+        try:
+            generate(loaded.model, loaded.tokenizer, prompts, found.__setitem__, **options)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            words = (str(error).splitlines() or [""])[0]
+            return Finding(name, False, f"it fails: {type(error).__name__}: {words}")
+    together, alone = said
+    gaps = [
+        _gap(loaded, prompt, together[i], alone[i])
+        for i, prompt in enumerate(prompts)
+        if together[i] != alone[i]
+    ]
+    limit = _rounding(loaded)
+    text = f"{len(prompts)} prompts continued in batches and one by one: "
+    text += f"{len(prompts) - len(gaps)} alike"
+    if gaps:
+        text += (
+            f", the others apart where the two tokens' log-probabilities differ by up to "
+            f"{max(gaps):.1e} nats (a tie up to {limit:.0e})"
+        )
+    return Finding(name, all(gap <= limit for gap in gaps), text)
+
+
+def _gap(loaded: Loaded, prompt: tuple[int, ...], one: list[int], other: list[int]) -> float:
+    """Between the log-probabilities of the first tokens in which two continuations differ."""
+    place = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    texts = [(*prompt, *said[: place + 1]) for said in (one, other)]
+    last = [Tokens(text, (False,) * (len(text) - 1) + (True,)) for text in texts]
+    first, second = log_likelihoods(loaded.model, last)
+    return abs(first - second)
 
 
 def _few_blocks(loaded: Loaded, run: RunConfig) -> Loaded:
@@ -133,7 +219,8 @@ def _few_blocks(loaded: Loaded, run: RunConfig) -> Loaded:
 def _small_step(few: Loaded, tokens: list[Tokens], fit, draw, seed: int) -> list[Finding]:
     """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences."""
     model, targets = few.model, few.targets
-    batches = make_batches(tokens, device=targets[0].weight.device)
+    group = length_class(model)
+    batches = make_batches(tokens, device=targets[0].weight.device, group=group)
     with stage("fit"):
         curvature = fit(model, batches, targets, draw=draw, seed=seed)
     gradient = forget_gradient(model, batches[-1:], targets, margin)

@@ -46,6 +46,7 @@ from kfade.evaluate.divergence import (
     token_strings,
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
+from kfade.lengths import length_class
 from kfade.models import load_skeleton, load_tokenizer, model_window
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import digest_sequences
@@ -215,7 +216,8 @@ def _completions(
 
 def _groups(base: Subject, texts: Sequence[Tokens], batch_tokens: int) -> list[list[Batch]]:
     device = next(base.model.parameters()).device
-    return grouped(make_batches(texts, budget=batch_tokens, device=device))
+    group = length_class(base.model)
+    return grouped(make_batches(texts, budget=batch_tokens, device=device, group=group))
 
 
 def _in_memory(base: Subject, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:

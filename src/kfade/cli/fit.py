@@ -16,6 +16,7 @@ from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
+from kfade.lengths import length_class
 from kfade.run_dir import RunDir
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import digest_sequences
@@ -73,7 +74,12 @@ def fit(
         spread(run.model, loaded.model)
         sequences = to_tokens(examples, loaded, run.data)
         weight = loaded.targets[0].weight
-        batches = make_batches(sequences, budget=run.data.batch_tokens, device=weight.device)
+        batches = make_batches(
+            sequences,
+            budget=run.data.batch_tokens,
+            device=weight.device,
+            group=length_class(loaded.model),
+        )
         with stage("fit"):
             curvature = fit_function(
                 loaded.model,

@@ -21,6 +21,7 @@ from kfade.curvature.capture import capture
 from kfade.errors import InputError
 from kfade.head import Head, hidden_states, read_head
 from kfade.layers import Target
+from kfade.lengths import refuse_mixed
 from kfade.models import frozen
 from kfade.progress import track
 
@@ -87,8 +88,10 @@ def run_pass(
     """Add this process's share of ``batches`` to ``sums``.
 
     Raises:
-        InputError: NaN or Inf in what a layer reads or passes back; names the layer.
+        InputError: NaN or Inf in what a layer reads or passes back; names the layer. A batch of
+            sequences that the model treats unlike when alone.
     """
+    refuse_mixed(model, batches)
     own = distributed.share(batches, lambda batch: batch.positions)
     own += [batches[-1].silenced()] * distributed.missing(model, len(own))  # in step with others
     done = keeper.load(sums.tensors()) if keeper is not None else 0

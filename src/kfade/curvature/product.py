@@ -23,6 +23,7 @@ from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import tangents, transpose_product
 from kfade.head import Head, read_head
 from kfade.layers import Target
+from kfade.lengths import refuse_mixed
 from kfade.models import frozen
 from kfade.progress import track
 
@@ -34,6 +35,7 @@ def quadratic_form(
     delta: Mapping[str, Tensor],
 ) -> float:
     """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0."""
+    refuse_mixed(model, batches)
     total = 0.0
     with frozen(model):
         head = read_head(model)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
+from kfade.evaluate.generation import shares_batches
+from kfade.models import frozen
 
 
 def check_installed() -> None:
@@ -32,7 +34,7 @@ def run_tasks(
     Args:
         task_folder: a folder with tasks of one's own, in lm-eval's YAML.
         limit: items of each task.
-        batch_size: sequences in one forward pass.
+        batch_size: sequences in one forward pass; 1 for a model that sees what is beside them.
 
     Raises:
         InputError: the package is missing, a task is unknown, its data cannot be loaded.
@@ -51,16 +53,19 @@ def run_tasks(
             f"--tasks {','.join(tasks)}: could not be loaded ({reason}); check the names with "
             "lm-eval ls tasks, and that their data are there or the hub can be reached"
         ) from None
-    found = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    if not shares_batches(model, tokenizer):
+        batch_size = 1
+    with frozen(model):
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     assert found is not None  # None on ranks other than the first
     items = {}
     for task, samples in found["samples"].items():

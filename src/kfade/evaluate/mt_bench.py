@@ -106,7 +106,8 @@ def answer_questions(
 ) -> None:
     """Answer what ``log`` does not hold yet, a block of questions at a time.
 
-    A block that was cut off is answered anew as a whole, so a resumed evaluation draws the same.
+    A block that was cut off is answered anew as a whole, so that a resumed evaluation runs the same
+    batches. What is drawn for a question depends on it, the run and the seed, not on the others.
 
     Args:
         chat: use a chat template; None: if there is one. Without, ``Question: `` and
@@ -118,7 +119,7 @@ def answer_questions(
     """
     plain = not (template or ChatTemplate()).used_by(tokenizer, chat)
     work = [(run, block) for run in range(runs) for block in _blocks(questions)]
-    for number, (run, block) in enumerate(track(work, "answers", lambda w: len(w[1]))):
+    for run, block in track(work, "answers", lambda w: len(w[1])):
         if all(f"{run}/{question.id}" in log.items for question in block):
             continue
         answers: list[list[str]] = [[] for _ in block]
@@ -135,7 +136,7 @@ def answer_questions(
                 max_new_tokens=max_new_tokens,
                 batch_tokens=batch_tokens,
                 temperature=block[0].temperature,
-                seed=seed * 1_000_003 + number * 101 + turn,
+                seed=seed * 1_000_003 + run * 101 + turn,
             )
             for i, text in zip(asked, texts, strict=True):
                 answers[i].append((text.split(NEXT_QUESTION)[0] if plain else text).strip())

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from kfade.evaluate.divergence import Outputs, divergences, outputs
 from kfade.evaluate.questions import Question
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.head import Head, hidden_states, read_head
+from kfade.lengths import length_class
 from kfade.models import frozen, model_window
 from kfade.objectives import cross_entropy
 from kfade.progress import track
@@ -112,7 +114,9 @@ class Examination:
         self._forget, self._questions, self._tokenizer = forget, questions, tokenizer
         self._batch_tokens, self._seed = batch_tokens, seed
         device = next(model.parameters()).device
-        self._held_out = make_batches(held_out, budget=batch_tokens, device=device)
+        self._held_out = make_batches(
+            held_out, budget=batch_tokens, device=device, group=length_class(model)
+        )
         self._base: Outputs | None = None
         if held_out:
             found = outputs(model, self._held_out, "base model")
@@ -251,6 +255,9 @@ def fine_tune(
     if not sequences:
         raise InputError("there is nothing to fine-tune on: give at least one sequence")
     device = next(model.parameters()).device
+    batches_of = partial(
+        make_batches, budget=tuning.batch_tokens, device=device, group=length_class(model)
+    )
     with frozen(model), _all_trainable(model) as pairs:
         with torch.no_grad():
             head = read_head(model)
@@ -264,10 +271,7 @@ def fine_tune(
         for step in track(range(tuning.steps), "fine-tuning"):
             on_step(step)
             drawn = draw_without_replacement(len(sequences), tuning.batch, step, tuning.seed)
-            batches = make_batches(
-                [sequences[i] for i in drawn], budget=tuning.batch_tokens, device=device
-            )
-            loss = _accumulate(model, head, batches, pairs)
+            loss = _accumulate(model, head, batches_of([sequences[i] for i in drawn]), pairs)
             if not math.isfinite(loss):
                 raise InputError(
                     f"the loss is not finite at step {step} of fine-tuning: lower --lr, or give "

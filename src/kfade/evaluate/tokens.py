@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kfade.batches import Batch, make_batches
 from kfade.errors import InputError
 from kfade.head import hidden_states, read_head
+from kfade.lengths import length_class
 from kfade.models import frozen
 from kfade.progress import track
 from kfade.sequences import Sequence as Tokens
@@ -44,7 +45,7 @@ def token_values(
         InputError: the model's outputs are not finite.
     """
     device = next(model.parameters()).device
-    batches = make_batches(sequences, budget=batch_tokens, device=device)
+    batches = make_batches(sequences, budget=batch_tokens, device=device, group=length_class(model))
     with frozen(model), torch.no_grad():
         head = read_head(model)
         for batch in track(batches, name, lambda b: b.positions):

@@ -1,0 +1,103 @@
+"""What ``kfade check`` finds of a model's numbers in company, with models that it must fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from test_generation import OTHERS
+from test_lengths import MODELS
+
+import kfade
+from kfade.cli.check import _generation, _lengths, _padding
+from kfade.cli.session import Loaded
+from kfade.lengths import LengthClass, no_memory_of_lengths
+
+TOKENS = zoo.sequences((31, 28, 30, 27))
+
+
+def loaded(model) -> Loaded:
+    model.generation_config.eos_token_id = None
+    return Loaded(model, zoo.tokenizer(), kfade.find_targets(model))
+
+
+def test_sound_models_pass():
+    sound = loaded(zoo.tiny("llama", dtype=torch.float32))
+    assert _padding(sound, TOKENS).passed
+    found = _generation(sound, TOKENS)
+    assert found.passed
+    assert found.text == "5 prompts continued in batches and one by one: 5 alike"
+    assert _lengths(sound, TOKENS) == []
+
+
+def first_come(module, args, output):
+    """An expert that takes no more than 12 tokens of a batch and drops the rest."""
+    rows = output.flatten(0, 1)
+    return (rows * (torch.arange(len(rows)) < 12)[:, None]).view_as(output)
+
+
+def over_the_batch(module, args, output):
+    """A normalisation by the batch's own scale."""
+    return output / output.detach().std()
+
+
+@pytest.mark.parametrize("hook", [first_come, over_the_batch])
+def test_a_block_that_sees_the_whole_batch_fails(hook):
+    model = zoo.tiny("llama", dtype=torch.float32)
+    found = loaded(model)
+    model.model.layers[1].mlp.register_forward_hook(hook)
+    padding = _padding(found, TOKENS)
+    assert not padding.passed
+    assert "alone and in one padded batch differ" in padding.text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lengths_on_both_sides_pass(name):
+    (found,) = _lengths(loaded(MODELS[name]()), TOKENS)
+    assert found.passed
+    assert "change beyond 16 positions; log-likelihoods of 10, 32 and 48 tokens" in found.text
+
+
+@pytest.mark.parametrize("name", ["dynamic", "phi3"])
+def test_lengths_in_one_batch_fail(name, monkeypatch):
+    monkeypatch.setattr("kfade.evaluate.tokens.length_class", lambda model: LengthClass())
+    (found,) = _lengths(loaded(MODELS[name]()), TOKENS)
+    assert not found.passed
+
+
+def test_frequencies_that_are_remembered_fail(monkeypatch):
+    monkeypatch.setattr("kfade.lengths._is_dynamic", lambda module: False)
+    model = MODELS["dynamic"]()
+    with no_memory_of_lengths(model):
+        (found,) = _lengths(loaded(model), TOKENS)
+    assert not found.passed
+
+
+@pytest.mark.parametrize("name", ["a state that sees padding", "a cache that mixes rows"])
+def test_generation_in_batches_that_differ_fails(name, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OTHERS[name][0]().eval()
+    model.generation_config.eos_token_id = None
+    found = Loaded(model, zoo.tokenizer(), [zoo_target()])
+    assert _generation(found, TOKENS).passed
+    monkeypatch.setattr("kfade.evaluate.generation.company", lambda model, prompts: "any")
+    apart = _generation(found, TOKENS)
+    assert not apart.passed
+    assert "the others apart where the two tokens' log-probabilities differ by up to" in apart.text
+
+
+def zoo_target():
+    return kfade.find_targets(zoo.tiny("llama", dtype=torch.float32))[0]  # only its dtype is read
+
+
+def test_generation_that_fails_is_told_in_the_librarys_words(monkeypatch):
+    model = zoo.tiny("llama", dtype=torch.float32)
+
+    def broken(*args, **kwargs):
+        raise ValueError("no cache of this kind\nmore")
+
+    monkeypatch.setattr(model, "generate", broken)
+    found = _generation(loaded(model), TOKENS)
+    assert not found.passed
+    assert found.text == "it fails: ValueError: no cache of this kind"

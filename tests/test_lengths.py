@@ -1,0 +1,275 @@
+"""Models whose rotary frequencies follow the length of the batch: numbers that do not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import zoo
+from helpers import greedy
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import kfade
+from kfade.baselines.elm import Guidance, steered_sample
+from kfade.baselines.losses import Net
+from kfade.batches import make_batches
+from kfade.errors import InputError
+from kfade.evaluate.generation import generate, shares_batches
+from kfade.evaluate.tokens import log_likelihoods
+from kfade.gradient import forget_gradient
+from kfade.head import hidden_states, read_head
+from kfade.lengths import length_class, no_memory_of_lengths
+from kfade.measure import hidden_reference, mean_objectives
+from kfade.sequences import Sequence
+
+TRAINED = 16
+HALF = zoo.WIDTH // 2 // 2  # frequencies of a head
+LONG = {"short_factor": [1.0] * HALF, "long_factor": [8.0] * HALF}
+PHI3_HALF = 4
+
+
+def tiny(build) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return build().eval()
+
+
+def llama(window: int = 64, **rope):
+    shape = {**zoo.GROUPED, "max_position_embeddings": window}
+    return tiny(lambda: LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope)))
+
+
+def dynamic(window: int = TRAINED):
+    return llama(window, rope_type="dynamic", factor=8.0, rope_theta=10.0)
+
+
+def longrope(**more):
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, **LONG, **more}
+    return llama(original_max_position_embeddings=TRAINED, **rope)
+
+
+def phi3():
+    shape = {**zoo.GROUPED, "max_position_embeddings": 64, "num_key_value_heads": 2}
+    rope = {"type": "longrope", "rope_theta": 100.0, **LONG}
+    return tiny(
+        lambda: Phi3ForCausalLM(
+            Phi3Config(**shape, original_max_position_embeddings=TRAINED, rope_scaling=rope)
+        )
+    )
+
+
+def gemma3(kind: str):
+    scaled = {
+        "dynamic": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10.0},
+        "longrope": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": TRAINED,
+            **LONG,
+        },
+    }[kind]
+    plain = {"rope_type": "default", "rope_theta": 10.0}
+    shape = {**zoo.GROUPED, "max_position_embeddings": TRAINED if kind == "dynamic" else 64}
+    return tiny(
+        lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **shape,
+                head_dim=8,
+                query_pre_attn_scalar=8,
+                sliding_window=zoo.SLIDING,
+                layer_types=["sliding_attention", "full_attention"],
+                rope_parameters={"sliding_attention": plain, "full_attention": scaled},
+            )
+        )
+    )
+
+
+MODELS = {
+    "dynamic": dynamic,
+    "longrope": longrope,
+    "longrope, attention factor": lambda: longrope(attention_factor=1.7),
+    "phi3": phi3,
+    "gemma3 dynamic": lambda: gemma3("dynamic"),
+    "gemma3 longrope": lambda: gemma3("longrope"),
+}
+UNAFFECTED = {
+    "default": lambda: llama(rope_type="default", rope_theta=10.0),
+    "linear": lambda: llama(rope_type="linear", factor=4.0, rope_theta=10.0),
+    "yarn": lambda: llama(
+        rope_type="yarn", factor=4.0, rope_theta=10.0, original_max_position_embeddings=TRAINED
+    ),
+    "llama3": lambda: llama(
+        rope_type="llama3",
+        factor=4.0,
+        rope_theta=10.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=TRAINED,
+    ),
+    "gpt2": lambda: zoo.tiny("gpt2", dtype=torch.float32),
+    "gemma3": lambda: zoo.tiny("gemma3", dtype=torch.float32),
+}
+
+
+def sequence(tokens: int, shift: int = 0) -> Sequence:
+    numbers = tuple(5 + (7 * i * i + 3 * i + shift) % 31 for i in range(tokens))
+    return Sequence(numbers, (False,) + (True,) * (tokens - 1))
+
+
+def alone(build, one: Sequence) -> float:
+    """By transformers, on a model that has seen nothing else."""
+    tokens = torch.tensor([one.tokens])
+    with torch.no_grad():
+        logits = build()(input_ids=tokens[:, :-1]).logits[0]
+    return logits.log_softmax(-1).gather(1, tokens[0, 1:, None]).sum().item()
+
+
+LENGTHS = [10, 60, 12, 40, 17, 18, 16, 60]
+SEQUENCES = [sequence(n, i) for i, n in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sequence_is_as_likely_in_any_company(name):
+    build = MODELS[name]
+    expected = [alone(build, one) for one in SEQUENCES]
+    model = build()
+    assert log_likelihoods(model, SEQUENCES) == pytest.approx(expected, abs=2e-4)
+    for i in (1, 0, 3, 4, 5, 6, 2):  # one after the other, longer ones before shorter ones
+        assert log_likelihoods(model, [SEQUENCES[i]]) == pytest.approx([expected[i]], abs=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_batch_of_all_would_differ_and_is_refused(name):
+    model = MODELS[name]()
+    pair = [sequence(10), sequence(60)]
+    with torch.no_grad():
+        (both,) = make_batches(pair)
+        short = hidden_states(model, both.input_BT)[1, :9]
+        with no_memory_of_lengths(model):
+            lone = hidden_states(model, both.input_BT[1:, :9])[0]
+    assert (short - lone).abs().max() > 1e-2
+    targets = kfade.find_targets(model)
+    match = r"a batch holds sequences of 9 and 59 positions.* beyond 16: .*group=length_class"
+    with pytest.raises(InputError, match=match):
+        forget_gradient(model, [both], targets, kfade.margin)
+    with pytest.raises(InputError, match=match):
+        kfade.fit_kfac(model, [both], targets)
+    with pytest.raises(InputError, match=match):
+        hidden_reference(model, [both], "base")
+    with pytest.raises(InputError, match=match):
+        mean_objectives(model, [both], [kfade.margin])
+
+
+@pytest.mark.parametrize("name", ["dynamic", "phi3", "gemma3 dynamic"])
+def test_gradients_alone_and_in_batches_agree(name):
+    model = MODELS[name]()
+    targets = kfade.find_targets(model)
+    group = length_class(model)
+    one, many = (make_batches(SEQUENCES, budget=b, group=group) for b in (1, 10_000))
+    assert len(many) < len(one) == len(SEQUENCES)
+    first, second = (forget_gradient(model, b, targets, kfade.margin) for b in (one, many))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", UNAFFECTED)
+def test_models_whose_frequencies_are_fixed_get_the_same_batches(name):
+    group = length_class(UNAFFECTED[name]())
+    assert group.borders == []
+    assert shares_batches(UNAFFECTED[name](), zoo.tokenizer())
+    plain, grouped = make_batches(SEQUENCES), make_batches(SEQUENCES, group=group)
+    assert [b.id_B.tolist() for b in plain] == [b.id_B.tolist() for b in grouped]
+
+
+def test_short_sequences_of_a_dynamic_model_share_batches():
+    group = length_class(dynamic(window=2048))
+    assert group.borders == [2048]
+    assert not shares_batches(dynamic(window=2048), zoo.tokenizer())
+    assert [len(b.id_B) for b in make_batches(SEQUENCES, group=group)] == [len(SEQUENCES)]
+
+
+def test_batches_by_class():
+    def lengths(model) -> list[list[int]]:
+        batches = make_batches(SEQUENCES, group=length_class(model))
+        return [[LENGTHS[i] for i in b.id_B.tolist()] for b in batches]
+
+    # a sequence of n tokens has n - 1 positions: 17 tokens are still within 16
+    assert lengths(longrope()) == [[60, 60, 40, 18], [17, 16, 12, 10]]
+    assert lengths(dynamic()) == [[60, 60], [40], [18], [17, 16, 12, 10]]
+
+
+def test_steps_within_a_class():
+    assert length_class(longrope()).steps(10, 50) == 7  # passes over 10 to 16 positions
+    assert length_class(longrope()).steps(17, 50) == 50
+    assert length_class(dynamic()).steps(20, 50) == 1
+    assert length_class(zoo.tiny("llama")).steps(20, 50) == 50
+
+
+def test_a_dynamic_model_is_left_as_it_was_made():
+    model = dynamic()
+    before = copy.deepcopy(dict(model.named_buffers()))
+    log_likelihoods(model, SEQUENCES)
+    after = dict(model.named_buffers())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.model.rotary_emb.max_seq_len_cached == TRAINED
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["dynamic", "phi3"])
+def test_unlearning_with_sequences_on_both_sides(name):
+    model = MODELS[name]()
+    update = kfade.unlearn(
+        model, forget=SEQUENCES[:4], retain=SEQUENCES[2:], held_out=SEQUENCES[:2], kl=1e-3
+    )
+    (step,) = update.provenance["steps"]
+    assert step["measured_kl"] == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_generation_across_the_border_is_that_of_each_prompt_alone(name, batch_tokens, monkeypatch):
+    build = MODELS[name]
+    model = build()
+    # dynamic models are made for no more than their border; beyond it they are asked all the same
+    monkeypatch.setattr("kfade.evaluate.generation.model_window", lambda model: None)
+    model.generation_config.eos_token_id = None
+    prompts = [list(sequence(n, n).tokens) for n in (3, 9, 12, 15, 16, 17, 20, 20, 30)]
+    prompts[-2][0] = 30
+    expected = {}
+    for i, prompt in enumerate(prompts):
+        fresh = build()  # transformers' own frequencies remember the longest input
+        expected[i] = greedy(fresh, prompt, [2], 12)
+    found: dict[int, list[int]] = {}
+    generate(
+        model, zoo.tokenizer(), prompts, found.__setitem__, max_new_tokens=12,
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
+    assert found == expected
+    assert len({tuple(tokens) for tokens in expected.values()}) > 4
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope", "gemma3 longrope"])
+def test_elms_continuations_across_the_border_are_those_without_a_cache(name):
+    model = MODELS[name]()
+    prompt, novice, expert = (sequence(n, n).tokens for n in (14, 3, 20))
+    steering = Guidance(expert, novice, (9,), None, None, None, fluent_tokens=8, fluent_eta=1e4)
+    head = read_head(model)
+    with no_memory_of_lengths(model):
+        drawn = steered_sample(Net(model, head, head), prompt, steering)
+
+    def log_p(start, so_far):
+        with torch.no_grad():  # a model that has seen nothing else
+            logits = MODELS[name]()(input_ids=torch.tensor([[*start, *so_far]])).logits[0, -1]
+        return logits.log_softmax(dim=-1)
+
+    for n, token in enumerate(drawn):  # so large an eta leaves one choice
+        assert token == int((log_p(novice, drawn[:n]) - log_p(expert, drawn[:n])).argmax())
