@@ -62,14 +62,17 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No tables and no progress bars of transformers: what they tell is told in one line."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gguf.tqdm = lambda tensors, **_: tensors  # heeds no setting
     try:
         yield
     finally:
+        gguf.tqdm = gguf_bar
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
@@ -344,15 +347,17 @@ def check_weights(name: str, model: nn.Module) -> None:
 # --- tokenizer -------------------------------------------------------------------------------
 
 
-def check_vocabulary(name: str, tokenizer: Any, rows: int) -> None:
+def check_vocabulary(name: str, tokenizer: Any, rows: int, *, converted: bool = False) -> None:
     """Raises InputError where a text could become a token that the embedding has no row for.
 
     Only tokens that their own text is encoded to count. Marks of other modalities, which a
     processor puts where an image or a sound goes, are not part of a text; and what the tokenizer's
-    class adds by default is not from the model's files.
+    class, or transformers' conversion of a GGUF file (``converted``), adds is not the model's.
     """
     vocabulary = tokenizer.get_vocab()
     marks = _modality_marks(tokenizer) | _defaults(type(tokenizer))
+    if converted:
+        marks |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     beyond = {
         token: number
         for token, number in sorted(vocabulary.items(), key=lambda item: item[1])

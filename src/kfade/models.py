@@ -73,7 +73,9 @@ def load_model(
             model = merge_adapter(name, model, resolved.adapter)
     check_weights(name, model)
     with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
-        check_vocabulary(tokenizer or name, words, model.get_input_embeddings().weight.shape[0])
+        rows = model.get_input_embeddings().weight.shape[0]
+        converted = "gguf_file" in resolved.tokenizer.options
+        check_vocabulary(tokenizer or name, words, rows, converted=converted)
     model.to(device or default_device())
     return model.eval(), words
 
