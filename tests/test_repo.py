@@ -18,8 +18,8 @@ LONGEST = 400
 # A file imports from its own rung or a lower one. A folder stands for all that is in it.
 LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
-    {"models", "layers", "head", "examples", "chat", "sequences", "batches", "lengths"}
-    | {"objectives"},
+    {"models", "loading", "sources", "adapters", "layers", "head", "lengths", "objectives"}
+    | {"examples", "chat", "sequences", "batches"},
     {"curvature"},
     {"measure", "gradient", "step", "refine", "record", "update", "unlearn"}
     | {"lora", "trace", "plan", "cost"},

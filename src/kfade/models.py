@@ -1,4 +1,4 @@
-"""Load, freeze and save a causal language model: hub id, local folder, or GGUF file.
+"""Load, freeze and save a causal language model: hub id, local folder, GGUF file, LoRA adapter.
 
 The only file that imports transformers' loaders. No code from a hub runs unless asked for.
 """
@@ -6,6 +6,7 @@ The only file that imports transformers' loaders. No code from a hub runs unless
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,24 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kfade.adapters import merge_adapter
 from kfade.errors import InputError
 from kfade.lengths import no_memory_of_lengths
+from kfade.loading import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    check_config,
+    check_has_vocabulary,
+    check_report,
+    check_vocabulary,
+    check_weights,
+    reading,
+)
+from kfade.sources import Place, Resolved, Source, copy_companions, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -26,40 +41,93 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a hub id, a local folder, or a GGUF file (which is dequantised).
+    """(model, tokenizer) of a hub id, a local folder, a GGUF file, or a LoRA adapter.
+
+    A GGUF file is dequantised. An adapter is merged into the base that it names.
 
     Args:
         dtype: ``float32`` or ``bfloat16``; None keeps the checkpoint's own, float32 for GGUF.
         device: as PyTorch spells it; None: the GPU if there is one.
+        revision: branch, tag or commit of the hub.
+        tokenizer: where the tokenizer is (hub id or folder), if not with the model.
 
     Raises:
-        InputError: nothing there, not a causal language model, quantised weights, NaN or Inf in
-            weights.
+        InputError: nothing there, files that are not whole, not a causal language model, quantised
+            weights, weights that are missing or have no place in the model, NaN or Inf in weights,
+            no tokenizer, or one with tokens that the model has no embedding for.
     """
-    from transformers import AutoModelForCausalLM
-
     given = _dtype_of(dtype)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    source, options = _source(name)
-    gguf = "gguf_file" in options
+    resolved = resolve(Source(name, revision, tokenizer))
+    place = resolved.weights
+    _read_config(name, place, trust_remote_code)
+    words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
+    gguf = "gguf_file" in place.options
     wanted: Any = given or (torch.float32 if gguf else "auto")
-    with _loading(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, trust_remote_code=trust_remote_code, **options
-        )
+    model = _read_weights(name, place, wanted, trust_remote_code)
     if gguf:
         _forget_gguf(model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{name}: its weights are quantised; load the full-precision model and quantise the "
-            "edited one afterwards"
-        )
-    for parameter_name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"{name}: NaN or Inf in {parameter_name}; get a whole copy")
+    if resolved.adapter is not None:
+        with reading(name, WEIGHTS, resolved.adapter.folder):
+            model = merge_adapter(name, model, resolved.adapter)
+    check_weights(name, model)
+    with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
+        rows = model.get_input_embeddings().weight.shape[0]
+        converted = "gguf_file" in resolved.tokenizer.options
+        check_vocabulary(tokenizer or name, words, rows, converted=converted)
     model.to(device or default_device())
-    return model.eval(), tokenizer
+    return model.eval(), words
+
+
+def _read_config(name: str, place: Place, trust_remote_code: bool) -> Any:
+    """The configuration, of a causal language model whose weights are not quantised."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with reading(name, CONFIG, place.folder):
+        config = AutoConfig.from_pretrained(
+            place.location, trust_remote_code=trust_remote_code, **place.options
+        )
+    if "gguf_file" not in place.options:
+        check_config(name, config)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise InputError(
+            f"{name}: {config.model_type} is not a causal language model, or not one that this "
+            "version of transformers knows"
+        )
+    return config
+
+
+def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with reading(name, TOKENIZER, place.folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.location, trust_remote_code=trust_remote_code, **place.options
+        )
+    check_has_vocabulary(name, tokenizer)
+    return tokenizer
+
+
+def _read_weights(name: str, place: Place, dtype: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    read: Any = AutoModelForCausalLM.from_pretrained
+    with reading(name, WEIGHTS, place.folder):
+        model, report = read(
+            place.location,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused, with their shapes
+            **place.options,
+        )
+    note = check_report(name, model, report)
+    if note is not None:
+        logger.warning("note: %s", note)
+    return model
 
 
 def default_device() -> str:
@@ -67,40 +135,56 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+) -> Any:
     """The tokenizer of a model named as for :func:`load_model`, without its weights.
 
     Raises:
-        InputError: nothing there, or nothing that is a model.
+        InputError: nothing there, or no tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    source, options = _source(name)
-    with _loading(name):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    place = resolve(Source(name, revision, tokenizer)).tokenizer
+    return _read_tokenizer(name, place, trust_remote_code)
 
 
-def load_skeleton(name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_skeleton(
+    name: str,
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Any:
     """A model named as for :func:`load_model` without its weights, on fake tensors.
 
     They have shapes and dtypes, and passes run on them, but there are no numbers and no memory is
     used. Only the configuration is read.
 
     Raises:
-        InputError: nothing there, or nothing that is a model.
+        InputError: nothing there, not a causal language model, or quantised weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     wanted = _dtype_of(dtype)
-    source, options = _source(name)
-    with _loading(name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-        wanted = wanted or ("gguf_file" not in options and config.dtype) or torch.float32
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=wanted, trust_remote_code=trust_remote_code
-            )
+    place = resolve(Source(name, revision)).weights
+    config = _read_config(name, place, trust_remote_code)
+    wanted = wanted or ("gguf_file" not in place.options and config.dtype) or torch.float32
+    with (
+        reading(name, CONFIG, place.folder),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=wanted, trust_remote_code=trust_remote_code
+        )
     return model.eval()
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """What a manifest tells of where a model came from, beside its name and settings."""
+    return resolve(source).provenance
 
 
 @contextlib.contextmanager
@@ -120,10 +204,46 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a folder of safetensors that ``from_pretrained`` loads."""
+def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None = None) -> None:
+    """Write a folder of safetensors that ``from_pretrained`` loads.
+
+    Args:
+        source: where the model was loaded from. What lies there beside configuration and weights
+            (processor, chat template, code, licence) is put beside them, byte for byte.
+
+    Raises:
+        InputError: ``source`` holds more than the language model; see :func:`check_writable`.
+    """
+    resolved = resolve(source) if source is not None else None
+    if source is not None and resolved is not None:
+        check_writable(model, source, resolved)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    if resolved is not None:
+        copy_companions(resolved, folder)
+
+
+def check_writable(model: Any, source: Source, resolved: Resolved | None = None) -> None:
+    """Raises InputError where writing ``model`` would lose parts of what ``source`` holds.
+
+    A checkpoint of several modalities may be loaded as its language model alone. Its own loader
+    could not load what is written of that.
+    """
+    place = (resolved or resolve(source)).weights
+    folder = place.folder
+    if folder is None:
+        return
+    from transformers import PreTrainedConfig
+
+    whole, _ = PreTrainedConfig.get_config_dict(folder)
+    kind = whole.get("model_type")
+    if kind is not None and kind != model.config.model_type:
+        raise InputError(
+            f"{source.name}: a model of type {kind}, of which the language model alone "
+            f"({model.config.model_type}) is loaded, so that the edited model cannot be written "
+            "whole; take the update without it (kfade unlearn without --export-model), or give "
+            "the language model in a folder of its own"
+        )
 
 
 def model_window(model: Any) -> int | None:
@@ -135,31 +255,6 @@ def _dtype_of(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     return DTYPES[dtype] if dtype else None
-
-
-def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """What transformers' loaders call the model, and the options that they need for it."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{name}: no such GGUF file")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.exists() and not (path / "config.json").is_file():
-        raise InputError(f"{name}: not a model folder, it has no config.json")
-    return name, {}
-
-
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Turns the loaders' many complaints into one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(
-            f"{name}: could not be loaded as a causal language model ({reason}); give a hub id, a "
-            "folder that from_pretrained loads, or a GGUF file"
-        ) from None
 
 
 def _forget_gguf(model: Any) -> None:

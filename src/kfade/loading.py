@@ -1,0 +1,405 @@
+"""What can be wrong with a checkpoint, in one line: what, where, what to do.
+
+transformers and the libraries below it fail in many ways, or load a model with random weights and
+say so in a table. Here their errors become an :class:`InputError`, with the file that is at fault
+where it can be found, and their own words where the cause is unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfade.errors import InputError
+
+CONFIG, TOKENIZER, WEIGHTS = "configuration", "tokenizer", "weights"
+POINTER = b"version https://git-lfs.github.com/spec/"
+# What a tokenizer is made from; tokenizer_config.json alone holds no vocabulary.
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model*", "vocab*", "merges.txt", "*.tiktoken", "tekken.json"),
+    *("spiece.model", "spm*.model", "*bpe.model", "tokenization*.py", "encoder.json"),
+)
+_PARTS = {
+    CONFIG: ("config.json",),
+    TOKENIZER: (*VOCABULARIES, "*token*.json", "chat_template*"),
+    WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
+}
+_SHOWN = 3  # tensors that a message names
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@contextlib.contextmanager
+def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
+    """Turns whatever the libraries raise while they read ``part`` of a model into one line.
+
+    Args:
+        name: the model, as the user wrote it.
+        part: ``CONFIG``, ``TOKENIZER`` or ``WEIGHTS``.
+        folder: where its files lie, if they are on this machine.
+
+    Raises:
+        InputError: in place of any error but an interruption and a lack of memory.
+    """
+    try:
+        with _quiet():
+            yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):  # how PyTorch's CPU allocator says it
+            raise
+        raise InputError(f"{name}: {_explain(error, name, part, folder)}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No tables and no progress bars of transformers: what they tell is told in one line."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    level, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gguf.tqdm = lambda tensors, **_: tensors  # heeds no setting
+    try:
+        yield
+    finally:
+        gguf.tqdm = gguf_bar
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str:
+    broken = broken_file(folder, _PARTS[part]) if folder is not None else None
+    if broken is not None:
+        return broken
+    said = words(error)
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with code of its own, which has to run to load it; read that code, and if "
+            "you trust it, pass --trust-remote-code"
+        )
+    if part == TOKENIZER and folder is not None and not has_tokenizer(folder):
+        return no_tokenizer()
+    where = f"its {part} could not be loaded ({said})"
+    if part == CONFIG and folder is None and not name.lower().endswith(".gguf"):
+        where += "; give a hub id, a folder that from_pretrained loads, or a GGUF file"
+    return where
+
+
+def words(error: Exception) -> str:
+    """The first line of an error, with its type where the line alone would say little."""
+    kind = type(error)
+    called = (
+        kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    )
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return called
+    first = lines[0]
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {lines[1]}"
+    known = isinstance(error, OSError | ValueError | ImportError)
+    plain = known and not isinstance(error, json.JSONDecodeError | UnicodeError)
+    return first if plain else f"{called}: {first}"
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def broken_file(folder: Path, patterns: Collection[str]) -> str | None:
+    """What is wrong with the first file of ``folder`` that cannot be whole, or None."""
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    for path in paths:
+        try:
+            fault = file_fault(path)
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        if fault is not None:
+            return f"{path.name} {fault}"
+    return None
+
+
+def file_fault(path: Path) -> str | None:
+    """What shows, without reading it all, that a file is not whole; None if nothing does."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(POINTER):
+        return (
+            f"is a pointer of git-lfs ({size} bytes), not the file itself; fetch it with git lfs "
+            "pull"
+        )
+    if not size:
+        return "is empty; get a whole copy"
+    if path.suffix == ".safetensors":
+        return _safetensors_fault(path, size)
+    if path.suffix == ".json":
+        return _json_fault(path)
+    return None
+
+
+def _safetensors_fault(path: Path, size: int) -> str | None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            if length < 100_000_000:  # what safetensors allows
+                return f"ends within its header, after {size} bytes; get a whole copy"
+            return "is not a safetensors file; get a whole copy"
+        try:
+            header = json.loads(file.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "is not a safetensors file (no header in JSON); get a whole copy"
+    needed = 8 + length + max(ends, default=0)
+    if needed > size:
+        return f"is cut off: it has {size} bytes of {needed}; get a whole copy"
+    return None
+
+
+def _json_fault(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # UnicodeDecodeError is one too
+        return f"is not valid JSON ({error})"
+    if not isinstance(content, dict) and path.name.endswith("config.json"):
+        return f"holds a {type(content).__name__}, not settings by name"
+    return None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether anything there holds a vocabulary."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in VOCABULARIES)
+
+
+def no_tokenizer() -> str:
+    """What to say of a model without one."""
+    return "it has no tokenizer; give another model's with --tokenizer (a hub id or a folder)"
+
+
+# --- configuration ---------------------------------------------------------------------------
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raises InputError where the weights are quantised, or the model reads text both ways.
+
+    Both are told from the configuration alone, before transformers asks for a package.
+    """
+    method = quantisation_of(config)
+    if method is not None:
+        raise InputError(
+            f"{name}: its weights are quantised ({method}); load the full-precision model and "
+            "quantise the edited one afterwards"
+        )
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{name}: {kind} has an encoder and a decoder; kfade needs a causal language model, "
+            "which is a decoder alone"
+        )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
+        raise InputError(
+            f"{name}: {kind} reads text both ways, to fill in masked words; kfade needs a causal "
+            "language model"
+        )
+
+
+def quantisation_of(config: Any) -> str | None:
+    """The method by which the weights are quantised, in the configuration's words, or None."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        found = getattr(part, "compression_config", None) if found is None else found
+        if found is None:
+            continue
+        values = found if isinstance(found, Mapping) else found.to_dict()
+        method = values.get("quant_method")
+        if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+            method = "bitsandbytes"
+        if method is None:
+            return "by a method that its quantization_config does not name"
+        return str(getattr(method, "value", method))
+    return None
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def check_report(name: str, model: nn.Module, report: Mapping[str, Any]) -> str | None:
+    """What transformers' loading report means.
+
+    Tied weights, buffers that are computed, and what a model class is known to do without are not
+    in the report. Tensors that belong to nothing in the model (a value head, a vision tower beside
+    the language model) are left out, which the returned note says. Tensors that belong to a part
+    that the model has, such as one more block or a bias, are refused: the configuration is another
+    model's, and outputs would be wrong.
+
+    Raises:
+        InputError: tensors are missing, have another shape, or have no place in the model.
+    """
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(report["unexpected_keys"])
+    shapes = sorted(report["mismatched_keys"])
+    total = len(model.state_dict())
+    if missing:
+        raise InputError(f"{name}: {_missing(missing, unexpected, total)}")
+    if shapes:
+        key, found, wanted = shapes[0]
+        raise InputError(
+            f"{name}: the shapes of {len(shapes)} of {total} tensors in its weights are not those "
+            f"of its configuration ({key} is {list(found)}, not {list(wanted)}); get both from "
+            "one copy"
+        )
+    buffers = {key for key, _ in model.named_buffers()}
+    inner = [key for key in unexpected if key not in buffers and _within(model, key)]
+    if inner:
+        raise InputError(
+            f"{name}: {_count(inner)} in its weights have no place in the model of its "
+            f"configuration ({listed(inner)}); get both from one copy"
+        )
+    outer = [key for key in unexpected if key not in buffers]
+    if not outer:
+        return None
+    return (
+        f"{name}: {_count(outer)} beside the language model are left out ({listed(outer)}); "
+        "what is written from it has none of them"
+    )
+
+
+def _missing(missing: list[str], unexpected: list[str], total: int) -> str:
+    prefix = _common_prefix(missing, unexpected)
+    lead = f"{len(missing)} of the model's {total} tensors are not in its weights"
+    if len(missing) == 1:
+        lead = f"one of the model's {total} tensors is not in its weights"
+    lead += f" ({listed(missing)})"
+    if prefix is not None:
+        return (
+            f"{lead}: there the names begin with {prefix!r}, which a wrapper put before them; "
+            "save the weights without it"
+        )
+    if unexpected and len(missing) == total:
+        return f"{lead}; they hold {listed(unexpected)} instead"
+    return f"{lead}; get weights and configuration from one whole copy"
+
+
+def _common_prefix(missing: list[str], unexpected: list[str]) -> str | None:
+    """What stands before most of the missing names in the checkpoint, if anything does."""
+    there = set(unexpected)
+    for key in unexpected:
+        for name in missing:
+            if key.endswith(name) and key != name:
+                prefix = key.removesuffix(name)
+                if 2 * sum(prefix + other in there for other in missing) > len(missing):
+                    return prefix
+    return None
+
+
+def _within(model: nn.Module, key: str) -> bool:
+    """Whether a tensor lies in a part of the model: deeper than the model and its base model."""
+    modules = dict(model.named_modules())
+    base = getattr(model, "base_model_prefix", "")
+    parent = key
+    while "." in parent:
+        parent = parent.rpartition(".")[0]
+        if parent in modules:
+            return parent != base
+    return False
+
+
+def _count(keys: Collection[str]) -> str:
+    return f"{len(keys)} tensors" if len(keys) > 1 else "1 tensor"
+
+
+def listed(keys: Collection[str]) -> str:
+    """The first few, and how many more there are."""
+    shown = list(keys)[:_SHOWN]
+    more = len(keys) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def check_weights(name: str, model: nn.Module) -> None:
+    """Raises InputError where a weight is not a finite real number of 16 bits or more."""
+    for key, parameter in model.named_parameters():
+        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name}: {key} is stored as {kind}, so its weights are quantised; load the "
+                "full-precision model and quantise the edited one afterwards"
+            )
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name}: NaN or Inf in {key}; get a whole copy")
+
+
+# --- tokenizer -------------------------------------------------------------------------------
+
+
+def check_vocabulary(name: str, tokenizer: Any, rows: int, *, converted: bool = False) -> None:
+    """Raises InputError where a text could become a token that the embedding has no row for.
+
+    Only tokens that their own text is encoded to count. Marks of other modalities, which a
+    processor puts where an image or a sound goes, are not part of a text; and what the tokenizer's
+    class, or transformers' conversion of a GGUF file (``converted``), adds is not the model's.
+    """
+    vocabulary = tokenizer.get_vocab()
+    marks = _modality_marks(tokenizer) | _defaults(type(tokenizer))
+    if converted:
+        marks |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    beyond = {
+        token: number
+        for token, number in sorted(vocabulary.items(), key=lambda item: item[1])
+        if number >= rows and token not in marks and _produced(tokenizer, token, number)
+    }
+    if not beyond:
+        return
+    some = [f"{token!r} is {number}" for token, number in beyond.items()]
+    raise InputError(
+        f"{name}: the embedding has {rows} rows, but {_tokens(beyond)} beyond it ({listed(some)}); "
+        "give the model's own tokenizer with --tokenizer, or enlarge the model's embedding"
+    )
+
+
+def _tokens(beyond: Collection[str]) -> str:
+    return f"{len(beyond)} tokens lie" if len(beyond) > 1 else "1 token lies"
+
+
+def _produced(tokenizer: Any, token: str, number: int) -> bool:
+    texts = (token, tokenizer.convert_tokens_to_string([token]))
+    return any(number in tokenizer.encode(text, add_special_tokens=False) for text in texts)
+
+
+def _modality_marks(tokenizer: Any) -> set[str]:
+    kinds = ("image", "audio", "video")
+    named = {**getattr(tokenizer, "special_tokens_map", {})}
+    named.update(getattr(tokenizer, "model_specific_special_tokens", None) or {})
+    return {
+        str(token)
+        for key, token in named.items()
+        if isinstance(token, str) and any(kind in key for kind in kinds)
+    }
+
+
+def _defaults(kind: type) -> set[str]:
+    """Special tokens that a tokenizer's class puts in where no file names any."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {str(p.default) for p in parameters if p.name.endswith("_token")}
+
+
+def check_has_vocabulary(name: str, tokenizer: Any) -> None:
+    """Raises InputError where there are special tokens only: made up, for want of a file."""
+    vocabulary = set(tokenizer.get_vocab())
+    if vocabulary <= set(tokenizer.all_special_tokens):
+        raise InputError(f"{name}: {no_tokenizer()}")
