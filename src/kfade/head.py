@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.errors import InputError
 
@@ -28,6 +29,51 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     position can see it. ``kfade check`` proves this on the model at hand.
     """
     return model.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
+
+
+def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
+    """:func:`hidden_states`, for the first pass of a model that nobody has tried yet.
+
+    Raises:
+        InputError: it fails on tokens alone, in the library's words.
+    """
+    try:
+        return hidden_states(model, input_BT)
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(input_BT, FakeTensor) or any(
+            isinstance(parameter, FakeTensor) for parameter in model.parameters()
+        ):
+            raise  # a plan has its own words
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise InputError(
+            f"{type(model).__name__} does not run on tokens alone "
+            f"({type(error).__name__}: {text}): this model is not supported"
+        ) from error
+
+
+def refuse_looking_ahead(model: Any) -> None:
+    """Change the last of a few tokens: no earlier hidden state may move.
+
+    Raises:
+        InputError: one does. Scores of a token would then depend on those that follow it, and on
+            padding.
+    """
+    weight = model.get_input_embeddings().weight
+    tokens_BT = torch.arange(3, 11, device=weight.device)[None] % weight.shape[0]
+    other_BT = tokens_BT.clone()
+    other_BT[0, -1] = 1
+    with torch.no_grad():
+        before, after = (run_on_tokens(model, x)[0].float() for x in (tokens_BT, other_BT))
+    moved, size = (after - before)[:-1].norm(), before[:-1].norm()
+    # Rounding that grows with depth, far below what attention to a later token does.
+    if moved > min(1000 * torch.finfo(weight.dtype).eps, 0.05) * size:
+        raise InputError(
+            f"{type(model).__name__} looks ahead: changing the last of {tokens_BT.shape[1]} tokens "
+            f"moves the hidden states before it by {moved / size:.1e} of their size; kfade needs "
+            "causal attention (a configuration with bidirectional attention is not supported)"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,6 +118,7 @@ def read_head(model: Any) -> Head:
     scale /= getattr(config, "logits_scaling", None) or 1.0
     head = Head(linear, float(scale), getattr(config, "final_logit_softcapping", None))
     tokens_BT = torch.arange(1, 9, device=linear.weight.device)[None] % linear.weight.shape[0]
+    refuse_looking_ahead(model)
     with torch.no_grad():
         ours = head(hidden_states(model, tokens_BT)[0])
         theirs = model(input_ids=tokens_BT, use_cache=False).logits[0].to(ours.dtype)

@@ -2,7 +2,8 @@
 
 No table of model families: the decoder's blocks are the longest list of modules with linear maps
 in it; within a block everything that is not attention is feed-forward (paper §3, "Components
-targeted"). A glob over parameter names and a range of blocks narrow the choice.
+targeted"). A glob over parameter names and a range of blocks narrow the choice. Whether a weight
+can be changed is seen in a forward pass over a few tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from kfade import distributed
 from kfade.errors import InputError
-from kfade.head import hidden_states
+from kfade.head import refuse_looking_ahead, run_on_tokens
+from kfade.models import frozen
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,40 @@ class Target:
         return weight if self.bias is None else torch.cat([weight, changes[self.bias][:, None]], 1)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight of the blocks that the default would take and cannot."""
+
+    name: str
+    """Parameter name."""
+    kind: str
+    """What it is, in the plural, as a summary counts it."""
+    reason: str
+    """Why it cannot be changed; reads on after the name."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weights to change, and those that were left out."""
+
+    targets: list[Target]
+    """In the order of the forward pass."""
+    left_out: list[LeftOut]
+    """Empty where a glob was given: what it matches is taken or refused."""
+
+    @property
+    def summary(self) -> str | None:
+        """What was left out, in one line; None for nothing."""
+        kinds: dict[str, list[str]] = {}
+        for weight in self.left_out:
+            kinds.setdefault(weight.kind, []).append(weight.name)
+        parts = [
+            f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for kind, names in kinds.items()
+        ]
+        return "left out, since kfade cannot change them: " + "; ".join(parts) if parts else None
+
+
 def find_targets(
     model: nn.Module,
     *,
@@ -70,53 +107,94 @@ def find_targets(
     pattern: str | None = None,
     joint_bias: bool = False,
 ) -> list[Target]:
-    """The weights to change, in the order of the forward pass.
+    """The weights to change, in the order of the forward pass; see :func:`choose_targets`."""
+    return choose_targets(model, layers=layers, pattern=pattern, joint_bias=joint_bias).targets
+
+
+def choose_targets(
+    model: nn.Module,
+    *,
+    layers: str | None = None,
+    pattern: str | None = None,
+    joint_bias: bool = False,
+    attention: bool = False,
+) -> Choice:
+    """The weights to change, and those that the default leaves out because it cannot.
+
+    Without ``pattern`` every linear map of the blocks outside their attention is taken: the
+    feed-forward maps, those of shared experts, and in blocks without attention those of the mixer.
+    Left out are convolutions, fused and routed experts, their routers, tied maps, and maps that
+    are not run, or not once, with one vector for each position. Where nothing else is left
+    (all feed-forward maps are experts) attention's maps are taken.
 
     Args:
         layers: blocks as in ``3-6`` or ``0,2,8-11``, counted from 0; all when None.
         pattern: a glob over parameter names (``*.mlp.down_proj.weight``); it may reach attention
-            too. None means every feed-forward weight.
+            too. What it matches is taken or refused.
         joint_bias: treat a layer's bias as one more column of its weight.
+        attention: take attention's maps too where there is no ``pattern``.
 
     Raises:
-        InputError: nothing matches, or a match is tied, quantised, fused or outside the blocks.
+        InputError: nothing is left; a match of ``pattern`` cannot be changed or lies outside the
+            blocks; a weight is quantised; later tokens change earlier hidden states; the model does
+            not run on tokens alone.
     """
     blocks_name, blocks = decoder_blocks(model)
-    wanted = parse_layers(layers, len(blocks))
+    wanted = sorted(parse_layers(layers, len(blocks)))
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     found: list[Target] = []
-    for index in sorted(wanted):
+    left_out: list[LeftOut] = []
+    for index in wanted:
         prefix = f"{blocks_name}.{index}"
+        routers = _routers(blocks[index])
         for module_name, module in blocks[index].named_modules(prefix=prefix):
-            weight_name = f"{module_name}.weight"
-            if pattern is None:
-                chosen = not _inside_attention(blocks[index], module_name[len(prefix) + 1 :])
-            else:
-                chosen = fnmatchcase(weight_name, pattern)
-                chosen = chosen or any(
-                    fnmatchcase(f"{module_name}.{name}", pattern)
-                    for name, parameter in module.named_parameters(recurse=False)
-                    if parameter.ndim == 3
-                )
-            if not chosen:
+            if pattern is not None and not _matches(module_name, module, pattern):
                 continue
-            _refuse_unsupported(module_name, module)
+            _refuse_quantised(module_name, module)
+            path = module_name[len(prefix) + 1 :]
+            if pattern is None and not isinstance(module, nn.Linear | Conv1D):
+                if not _inside_attention(blocks[index], path):
+                    left_out += _not_linear(module_name, module)
+                continue
+            left_out += _not_linear(module_name, module)
             if not isinstance(module, nn.Linear | Conv1D):
                 continue
-            _refuse_tied(owners[id(module.weight)])
-            found.append(_target(module_name, module, index, joint_bias))
+            name = f"{module_name}.weight"
+            if id(module) in routers:
+                reason = "is a router: which experts run depends on it, not only what they give"
+                left_out.append(LeftOut(name, "routers", reason))
+            elif len(owners[id(module.weight)]) > 1:
+                first, second = owners[id(module.weight)][:2]
+                reason = f"is tied to {second}: changing one would change both"
+                left_out.append(LeftOut(first, "tied weights", reason))
+            else:
+                found.append(_target(module_name, module, index, joint_bias))
     if pattern is not None:
         _refuse_outside(model, pattern, blocks_name, owners)
-    if not found:
-        what = f"no weight matches '{pattern}'" if pattern else "no feed-forward linear map found"
-        some = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)][:3]
-        raise InputError(
-            f"{what} in blocks {layers or 'all'} of {type(model).__name__}: "
-            f"give --target a glob over parameter names such as '{some[0] if some else '*'}.weight'"
-        )
-    return _share_inputs(model, found)
+        _refuse(left_out)
+    _refuse_if_none(model, found, left_out, layers, pattern)
+    seen, unfit = _probe(model, found)
+    left_out += unfit
+    misfits = {weight.name for weight in unfit}
+    by_name = {target.name: target for target in found if target.name not in misfits}
+    found = [by_name[name] for name in seen.inputs if name in by_name]
+    if pattern is not None:
+        _refuse(unfit)
+        return Choice(_share_inputs(found, seen), [])
+    prefix = f"{blocks_name}."
+    inside = {
+        name
+        for name in [target.name for target in found] + [weight.name for weight in unfit]
+        if _inside_attention(blocks, name.removeprefix(prefix).removesuffix(".weight"))
+    }
+    feed_forward = [target for target in found if target.name not in inside]
+    if not attention and feed_forward:
+        found = feed_forward
+        left_out = [weight for weight in left_out if weight.name not in inside]
+    _refuse_if_none(model, found, left_out, layers, pattern)
+    return Choice(_share_inputs(found, seen), left_out)
 
 
 def parse_layers(layers: str | None, count: int) -> set[int]:
@@ -180,16 +258,32 @@ def _inside_attention(block: nn.Module, path: str) -> bool:
     return False
 
 
-def _refuse_unsupported(name: str, module: nn.Module) -> None:
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for tensor_name, tensor in tensors:
-        if isinstance(tensor, nn.Parameter) and tensor.ndim >= 3:
+def _matches(module_name: str, module: nn.Module, pattern: str) -> bool:
+    """Whether a glob matches a module's weight, or another parameter of three dimensions."""
+    own = module.named_parameters(recurse=False)
+    names = ["weight", *(name for name, parameter in own if parameter.ndim == 3)]
+    return any(fnmatchcase(f"{module_name}.{name}", pattern) for name in names)
+
+
+def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
+    """Convolutions and fused experts among a module's own parameters."""
+    found = []
+    for own_name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 3:
             is_filter = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             kind = "convolution's" if is_filter else "fused mixture-of-experts"
-            raise InputError(
-                f"{name}.{tensor_name} is a {kind} weight of shape {tuple(tensor.shape)}: kfade "
-                "changes plain linear maps [O, I]; narrow --target or --layers to those"
+            reason = (
+                f"is a {kind} weight of shape {tuple(parameter.shape)}: kfade changes plain linear "
+                "maps [O, I]"
             )
+            plural = "convolutions" if is_filter else "fused expert weights"
+            found.append(LeftOut(f"{name}.{own_name}", plural, reason))
+    return found
+
+
+def _refuse_quantised(name: str, module: nn.Module) -> None:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for tensor_name, tensor in tensors:
         quantised = tensor_name in ("qweight", "weight") and (
             not tensor.is_floating_point() or tensor.element_size() < 2
         )
@@ -198,6 +292,49 @@ def _refuse_unsupported(name: str, module: nn.Module) -> None:
                 f"{name}.{tensor_name} is quantised ({tensor.dtype}): load the model in bfloat16 "
                 "or float32 and quantise the edited model afterwards"
             )
+
+
+def _refuse(left_out: list[LeftOut]) -> None:
+    for weight in left_out:
+        raise InputError(f"{weight.name} {weight.reason}; leave it out with --target or --layers")
+
+
+def _refuse_if_none(
+    model: nn.Module,
+    found: list[Target],
+    left_out: list[LeftOut],
+    layers: str | None,
+    pattern: str | None,
+) -> None:
+    if found:
+        return
+    _refuse(left_out)
+    what = f"no weight matches '{pattern}'" if pattern else "no linear map found"
+    some = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)][:3]
+    raise InputError(
+        f"{what} in blocks {layers or 'all'} of {type(model).__name__}: "
+        f"give --target a glob over parameter names such as '{some[0] if some else '*'}.weight'"
+    )
+
+
+def _routers(block: nn.Module) -> set[int]:
+    """Ids of the linear maps that choose experts: one output for each of them, beside them."""
+    found = set()
+    for parent in block.modules():
+        counts = set()
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList):
+                if len(child) > 1 and any(isinstance(m, nn.Linear) for m in child.modules()):
+                    counts.add(len(child))
+            elif not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                own = child.parameters(recurse=False)
+                counts.update(p.shape[0] for p in own if p.ndim == 3 and p.shape[0] > 1)
+        for child in parent.children() if counts else ():
+            inner = () if isinstance(child, nn.ModuleList) else child.modules()
+            for module in inner:
+                if isinstance(module, nn.Linear) and module.out_features in counts:
+                    found.add(id(module))
+    return found
 
 
 def _refuse_tied(names: list[str]) -> None:
@@ -234,49 +371,125 @@ def _target(module_name: str, module: nn.Module, block: int, joint_bias: bool) -
     return Target(name, module, block, shape, transposed, bias, input_of=name)
 
 
-def _share_inputs(model: nn.Module, targets: list[Target]) -> list[Target]:
-    """Run two tokens through the model and see which targets read one and the same tensor.
+PROBE = (2, 3)  # sequences and positions that targets are tried on: no two sizes are alike
 
-    Also puts the targets in the order in which the forward pass reaches them.
-    """
-    first: dict[tuple[int, bool], str] = {}
-    order: list[Target] = []
-    kept: list[Tensor] = []  # held, so that no address is used twice
 
-    def note(target: Target):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if target in order:
-                raise InputError(
-                    f"{target.name} is used more than once in a forward pass (a shared layer): "
-                    "leave it out with --target"
-                )
-            if args[0].shape[:-1] != (1, 2):
-                raise InputError(
-                    f"{target.name} does not read one vector for each position of each sequence, "
-                    f"[1, 2, I], but {list(args[0].shape)} (positions in one list, or routed "
-                    "experts): leave it out with --target"
-                )
-            order.append(target)
-            kept.append(args[0])
+class _Seen:
+    """What a forward pass over a few tokens shows of each target."""
+
+    def __init__(self, model: nn.Module, targets: list[Target], input_BT: Tensor) -> None:
+        self.calls: dict[str, int] = {}
+        self.inputs: dict[str, Tensor] = {}
+        """In the order of the forward pass; held, so that no address is used twice."""
+        self.linear: dict[str, bool] = {}
+        """Whether the output is W a + b; not asked of fake tensors."""
+        handles = [
+            target.module.register_forward_hook(self._note(target), with_kwargs=True)
+            for target in targets
+        ]
+        try:
+            with torch.no_grad():
+                run_on_tokens(model, input_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, target: Target):
+        def hook(module: Any, args: tuple[Any, ...], named: Any, output: Any) -> None:
+            self.calls[target.name] = self.calls.get(target.name, 0) + 1
+            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+                self.linear[target.name] = False
+                return
+            self.inputs[target.name] = a = args[0]
+            if isinstance(output, FakeTensor) or not torch.isfinite(output).all():
+                return
+            weight = module.weight.T if target.transposed else module.weight
+            expected = nn.functional.linear(a, weight, module.bias)
+            close = expected.shape == output.shape and (
+                (expected - output).abs().max() <= 0.05 * expected.abs().max()
+            )
+            self.linear[target.name] = bool(close)
 
         return hook
 
-    handles = [target.module.register_forward_pre_hook(note(target)) for target in targets]
-    try:
-        with torch.no_grad():
-            device = targets[0].weight.device
-            hidden_states(model, torch.zeros(1, 2, dtype=torch.long, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    unused = [target.name for target in targets if target not in order]
-    if unused:
-        raise InputError(
-            f"{unused[0]} takes no part in a forward pass (routed experts?): "
-            "leave it out with --target"
-        )
+
+def _probe(model: nn.Module, targets: list[Target]) -> tuple[_Seen, list[LeftOut]]:
+    """Run a few tokens through the model: what was seen, and which targets cannot be changed.
+
+    A target may read its input as [B, T, I] or as one list [B·T, I] of all positions, row b·T + t
+    that of position t of sequence b.
+    """
+    sequences, positions = PROBE
+    weight = targets[0].weight
+    fake = isinstance(weight, FakeTensor)
+    vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
+    input_BT = (torch.arange(sequences * positions, device=weight.device) + 3) % vocabulary
+    input_BT = input_BT.view(PROBE)
+    if not fake:
+        with frozen(model):
+            refuse_looking_ahead(model)
+    with frozen(model):
+        seen = _Seen(model, targets, input_BT)
+        listed = [t for t in targets if t.name in seen.inputs and seen.inputs[t.name].ndim == 2]
+        moved: dict[str, Tensor] = {}
+        if listed and not fake:
+            other_BT = input_BT.clone()
+            other_BT[0, -1] = 2
+            moved = _Seen(model, listed, other_BT).inputs
+    left_out: list[LeftOut] = []
+    for target in targets:
+        unfit = _unfit(target, seen, moved)
+        if unfit is not None:
+            left_out.append(LeftOut(target.name, *unfit))
+    return seen, left_out
+
+
+def _share_inputs(targets: list[Target], seen: _Seen) -> list[Target]:
+    """Which of them read one and the same tensor."""
+    first: dict[tuple[int, bool], str] = {}
     shared = []
-    for target, tensor in zip(order, kept, strict=True):
-        key = (id(tensor), target.bias is not None)  # a column of ones makes another A
+    for target in targets:
+        # A column of ones makes another A.
+        key = (id(seen.inputs[target.name]), target.bias is not None)
         shared.append(replace(target, input_of=first.setdefault(key, target.name)))
     return shared
+
+
+def _unfit(target: Target, seen: _Seen, moved: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """(kind, reason) where a target cannot be changed."""
+    name = target.name
+    calls = seen.calls.get(name, 0)
+    if calls == 0:
+        return (
+            "maps that a forward pass does not run by themselves",
+            "takes no part in a forward pass as a layer of its own (unused, or a routed expert)",
+        )
+    if calls > 1:
+        return (
+            "maps that a forward pass runs more than once",
+            "is used more than once in a forward pass (a shared layer)",
+        )
+    if not seen.linear.get(name, True):
+        return "layers that are no plain linear map", "does not map its input a to W a + b"
+    a = seen.inputs[name]
+    sequences, positions = PROBE
+    rows = sequences * positions
+    in_order = a.shape[:-1] == PROBE or (
+        a.shape[:-1] == (rows,) and (name not in moved or _in_order(a, moved[name]))
+    )
+    if not in_order:
+        return (
+            "maps that do not read one vector for each position",
+            f"does not read one vector for each position, {[*PROBE, a.shape[-1]]} or, in their "
+            f"order, {[rows, a.shape[-1]]}, but {list(a.shape)} (routed experts, or another order)",
+        )
+    return None
+
+
+def _in_order(a_RI: Tensor, moved_RI: Tensor) -> bool:
+    """Whether another last token of the first sequence has moved its own row alone."""
+    if a_RI.shape != moved_RI.shape:
+        return False
+    moved_R = (a_RI - moved_RI).abs().amax(dim=1) > 1e-3 * a_RI.abs().max()
+    moved_R[PROBE[1] - 1] = False
+    return not moved_R.any()

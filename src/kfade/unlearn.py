@@ -333,7 +333,8 @@ def _relative_change(
     relative = {}
     for name, change in changes.items():
         weight = distributed.whole(parameters[name].detach()).to(change.dtype)
-        relative[name] = (alpha * change.norm() / weight.norm()).item()
+        if weight.any():  # nothing can be said of a weight that is zero
+            relative[name] = (alpha * change.norm() / weight.norm()).item()
     return relative
 
 
