@@ -28,7 +28,10 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     No attention mask is passed: attention is causal and padding lies at the right, so no live
     position can see it. ``kfade check`` proves this on the model at hand.
     """
-    return model.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
+    body = model.base_model
+    if body is model:  # some classes name a body that they do not have
+        body = model.get_decoder()
+    return body(input_ids=input_BT, use_cache=False).last_hidden_state
 
 
 def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:

@@ -237,7 +237,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         InputError: there is none.
     """
     lists: list[tuple[str, nn.ModuleList]] = []
+    decoder = getattr(model, "get_decoder", lambda: None)() or model
+    within = {id(module) for module in decoder.modules()}  # no tower for images or sound
     for name, module in model.named_modules():
+        if id(module) not in within:
+            continue
         inner = any(name.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not inner:
             if all(any(p.ndim >= 2 for p in block.parameters()) for block in module):

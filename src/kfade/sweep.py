@@ -27,6 +27,7 @@ from kfade.gradient import forget_gradient
 from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
 from kfade.objectives import Objective, cross_entropy
+from kfade.preflight import preflight
 from kfade.progress import track
 from kfade.refine import refined_steps
 from kfade.stages import stage
@@ -98,6 +99,7 @@ def sweep(
         make_batches(s, budget=batch_tokens, device=device) for s in (*drawn, held_out)
     )
     with stage("check"):
+        preflight(model, targets, recompute=recompute)
         scale = _Scale(model, held, measured)
     outcomes = dict(done or {})
     for name, own in _grouped(points, lambda p: p.objective):

@@ -30,6 +30,7 @@ from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
 from kfade.layers import Target, choose_targets, decoder_blocks
 from kfade.models import default_device, load_model, model_window
+from kfade.preflight import preflight
 from kfade.progress import reporting
 from kfade.stages import Clock, stage, timing
 
@@ -94,7 +95,7 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
             "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
             "unlearn, or leave shard out"
         )
-    with stage("load"):
+    with stage("load"):  # with all that is tried before data are read
         model, tokenizer = load_model(
             config.model,
             dtype=config.dtype,
@@ -105,6 +106,7 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
+        preflight(model, chosen.targets, recompute=fit.recompute)
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
     console.print(f"{len(chosen.targets)} weights targeted, {count / 1e6:.1f} M parameters")
     if chosen.summary:
