@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.errors import InputError
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the soft cap of the logits."""
 CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
 
 
@@ -30,7 +32,7 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     """
     body = model.base_model
     if body is model:  # some classes name a body that they do not have
-        body = model.get_decoder()
+        body = getattr(model, "model", model)
     return body(input_ids=input_BT, use_cache=False).last_hidden_state
 
 
@@ -89,7 +91,8 @@ class Head:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in float32 or better."""
-        logits_NV = self.linear(hidden_ND)
+        # Some models keep the sum of their blocks in float32 and round it here.
+        logits_NV = self.linear(hidden_ND.to(cast(Tensor, self.linear.weight).dtype))
         if logits_NV.dtype in (torch.float16, torch.bfloat16):
             logits_NV = logits_NV.float()
         if self.scale != 1.0:
@@ -118,8 +121,10 @@ def read_head(model: Any) -> Head:
         )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    head = Head(linear, float(scale), getattr(config, "final_logit_softcapping", None))
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        scale /= getattr(config, name, None) or 1.0
+    caps = [getattr(config, name, None) for name in SOFT_CAPS]
+    head = Head(linear, float(scale), next((cap for cap in caps if cap), None))
     tokens_BT = torch.arange(1, 9, device=linear.weight.device)[None] % linear.weight.shape[0]
     refuse_looking_ahead(model)
     with torch.no_grad():

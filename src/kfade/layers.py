@@ -238,6 +238,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists: list[tuple[str, nn.ModuleList]] = []
     decoder = getattr(model, "get_decoder", lambda: None)() or model
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model
     within = {id(module) for module in decoder.modules()}  # no tower for images or sound
     for name, module in model.named_modules():
         if id(module) not in within:

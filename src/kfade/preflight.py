@@ -46,9 +46,7 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
             head = read_head(model)
             with capture(targets, on_gradient=on_gradient):
                 backward(model, head, batches[0], ones)
-        along = {
-            t.name: torch.ones(t.shape, dtype=t.weight.dtype, device=device) for t in targets
-        }
+        along = {t.name: torch.ones(t.shape, dtype=t.weight.dtype, device=device) for t in targets}
         quadratic_form(model, batches, targets, along)
     except InputError:
         raise

@@ -74,7 +74,9 @@ class _Products:
         return self.sums
 
 
-Tangents = Callable[[nn.Module, Batch, Sequence[Target], Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+Tangents = Callable[
+    [nn.Module, Batch, Sequence[Target], Mapping[str, Tensor]], tuple[Tensor, Tensor]
+]
 """(model, batch, targets, δ) -> (h, J δ): final hidden states [N, D] at the loss positions and their
 derivative along δ."""
 
