@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent
 RESULT, PAGE = ROOT / "results" / "families.json", ROOT.parent / "docs" / "models.md"
 VOCABULARY, SECONDS = 64, 60
 KL, TOLERANCE = 1e-5, 0.1  # nats; of measured over predicted, whose error grows as √KL
-KL_EXPERTS = 1e-7  # where a larger step changes which experts run, and outputs jump
+KL_EXPERTS = 1e-8  # where a larger step changes which experts run, and outputs jump
 ALPHA = 0.05  # of other steps, whose size need not be met
 
 ENCODERS = "an encoder, a decoder only by option"
@@ -97,6 +97,7 @@ LEFT_OUT = {
         ],
         CROSS,
     ),
+    "blt": "reads bytes in patches; no tiny instance of its five parts was made",
     **dict.fromkeys(
         ["gemma4_assistant", "gemma4_unified_assistant"],
         "drafts for another model, whose hidden states it reads",
@@ -106,7 +107,7 @@ LEFT_OUT = {
 
 NUMBERS = {  # a field's name, which many families share -> its tiny value
     "hidden_size d_model n_embd embedding_dim word_embed_proj_dim lru_width attention_hidden_size "
-    "embedding_size hidden_size_per_layer_input ple_embed_dim router_hidden_size dim_model_base": 32,
+    "embedding_size hidden_size_per_layer_input ple_embed_dim router_hidden_size": 32,
     "intermediate_size ffn_dim n_inner dff dim_ff ffn_hidden_size moe_intermediate_size "
     "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "expert_ffn_hidden_size intermediate_size_mlp dense_intermediate_size "
@@ -142,6 +143,13 @@ KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "
 """Fields with one entry a layer: tiny models have each kind once, in a repeated pattern."""
 
 
+INDEXER = {
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -151,10 +159,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "inkling_text": {"unpadded_vocab_size": VOCABULARY},
-    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 4},
+    "qwen4_exp_text": INDEXER,
+    "qwen4_exp": {"text_config": INDEXER},
     "dots3_note_text": {"num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
@@ -168,7 +179,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dbrx": {
-        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24},
     },
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -194,9 +205,7 @@ def _shrunk(default: Any, model_type: str) -> dict[str, Any]:
     for name, value in fields.items():
         if hasattr(value, "to_dict"):
             small[name] = type(value)(**_shrunk(value, value.model_type)).to_dict()
-        elif (name in TINY and isinstance(value, int | float) and not isinstance(value, bool)) or (
-            name in ("head_dim", "num_key_value_heads") and value is None
-        ):
+        elif name in TINY and is_size(name, value):
             small[name] = TINY[name]
     if "kv_lora_rank" in small and "num_key_value_heads" in small:  # a latent serves every head
         small["num_key_value_heads"] = small["num_attention_heads"]
@@ -210,6 +219,13 @@ def _shrunk(default: Any, model_type: str) -> dict[str, Any]:
             if name in small:
                 small[name] = layers
     return small | OVERRIDES.get(model_type, {})
+
+
+def is_size(name: str, value: Any) -> bool:
+    """Whether a field holds a number, or one is made of it where it holds none."""
+    if value is None:
+        return name in ("head_dim", "num_key_value_heads")
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def tiny_model(model_type: str, seed: int = 0) -> nn.Module:

@@ -10,94 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from kfade import distributed
 from kfade.errors import InputError
-from kfade.head import refuse_looking_ahead, run_on_tokens
-from kfade.models import frozen
-
-
-@dataclass(frozen=True)
-class Target:
-    """One weight to change, seen as W of shape [O, I] that maps inputs a to outputs W a (+ b)."""
-
-    name: str
-    """The weight's parameter name in the model."""
-    module: nn.Module
-    block: int
-    """Number of its decoder block, from 0."""
-    shape: tuple[int, int]
-    """(O, I); I counts one more for a joint bias."""
-    transposed: bool
-    """GPT-2's Conv1D stores W as [I, O]."""
-    bias: str | None
-    """Parameter name of the bias that is treated as one more column of W, if any."""
-    input_of: str
-    """Name of the first target that reads the same input tensor: gate and up share one A."""
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the module holds it now."""
-        return cast(Tensor, self.module.weight)
-
-    def inputs(self, a: Tensor) -> Tensor:
-        """Layer inputs [..., I], with a column of ones for a joint bias."""
-        return a if self.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-
-    def to_parameters(self, matrix_OI: Tensor) -> dict[str, Tensor]:
-        """A change of [W, b] as changes of parameters, each in its own layout."""
-        weight = matrix_OI if self.bias is None else matrix_OI[:, :-1]
-        changes = {self.name: (weight.T if self.transposed else weight).contiguous()}
-        if self.bias is not None:
-            changes[self.bias] = matrix_OI[:, -1].contiguous()
-        return changes
-
-    def from_parameters(self, changes: Mapping[str, Tensor]) -> Tensor:
-        """Inverse of :meth:`to_parameters`: the matrix [O, I] of named parameter changes."""
-        weight = changes[self.name].T if self.transposed else changes[self.name]
-        return weight if self.bias is None else torch.cat([weight, changes[self.bias][:, None]], 1)
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A weight of the blocks that the default would take and cannot."""
-
-    name: str
-    """Parameter name."""
-    kind: str
-    """What it is, in the plural, as a summary counts it."""
-    reason: str
-    """Why it cannot be changed; reads on after the name."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The weights to change, and those that were left out."""
-
-    targets: list[Target]
-    """In the order of the forward pass."""
-    left_out: list[LeftOut]
-    """Empty where a glob was given: what it matches is taken or refused."""
-
-    @property
-    def summary(self) -> str | None:
-        """What was left out, in one line; None for nothing."""
-        kinds: dict[str, list[str]] = {}
-        for weight in self.left_out:
-            kinds.setdefault(weight.kind, []).append(weight.name)
-        parts = [
-            f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
-            for kind, names in kinds.items()
-        ]
-        return "left out, since kfade cannot change them: " + "; ".join(parts) if parts else None
+from kfade.probe import Seen, probe
+from kfade.targets import Choice, LeftOut, Target
 
 
 def find_targets(
@@ -175,7 +99,7 @@ def choose_targets(
         _refuse_outside(model, pattern, blocks_name, owners)
         _refuse(left_out)
     _refuse_if_none(model, found, left_out, layers, pattern)
-    seen, unfit = _probe(model, found)
+    seen, unfit = probe(model, found)
     left_out += unfit
     misfits = {weight.name for weight in unfit}
     by_name = {target.name: target for target in found if target.name not in misfits}
@@ -377,80 +301,7 @@ def _target(module_name: str, module: nn.Module, block: int, joint_bias: bool) -
     return Target(name, module, block, shape, transposed, bias, input_of=name)
 
 
-PROBE = (2, 3)  # sequences and positions that targets are tried on: no two sizes are alike
-
-
-class _Seen:
-    """What a forward pass over a few tokens shows of each target."""
-
-    def __init__(self, model: nn.Module, targets: list[Target], input_BT: Tensor) -> None:
-        self.calls: dict[str, int] = {}
-        self.inputs: dict[str, Tensor] = {}
-        """In the order of the forward pass; held, so that no address is used twice."""
-        self.linear: dict[str, bool] = {}
-        """Whether the output is W a + b; not asked of fake tensors."""
-        handles = [
-            target.module.register_forward_hook(self._note(target), with_kwargs=True)
-            for target in targets
-        ]
-        try:
-            with torch.no_grad():
-                run_on_tokens(model, input_BT)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, target: Target):
-        def hook(module: Any, args: tuple[Any, ...], named: Any, output: Any) -> None:
-            self.calls[target.name] = self.calls.get(target.name, 0) + 1
-            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                self.linear[target.name] = False
-                return
-            self.inputs[target.name] = a = args[0]
-            if isinstance(output, FakeTensor) or not torch.isfinite(output).all():
-                return
-            weight = module.weight.T if target.transposed else module.weight
-            expected = nn.functional.linear(a, weight, module.bias)
-            close = expected.shape == output.shape and (
-                (expected - output).abs().max() <= 0.05 * expected.abs().max()
-            )
-            self.linear[target.name] = bool(close)
-
-        return hook
-
-
-def _probe(model: nn.Module, targets: list[Target]) -> tuple[_Seen, list[LeftOut]]:
-    """Run a few tokens through the model: what was seen, and which targets cannot be changed.
-
-    A target may read its input as [B, T, I] or as one list [B·T, I] of all positions, row b·T + t
-    that of position t of sequence b.
-    """
-    sequences, positions = PROBE
-    weight = targets[0].weight
-    fake = isinstance(weight, FakeTensor)
-    vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
-    input_BT = (torch.arange(sequences * positions, device=weight.device) + 3) % vocabulary
-    input_BT = input_BT.view(PROBE)
-    if not fake:
-        with frozen(model):
-            refuse_looking_ahead(model)
-    with frozen(model):
-        seen = _Seen(model, targets, input_BT)
-        listed = [t for t in targets if t.name in seen.inputs and seen.inputs[t.name].ndim == 2]
-        moved: dict[str, Tensor] = {}
-        if listed and not fake:
-            other_BT = input_BT.clone()
-            other_BT[0, -1] = 2
-            moved = _Seen(model, listed, other_BT).inputs
-    left_out: list[LeftOut] = []
-    for target in targets:
-        unfit = _unfit(target, seen, moved)
-        if unfit is not None:
-            left_out.append(LeftOut(target.name, *unfit))
-    return seen, left_out
-
-
-def _share_inputs(targets: list[Target], seen: _Seen) -> list[Target]:
+def _share_inputs(targets: list[Target], seen: Seen) -> list[Target]:
     """Which of them read one and the same tensor."""
     first: dict[tuple[int, bool], str] = {}
     shared = []
@@ -459,43 +310,3 @@ def _share_inputs(targets: list[Target], seen: _Seen) -> list[Target]:
         key = (id(seen.inputs[target.name]), target.bias is not None)
         shared.append(replace(target, input_of=first.setdefault(key, target.name)))
     return shared
-
-
-def _unfit(target: Target, seen: _Seen, moved: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """(kind, reason) where a target cannot be changed."""
-    name = target.name
-    calls = seen.calls.get(name, 0)
-    if calls == 0:
-        return (
-            "maps that a forward pass does not run by themselves",
-            "takes no part in a forward pass as a layer of its own (unused, or a routed expert)",
-        )
-    if calls > 1:
-        return (
-            "maps that a forward pass runs more than once",
-            "is used more than once in a forward pass (a shared layer)",
-        )
-    if not seen.linear.get(name, True):
-        return "layers that are no plain linear map", "does not map its input a to W a + b"
-    a = seen.inputs[name]
-    sequences, positions = PROBE
-    rows = sequences * positions
-    in_order = a.shape[:-1] == PROBE or (
-        a.shape[:-1] == (rows,) and (name not in moved or _in_order(a, moved[name]))
-    )
-    if not in_order:
-        return (
-            "maps that do not read one vector for each position",
-            f"does not read one vector for each position, {[*PROBE, a.shape[-1]]} or, in their "
-            f"order, {[rows, a.shape[-1]]}, but {list(a.shape)} (routed experts, or another order)",
-        )
-    return None
-
-
-def _in_order(a_RI: Tensor, moved_RI: Tensor) -> bool:
-    """Whether another last token of the first sequence has moved its own row alone."""
-    if a_RI.shape != moved_RI.shape:
-        return False
-    moved_R = (a_RI - moved_RI).abs().amax(dim=1) > 1e-3 * a_RI.abs().max()
-    moved_R[PROBE[1] - 1] = False
-    return not moved_R.any()

@@ -4,7 +4,8 @@
     G δ  = (1/N) Jᵀ (diag p − p pᵀ) J δ
 
 over the N loss tokens of the batches. A quadratic form costs one forward-mode pass, about three
-forward passes (four forward passes where there is no forward mode); a product adds a forward and a backward pass.
+forward passes, or four forward passes where there is no forward mode; a product adds a forward and
+a backward pass.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """
