@@ -248,8 +248,12 @@ def _refuse_if_none(
 
 
 def _routers(block: nn.Module) -> set[int]:
-    """Ids of the linear maps that choose experts: one output for each of them, beside them."""
+    """Ids of the linear maps that choose experts: within a router by its name, or beside experts
+    with one output for each of them."""
     found = set()
+    for name, module in block.named_modules():
+        if "router" in name.lower() and isinstance(module, nn.Linear):
+            found.add(id(module))
     for parent in block.modules():
         counts = set()
         for child in parent.children():
