@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.errors import InputError
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the soft cap of the logits."""
 CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
 
 
@@ -27,7 +30,55 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     No attention mask is passed: attention is causal and padding lies at the right, so no live
     position can see it. ``kfade check`` proves this on the model at hand.
     """
-    return model.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
+    body = model.base_model
+    if body is model:  # some classes name a body that they do not have
+        body = getattr(model, "model", model)
+    return body(input_ids=input_BT, use_cache=False).last_hidden_state
+
+
+def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
+    """:func:`hidden_states`, for the first pass of a model that nobody has tried yet.
+
+    Raises:
+        InputError: it fails on tokens alone, in the library's words.
+    """
+    try:
+        return hidden_states(model, input_BT)
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(input_BT, FakeTensor) or any(
+            isinstance(parameter, FakeTensor) for parameter in model.parameters()
+        ):
+            raise  # a plan has its own words
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise InputError(
+            f"{type(model).__name__} does not run on tokens alone "
+            f"({type(error).__name__}: {text}): this model is not supported"
+        ) from error
+
+
+def refuse_looking_ahead(model: Any) -> None:
+    """Change the last of a few tokens: no earlier hidden state may move.
+
+    Raises:
+        InputError: one does. Scores of a token would then depend on those that follow it, and on
+            padding.
+    """
+    weight = model.get_input_embeddings().weight
+    tokens_BT = torch.arange(3, 11, device=weight.device)[None] % weight.shape[0]
+    other_BT = tokens_BT.clone()
+    other_BT[0, -1] = 1
+    with torch.no_grad():
+        before, after = (run_on_tokens(model, x)[0].float() for x in (tokens_BT, other_BT))
+    moved, size = (after - before)[:-1].norm(), before[:-1].norm()
+    # Rounding that grows with depth, far below what attention to a later token does.
+    if moved > min(1000 * torch.finfo(weight.dtype).eps, 0.05) * size:
+        raise InputError(
+            f"{type(model).__name__} looks ahead: changing the last of {tokens_BT.shape[1]} tokens "
+            f"moves the hidden states before it by {moved / size:.1e} of their size; kfade needs "
+            "causal attention (a configuration with bidirectional attention is not supported)"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +91,8 @@ class Head:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in float32 or better."""
-        logits_NV = self.linear(hidden_ND)
+        # Some models keep the sum of their blocks in float32 and round it here.
+        logits_NV = self.linear(hidden_ND.to(cast(Tensor, self.linear.weight).dtype))
         if logits_NV.dtype in (torch.float16, torch.bfloat16):
             logits_NV = logits_NV.float()
         if self.scale != 1.0:
@@ -69,9 +121,12 @@ def read_head(model: Any) -> Head:
         )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    head = Head(linear, float(scale), getattr(config, "final_logit_softcapping", None))
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        scale /= getattr(config, name, None) or 1.0
+    caps = [getattr(config, name, None) for name in SOFT_CAPS]
+    head = Head(linear, float(scale), next((cap for cap in caps if cap), None))
     tokens_BT = torch.arange(1, 9, device=linear.weight.device)[None] % linear.weight.shape[0]
+    refuse_looking_ahead(model)
     with torch.no_grad():
         ours = head(hidden_states(model, tokens_BT)[0])
         theirs = model(input_ids=tokens_BT, use_cache=False).logits[0].to(ours.dtype)

@@ -27,6 +27,7 @@ from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
 from kfade.lengths import length_class
 from kfade.objectives import Objective, cross_entropy
+from kfade.preflight import preflight
 from kfade.progress import track
 from kfade.refine import refined_steps
 from kfade.sequences import Sequence as Tokens
@@ -100,6 +101,7 @@ def sweep(
         for s in (*drawn, held_out)
     )
     with stage("check"):
+        preflight(model, targets, recompute=recompute)
         scale = _Scale(model, held, measured)
     outcomes = dict(done or {})
     for name, own in _grouped(points, lambda p: p.objective):

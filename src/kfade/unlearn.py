@@ -33,6 +33,7 @@ from kfade.measure import (
 )
 from kfade.models import frozen
 from kfade.objectives import Objective, margin
+from kfade.preflight import preflight
 from kfade.record import StepRecord, Try, best_try
 from kfade.refine import refined_steps
 from kfade.sequences import Sequence as Tokens
@@ -129,6 +130,7 @@ def unlearn(
 
     retain_batches = batches_of(retain)
     with stage("check"):
+        preflight(model, targets, recompute=recompute)
         measured = drawn(forget, MEASURED_SEQUENCES, 0)
         gauge = Gauge(model, batches_of(held_out), measured)
     update = start or Update({}, _provenance(model, targets, forget, retain, held_out))
@@ -340,7 +342,8 @@ def _relative_change(
     relative = {}
     for name, change in changes.items():
         weight = distributed.whole(parameters[name].detach()).to(change.dtype)
-        relative[name] = (alpha * change.norm() / weight.norm()).item()
+        if weight.any():  # nothing can be said of a weight that is zero
+            relative[name] = (alpha * change.norm() / weight.norm()).item()
     return relative
 
 

@@ -27,8 +27,9 @@ from kfade.cli.template import template_of
 from kfade.config import DataConfig, FitConfig, ModelConfig
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
-from kfade.layers import Target, decoder_blocks, find_targets
+from kfade.layers import Target, choose_targets, decoder_blocks
 from kfade.models import default_device, load_model, model_window
+from kfade.preflight import preflight
 from kfade.progress import reporting
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import encode
@@ -95,7 +96,7 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
             "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
             "unlearn, or leave shard out"
         )
-    with stage("load"):
+    with stage("load"):  # with all that is tried before data are read
         model, tokenizer = load_model(
             config.model,
             dtype=config.dtype,
@@ -103,12 +104,15 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
             device="cpu" if config.shard else config.device,
             trust_remote_code=config.trust_remote_code,
         )
-        targets = find_targets(
+        chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
-    count = sum(target.shape[0] * target.shape[1] for target in targets)
-    console.print(f"{len(targets)} weights targeted, {count / 1e6:.1f} M parameters")
-    return Loaded(model, tokenizer, targets)
+        preflight(model, chosen.targets, recompute=fit.recompute)
+    count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
+    console.print(f"{len(chosen.targets)} weights targeted, {count / 1e6:.1f} M parameters")
+    if chosen.summary:
+        console.print(chosen.summary)
+    return Loaded(model, tokenizer, chosen.targets)
 
 
 def spread(config: ModelConfig, model: nn.Module) -> None:

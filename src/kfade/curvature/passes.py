@@ -127,8 +127,21 @@ def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutpu
 
 
 def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
-    """The rows of ``x_BT`` [B, T, ...] at live positions, [R, ...]; a view where all are live."""
-    return x_BT.flatten(0, 1) if batch.full else x_BT[batch.live_BT]
+    """The rows of ``x_BT``, [B, T, ...] or as one list [B·T, ...], at live positions, [R, ...]; a
+    view where all are live.
+
+    Raises:
+        InputError: it holds something else than one row for each position.
+    """
+    shape = batch.live_BT.shape
+    if x_BT.shape[:2] == shape:
+        return x_BT.flatten(0, 1) if batch.full else x_BT[batch.live_BT]
+    if x_BT.ndim != 2 or len(x_BT) != batch.positions:
+        raise InputError(
+            f"a target reads or writes {list(x_BT.shape)}, not one row for each position of "
+            f"{list(shape)} (routed experts?): leave it out with --target"
+        )
+    return x_BT if batch.full else x_BT[batch.live_BT.flatten()]
 
 
 def _refuse_broken(seen: list[tuple[str, str, Tensor]]) -> None:
