@@ -19,7 +19,7 @@ LONGEST = 400
 LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "loading", "sources", "adapters", "layers", "head", "examples", "batches"}
-    | {"objectives"},
+    | {"objectives", "vocabulary"},
     {"curvature"},
     {"measure", "gradient", "step", "refine", "record", "update", "unlearn"}
     | {"lora", "trace", "plan", "cost"},

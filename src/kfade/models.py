@@ -22,13 +22,13 @@ from kfade.loading import (
     TOKENIZER,
     WEIGHTS,
     check_config,
-    check_has_vocabulary,
     check_report,
-    check_vocabulary,
     check_weights,
+    quiet,
     reading,
 )
 from kfade.sources import Place, Resolved, Source, copy_companions, resolve
+from kfade.vocabulary import check_has_vocabulary, fit_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def load_model(
     with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
         rows = model.get_input_embeddings().weight.shape[0]
         converted = "gguf_file" in resolved.tokenizer.options
-        check_vocabulary(tokenizer or name, words, rows, converted=converted)
+        fit_vocabulary(tokenizer or name, words, rows, converted=converted)
     model.to(device or default_device())
     return model.eval(), words
 
@@ -215,7 +215,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
     resolved = resolve(source) if source is not None else None
     if source is not None and resolved is not None:
         check_writable(model, source, resolved)
-    model.save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     if resolved is not None:
         copy_companions(resolved, folder)

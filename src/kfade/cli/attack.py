@@ -13,6 +13,7 @@ from kfade.batches import Sequence as Tokens
 from kfade.batches import digest_sequences, draw_without_replacement
 from kfade.cli import options as o
 from kfade.cli.eval import Subject, digest_model, load_subject
+from kfade.cli.inputs import inputs
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
 from kfade.cli.unlearn import git_sha
 from kfade.config import RunConfig, override
@@ -79,7 +80,8 @@ Decay = Annotated[float, _option(TUNING, "--weight-decay", "AdamW's.", min=0)]
 At = Annotated[str, _option(TUNING, "--at", "Numbers of steps after which to measure.")]
 _SETTINGS = {
     *("model", "forget", "retain", "sequence_length", "template", "pack", "truncate", "holdout"),
-    *("batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
+    *("batch_tokens", "dtype", "device", "trust_remote_code", "revision", "tokenizer"),
+    "seed",
 }
 
 
@@ -121,6 +123,8 @@ def attack(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = None,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -155,6 +159,8 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             dtype=run.model.dtype,
             device=run.model.device,
             trust_remote_code=run.model.trust_remote_code,
+            revision=run.model.revision,
+            tokenizer=run.model.tokenizer,
         )
         loaded = Loaded(subject.model, subject.tokenizer, [])
         tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
@@ -185,6 +191,7 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             "tuning": asdict(request.tuning),
             "at": request.at,
         }
+        folder.reads(inputs(header["base_sha256"], sets))
         rows = _measure(request, subject, tokens, examine, folder, {**header, "base": base})
         folder.publish(ATTACK)
         metrics = {

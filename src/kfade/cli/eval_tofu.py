@@ -44,7 +44,7 @@ LOGS = "Saved logs"
 
 OptionalModel = Annotated[
     str | None,
-    typer.Argument(help="Hub id, local folder, or GGUF file. [none with --from-log]"),
+    typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter. [none with --from-log]"),
 ]
 OptionalOut = Annotated[
     Path | None,
@@ -122,6 +122,8 @@ def tofu(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     out: OptionalOut = None,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -150,13 +152,16 @@ def tofu(
         raise InputError("give MODEL and --out, or --from-log with a saved log")
     load_rouge_l_recall()
     if retain_model:
-        load_tokenizer(retain_model, trust_remote_code=bool(trust_remote_code))  # is it there?
+        load_tokenizer(  # is it there?
+            retain_model, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer
+        )
     limits = [n for n in (limit, LEGACY_ITEMS if tofu_legacy else None) if n is not None]
     questions = read_tofu(split, folder=data, limit=min(limits, default=None))
     where: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
+        "tokenizer": tokenizer,
     }
     how = {
         "template": template,
@@ -165,7 +170,7 @@ def tofu(
         "legacy": tofu_legacy,
     }
     with evaluation("tofu", out, resume, settings) as run:
-        subject = load_subject(model, update=update, quantise=quantise, **where)
+        subject = load_subject(model, update=update, quantise=quantise, revision=revision, **where)
         about = _about(subject, questions, template)
         with run.items(**about) as log:
             _measure(subject, questions, log, how)

@@ -11,11 +11,22 @@ from kfade import distributed
 from kfade.batches import Sequence as Tokens
 from kfade.batches import digest_sequences, make_batches
 from kfade.cli import options as o
-from kfade.cli.session import Loaded, load, read_retain, session, show, spread, to_tokens
+from kfade.cli.inputs import inputs
+from kfade.cli.session import (
+    Loaded,
+    load,
+    read_retain,
+    session,
+    show,
+    source_of,
+    spread,
+    to_tokens,
+)
 from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
+from kfade.models import provenance
 from kfade.run_dir import RunDir
 from kfade.stages import Clock, stage
 from kfade.unlearn import versions
@@ -43,6 +54,8 @@ def fit(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     shard: o.Shard = None,
     seed: o.Seed = None,
     config: o.Config = None,
@@ -65,6 +78,7 @@ def fit(
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
         sequences = to_tokens(examples, loaded, run.data)
+        folder.reads(inputs(digest_weights(loaded.model), {"retain": sequences}))
         weight = loaded.targets[0].weight
         batches = make_batches(sequences, budget=run.data.batch_tokens, device=weight.device)
         with stage("fit"):
@@ -106,6 +120,7 @@ def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[Tokens]) -> di
     """What the curvature belongs to, kept with it."""
     return {
         "model": run.model.model,
+        **provenance(source_of(run.model)),
         "weights_sha256": {
             t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
         },

@@ -21,7 +21,7 @@ def _option(panel: str, text: str, *names: str, **checks: Any):
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **checks)
 
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter.")]
 Forget = Annotated[
     str | None,
     _option(DATA, "What to forget: a JSONL file or hf:NAME[:CONFIG][:SPLIT].", "--forget"),
@@ -138,6 +138,14 @@ Device = Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, ... [the GPU if 
 TrustRemoteCode = Annotated[
     bool | None,
     _option(RUN, "Let code that comes with a hub model run.", "--trust-remote-code"),
+]
+Revision = Annotated[
+    str | None,
+    _option(RUN, "Branch, tag or commit of MODEL on the hub. [its main branch]", "--revision"),
+]
+Tokenizer = Annotated[
+    str | None,
+    _option(RUN, "Where the tokenizer is: hub id or folder. [with MODEL]", "--tokenizer"),
 ]
 Shard = Annotated[
     bool | None,

@@ -57,6 +57,7 @@ Budget = Annotated[
 _SETTINGS = {
     *("model", "forget", "retain", "forget_batch", "sequence_length", "template", "pack"),
     *("truncate", "holdout", "batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
+    *("revision", "tokenizer"),
     "refine_sequences",
 }
 
@@ -87,6 +88,8 @@ def sweep(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = None,
     config: o.Config = None,
     resume: o.Resume = False,
