@@ -77,14 +77,18 @@ class RunDir:
         if not self._has_state():
             shutil.rmtree(self.part, ignore_errors=True)
 
-    def reads(self, digests: Mapping[str, str]) -> None:
-        """Note what the run reads: digests, by what each is called in a message.
+    def reads(self, digests: Mapping[str, str], *, resumed: bool | None = None) -> None:
+        """Note what the run reads.
+
+        Args:
+            digests: by what each is called in a message.
+            resumed: whether what was kept depends on them; None: if anything was kept.
 
         Raises:
             InputError: the interrupted run that is gone on with read something else.
         """
         path = self.part / INPUTS
-        if path.is_file() and self._has_state():
+        if path.is_file() and (self._has_state() if resumed is None else resumed):
             recorded = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
             if changed:

@@ -100,6 +100,8 @@ def resolve(source: Source) -> Resolved:
                 "of models of the hub"
             )
     if source.tokenizer is not None:
+        if Path(source.tokenizer).is_dir():  # it need not hold a model
+            return Resolved(base, Place(source.tokenizer), adapter)
         return Resolved(base, _place(source.tokenizer, None), adapter)
     folder = adapter.folder if adapter is not None else None
     own_tokenizer = folder is not None and has_tokenizer(folder)

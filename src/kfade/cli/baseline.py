@@ -128,7 +128,8 @@ def baseline(
             check_writable(loaded.model, source)
         sets = {"forget": forget_tokens, "retain": retain_tokens, "held_out": held_out}
         model_digest = digest_weights(loaded.model)
-        folder.reads(inputs(model_digest, sets))
+        called = dict(zip(("forget", "retain", "held-out retain"), sets.values(), strict=True))
+        folder.reads(inputs(model_digest, called))
         every = max(1, settings.steps // 10) if evaluate_every is None else evaluate_every
         count = sum(tensor.numel() for tensor in trainable.tensors.values())
         console.print(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")

@@ -117,8 +117,9 @@ class Evaluation:
         Raises:
             InputError: an interrupted log was made of other weights or data.
         """
-        self.folder.reads({_CALLED.get(name, name): str(value) for name, value in decides.items()})
         path = self.folder.state / ITEMS
+        called = {_CALLED.get(name, name): str(value) for name, value in decides.items()}
+        self.folder.reads(called, resumed=path.is_file())
         header = {"benchmark": self._benchmark, **self._settings, **decides}
         with ItemLog(path, header) as log:
             try:

@@ -16,7 +16,10 @@ from kfade.models import DTYPES
 
 def inputs(model_digest: str, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, str]:
     """What :meth:`RunDir.reads` is told of a run: the model's weights and sets of data by name."""
-    data = {f"the {name} set": digest_sequences(tokens) for name, tokens in sets.items()}
+    data = {
+        f"the {name.removesuffix(' set')} set": digest_sequences(tokens)
+        for name, tokens in sets.items()
+    }
     return {"the weights of MODEL": model_digest, **data}
 
 

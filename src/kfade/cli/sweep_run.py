@@ -61,6 +61,8 @@ class _Ready:
 
     request: Request
     loaded: Loaded
+    model_digest: str
+    """Of all weights."""
     curvature: Curvature
     objectives: dict[str, Objective]
     forget: list[Tokens]
@@ -87,8 +89,9 @@ def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str,
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
-        folder.reads(inputs(digest_weights(loaded.model), sets_by_name))
-        ready = _Ready(request, loaded, saved, objectives, *tokens)
+        model_digest = digest_weights(loaded.model)
+        folder.reads(inputs(model_digest, sets_by_name))
+        ready = _Ready(request, loaded, model_digest, saved, objectives, *tokens)
         if digest_sequences(ready.retain) != saved.provenance.get("retain_sha256"):
             console.print(
                 "note: the curvature was not fitted on what is kept of --retain here, so it may "
@@ -211,6 +214,7 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         refine_sequences=run.refinement.refine_sequences,
     )
     about = {
+        "model_sha256": ready.model_digest,
         "model": run.model.model,
         **provenance(source_of(run.model)),
         "config": asdict(run),
