@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from kfade.errors import InputError
@@ -32,6 +33,7 @@ _PARTS = {
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
 _SHOWN = 3  # tensors that a message names
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -331,13 +333,25 @@ def listed(keys: Collection[str]) -> str:
 
 
 def check_weights(name: str, model: nn.Module) -> None:
-    """Raises InputError where a weight is not a finite real number of 16 bits or more."""
+    """Raises InputError where a weight is NaN or infinite."""
     for key, parameter in model.named_parameters():
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{name}: {key} is stored as {kind}, so its weights are quantised; load the "
-                "full-precision model and quantise the edited one afterwards"
-            )
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name}: NaN or Inf in {key}; get a whole copy")
+
+
+def check_stored(name: str, model: nn.Module, folder: Path) -> None:
+    """Raises InputError where a file holds a weight in 8 bits or fewer.
+
+    transformers would turn the stored numbers, without their scale, into the model's dtype.
+    """
+    wanted = {key for key, _ in model.named_parameters()}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in wanted & set(file.keys()):
+                kind = file.get_slice(key).get_dtype()
+                if kind not in _FULL_PRECISION:
+                    raise InputError(
+                        f"{name}: {key} is stored as {kind} in {path.name}, so its weights are "
+                        "quantised; load the full-precision model and quantise the edited one "
+                        "afterwards"
+                    )

@@ -23,6 +23,7 @@ from kfade.loading import (
     WEIGHTS,
     check_config,
     check_report,
+    check_stored,
     check_weights,
     quiet,
     reading,
@@ -123,6 +124,8 @@ def _read_weights(name: str, place: Place, dtype: Any, trust_remote_code: bool) 
             ignore_mismatched_sizes=True,  # they are refused, with their shapes
             **place.options,
         )
+        if place.folder is not None:
+            check_stored(name, model, place.folder)
     note = check_report(name, model, report)
     if note is not None:
         logger.warning("note: %s", note)
