@@ -28,7 +28,7 @@ VOCABULARIES = (
     *("spiece.model", "spm*.model", "*bpe.model", "tokenization*.py", "encoder.json"),
 )
 _PARTS = {
-    CONFIG: ("config.json",),
+    CONFIG: ("config.json", "adapter_config.json"),
     TOKENIZER: (*VOCABULARIES, "*token*.json", "chat_template*"),
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
