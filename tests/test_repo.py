@@ -19,7 +19,7 @@ LONGEST = 400
 LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "loading", "sources", "adapters", "layers", "targets", "probe", "head", "lengths"}
-    | {"examples", "rows", "chat", "sequences", "batches", "objectives"},
+    | {"examples", "rows", "chat", "sequences", "batches", "objectives", "vocabulary"},
     {"curvature"},
     {"measure", "gradient", "step", "refine", "record", "update"}
     | {"preflight", "unlearn", "lora", "trace", "plan", "cost"},

@@ -142,12 +142,19 @@ def parameter_names(targets: Iterable[Target]) -> list[str]:
     return [name for target in targets for name in (target.name, target.bias) if name is not None]
 
 
-def digest_weights(model: nn.Module, names: Iterable[str]) -> str:
-    """SHA-256 over names, dtypes and bytes of parameters: says which model it is."""
+def digest_weights(
+    model: nn.Module, names: Iterable[str] | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over names, dtypes and bytes of parameters: says which model it is.
+
+    Args:
+        names: the parameters; all when None.
+        dtype: of the values rounded to it, as if the model had been loaded so; None: as they are.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = distributed.whole(parameters[name].detach()).cpu().contiguous()
+    for name in sorted(parameters if names is None else names):
+        tensor = distributed.whole(parameters[name].detach()).to(dtype=dtype).cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()

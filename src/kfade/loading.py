@@ -8,7 +8,6 @@ where it can be found, and their own words where the cause is unknown.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from kfade.errors import InputError
@@ -28,11 +28,12 @@ VOCABULARIES = (
     *("spiece.model", "spm*.model", "*bpe.model", "tokenization*.py", "encoder.json"),
 )
 _PARTS = {
-    CONFIG: ("config.json",),
+    CONFIG: ("config.json", "adapter_config.json"),
     TOKENIZER: (*VOCABULARIES, "*token*.json", "chat_template*"),
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
 _SHOWN = 3  # tensors that a message names
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -49,7 +50,7 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
         InputError: in place of any error but an interruption and a lack of memory.
     """
     try:
-        with _quiet():
+        with quiet():
             yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -60,7 +61,7 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No tables and no progress bars of transformers: what they tell is told in one line."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
@@ -332,74 +333,25 @@ def listed(keys: Collection[str]) -> str:
 
 
 def check_weights(name: str, model: nn.Module) -> None:
-    """Raises InputError where a weight is not a finite real number of 16 bits or more."""
+    """Raises InputError where a weight is NaN or infinite."""
     for key, parameter in model.named_parameters():
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{name}: {key} is stored as {kind}, so its weights are quantised; load the "
-                "full-precision model and quantise the edited one afterwards"
-            )
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name}: NaN or Inf in {key}; get a whole copy")
 
 
-# --- tokenizer -------------------------------------------------------------------------------
+def check_stored(name: str, model: nn.Module, folder: Path) -> None:
+    """Raises InputError where a file holds a weight in 8 bits or fewer.
 
-
-def check_vocabulary(name: str, tokenizer: Any, rows: int, *, converted: bool = False) -> None:
-    """Raises InputError where a text could become a token that the embedding has no row for.
-
-    Only tokens that their own text is encoded to count. Marks of other modalities, which a
-    processor puts where an image or a sound goes, are not part of a text; and what the tokenizer's
-    class, or transformers' conversion of a GGUF file (``converted``), adds is not the model's.
+    transformers would turn the stored numbers, without their scale, into the model's dtype.
     """
-    vocabulary = tokenizer.get_vocab()
-    marks = _modality_marks(tokenizer) | _defaults(type(tokenizer))
-    if converted:
-        marks |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    beyond = {
-        token: number
-        for token, number in sorted(vocabulary.items(), key=lambda item: item[1])
-        if number >= rows and token not in marks and _produced(tokenizer, token, number)
-    }
-    if not beyond:
-        return
-    some = [f"{token!r} is {number}" for token, number in beyond.items()]
-    raise InputError(
-        f"{name}: the embedding has {rows} rows, but {_tokens(beyond)} beyond it ({listed(some)}); "
-        "give the model's own tokenizer with --tokenizer, or enlarge the model's embedding"
-    )
-
-
-def _tokens(beyond: Collection[str]) -> str:
-    return f"{len(beyond)} tokens lie" if len(beyond) > 1 else "1 token lies"
-
-
-def _produced(tokenizer: Any, token: str, number: int) -> bool:
-    texts = (token, tokenizer.convert_tokens_to_string([token]))
-    return any(number in tokenizer.encode(text, add_special_tokens=False) for text in texts)
-
-
-def _modality_marks(tokenizer: Any) -> set[str]:
-    kinds = ("image", "audio", "video")
-    named = {**getattr(tokenizer, "special_tokens_map", {})}
-    named.update(getattr(tokenizer, "model_specific_special_tokens", None) or {})
-    return {
-        str(token)
-        for key, token in named.items()
-        if isinstance(token, str) and any(kind in key for kind in kinds)
-    }
-
-
-def _defaults(kind: type) -> set[str]:
-    """Special tokens that a tokenizer's class puts in where no file names any."""
-    parameters = inspect.signature(kind).parameters.values()
-    return {str(p.default) for p in parameters if p.name.endswith("_token")}
-
-
-def check_has_vocabulary(name: str, tokenizer: Any) -> None:
-    """Raises InputError where there are special tokens only: made up, for want of a file."""
-    vocabulary = set(tokenizer.get_vocab())
-    if vocabulary <= set(tokenizer.all_special_tokens):
-        raise InputError(f"{name}: {no_tokenizer()}")
+    wanted = {key for key, _ in model.named_parameters()}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in wanted & set(file.keys()):
+                kind = file.get_slice(key).get_dtype()
+                if kind not in _FULL_PRECISION:
+                    raise InputError(
+                        f"{name}: {key} is stored as {kind} in {path.name}, so its weights are "
+                        "quantised; load the full-precision model and quantise the edited one "
+                        "afterwards"
+                    )

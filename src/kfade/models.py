@@ -23,13 +23,14 @@ from kfade.loading import (
     TOKENIZER,
     WEIGHTS,
     check_config,
-    check_has_vocabulary,
     check_report,
-    check_vocabulary,
+    check_stored,
     check_weights,
+    quiet,
     reading,
 )
 from kfade.sources import Place, Resolved, Source, copy_companions, resolve
+from kfade.vocabulary import check_has_vocabulary, fit_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def load_model(
     with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
         rows = model.get_input_embeddings().weight.shape[0]
         converted = "gguf_file" in resolved.tokenizer.options
-        check_vocabulary(tokenizer or name, words, rows, converted=converted)
+        fit_vocabulary(tokenizer or name, words, rows, converted=converted)
     model.to(device or default_device())
     return model.eval(), words
 
@@ -124,6 +125,8 @@ def _read_weights(name: str, place: Place, dtype: Any, trust_remote_code: bool) 
             ignore_mismatched_sizes=True,  # they are refused, with their shapes
             **place.options,
         )
+        if place.folder is not None:
+            check_stored(name, model, place.folder)
     note = check_report(name, model, report)
     if note is not None:
         logger.warning("note: %s", note)
@@ -217,7 +220,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
     resolved = resolve(source) if source is not None else None
     if source is not None and resolved is not None:
         check_writable(model, source, resolved)
-    model.save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     if resolved is not None:
         copy_companions(resolved, folder)

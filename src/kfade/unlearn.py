@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfade import distributed
@@ -327,6 +328,7 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "weights_sha256": digest_weights(model, parameter_names(targets)),
+        "weights_bfloat16_sha256": digest_weights(model, parameter_names(targets), torch.bfloat16),
         "forget_sha256": digest_sequences(forget),
         "retain_sha256": digest_sequences(retain),
         "held_out_sha256": digest_sequences(held_out),

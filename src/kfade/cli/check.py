@@ -56,6 +56,8 @@ def check(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = None,
     json: o.Json = False,
 ) -> None:

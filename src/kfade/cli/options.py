@@ -26,7 +26,7 @@ def _unless_empty(given: list[str] | None) -> list[str] | None:
     return given or None
 
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter.")]
 Forget = Annotated[
     str | None,
     _option(DATA, "What to forget: a JSONL file or hf:NAME[:CONFIG][:SPLIT].", "--forget"),
@@ -173,6 +173,14 @@ Device = Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, ... [the GPU if 
 TrustRemoteCode = Annotated[
     bool | None,
     _option(RUN, "Let code that comes with a hub model run.", "--trust-remote-code"),
+]
+Revision = Annotated[
+    str | None,
+    _option(RUN, "Branch, tag or commit of MODEL on the hub. [its main branch]", "--revision"),
+]
+Tokenizer = Annotated[
+    str | None,
+    _option(RUN, "Where the tokenizer is: hub id or folder. [with MODEL]", "--tokenizer"),
 ]
 Shard = Annotated[
     bool | None,

@@ -33,7 +33,9 @@ from kfade.preflight import preflight
 from kfade.progress import reporting
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import encode
+from kfade.sources import Source
 from kfade.stages import Clock, stage, timing
+from kfade.update import OTHER, ROUNDED, Update
 
 console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets
 
@@ -90,7 +92,7 @@ class Loaded:
 def load(config: ModelConfig, fit: FitConfig) -> Loaded:
     """The model, and its targets, found before any data are read."""
     if not config.model:
-        raise InputError("no MODEL: give a hub id, a local folder, or a GGUF file")
+        raise InputError("no MODEL: give a hub id, a local folder, a GGUF file, or a LoRA adapter")
     if config.shard and distributed.count() == 1:
         raise InputError(
             "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
@@ -103,6 +105,8 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
             # A model to be spread may be larger than a device.
             device="cpu" if config.shard else config.device,
             trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
         )
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
@@ -113,6 +117,40 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
     if chosen.summary:
         console.print(chosen.summary)
     return Loaded(model, tokenizer, chosen.targets)
+
+
+def source_of(config: ModelConfig) -> Source:
+    """Where the configuration's model lies."""
+    return Source(config.model, config.revision, config.tokenizer)
+
+
+def notes_on_base(
+    update: Update, base: str, done: str, revision: str | None, tokenizer: str | None
+) -> list[str]:
+    """What is to be said where an update is used.
+
+    Args:
+        base: what :meth:`Update.compare_base` found.
+        done: what is done with the update, as in "applied".
+    """
+    notes = []
+    if base == ROUNDED:
+        notes.append(
+            "note: the update was computed on these weights in another dtype; they are equal once "
+            "rounded to the one of fewer bits"
+        )
+    elif base == OTHER:
+        notes.append(
+            f"note: these are not the weights that the update was computed on; {done} as on a "
+            "fine-tuned descendant"
+        )
+    asked = update.provenance.get("config", {}).get("model", {})
+    for option, given in (("revision", revision), ("tokenizer", tokenizer)):
+        recorded = asked.get(option) if isinstance(asked, dict) else None
+        if recorded != given and recorded is not None:
+            used = f"with --{option} {given}" if given is not None else f"without --{option}"
+            notes.append(f"note: the update was computed with --{option} {recorded}; {done} {used}")
+    return notes
 
 
 def spread(config: ModelConfig, model: nn.Module) -> None:
