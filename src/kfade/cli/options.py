@@ -29,7 +29,12 @@ def _unless_empty(given: list[str] | None) -> list[str] | None:
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter.")]
 Forget = Annotated[
     str | None,
-    _option(DATA, "What to forget: a JSONL file or hf:NAME[:CONFIG][:SPLIT].", "--forget"),
+    _option(
+        DATA,
+        "What to forget: a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT], SPLIT as in train or "
+        "train[:1000], which downloads no more than that.",
+        "--forget",
+    ),
 ]
 Retain = Annotated[
     str | None, _option(DATA, "What must not change, in the same forms.", "--retain")

@@ -22,9 +22,10 @@ from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.examples import Example, read_rows, read_utf8
+from kfade.examples import Example
 from kfade.models import model_window
 from kfade.progress import track
+from kfade.rows import read_rows, read_utf8
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import continuation, encode, open_tokens
 
