@@ -164,7 +164,7 @@ def main() -> None:
     full.to(LOW).float()
     low, _ = load_model(args.model, dtype="float32", device="cpu")
     low.to(LOW)
-    texts = kfade.load_examples(data_file("retain.jsonl"))[: 8 * args.sequences]
+    texts = kfade.load_examples(str(data_file("retain.jsonl")))[: 8 * args.sequences]
     tokens = kfade.encode(texts, tokenizer, length=args.length)[: args.sequences]
     batches = make_batches(tokens)
     result = {
