@@ -123,6 +123,9 @@ def floors(full: nn.Module, low: nn.Module, batches: Sequence[Batch]) -> dict[st
         with rounded_heads(wanted):
             found[f"like rounding, {name}"] = kl(low, low_base, every)
             found[f"one weight by one unit, {name}"] = kl(low, low_base, one)
+            found[f"like rounding of the ten weights, {name}"] = kl(
+                low, low_base, rounding_changes(low, CHANGED)
+            )
     print(found, flush=True)
     return found
 
