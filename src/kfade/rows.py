@@ -118,6 +118,8 @@ def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
         raise InputError(
             f"{source}: reading data sets needs the package datasets: pip install 'kfade[hub]'"
         ) from None
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         config, split = _config_and_split(datasets, name, rest)
         rows = _saved(datasets, name, split) if _is_saved(name) else None
@@ -130,6 +132,9 @@ def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
             f"{source}: the data set could not be loaded ({first_line(error)}); check the name, "
             "the configuration and the split, or download it and give a JSONL file"
         ) from None
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _parts(source: str) -> tuple[str, list[str]]:

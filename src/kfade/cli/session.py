@@ -10,18 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
-from kfade import distributed
+from kfade import distributed, progress
+from kfade.cli.bars import Bars, Lines
 from kfade.cli.options import chat_of
 from kfade.cli.template import template_of
 from kfade.config import DataConfig, FitConfig, ModelConfig
@@ -30,7 +22,6 @@ from kfade.examples import Example, load_examples, split_holdout
 from kfade.layers import Target, choose_targets, decoder_blocks
 from kfade.models import default_device, load_model, model_window
 from kfade.preflight import preflight
-from kfade.progress import reporting
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import encode
 from kfade.sources import Source
@@ -42,42 +33,11 @@ console = Console(stderr=True, highlight=False, markup=False)  # texts of data h
 
 @contextlib.contextmanager
 def session() -> Iterator[Clock]:
-    """Progress bars on stderr, a clock, and nothing but results on stdout."""
+    """Progress on stderr, a clock, and nothing but results on stdout."""
     clock = Clock()
-    with _Bars() as bars, reporting(bars), timing(clock), contextlib.redirect_stdout(sys.stderr):
+    shown = Bars(console) if console.is_terminal else Lines(console.print)
+    with shown, progress.reporting(shown), timing(clock), contextlib.redirect_stdout(sys.stderr):
         yield clock
-
-
-class _Bars:
-    """Rich progress bars; a finished task's bar goes away, its stage stays in the log."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            transient=True,
-        )
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def start(self, name: str, total: float) -> int:
-        return self._progress.add_task(name, total=total)
-
-    def advance(self, task: int, amount: float) -> None:
-        self._progress.advance(TaskID(task), amount)
-
-    def stop(self, task: int) -> None:
-        self._progress.remove_task(TaskID(task))
 
 
 @dataclass(frozen=True)
