@@ -33,6 +33,8 @@ _PARTS = {
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
 _SHOWN = 3  # tensors that a message names
+# Of modules of old versions: computed, and no part of what a model has learnt.
+_CONSTANTS = ("masked_bias", "inv_freq", "position_ids")
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -91,7 +93,8 @@ def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str
         )
     if part == TOKENIZER and folder is not None and not has_tokenizer(folder):
         return no_tokenizer()
-    where = f"its {part} could not be loaded ({said})"
+    what = "the model" if part == WEIGHTS else f"its {part}"
+    where = f"{what} could not be loaded ({said})"
     if part == CONFIG and folder is None and not name.lower().endswith(".gguf"):
         where += "; give a hub id, a folder that from_pretrained loads, or a GGUF file"
     return where
@@ -149,6 +152,11 @@ def file_fault(path: Path) -> str | None:
         return _safetensors_fault(path, size)
     if path.suffix == ".json":
         return _json_fault(path)
+    if path.suffix == ".jinja":
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            return f"is not text in UTF-8 ({error})"
     return None
 
 
@@ -266,18 +274,18 @@ def check_report(name: str, model: nn.Module, report: Mapping[str, Any]) -> str 
             "one copy"
         )
     buffers = {key for key, _ in model.named_buffers()}
-    inner = [key for key in unexpected if key not in buffers and _within(model, key)]
+    unexpected = [k for k in unexpected if k not in buffers and not k.endswith(_CONSTANTS)]
+    inner = [key for key in unexpected if _within(model, key)]
     if inner:
         raise InputError(
-            f"{name}: {_count(inner)} in its weights have no place in the model of its "
-            f"configuration ({listed(inner)}); get both from one copy"
+            f"{name}: the model of its configuration has no place for {len(inner)} of the tensors "
+            f"in its weights ({listed(inner)}); get both from one copy"
         )
-    outer = [key for key in unexpected if key not in buffers]
-    if not outer:
+    if not unexpected:
         return None
     return (
-        f"{name}: {_count(outer)} beside the language model are left out ({listed(outer)}); "
-        "what is written from it has none of them"
+        f"{name}: left out, since the language model has no place for it: {listed(unexpected)}; "
+        "what is written from it lacks that too"
     )
 
 
@@ -292,8 +300,8 @@ def _missing(missing: list[str], unexpected: list[str], total: int) -> str:
             f"{lead}: there the names begin with {prefix!r}, which a wrapper put before them; "
             "save the weights without it"
         )
-    if unexpected and len(missing) == total:
-        return f"{lead}; they hold {listed(unexpected)} instead"
+    if unexpected:
+        return f"{lead}; they hold {listed(unexpected)}, for which it has no place"
     return f"{lead}; get weights and configuration from one whole copy"
 
 
@@ -313,16 +321,14 @@ def _within(model: nn.Module, key: str) -> bool:
     """Whether a tensor lies in a part of the model: deeper than the model and its base model."""
     modules = dict(model.named_modules())
     base = getattr(model, "base_model_prefix", "")
-    parent = key
-    while "." in parent:
-        parent = parent.rpartition(".")[0]
-        if parent in modules:
-            return parent != base
+    for parent in (key, f"{base}.{key}"):  # a base model's own checkpoint has no prefix
+        while "." in parent:
+            parent = parent.rpartition(".")[0]
+            if parent in modules:
+                if parent != base:
+                    return True
+                break
     return False
-
-
-def _count(keys: Collection[str]) -> str:
-    return f"{len(keys)} tensors" if len(keys) > 1 else "1 tensor"
 
 
 def listed(keys: Collection[str]) -> str:

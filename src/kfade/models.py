@@ -63,11 +63,11 @@ def load_model(
     given = _dtype_of(dtype)
     resolved = resolve(Source(name, revision, tokenizer))
     place = resolved.weights
-    _read_config(name, place, trust_remote_code)
+    config = _read_config(name, place, trust_remote_code)
     words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
     gguf = "gguf_file" in place.options
     wanted: Any = given or (torch.float32 if gguf else "auto")
-    model = _read_weights(name, place, wanted, trust_remote_code)
+    model = _read_weights(name, place, config, wanted, trust_remote_code)
     if gguf:
         _forget_gguf(model)
     if resolved.adapter is not None:
@@ -112,13 +112,16 @@ def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _read_weights(name: str, place: Place, dtype: Any, trust_remote_code: bool) -> Any:
+def _read_weights(
+    name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     read: Any = AutoModelForCausalLM.from_pretrained
     with reading(name, WEIGHTS, place.folder):
         model, report = read(
             place.location,
+            config=config,  # to read a GGUF file once less: that takes seconds
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
