@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from kfade.demo.run import demo_model
 from kfade.head import Head, read_head
 from kfade.measure import Reference, hidden_reference, mean_divergence, rounding_changes
 from kfade.models import load_model
+from kfade.stages import Clock, timing
 from kfade.update import Update
 
 RESULT = Path(__file__).parent / "results" / "bf16_floor.json"
@@ -133,21 +133,23 @@ def floors(full: nn.Module, low: nn.Module, batches: Sequence[Batch]) -> dict[st
 def timings(low: nn.Module, batches: Sequence[Batch], rounds: int) -> dict[str, dict[str, float]]:
     """Seconds, median of ``rounds`` in turns, of a KL measurement and a covariance pass."""
     base = hidden_reference(low, batches, "base")
-    targets = kfade.find_targets(low, layers="24-29")
+    targets = kfade.find_targets(low)
     work: dict[str, Callable[[], Any]] = {
         "KL of kept hidden states": lambda: mean_divergence(read_head(low), base, base),
         "KL measurement": lambda: kl(low, base, {}),
-        "K-FAC fit of blocks 24-29": lambda: fit_kfac(low, batches, targets),
+        "covariance pass": lambda: fit_kfac(low, batches, targets),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in work}
     for turn in range(rounds + 1):
         for name, do in work.items():
             for head, wanted in (("head in bfloat16", True), ("head in float32", False)):
                 with rounded_heads(wanted):
-                    start = time.perf_counter()
-                    do()
+                    clock = Clock()
+                    with timing(clock):
+                        do()
+                spent = clock.seconds.get("covariance", clock.total)  # of a fit, that pass alone
                 if turn:  # the first warms up
-                    seconds[name].setdefault(head, []).append(time.perf_counter() - start)
+                    seconds[name].setdefault(head, []).append(spent)
     table = {}
     for name, by_head in seconds.items():
         table[name] = {head: statistics.median(s) for head, s in by_head.items()}

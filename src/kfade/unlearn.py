@@ -19,6 +19,7 @@ from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.draws import Draw, square_root_draw
 from kfade.curvature.fit import Fit, fit_ekfac
+from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.errors import InputError
 from kfade.gradient import forget_gradient
@@ -120,6 +121,7 @@ def unlearn(
     _check_data(forget, retain, held_out)
     _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
     targets = list(targets) if targets is not None else find_targets(model)
+    refuse_float16(targets)
     batches_of = partial(
         make_batches,
         budget=batch_tokens,

@@ -89,8 +89,9 @@ def run_pass(
 
     Raises:
         InputError: NaN or Inf in what a layer reads or passes back; names the layer. A batch of
-            sequences that the model treats unlike when alone.
+            sequences that the model treats unlike when alone. A model in float16.
     """
+    refuse_float16(targets)
     refuse_mixed(model, batches)
     own = distributed.share(batches, lambda batch: batch.positions)
     own += [batches[-1].silenced()] * distributed.missing(model, len(own))  # in step with others
@@ -115,6 +116,23 @@ def run_pass(
             _refuse_broken(seen)
             if keeper is not None:
                 keeper.save(number, sums.tensors())
+
+
+def refuse_float16(targets: Sequence[Target]) -> None:
+    """See to it that no gradient is computed in float16.
+
+    Its numbers end at 65504 and 6e-8. The square of an activation of 260 is above the first, a
+    token's share of the gradient of a long text below the second.
+
+    Raises:
+        InputError: a target has weights in float16.
+    """
+    for target in targets:
+        if target.weight.dtype == torch.float16:
+            raise InputError(
+                f"{target.name} is float16, whose range is too small for gradients and sums of "
+                "squares: load the model with --dtype bfloat16 or --dtype float32"
+            )
 
 
 def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutputs) -> None:
