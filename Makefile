@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-oldest lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## watch a real model forget the capitals of the world (writes out/demo)
 	rm -rf out/demo out/demo.part
@@ -17,16 +18,24 @@ demo: $(READY)  ## watch a real model forget the capitals of the world (writes o
 test: $(READY)  ## all tests
 	$(BIN)/pytest
 
+# The oldest torch on PyPI is a CUDA build (it runs without a GPU): 2.5 GB to download, 5 GB on disk.
+test-oldest: $(OLDEST)/.ready  ## all tests with the oldest versions (Python 3.10-3.12; downloads an old torch, 2.5 GB)
+	$(OLDEST)/bin/pytest
+
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## remove the virtual environment and what runs wrote
-	rm -rf $(VENV) out
+clean:  ## remove the virtual environments and what runs wrote
+	rm -rf $(VENV) $(OLDEST) out
 
-$(READY): pyproject.toml requirements/constraints.txt requirements/no-deps.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint requirements/constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps --requirement requirements/no-deps.txt
+$(READY): VERSIONS := constraints
+$(OLDEST)/.ready: VERSIONS := oldest
+$(READY): requirements/constraints.txt
+$(OLDEST)/.ready: requirements/oldest.txt
+%/.ready: pyproject.toml requirements/no-deps.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint requirements/$(VERSIONS).txt --editable '.[dev]'
+	$(@D)/bin/pip install --quiet --no-deps --requirement requirements/no-deps.txt
 	touch $@

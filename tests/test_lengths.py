@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 import zoo
 from helpers import greedy
+from packaging.version import Version
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -92,13 +94,19 @@ def gemma3(kind: str):
     )
 
 
+def gemma3_longrope():
+    if Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("transformers fails at a second long text of longrope by kinds of layers")
+    return gemma3("longrope")
+
+
 MODELS = {
     "dynamic": dynamic,
     "longrope": longrope,
     "longrope, attention factor": lambda: longrope(attention_factor=1.7),
     "phi3": phi3,
     "gemma3 dynamic": lambda: gemma3("dynamic"),
-    "gemma3 longrope": lambda: gemma3("longrope"),
+    "gemma3 longrope": gemma3_longrope,
 }
 UNAFFECTED = {
     "default": lambda: llama(rope_type="default", rope_theta=10.0),

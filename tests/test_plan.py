@@ -15,6 +15,7 @@ from helpers import random_sequences, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -140,6 +141,18 @@ def packed(count: int, length: int) -> list[Sequence]:
     return [Sequence(tuple(row), (False, *[True] * (length - 1))) for row in tokens]
 
 
+# How much is held and counted depends on the kernel, and before torch 2.11 the CPU's fused attention
+# has no grouped queries: their keys are repeated or scores are kept.
+grouped = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.11", reason="torch has no fused grouped queries on the CPU"
+)
+
+
+def heads_of(query, shapes):
+    """Shapes [B, heads, positions, width] with the query's heads, which kernels repeat keys to."""
+    return [(shape[0], query[1], *shape[2:]) for shape in shapes]
+
+
 class Counter(TorchDispatchMode):
     """Flops of products, by shapes; attention as torch counts it on a GPU."""
 
@@ -155,9 +168,9 @@ class Counter(TorchDispatchMode):
         elif name == "bmm":
             self.flops += flop_registry[torch.ops.aten.bmm](*args, out_val=result)
         elif name == "_scaled_dot_product_flash_attention_for_cpu":
-            self.flops += sdpa_flop_count(*shapes[:3])
+            self.flops += sdpa_flop_count(*heads_of(shapes[0], shapes[:3]))
         elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-            self.flops += sdpa_backward_flop_count(*shapes[:4])
+            self.flops += sdpa_backward_flop_count(*heads_of(shapes[1], shapes[:4]))
         else:
             assert name not in ("addmm", "addmm_", "baddbmm", "convolution"), name
         return result
@@ -335,6 +348,7 @@ def test_a_group_is_gone_when_the_next_is_fitted(tmp_path):
 # --- one traced pass ---------------------------------------------------------------------------
 
 
+@grouped
 def test_held_bytes_by_architecture_and_by_saved_tensors():
     """What autograd keeps of a Llama for a token: per block two residual streams with a norm's
     scale each, q, k and v after the rotation, attention's output and logsumexp, and gate, its
@@ -389,11 +403,13 @@ def test_forward_flops_are_those_of_a_real_pass(tmp_path, family):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         hidden_states(model, torch.zeros(2, 11, dtype=torch.long))
     counted = counter.get_total_flops()
-    # The CPU's fused attention is not counted by torch: q·k and p·v, 2 heads of width 8, 2 blocks.
-    attention = 2 * 2 * (2 * 11 * 11 * 2 * 8) * 2
-    assert cost.forward_flops in (counted, counted + attention)
+    # The CPU's fused attention, of two blocks, one or none, is not counted by torch: q·k and p·v of
+    # 2 heads of width 8.
+    attention = 2 * 2 * (2 * 11 * 11 * 2 * 8)
+    assert cost.forward_flops - counted in (0, attention, 2 * attention)
 
 
+@grouped
 def test_backward_flops_stop_at_the_lowest_target():
     model = small()
     cost = trace_pass(model, find_targets(model), (1, 16))
@@ -422,7 +438,9 @@ def test_blocks_that_run_again_keep_their_inputs(tmp_path):
     for target in targets:
         blocks = 3 - target.block
         assert cost.held_bytes[target.input_of] == 4 * b * t * ((blocks + 2) * hidden + 1)
-        assert cost.repeated_flops[target.input_of] == cost.forward_flops * blocks / 3
+        # The angles of rotary embeddings, made once a pass, are a product below transformers 5.22.
+        share = cost.forward_flops * blocks / 3
+        assert cost.repeated_flops[target.input_of] == pytest.approx(share, rel=3e-5)
     # What one block makes is held beside them while it runs again.
     above, down = targets[3].name, targets[0].name
     block = plain.held_bytes[down] - plain.held_bytes[above]
@@ -440,7 +458,8 @@ def test_blocks_that_run_again_keep_their_inputs(tmp_path):
             hidden_BTD.backward(hidden_BTD.detach())
         counted.append(counter.get_total_flops())
         seeing = capture(targets, on_gradient=lambda *seen: None)
-    assert counted[1] - counted[0] == forward.get_total_flops()
+    again = counted[1] - counted[0]
+    assert again == pytest.approx(forward.get_total_flops(), rel=3e-5)
 
 
 def test_plan_of_blocks_that_run_again():
@@ -469,7 +488,7 @@ def test_plan_of_blocks_that_run_again():
     for stage in less:
         once = {"covariance": 2, "lambda": 2, "gradient": 2, "refine": 5 / 4}.get(stage, 1)
         expected = {k: v * once if k == "forward" else v for k, v in less[stage].items()}
-        assert more[stage] == pytest.approx(expected)
+        assert more[stage] == pytest.approx(expected, rel=3e-5)  # rotary angles, as above
 
 
 class Live(TorchDispatchMode):
@@ -678,6 +697,7 @@ def planned(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@grouped
 def test_command_on_a_large_model(tmp_path, capsys):
     arguments = ["--speed", "400", "--float32-speed", "60", "--bandwidth", "3000"]
     folder = saved(LLAMA_70B, tmp_path)

@@ -21,11 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
 from kfade.curvature.capture import capture
 from kfade.curvature.recompute import recomputing
@@ -182,24 +178,45 @@ class _Flops(FlopCounterMode):
     """Multiplications and additions of matrix products; attention counted whole, not its half."""
 
     def __init__(self) -> None:
-        aten = torch.ops.aten  # the CPU's attention, which torch does not count by itself
+        aten = torch.ops.aten
+        # torch has no formula for the CPU's kernel, and before 2.11 none for grouped queries.
+        forward = (
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_cudnn_attention,
+        )
+        backward = (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+            aten._scaled_dot_product_flash_attention_backward,
+            aten._scaled_dot_product_efficient_attention_backward,
+            aten._scaled_dot_product_cudnn_attention_backward,
+        )
         super().__init__(
             display=False,
             custom_mapping={
-                aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-                aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back_flops,
+                **dict.fromkeys(forward, _attention_flops),
+                **dict.fromkeys(backward, _attention_back_flops),
             },
         )
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any
+) -> int:
+    """Of q·kᵀ and p·v by their shapes [B, heads, positions, width]; the heads are the query's."""
+    b, heads, asking, width = query
+    return 2 * b * heads * asking * key[-2] * (width + value[-1])
 
 
 def _attention_back_flops(
-    gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any
+    gradient: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any,
+    **options: Any,
 ) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+    """Of q·kᵀ once more, and of two products for each of the two that went forward."""
+    b, heads, asking, width = query
+    again = 2 * b * heads * asking * key[-2] * width
+    return again + 2 * _attention_flops(query, key, value)
 
 
 class _Live(TorchDispatchMode):
