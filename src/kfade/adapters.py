@@ -33,7 +33,8 @@ def merge_adapter(name: str, model: Any, place: Place) -> Any:
         )
         loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if not hasattr(adapted.base_model, "merge_and_unload"):
-        kind = adapted.peft_config["default"].peft_type.value
+        kind = adapted.peft_config["default"].peft_type
+        kind = getattr(kind, "value", kind)  # a word, or an entry of a list of words
         raise InputError(
             f"{name}: an adapter of the kind {kind}, which is not a change of weights and cannot "
             "be merged into the model"
