@@ -20,7 +20,7 @@ def merge_adapter(name: str, model: Any, place: Place) -> Any:
             are not those of the model.
     """
     try:
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftModel, PeftType, get_peft_model_state_dict
     except ImportError:
         raise InputError(
             f"{name}: an adapter, which the package peft loads; install it with "
@@ -33,7 +33,7 @@ def merge_adapter(name: str, model: Any, place: Place) -> Any:
         )
         loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if not hasattr(adapted.base_model, "merge_and_unload"):
-        kind = adapted.peft_config["default"].peft_type.value
+        kind = PeftType(adapted.peft_config["default"].peft_type).value
         raise InputError(
             f"{name}: an adapter of the kind {kind}, which is not a change of weights and cannot "
             "be merged into the model"
