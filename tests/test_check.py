@@ -11,6 +11,7 @@ from test_lengths import MODELS
 import kfade
 from kfade.cli.check import _generation, _lengths, _padding
 from kfade.cli.session import Loaded
+from kfade.errors import InputError
 from kfade.lengths import LengthClass, no_memory_of_lengths
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
@@ -41,11 +42,14 @@ def over_the_batch(module, args, output):
     return output / output.detach().std()
 
 
-@pytest.mark.parametrize("hook", [first_come, over_the_batch])
-def test_a_block_that_sees_the_whole_batch_fails(hook):
+def test_a_block_that_sees_the_whole_batch_fails():
     model = zoo.tiny("llama", dtype=torch.float32)
     found = loaded(model)
-    model.model.layers[1].mlp.register_forward_hook(hook)
+    handle = model.model.layers[1].mlp.register_forward_hook(over_the_batch)
+    with pytest.raises(InputError, match="looks ahead"):  # at later positions of the same sequence
+        _padding(found, TOKENS)
+    handle.remove()
+    model.model.layers[1].mlp.register_forward_hook(first_come)
     padding = _padding(found, TOKENS)
     assert not padding.passed
     assert "alone and in one padded batch differ" in padding.text

@@ -271,7 +271,7 @@ def test_sets_are_called_by_their_files(tmp_path):
         ("q.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": 2}\n', "line 1: write"),
         ("q.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": -1}\n', "line 1: write"),
         ("q.jsonl", '{"question": "q", "choices": ["a"], "answer": 0}\n', "line 1: write"),
-        ("q.jsonl", "\n[]\n", "line 2: write"),
+        ("q.jsonl", "\n[]\n", "holds no questions"),
         ("q.jsonl", "", "holds no questions"),
     ],
 )
