@@ -13,9 +13,9 @@ import torch
 import zoo
 from helpers import random_sequences, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -141,8 +141,8 @@ def packed(count: int, length: int) -> list[Sequence]:
     return [Sequence(tuple(row), (False, *[True] * (length - 1))) for row in tokens]
 
 
-# How much is held and counted depends on the kernel, and before torch 2.11 the CPU's fused attention
-# has no grouped queries: their keys are repeated or scores are kept.
+# What is held and counted depends on the kernel: before torch 2.11 the CPU's fused attention
+# knows no grouped queries, so that keys are repeated or scores are kept.
 grouped = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.11", reason="torch has no fused grouped queries on the CPU"
 )

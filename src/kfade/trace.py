@@ -210,7 +210,11 @@ def _attention_flops(
 
 
 def _attention_back_flops(
-    gradient: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any,
+    gradient: Any,
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *rest: Any,
     **options: Any,
 ) -> int:
     """Of q·kᵀ once more, and of two products for each of the two that went forward."""
