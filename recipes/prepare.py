@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.examples import read_rows
 from kfade.models import load_tokenizer
+from kfade.rows import read_rows
 
 
 def take_sequences(

@@ -59,8 +59,49 @@ def test_the_four_forms(file):
             turns=(("user", "a"), ("assistant", "b")),
             plain_prefix=("Question: ", "\nAnswer: "),
         ),
-        Example(f"{file}, line 5", turns=(("system", "s"), ("assistant", "b"))),
+        Example(
+            f"{file}, line 5", turns=(("system", "s"), ("assistant", "b")), plain_prefix=("", "\n")
+        ),
     ]
+
+
+def test_rows_of_other_tools(file):
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    source = write(
+        file,
+        {"instruction": "a", "input": "", "output": "b", "text": "a and b"},
+        {"instruction": "a", "input": "x", "output": "b"},
+        {"instruction": "a", "output": "b", "id": 3},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+                           {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]},
+    )  # fmt: skip
+    examples = load_examples(source)
+    user = ("user", "a")
+    assert [example.turns for example in examples] == [
+        (user, ("assistant", "b")),
+        (("user", "a\n\nx"), ("assistant", "b")),
+        (user, ("assistant", "b")),
+        (("system", "s"), user, ("assistant", "b")),
+        (user, ("assistant", "bc")),
+    ]
+    prefixes = [example.plain_prefix for example in examples]
+    assert prefixes == [("Instruction: ", "\nResponse: ")] * 3 + [("", "\n")] * 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "Mia \ud83d said"},
+        {"question": "a", "answer": "\udc00"},
+        {"messages": [{"role": "user", "content": ["\ud83d"]}]},
+        {"text": "a", "other": {"deep": ["\ud800x"]}},
+    ],
+)
+def test_half_a_character_is_refused(file, row):
+    source = write(file, {"text": "\U0001f642"}, row)
+    with pytest.raises(InputError, match=r"data.jsonl, line 2: \\ud\w{3} without .* surrogate"):
+        load_examples(source)
 
 
 def test_lines_end_at_newlines_only(file):
@@ -99,7 +140,7 @@ GOOD = {"text": "a"}
         ),
         (
             [{"messages": [{"role": "assistant"}]}],
-            'line 1: each message needs "role" and "content", both strings',
+            "line 1: each message needs .*, both strings; one has role is str",
         ),
         ([{"messages": ["a"]}], 'line 1: each message needs "role" and "content"'),
         ([], r"data\.jsonl holds no examples: give at least one line of the form"),
@@ -117,9 +158,11 @@ def test_an_empty_file_holds_no_examples(file):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(InputError, match=r"none\.jsonl: no such file; give a JSONL file or hf:"):
+    with pytest.raises(
+        InputError, match=r"none\.jsonl: no such file; give a JSONL file, a folder, or hf:"
+    ):
         load_examples(str(tmp_path / "none.jsonl"))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"could not be loaded \(.* any data files"):
         load_examples(str(tmp_path))
 
 
@@ -170,6 +213,47 @@ def test_hf_from_a_local_folder(folder):
     assert train[1].where == f"hf:{folder}, row 1"
     for source in (f"hf:{folder}:test", f"hf:{folder}:default:test"):
         assert [e.turns[0] for e in load_examples(source)] == [("user", "e")]
+
+
+def test_blank_rows_of_a_data_set_are_skipped_and_counted(offline, tmp_path, caplog):
+    texts = ["", "a", "  ", "b", "\n", "c"]
+    (tmp_path / "blank").mkdir()
+    write(tmp_path / "blank" / "train.jsonl", *({"text": text} for text in texts))
+    for source in (f"hf:{tmp_path / 'blank'}", str(tmp_path / "blank")):
+        caplog.clear()
+        assert [example.text for example in load_examples(source)] == ["a", "b", "c"]
+        assert caplog.messages == [f"{source}: 3 blank rows skipped, 3 rows kept"]
+    with pytest.raises(InputError, match="holds no examples"):
+        load_examples(f"hf:{tmp_path / 'blank'}:train[2:3]")
+    with pytest.raises(InputError, match="line 1: the text to score is empty; remove the line"):
+        load_examples(str(tmp_path / "blank" / "train.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("slice_", "expected"),
+    [
+        ("[:3]", "abc"),
+        ("[1:3]", "bc"),
+        ("[-2:]", "de"),
+        ("[40%:80%]", "cd"),
+        ("+train[:1]", "abcdea"),
+    ],
+)
+def test_slices_of_a_split(offline, tmp_path, slice_, expected):
+    (tmp_path / "five").mkdir()
+    write(tmp_path / "five" / "train.jsonl", *({"text": text} for text in "abcde"))
+    for name in ("train", "default:train"):
+        examples = load_examples(f"hf:{tmp_path / 'five'}:{name}{slice_}")
+        assert "".join(example.text or "" for example in examples) == expected
+
+
+def test_what_datasets_saved_to_disk(offline, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": text} for text in "abc"])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "several")
+    assert [e.text for e in load_examples(str(tmp_path / "one"))] == ["a", "b", "c"]
+    assert [e.text for e in load_examples(f"hf:{tmp_path / 'several'}:test[1:]")] == ["b", "c"]
 
 
 def test_hf_names_what_is_missing(folder):

@@ -47,9 +47,14 @@ class Server:
         self.requests: list[dict] = []
         self.headers: list[dict] = []
         self.paths: list[str] = []
+        self.connections = 0
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            def setup(self):
+                server.connections += 1
+                super().setup()
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append(body)
@@ -153,7 +158,72 @@ def test_a_refused_request_is_not_repeated_and_shows_no_key(serve):
     assert "secret" not in str(caught.value) + repr(Judge(server.url, "j", "secret"))
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://", ""])
+def test_a_key_that_the_server_repeats_is_hidden(serve):
+    server = serve(lambda number, body: (401, {}, "the key 'secret' has run out"))
+    with pytest.raises(InputError, match=r"HTTP 401 \(the key '\*\*\*' has run out\)"):
+        ask(server.url, key="secret")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("where", ["another port", "the same server"])
+def test_neither_key_nor_texts_follow_a_redirect(serve, status, where):
+    other = serve(lambda number, body: completion("[[9]]"))
+    path = "/v2/chat/completions"
+    target = path if where == "the same server" else other.url + path
+    server = serve(lambda number, body: (status, {"Location": target}, ""))
+    full = server.url + path if where == "the same server" else target
+    said = rf"^the judge at {server.url}/v1/chat/completions sends on to {full} \(HTTP {status}\)"
+    with pytest.raises(InputError, match=said) as caught:
+        ask(server.url, key="secret")
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (server.paths, other.connections) == (["/v1/chat/completions"], 0)
+    assert ask(other.url, key="secret") == ("[[9]]", [])  # where it is meant, it is asked
+    assert (other.connections, other.headers[0]["Authorization"]) == (1, "Bearer secret")
+
+
+def test_a_redirect_that_repeats_the_key_or_leads_nowhere_shows_none(serve):
+    server = serve(lambda number, body: (302, {"Location": "http://other/?key=secret"}, ""))
+    with pytest.raises(InputError, match=r"sends on to http://other/\?key=\*\*\* \(HTTP 302\)"):
+        ask(server.url, key="secret")
+    server = serve(lambda number, body: (302, {"Location": "http://other:secret/"}, ""))
+    with pytest.raises(InputError, match=r"sends on to http://other:\*\*\*/ \(HTTP 302\)"):
+        ask(server.url, key="secret")
+    server = serve(lambda number, body: (302, {}, ""))
+    with pytest.raises(InputError, match=r"refused the request: HTTP 302; check"):
+        ask(server.url, key="secret")
+
+
+@pytest.mark.parametrize("key", ["secret\n", "two secrets", "clé secret", "secret\0"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(key):
+    with pytest.raises(InputError, match=r"--judge-key-env.*set the variable again") as caught:
+        Judge("http://localhost", "judge", key)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_password_in_the_address_is_refused_unseen():
+    with pytest.raises(InputError, match=r"leave it out.*--judge-key-env") as caught:
+        Judge("http://me:secret@localhost:8000", "judge")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_proxy_that_cannot_be_used_is_named(serve, monkeypatch):
+    server = serve(lambda number, body: completion("[[1]]"))
+    monkeypatch.setenv("HTTP_PROXY", "gopher://localhost:70")
+    with pytest.raises(InputError, match=r"proxies or certificates .*gopher://localhost:70"):
+        ask(server.url, key="secret")
+    assert server.connections == 0
+
+
+def test_what_cannot_be_decompressed_is_asked_again(serve):
+    packed = (200, {"Content-Encoding": "gzip"}, "no gzip")
+    server = serve(lambda number, body: [packed, completion("[[2]]")][number - 1])
+    assert ask(server.url) == ("[[2]]", [1])
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "file:///etc/passwd", "http://", "", "http://host:port"]
+)
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(InputError, match="--judge-url"):
         Judge(url, "judge")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kfade.errors import InputError
-from kfade.layers import digest_weights, find_targets, parameter_names, parse_layers
+from kfade.layers import choose_targets, digest_weights, find_targets, parameter_names, parse_layers
 
 
 def names(model, **options):
@@ -133,7 +133,10 @@ def test_two_blocks_that_share_one_linear_map():
     with pytest.raises(
         InputError, match=r"layers\.0\.mlp\.down_proj\.weight is tied to model\.layers\.1\.mlp"
     ):
-        find_targets(model)
+        find_targets(model, pattern="*.mlp.*")
+    rest = [f"{block}.mlp.{name}.weight" for block in (0, 1) for name in ("gate_proj", "up_proj")]
+    assert names(model) == rest
+    assert "2 tied weights (model.layers.0.mlp.down" in choose_targets(model).summary
     assert names(model, pattern="*.mlp.up_proj.weight") == [
         "0.mlp.up_proj.weight",
         "1.mlp.up_proj.weight",
@@ -146,7 +149,8 @@ def test_two_linear_maps_that_share_one_parameter():
     with pytest.raises(
         InputError, match=r"1\.mlp\.gate_proj\.weight is tied to model\.layers\.1\.mlp\.up_proj"
     ):
-        find_targets(model)
+        find_targets(model, pattern="*.mlp.*")
+    assert names(model, layers="1") == ["1.mlp.down_proj.weight"]
 
 
 class Twice(nn.Module):
@@ -164,8 +168,8 @@ def test_a_layer_used_twice_in_one_forward_pass():
     model = zoo.tiny("llama", torch.float32)
     model.model.layers[1].mlp = Twice()
     with pytest.raises(InputError, match=r"1\.mlp\.loop\.weight is used more than once"):
-        find_targets(model)
-    assert names(model, layers="0") == [
+        find_targets(model, pattern="*.mlp.*")
+    assert names(model) == [
         "0.mlp.gate_proj.weight",
         "0.mlp.up_proj.weight",
         "0.mlp.down_proj.weight",
@@ -238,7 +242,7 @@ def qwen3_moe():
 
 
 @pytest.mark.parametrize(("build", "block"), [(mixtral, 0), (qwen3_moe, 1)])
-@pytest.mark.parametrize("pattern", [None, "*.mlp.*", "*.experts.gate_up_proj"])
+@pytest.mark.parametrize("pattern", ["*.mlp.*", "*.experts.gate_up_proj"])
 def test_fused_experts(build, block, pattern):
     with pytest.raises(
         InputError,
@@ -246,6 +250,19 @@ def test_fused_experts(build, block, pattern):
         r"of shape \(2, \d+, 16\): kfade changes plain linear maps",
     ):
         find_targets(build(), pattern=pattern)
+
+
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+def test_the_default_leaves_fused_experts_out(build):
+    chosen = choose_targets(build())
+    found = [target.name.removeprefix("model.layers.") for target in chosen.targets]
+    if build is qwen3_moe:  # what is dense is taken
+        assert found == [f"0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    else:  # nothing is: attention
+        maps = ("q_proj", "k_proj", "v_proj", "o_proj")
+        assert found == [f"{block}.self_attn.{name}.weight" for block in (0, 1) for name in maps]
+    count = 2 if build is qwen3_moe else 4
+    assert f"{count} fused expert weights (model.layers." in chosen.summary
 
 
 def test_what_is_not_fused_in_a_mixture_can_be_targeted():
@@ -291,11 +308,34 @@ def test_a_list_of_experts_is_not_taken_for_the_blocks():
 
 def test_experts_that_see_some_positions_only():
     model = zoo.tiny("llama", torch.float32)
-    model.model.layers[1].mlp = Routed(lambda x: torch.zeros(x.shape[:2], dtype=torch.long))
+    model.model.layers[1].mlp = Routed(lambda x: torch.arange(x.shape[1]).expand(x.shape[:2]) % 2)
     with pytest.raises(
-        InputError, match=r"1\.mlp\.experts\.0\.weight does not read one vector for each position"
+        InputError, match=r"1\.mlp\.experts\.1\.weight does not read one vector for each position"
     ):
-        find_targets(model)
+        find_targets(model, pattern="model.layers.1.mlp.experts.1.weight")
+    assert names(model) == [f"0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+
+
+def test_experts_that_see_all_positions_in_another_order():
+    model = zoo.tiny("llama", torch.float32)
+    model.model.layers[1].mlp = Sorted()
+    with pytest.raises(
+        InputError, match=r"1\.mlp\.linear\.weight does not read one vector for each position"
+    ):
+        find_targets(model, pattern="*.mlp.*")
+
+
+class Sorted(nn.Module):
+    """Reads all positions as one list, in the order of what is in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(zoo.WIDTH, zoo.WIDTH)
+
+    def forward(self, x_BTD):
+        x_RD = x_BTD.reshape(-1, zoo.WIDTH)
+        order = x_RD[:, 0].argsort()
+        return self.linear(x_RD[order])[order.argsort()].view_as(x_BTD)
 
 
 class Listed(nn.Module):
@@ -312,24 +352,27 @@ class Listed(nn.Module):
 def test_positions_in_one_list():
     model = zoo.tiny("llama", torch.float32)
     model.model.layers[1].mlp = Listed()
-    with pytest.raises(
-        InputError, match=r"1\.mlp\.up\.weight .* \[2, 16\] \(positions in one list"
-    ):
-        find_targets(model)
+    assert names(model, layers="1") == ["1.mlp.up.weight", "1.mlp.down.weight"]
 
 
 def test_a_convolution():
     model = zoo.tiny("llama", torch.float32)
     model.model.layers[1].mlp.conv = nn.Conv1d(16, 16, 4)
     with pytest.raises(InputError, match=r"mlp\.conv\.weight is a convolution's weight of shape"):
-        find_targets(model)
+        find_targets(model, pattern="*.mlp.*")
+    assert len(find_targets(model)) == 6
+    assert choose_targets(model).summary == (
+        "left out, since kfade cannot change them: 1 convolutions (model.layers.1.mlp.conv.weight)"
+    )
 
 
 def test_a_linear_map_that_takes_no_part():
     model = zoo.tiny("llama", torch.float32)
     model.model.layers[1].mlp.spare = nn.Linear(4, 4)
     with pytest.raises(InputError, match=r"1\.mlp\.spare\.weight takes no part in a forward pass"):
-        find_targets(model)
+        find_targets(model, pattern="*.mlp.*")
+    assert len(find_targets(model)) == 6
+    assert "mlp.spare.weight" in choose_targets(model).summary
 
 
 def test_a_model_without_blocks():

@@ -135,9 +135,9 @@ def test_each_input_comes_once_right_before_the_gradients_of_its_block():
             run_pass(model, batches, targets, seen, pseudo, "test")
         found[recompute] = seen.events
         assert [runs[index, True] for index in range(4)] == [count] * 4
-        # Two look at the head; and the first runs of the blocks that run again.
+        # Four look at the head and at causality; and the first runs of the blocks that run again.
         first = [0, count, count, count] if recompute else [0] * 4
-        assert [runs[index, False] - 2 for index in range(4)] == first
+        assert [runs[index, False] - 4 for index in range(4)] == first
     gate, up, down = (
         f"model.layers.{{}}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
     )

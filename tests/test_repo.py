@@ -18,11 +18,11 @@ LONGEST = 400
 # A file imports from its own rung or a lower one. A folder stands for all that is in it.
 LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
-    {"models", "loading", "sources", "adapters", "layers", "head", "lengths", "objectives"}
-    | {"examples", "chat", "sequences", "batches"},
+    {"models", "loading", "sources", "adapters", "layers", "targets", "probe", "head", "lengths"}
+    | {"examples", "rows", "chat", "sequences", "batches", "objectives", "vocabulary"},
     {"curvature"},
-    {"measure", "gradient", "step", "refine", "record", "update", "unlearn"}
-    | {"lora", "trace", "plan", "cost"},
+    {"measure", "gradient", "step", "refine", "record", "update"}
+    | {"preflight", "unlearn", "lora", "trace", "plan", "cost"},
     {"evaluate", "baselines"},
     {"demo", "grid", "sweep", "report", "plan"},
     {"cli"},

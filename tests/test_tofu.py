@@ -319,7 +319,7 @@ def test_a_missing_retain_model_is_told_before_any_work(
     option = "--retain-model" if what == "model" else "--retain-log"
     assert evaluate(model_dir, folder, tmp_path / "out", option, str(path)) == 2
     said = {
-        "model": "could not be loaded",
+        "model": "no such folder",
         "log": "no such TOFU log",
         "half a log": "holds no items of the set forget",
         "log of something else": "not an evaluation log of this version",

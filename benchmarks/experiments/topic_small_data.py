@@ -17,7 +17,8 @@ from typing import Any
 import kfade
 from kfade.evaluate.completions import read_prompts
 from kfade.evaluate.questions import Question, text_prompt
-from kfade.examples import Example, read_rows
+from kfade.examples import Example
+from kfade.rows import read_rows
 from kfade.sequences import Sequence as Tokens
 
 SUBJECT, SISTERS = "astronomy", ("psychology", "sociology")

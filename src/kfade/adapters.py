@@ -31,17 +31,19 @@ def merge_adapter(name: str, model: Any, place: Place) -> Any:
         adapted = PeftModel.from_pretrained(
             model, place.location, revision=place.options.get("revision")
         )
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.peft_config["default"].peft_type.value
         raise InputError(
             f"{name}: an adapter of the kind {kind}, which is not a change of weights and cannot "
             "be merged into the model"
         )
-    _check_tensors(name, set(get_peft_model_state_dict(adapted)), place)
+    # Beside the adapter's own tensors there may be whole ones of the model, such as its embedding.
+    _check_tensors(name, set(loaded), set(adapted.state_dict()), place)
     return adapted.merge_and_unload(safe_merge=True)
 
 
-def _check_tensors(name: str, loaded: set[str], place: Place) -> None:
+def _check_tensors(name: str, loaded: set[str], whole: set[str], place: Place) -> None:
     """That the file holds every tensor of the adapter and no other."""
     folder = place.folder
     path = folder / "adapter_model.safetensors" if folder is not None else Path()
@@ -49,7 +51,7 @@ def _check_tensors(name: str, loaded: set[str], place: Place) -> None:
         return
     with safe_open(path, "pt") as file:
         held = set(file.keys())
-    wrong = sorted(held ^ loaded)
+    wrong = sorted((loaded - held) | (held - loaded - whole))
     if wrong:
         verb = "holds" if wrong[0] in held else "lacks"
         raise InputError(

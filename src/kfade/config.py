@@ -23,7 +23,11 @@ class ModelConfig:
     """Which model, and how it is loaded."""
 
     model: str = ""
-    """Hub id, local folder, or GGUF file."""
+    """Hub id, local folder, GGUF file, or LoRA adapter."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub; its main branch when unset."""
+    tokenizer: str | None = None
+    """Where the tokenizer is: hub id or folder; with the model when unset."""
     dtype: str | None = None
     """float32 or bfloat16; the checkpoint's own when unset."""
     device: str | None = None

@@ -1,25 +1,40 @@
-"""Read forget and retain data: JSONL files in four forms, or a data set from the hub.
+"""Read forget and retain data: the forms that a row may have, of a file or of a data set.
 
-{"text": ...}                       scored throughout, packed to a sequence length
-{"prompt": ..., "completion": ...}  only the completion is scored
-{"question": ..., "answer": ...}    only the answer is scored
-{"messages": [{"role", "content"}]} only the assistant's turns are scored
+{"text": ...}                             scored throughout, packed to a sequence length
+{"prompt": ..., "completion": ...}        only the completion is scored
+{"question": ..., "answer": ...}          only the answer is scored
+{"instruction": ..., "output": ...}       only the output is scored; an "input" follows the
+                                          instruction after a blank line
+{"messages": [{"role", "content"}]}       only the assistant's turns are scored
+{"conversations": [{"from", "value"}]}    the same, of ShareGPT's form
+
+Further keys are not looked at. A row of two forms is read as instruction and output where it has
+them (Alpaca's rows repeat both in a "text"), else by the first form in this list.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
+from kfade.rows import is_file, read_rows
 
-FORMS = '{"text"}, {"prompt", "completion"}, {"question", "answer"} or {"messages"}'
-KEYS = ("text", "prompt", "completion", "question", "answer", "messages")
-PLAIN_QA = ("Question: ", "\nAnswer: ")  # before question and answer, without a chat template
+FORMS = (
+    '{"text"}, {"prompt", "completion"}, {"question", "answer"}, {"instruction"[, "input"], '
+    '"output"}, {"messages"} or {"conversations"}'
+)
+STRINGS = ("text", "prompt", "completion", "question", "answer", "instruction", "output")
+LISTS = ("messages", "conversations")
+# Before a user's words and before the answer, where there is no chat template.
+PLAIN_QA = ("Question: ", "\nAnswer: ")
+PLAIN_INSTRUCTION = ("Instruction: ", "\nResponse: ")
+PLAIN_TURNS = ("", "\n")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,39 +53,60 @@ class Example:
 
 
 def load_examples(source: str) -> list[Example]:
-    """All examples of a JSONL file or of ``hf:NAME[:CONFIG][:SPLIT]`` (split ``train`` if unsaid).
+    """All examples of a file, a folder or ``hf:NAME[:CONFIG][:SPLIT]`` (``train`` if unsaid).
+
+    A row of a data set with nothing to score is skipped, and their number logged as a warning:
+    nobody can mend it there. In a file such a line is an error.
 
     Raises:
         InputError: no such file or data set, a malformed line, an unknown form, an empty set.
     """
-    examples = [parse_example(row, where) for where, row in read_rows(source)]
+    skips = not is_file(source)
+    examples, blank = [], 0
+    for where, row in read_rows(source):
+        example = _parsed(row, where)
+        if any(text.strip() for text in _scored(example)):
+            examples.append(example)
+        elif skips:
+            blank += 1
+        else:
+            raise _is_blank(where)
+    if blank:
+        logger.warning("%s: %d blank rows skipped, %d rows kept", source, blank, len(examples))
     if not examples:
         raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
     return examples
 
 
-def read_rows(source: str) -> Iterable[tuple[str, Any]]:
-    """(where, row) of a JSONL file or of ``hf:NAME[:CONFIG][:SPLIT]``, whatever the rows hold."""
-    return _hub_rows(source) if source.startswith("hf:") else _file_rows(Path(source))
-
-
-def read_utf8(path: Path) -> str:
-    """A file's text, without a byte order mark.
+def parse_example(row: Any, where: str) -> Example:
+    """One row in any of the forms.
 
     Raises:
-        InputError: it is not UTF-8.
+        InputError: it has none of them, or nothing to score.
     """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    example = _parsed(row, where)
+    if not any(text.strip() for text in _scored(example)):
+        raise _is_blank(where)
+    return example
 
 
-def parse_example(row: Any, where: str) -> Example:
-    """One row in any of the four forms."""
+def with_input(instruction: str, given: Any) -> str:
+    """An instruction and what it is about, if that is said: a blank line between them."""
+    return f"{instruction}\n\n{given}" if isinstance(given, str) and given else instruction
+
+
+def parse_turns(turns: Sequence[Any], where: str) -> tuple[tuple[str, str], ...]:
+    """(role, content) of each message, of either form."""
+    return tuple(_parse_turn(turn, where) for turn in turns)
+
+
+def _parsed(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: not a JSON object; write one of {FORMS}")
     match row:
+        case {"instruction": str(instruction), "output": str(output)}:
+            turns = (("user", with_input(instruction, row.get("input"))), ("assistant", output))
+            example = Example(where, turns=turns, plain_prefix=PLAIN_INSTRUCTION)
         case {"text": str(text)}:
             example = Example(where, text=text)
         case {"prompt": str(prompt), "completion": str(completion)}:
@@ -79,8 +115,8 @@ def parse_example(row: Any, where: str) -> Example:
         case {"question": str(question), "answer": str(answer)}:
             turns = (("user", question), ("assistant", answer))
             example = Example(where, turns=turns, plain_prefix=PLAIN_QA)
-        case {"messages": [*messages]}:
-            example = Example(where, turns=tuple(parse_turn(m, where) for m in messages))
+        case {"messages": [*said]} | {"conversations": [*said]}:
+            example = Example(where, turns=parse_turns(said, where), plain_prefix=PLAIN_TURNS)
         case _:
             keys = ", ".join(map(str, row)) or "none"
             kinds = [f"{k} is {type(v).__name__}" for k, v in row.items() if not _fits(k, v)]
@@ -90,15 +126,18 @@ def parse_example(row: Any, where: str) -> Example:
             )
     if example.text is None and "assistant" not in [role for role, _ in example.turns]:
         raise InputError(f"{where}: no message of the role assistant, so nothing to score")
-    scored = [example.text] if example.text is not None else _assistant(example)
-    if not any(text.strip() for text in scored):
-        raise InputError(f"{where}: the text to score is empty; remove the line or fill it")
     return example
+
+
+def _is_blank(where: str) -> InputError:
+    return InputError(f"{where}: the text to score is empty; remove the line or fill it")
 
 
 def _fits(key: str, value: Any) -> bool:
     """Whether a value is of the type that the key has in any form."""
-    return key not in KEYS or isinstance(value, list if key == "messages" else str)
+    if key in LISTS:
+        return isinstance(value, list)
+    return key not in STRINGS or isinstance(value, str)
 
 
 def split_holdout(
@@ -110,57 +149,28 @@ def split_holdout(
     return fit, [examples[i] for i in sorted(held)]
 
 
-def _assistant(example: Example) -> list[str]:
+def _scored(example: Example) -> list[str]:
+    if example.text is not None:
+        return [example.text]
     return [content for role, content in example.turns if role == "assistant"]
 
 
-def parse_turn(message: Any, where: str) -> tuple[str, str]:
-    """(role, content) of one message."""
+def _parse_turn(message: Any, where: str) -> tuple[str, str]:
     match message:
         case {"role": str(role), "content": str(content)}:
             return role, content
-    raise InputError(f'{where}: each message needs "role" and "content", both strings')
+        case {"role": str(role), "content": [*parts]} if all(map(_is_text, parts)):
+            return role, "".join(part["text"] for part in parts)
+        case {"from": str(speaker), "value": str(content)}:
+            return SHAREGPT_ROLES.get(speaker, speaker), content
+    kinds = "no object"
+    if isinstance(message, Mapping):
+        kinds = ", ".join(f"{key} is {type(value).__name__}" for key, value in message.items())
+    raise InputError(
+        f'{where}: each message needs "role" and "content" (or "from" and "value"), both strings; '
+        f"one has {kinds or 'neither'}"
+    )
 
 
-def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a JSONL file or hf:NAME[:CONFIG][:SPLIT]")
-    # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                "each line must hold one JSON object"
-            ) from None
-
-
-def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:
-    name, *rest = source.removeprefix("hf:").split(":")
-    if not all([name, *rest]) or len(rest) > 2:
-        raise InputError(f"{source}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    try:
-        import datasets  # an optional extra, and slow to import
-    except ImportError:
-        raise InputError(
-            f"{source}: reading data sets from the hub needs the package datasets: "
-            "pip install 'kfade[hub]'"
-        ) from None
-    try:
-        # One word after the name is a configuration where the data set has one so called.
-        if len(rest) == 1 and rest[0] in datasets.get_dataset_config_names(name):
-            rest.append("train")
-        split = rest[-1] if rest else "train"
-        config = rest[0] if len(rest) == 2 else None
-        rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # datasets raises whatever its many back ends raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{source}: the data set could not be loaded ({reason}); check the name, the "
-            "configuration and the split, or download it and give a JSONL file"
-        ) from None
-    for index, row in enumerate(rows):
-        yield f"{source}, row {index}", row
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part

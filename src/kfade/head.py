@@ -4,6 +4,9 @@ A logits tensor of shape [B, T, V] is the largest thing in a language model's fo
 never needed whole. Everything in kfade that looks at outputs takes the final hidden states of the
 positions that carry loss and runs them through the head in chunks.
 
+Logits are float32 or better, whatever the model's dtype. A bfloat16 logit has 8 significant bits:
+at a value of 20 it errs by up to 0.06, which hides every small change of the outputs.
+
 Shapes: B batch, T tokens, N loss tokens, D hidden width, V vocabulary.
 """
 
@@ -11,14 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import linear
 
 from kfade.errors import InputError
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the soft cap of the logits."""
 CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
+PIECE = 2**21  # numbers of a weight that are in float32 at a time: 8 MB, what a cache holds
 
 
 def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
@@ -27,7 +35,55 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     No attention mask is passed: attention is causal and padding lies at the right, so no live
     position can see it. ``kfade check`` proves this on the model at hand.
     """
-    return model.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
+    body = model.base_model
+    if body is model:  # some classes name a body that they do not have
+        body = getattr(model, "model", model)
+    return body(input_ids=input_BT, use_cache=False).last_hidden_state
+
+
+def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
+    """:func:`hidden_states`, for the first pass of a model that nobody has tried yet.
+
+    Raises:
+        InputError: it fails on tokens alone, in the library's words.
+    """
+    try:
+        return hidden_states(model, input_BT)
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(input_BT, FakeTensor) or any(
+            isinstance(parameter, FakeTensor) for parameter in model.parameters()
+        ):
+            raise  # a plan has its own words
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise InputError(
+            f"{type(model).__name__} does not run on tokens alone "
+            f"({type(error).__name__}: {text}): this model is not supported"
+        ) from error
+
+
+def refuse_looking_ahead(model: Any) -> None:
+    """Change the last of a few tokens: no earlier hidden state may move.
+
+    Raises:
+        InputError: one does. Scores of a token would then depend on those that follow it, and on
+            padding.
+    """
+    weight = model.get_input_embeddings().weight
+    tokens_BT = torch.arange(3, 11, device=weight.device)[None] % weight.shape[0]
+    other_BT = tokens_BT.clone()
+    other_BT[0, -1] = 1
+    with torch.no_grad():
+        before, after = (run_on_tokens(model, x)[0].float() for x in (tokens_BT, other_BT))
+    moved, size = (after - before)[:-1].norm(), before[:-1].norm()
+    # Rounding that grows with depth, far below what attention to a later token does.
+    if moved > min(1000 * torch.finfo(weight.dtype).eps, 0.05) * size:
+        raise InputError(
+            f"{type(model).__name__} looks ahead: changing the last of {tokens_BT.shape[1]} tokens "
+            f"moves the hidden states before it by {moved / size:.1e} of their size; kfade needs "
+            "causal attention (a configuration with bidirectional attention is not supported)"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,19 +96,75 @@ class Head:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in float32 or better."""
-        logits_NV = self.linear(hidden_ND)
-        if logits_NV.dtype in (torch.float16, torch.bfloat16):
-            logits_NV = logits_NV.float()
+        logits_NV = self._product(hidden_ND)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
+    def _product(self, hidden_ND: Tensor) -> Tensor:
+        weight_VD = cast(Tensor, self.linear.weight)
+        # Some models keep the sum of their blocks in a dtype of its own.
+        own_ND = hidden_ND.to(weight_VD.dtype)
+        if type(self.linear).forward is not nn.Linear.forward:  # a product of its own making
+            logits_NV = self.linear(own_ND)
+            return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        bias_V = cast("Tensor | None", self.linear.bias)
+        if weight_VD.dtype.itemsize >= 4:
+            return linear(own_ND, weight_VD, bias_V)
+        logits_NV = _RaisedProduct.apply(hidden_ND, weight_VD)
+        return logits_NV if bias_V is None else logits_NV + bias_V
+
     def chunks(self, hidden_ND: Tensor) -> Iterator[slice]:
         """Slices of at most ``CHUNK`` positions."""
         for start in range(0, hidden_ND.shape[0], CHUNK):
             yield slice(start, min(start + CHUNK, hidden_ND.shape[0]))
+
+
+class _RaisedProduct(torch.autograd.Function):
+    """h Wᵀ in float32 of h [N, D] and W [V, D] in a lower precision, W raised piece by piece.
+
+    Products of such numbers are exact in float32, so only sums are rounded. Autograd by itself
+    would hold all of W in float32 until the backward pass.
+    """
+
+    @staticmethod
+    def forward(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        raised_ND = hidden_ND.float()
+        logits_NV = raised_ND.new_empty(len(hidden_ND), len(weight_VD))
+        for rows in _pieces(weight_VD):
+            torch.mm(raised_ND, weight_VD[rows].float().T, out=logits_NV[:, rows])
+        return logits_NV
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, u_NV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        of_hidden = of_weight = None
+        if ctx.needs_input_grad[0]:
+            sum_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+            for rows in _pieces(weight_VD):
+                sum_ND.addmm_(u_NV[:, rows], weight_VD[rows].float())
+            of_hidden = sum_ND.to(hidden_ND.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (u_NV.T @ hidden_ND.float()).to(weight_VD.dtype)
+        return of_hidden, of_weight
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_ND: Tensor, of_weight: None) -> Tensor:
+        return _RaisedProduct.forward(tangent_ND, ctx.saved_tensors[1])
+
+
+def _pieces(weight_VD: Tensor) -> Iterator[slice]:
+    """Slices of the vocabulary that are ``PIECE`` numbers of the weight each."""
+    count = max(1, PIECE // weight_VD.shape[1])
+    for start in range(0, len(weight_VD), count):
+        yield slice(start, start + count)
 
 
 def read_head(model: Any) -> Head:
@@ -69,9 +181,12 @@ def read_head(model: Any) -> Head:
         )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    head = Head(linear, float(scale), getattr(config, "final_logit_softcapping", None))
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        scale /= getattr(config, name, None) or 1.0
+    caps = [getattr(config, name, None) for name in SOFT_CAPS]
+    head = Head(linear, float(scale), next((cap for cap in caps if cap), None))
     tokens_BT = torch.arange(1, 9, device=linear.weight.device)[None] % linear.weight.shape[0]
+    refuse_looking_ahead(model)
     with torch.no_grad():
         ours = head(hidden_states(model, tokens_BT)[0])
         theirs = model(input_ids=tokens_BT, use_cache=False).logits[0].to(ours.dtype)

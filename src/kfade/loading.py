@@ -8,7 +8,6 @@ where it can be found, and their own words where the cause is unknown.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from kfade.errors import InputError
@@ -28,11 +28,14 @@ VOCABULARIES = (
     *("spiece.model", "spm*.model", "*bpe.model", "tokenization*.py", "encoder.json"),
 )
 _PARTS = {
-    CONFIG: ("config.json",),
+    CONFIG: ("config.json", "adapter_config.json"),
     TOKENIZER: (*VOCABULARIES, "*token*.json", "chat_template*"),
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
 _SHOWN = 3  # tensors that a message names
+# Of modules of old versions: computed, and no part of what a model has learnt.
+_CONSTANTS = ("masked_bias", "inv_freq", "position_ids")
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -49,7 +52,7 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
         InputError: in place of any error but an interruption and a lack of memory.
     """
     try:
-        with _quiet():
+        with quiet():
             yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -60,7 +63,7 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No tables and no progress bars of transformers: what they tell is told in one line."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
@@ -90,7 +93,8 @@ def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str
         )
     if part == TOKENIZER and folder is not None and not has_tokenizer(folder):
         return no_tokenizer()
-    where = f"its {part} could not be loaded ({said})"
+    what = "the model" if part == WEIGHTS else f"its {part}"
+    where = f"{what} could not be loaded ({said})"
     if part == CONFIG and folder is None and not name.lower().endswith(".gguf"):
         where += "; give a hub id, a folder that from_pretrained loads, or a GGUF file"
     return where
@@ -148,6 +152,11 @@ def file_fault(path: Path) -> str | None:
         return _safetensors_fault(path, size)
     if path.suffix == ".json":
         return _json_fault(path)
+    if path.suffix == ".jinja":
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            return f"is not text in UTF-8 ({error})"
     return None
 
 
@@ -265,18 +274,18 @@ def check_report(name: str, model: nn.Module, report: Mapping[str, Any]) -> str 
             "one copy"
         )
     buffers = {key for key, _ in model.named_buffers()}
-    inner = [key for key in unexpected if key not in buffers and _within(model, key)]
+    unexpected = [k for k in unexpected if k not in buffers and not k.endswith(_CONSTANTS)]
+    inner = [key for key in unexpected if _within(model, key)]
     if inner:
         raise InputError(
-            f"{name}: {_count(inner)} in its weights have no place in the model of its "
-            f"configuration ({listed(inner)}); get both from one copy"
+            f"{name}: the model of its configuration has no place for {len(inner)} of the tensors "
+            f"in its weights ({listed(inner)}); get both from one copy"
         )
-    outer = [key for key in unexpected if key not in buffers]
-    if not outer:
+    if not unexpected:
         return None
     return (
-        f"{name}: {_count(outer)} beside the language model are left out ({listed(outer)}); "
-        "what is written from it has none of them"
+        f"{name}: left out, since the language model has no place for it: {listed(unexpected)}; "
+        "what is written from it lacks that too"
     )
 
 
@@ -291,8 +300,8 @@ def _missing(missing: list[str], unexpected: list[str], total: int) -> str:
             f"{lead}: there the names begin with {prefix!r}, which a wrapper put before them; "
             "save the weights without it"
         )
-    if unexpected and len(missing) == total:
-        return f"{lead}; they hold {listed(unexpected)} instead"
+    if unexpected:
+        return f"{lead}; they hold {listed(unexpected)}, for which it has no place"
     return f"{lead}; get weights and configuration from one whole copy"
 
 
@@ -312,16 +321,14 @@ def _within(model: nn.Module, key: str) -> bool:
     """Whether a tensor lies in a part of the model: deeper than the model and its base model."""
     modules = dict(model.named_modules())
     base = getattr(model, "base_model_prefix", "")
-    parent = key
-    while "." in parent:
-        parent = parent.rpartition(".")[0]
-        if parent in modules:
-            return parent != base
+    for parent in (key, f"{base}.{key}"):  # a base model's own checkpoint has no prefix
+        while "." in parent:
+            parent = parent.rpartition(".")[0]
+            if parent in modules:
+                if parent != base:
+                    return True
+                break
     return False
-
-
-def _count(keys: Collection[str]) -> str:
-    return f"{len(keys)} tensors" if len(keys) > 1 else "1 tensor"
 
 
 def listed(keys: Collection[str]) -> str:
@@ -332,74 +339,25 @@ def listed(keys: Collection[str]) -> str:
 
 
 def check_weights(name: str, model: nn.Module) -> None:
-    """Raises InputError where a weight is not a finite real number of 16 bits or more."""
+    """Raises InputError where a weight is NaN or infinite."""
     for key, parameter in model.named_parameters():
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{name}: {key} is stored as {kind}, so its weights are quantised; load the "
-                "full-precision model and quantise the edited one afterwards"
-            )
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name}: NaN or Inf in {key}; get a whole copy")
 
 
-# --- tokenizer -------------------------------------------------------------------------------
+def check_stored(name: str, model: nn.Module, folder: Path) -> None:
+    """Raises InputError where a file holds a weight in 8 bits or fewer.
 
-
-def check_vocabulary(name: str, tokenizer: Any, rows: int, *, converted: bool = False) -> None:
-    """Raises InputError where a text could become a token that the embedding has no row for.
-
-    Only tokens that their own text is encoded to count. Marks of other modalities, which a
-    processor puts where an image or a sound goes, are not part of a text; and what the tokenizer's
-    class, or transformers' conversion of a GGUF file (``converted``), adds is not the model's.
+    transformers would turn the stored numbers, without their scale, into the model's dtype.
     """
-    vocabulary = tokenizer.get_vocab()
-    marks = _modality_marks(tokenizer) | _defaults(type(tokenizer))
-    if converted:
-        marks |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    beyond = {
-        token: number
-        for token, number in sorted(vocabulary.items(), key=lambda item: item[1])
-        if number >= rows and token not in marks and _produced(tokenizer, token, number)
-    }
-    if not beyond:
-        return
-    some = [f"{token!r} is {number}" for token, number in beyond.items()]
-    raise InputError(
-        f"{name}: the embedding has {rows} rows, but {_tokens(beyond)} beyond it ({listed(some)}); "
-        "give the model's own tokenizer with --tokenizer, or enlarge the model's embedding"
-    )
-
-
-def _tokens(beyond: Collection[str]) -> str:
-    return f"{len(beyond)} tokens lie" if len(beyond) > 1 else "1 token lies"
-
-
-def _produced(tokenizer: Any, token: str, number: int) -> bool:
-    texts = (token, tokenizer.convert_tokens_to_string([token]))
-    return any(number in tokenizer.encode(text, add_special_tokens=False) for text in texts)
-
-
-def _modality_marks(tokenizer: Any) -> set[str]:
-    kinds = ("image", "audio", "video")
-    named = {**getattr(tokenizer, "special_tokens_map", {})}
-    named.update(getattr(tokenizer, "model_specific_special_tokens", None) or {})
-    return {
-        str(token)
-        for key, token in named.items()
-        if isinstance(token, str) and any(kind in key for kind in kinds)
-    }
-
-
-def _defaults(kind: type) -> set[str]:
-    """Special tokens that a tokenizer's class puts in where no file names any."""
-    parameters = inspect.signature(kind).parameters.values()
-    return {str(p.default) for p in parameters if p.name.endswith("_token")}
-
-
-def check_has_vocabulary(name: str, tokenizer: Any) -> None:
-    """Raises InputError where there are special tokens only: made up, for want of a file."""
-    vocabulary = set(tokenizer.get_vocab())
-    if vocabulary <= set(tokenizer.all_special_tokens):
-        raise InputError(f"{name}: {no_tokenizer()}")
+    wanted = {key for key, _ in model.named_parameters()}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in wanted & set(file.keys()):
+                kind = file.get_slice(key).get_dtype()
+                if kind not in _FULL_PRECISION:
+                    raise InputError(
+                        f"{name}: {key} is stored as {kind} in {path.name}, so its weights are "
+                        "quantised; load the full-precision model and quantise the edited one "
+                        "afterwards"
+                    )

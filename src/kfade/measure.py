@@ -116,6 +116,28 @@ def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
     return total / base.loss_tokens
 
 
+def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
+    """ΔW by parameter name that is like the rounding of changed weights to the model's dtype.
+
+    One weight in 12 moves by one unit in its last place, up or down at random: the mean square is
+    unit² / 12, that of rounding, and W + ΔW has a place in the dtype.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    changes = {}
+    for name in names:
+        weight = distributed.whole(parameters[name].detach())
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        seed += 1
+        die = torch.randint(
+            24, weight.shape, generator=generator, device=weight.device, dtype=torch.int8
+        )
+        moved = (die == 0).to(weight.dtype) - (die == 1).to(weight.dtype)
+        _, exponent = weight.frexp()  # |w| in [2^(e−1), 2^e) has the unit eps · 2^(e−1)
+        unit = torch.ldexp(torch.full_like(weight, torch.finfo(weight.dtype).eps), exponent - 1)
+        changes[name] = torch.where(weight == 0, 0, moved * unit)
+    return changes
+
+
 def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
     """KL(p ‖ q) [N] of two rows of logits, accurate at every scale.
 

@@ -23,13 +23,14 @@ from kfade.loading import (
     TOKENIZER,
     WEIGHTS,
     check_config,
-    check_has_vocabulary,
     check_report,
-    check_vocabulary,
+    check_stored,
     check_weights,
+    quiet,
     reading,
 )
 from kfade.sources import Place, Resolved, Source, copy_companions, resolve
+from kfade.vocabulary import check_has_vocabulary, fit_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 logger = logging.getLogger(__name__)
@@ -62,11 +63,11 @@ def load_model(
     given = _dtype_of(dtype)
     resolved = resolve(Source(name, revision, tokenizer))
     place = resolved.weights
-    _read_config(name, place, trust_remote_code)
+    config = _read_config(name, place, trust_remote_code)
     words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
     gguf = "gguf_file" in place.options
     wanted: Any = given or (torch.float32 if gguf else "auto")
-    model = _read_weights(name, place, wanted, trust_remote_code)
+    model = _read_weights(name, place, config, wanted, trust_remote_code)
     if gguf:
         _forget_gguf(model)
     if resolved.adapter is not None:
@@ -76,7 +77,7 @@ def load_model(
     with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
         rows = model.get_input_embeddings().weight.shape[0]
         converted = "gguf_file" in resolved.tokenizer.options
-        check_vocabulary(tokenizer or name, words, rows, converted=converted)
+        fit_vocabulary(tokenizer or name, words, rows, converted=converted)
     model.to(device or default_device())
     return model.eval(), words
 
@@ -111,19 +112,24 @@ def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _read_weights(name: str, place: Place, dtype: Any, trust_remote_code: bool) -> Any:
+def _read_weights(
+    name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     read: Any = AutoModelForCausalLM.from_pretrained
     with reading(name, WEIGHTS, place.folder):
         model, report = read(
             place.location,
+            config=config,  # to read a GGUF file once less: that takes seconds
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused, with their shapes
             **place.options,
         )
+        if place.folder is not None:
+            check_stored(name, model, place.folder)
     note = check_report(name, model, report)
     if note is not None:
         logger.warning("note: %s", note)
@@ -217,7 +223,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
     resolved = resolve(source) if source is not None else None
     if source is not None and resolved is not None:
         check_writable(model, source, resolved)
-    model.save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     if resolved is not None:
         copy_companions(resolved, folder)

@@ -19,6 +19,8 @@ from typing import Any
 from kfade import distributed
 from kfade.errors import InputError
 
+INPUTS = "inputs.json"  # digests of what an unfinished run reads
+
 
 def check_free(path: Path) -> None:
     """Raises InputError where ``path`` is a file, or a folder that holds something."""
@@ -78,8 +80,30 @@ class RunDir:
     ) -> None:
         if not self._writes or self._finished:  # the first process may be removing the state now
             return
-        if not any(path.is_file() for path in self.state.rglob("*")):
+        if not self._has_state():
             shutil.rmtree(self.part, ignore_errors=True)
+
+    def reads(self, digests: Mapping[str, str], *, resumed: bool | None = None) -> None:
+        """Note what the run reads.
+
+        Args:
+            digests: by what each is called in a message.
+            resumed: whether what was kept depends on them; None: if anything was kept.
+
+        Raises:
+            InputError: the interrupted run that is gone on with read something else.
+        """
+        path = self.part / INPUTS
+        if path.is_file() and (self._has_state() if resumed is None else resumed):
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
+            if changed:
+                raise InputError(
+                    f"{self.part}: changed since the run was interrupted: {', '.join(changed)}; "
+                    "restore what it was, or remove the folder"
+                )
+        elif self._writes:
+            self._write(path, digests)
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
@@ -126,8 +150,12 @@ class RunDir:
         if config_yaml is not None:
             (self.part / "config.yaml").write_text(config_yaml, encoding="utf-8")
         (self.part / "config.json").unlink()
+        (self.part / INPUTS).unlink(missing_ok=True)
         shutil.rmtree(self.state)
         os.replace(self.part, self.path)
+
+    def _has_state(self) -> bool:
+        return any(path.is_file() for path in self.state.rglob("*"))
 
     def _check_resume(self, resume: bool) -> None:
         if not resume:

@@ -15,7 +15,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _NOT_COPIED = (  # weights in any form, what is written anew, and what belongs to hub, git or peft
     *("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
-    *("*.ckpt*", "*.npz", "*.ot", "*.part", "*.writing", "config.json", "adapter_*", ".*"),
+    *("*.ckpt*", "*.npz", "*.ot", "*.part", "*.writing", "adapter_*", ".*"),
 )
 _TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
@@ -100,6 +100,8 @@ def resolve(source: Source) -> Resolved:
                 "of models of the hub"
             )
     if source.tokenizer is not None:
+        if Path(source.tokenizer).is_dir():  # it need not hold a model
+            return Resolved(base, Place(source.tokenizer), adapter)
         return Resolved(base, _place(source.tokenizer, None), adapter)
     folder = adapter.folder if adapter is not None else None
     own_tokenizer = folder is not None and has_tokenizer(folder)
@@ -158,16 +160,21 @@ def _base_of_adapter(source: Source, own: Place) -> Place | None:
     revision = config.get("revision")
     if Path(own.location).is_dir():  # the option can only mean the base's
         revision = source.revision or revision
-    beside = folder / name
+    if not Path(name).exists() and (folder / name).is_dir():
+        name = str(folder / name)
     try:
-        if not Path(name).exists() and beside.is_dir():
-            return _place(str(beside), None)
-        return _place(name, None if Path(name).exists() else revision)
+        base = _place(name, None if Path(name).exists() else revision)
     except InputError as error:
         raise InputError(
             f"{source.name}: an adapter, of which the base is not to be found ({error}); correct "
             f"base_model_name_or_path in its {ADAPTER_CONFIG}"
         ) from None
+    if base.folder is not None and (base.folder / ADAPTER_CONFIG).is_file():
+        raise InputError(
+            f"{source.name}: an adapter on top of another, {name}; merge that one into its own "
+            "base first"
+        )
+    return base
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
@@ -200,7 +207,8 @@ def copy_companions(resolved: Resolved, folder: Path) -> None:
                 _remove(path)
     if own is not None:
         for path in sorted(own.iterdir()):
-            if not _matches(path, _NOT_COPIED) and not (elsewhere and _matches(path, _TOKENIZER)):
+            skipped = _matches(path, _NOT_COPIED) or path.name == "config.json"
+            if not skipped and not (elsewhere and _matches(path, _TOKENIZER)):
                 _copy(path, folder / path.name)
     if elsewhere and tokenizer is not None:
         for path in sorted(tokenizer.iterdir()):

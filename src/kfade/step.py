@@ -48,13 +48,19 @@ def gauss_newton_step(
         InputError: the direction has no length: the gradient is zero or the curvature is broken.
     """
     direction: Matrices = {}
-    square = slope = 0.0
+    square = slope = gradient_square = 0.0
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
-        r = g / (block.eigenvalues + block.damping(damping, relative))
+        r = block.divide(g, block.damping(damping, relative))
         square += (block.eigenvalues * r.square()).sum().double().item()
         slope += (g * r).sum().double().item()
         direction[name] = block.rotate_back(r)
+        gradient_square += g.square().sum().double().item()
+    if square == 0 and gradient_square > 0:
+        raise InputError(
+            "the retain set has no curvature where the forget gradient lies: a step there cannot "
+            "be measured; add retain text that uses the targeted weights, or target others"
+        )
     return unit_step(direction, slope, square)
 
 
@@ -65,10 +71,10 @@ def unit_step(direction: Matrices, slope: float, square: float) -> Step:
         InputError: r has no length.
     """
     if not (math.isfinite(square) and square > 0):
-        raise InputError(
-            f"the step's squared length in the G-norm is {square}: the forget gradient is zero or "
-            "the damping too small for this curvature; look at the forget set, raise --damping"
-        )
+        cause = "the forget gradient is zero: look at the forget set"
+        if square != 0:
+            cause = "the damping is too small for this curvature: raise it"
+        raise InputError(f"the step's squared length in the G-norm is {square}: {cause}")
     return Step(direction, slope, 0.5 * square).scaled(square**-0.5)
 
 

@@ -27,12 +27,19 @@ from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
 from kfade.lengths import length_class
 from kfade.objectives import Objective, cross_entropy
+from kfade.preflight import preflight
 from kfade.progress import track
 from kfade.refine import refined_steps
 from kfade.sequences import Sequence as Tokens
 from kfade.stages import stage
 from kfade.step import Probe, Step, choose_alpha
-from kfade.unlearn import MEASURED_SEQUENCES, REFINE_SEQUENCES, Gauge, parameter_changes
+from kfade.unlearn import (
+    MEASURED_SEQUENCES,
+    REFINE_SEQUENCES,
+    Gauge,
+    parameter_changes,
+    refuse_below,
+)
 from kfade.update import Update
 
 
@@ -100,7 +107,8 @@ def sweep(
         for s in (*drawn, held_out)
     )
     with stage("check"):
-        scale = _Scale(model, held, measured)
+        preflight(model, targets, recompute=recompute)
+        scale = _Scale(model, held, measured, targets)
     outcomes = dict(done or {})
     for name, own in _grouped(points, lambda p: p.objective):
         missing = [point for point in own if point not in outcomes]
@@ -208,9 +216,16 @@ def _along(
 class _Scale:
     """Measures edits; of the forget sequences, one by one, in the same pass."""
 
-    def __init__(self, model: nn.Module, held_out: list[Batch], forget: list[Batch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        held_out: list[Batch],
+        forget: list[Batch],
+        targets: Sequence[Target],
+    ) -> None:
         self._model = model
         self._gauge = Gauge(model, held_out, forget)
+        self._floor = self._gauge.rounding_kl(targets)
 
     def weigh(
         self,
@@ -229,6 +244,7 @@ class _Scale:
             return self._gauge.measure(Update({}).plus(changes, alpha), cross_entropy, alpha)
 
         try:
+            refuse_below(self._floor, point.size, targets)
             start = Probe(0.0, 0.0, 0.0, 1.0, 0.0)  # only a forgetting target would look at it
             best = choose_alpha(probe, point.size, share=1.0, start=start, guess=guess)[-1]
         except InputError as error:

@@ -19,6 +19,8 @@ from kfade.errors import InputError
 from kfade.layers import digest_weights
 
 FORMAT = "kfade-update-1"
+DIGESTS = ("weights_sha256", "weights_bfloat16_sha256")  # as loaded; rounded to bfloat16
+SAME, EQUAL, ROUNDED, OTHER = "same", "equal", "rounded", "other"  # see Update.compare_base
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,34 @@ class Update:
         return Update({name: -delta for name, delta in self.deltas.items()}, self.provenance)
 
     def fits_base(self, model: nn.Module) -> bool:
-        """Whether ``model`` has the very weights that this update was computed on.
+        """Whether ``model`` has the weights that this update was computed on, in any dtype.
 
         False means another model of the same shape, such as a fine-tuned descendant.
         """
-        self._parameters(model)
-        return digest_weights(model, self.deltas) == self.provenance.get("weights_sha256")
+        return self.compare_base(model) != OTHER
+
+    def compare_base(self, model: nn.Module) -> str:
+        """How ``model``'s weights relate to those that this update was computed on.
+
+        ``same``: bit for bit. ``equal``: the same values in another dtype. ``rounded``: one is the
+        other rounded to a dtype of fewer bits. ``other``: none of these can be shown.
+
+        Raises:
+            InputError: the model lacks a parameter or has it in another shape.
+        """
+        parameters = self._parameters(model)
+        recorded = self.provenance.get("weights_sha256")
+        if digest_weights(model, self.deltas) == recorded:
+            return SAME
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if digest_weights(model, self.deltas, dtype) == recorded:
+                tensors = [parameters[name].detach() for name in self.deltas]
+                exact = all(torch.equal(t.to(dtype).to(t.dtype), t) for t in tensors)
+                return EQUAL if exact else ROUNDED
+        rounded = self.provenance.get("weights_bfloat16_sha256")
+        if rounded is not None and digest_weights(model, self.deltas, torch.bfloat16) == rounded:
+            return ROUNDED
+        return OTHER
 
     def lost_fraction(self, model: nn.Module) -> float:
         """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ for W in the model's dtype: what rounding destroys."""

@@ -271,6 +271,7 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "weights_sha256": digest_weights(model, trainable.names),
+        "weights_bfloat16_sha256": digest_weights(model, trainable.names, torch.bfloat16),
         "forget_sha256": digest_sequences(forget),
         "retain_sha256": digest_sequences(retain),
         "held_out_sha256": digest_sequences(held_out),

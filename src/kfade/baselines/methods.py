@@ -15,7 +15,7 @@ from kfade.baselines import elm as erasing
 from kfade.baselines import rmu as representations
 from kfade.baselines.losses import Term, closeness, likelihood, preference, simple_preference
 from kfade.baselines.sophia import Sophia
-from kfade.layers import Target, find_targets
+from kfade.layers import Target, choose_targets
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,7 @@ def block_targets(model: nn.Module, layers: str | None) -> list[Target]:
     Raises:
         InputError: the model has no such blocks.
     """
-    first = find_targets(model, layers=layers)[0]
-    blocks = first.name.partition(f".{first.block}.")[0]
-    return find_targets(model, layers=layers, pattern=f"{blocks}.*")
+    return choose_targets(model, layers=layers, attention=True).targets
 
 
 def _difference(retain_weight: float) -> tuple[Term, ...]:

@@ -12,6 +12,7 @@ import typer
 from kfade.batches import draw_without_replacement
 from kfade.cli import options as o
 from kfade.cli.eval import Subject, digest_model, load_subject
+from kfade.cli.inputs import inputs
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
 from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
@@ -82,7 +83,8 @@ At = Annotated[str, _option(TUNING, "--at", "Numbers of steps after which to mea
 _SETTINGS = {
     *("model", "forget", "retain", "sequence_length", "pack", "truncate", "holdout"),
     *("template", "template_file", "template_args", "template_date", "score_end"),
-    *("batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
+    *("batch_tokens", "dtype", "device", "trust_remote_code", "revision", "tokenizer"),
+    "seed",
 }
 
 
@@ -128,6 +130,8 @@ def attack(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = None,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -165,6 +169,8 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             dtype=run.model.dtype,
             device=run.model.device,
             trust_remote_code=run.model.trust_remote_code,
+            revision=run.model.revision,
+            tokenizer=run.model.tokenizer,
         )
         loaded = Loaded(subject.model, subject.tokenizer, [])
         tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
@@ -195,6 +201,7 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             "tuning": asdict(request.tuning),
             "at": request.at,
         }
+        folder.reads(inputs(header["base_sha256"], sets))
         rows = _measure(request, subject, tokens, examine, folder, {**header, "base": base})
         folder.publish(ATTACK)
         metrics = {

@@ -12,15 +12,25 @@ from kfade.baselines.loop import train
 from kfade.cli import baseline_options as b
 from kfade.cli import options as o
 from kfade.cli.baseline_words import builder_of, settings_of, trainable_of
-from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
+from kfade.cli.inputs import inputs
+from kfade.cli.session import (
+    Loaded,
+    console,
+    read_retain,
+    read_source,
+    session,
+    show,
+    source_of,
+    to_tokens,
+)
 from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
 from kfade.config import RunConfig, override
 from kfade.errors import InputError
-from kfade.models import load_model, save_model
+from kfade.layers import digest_weights
+from kfade.models import check_writable, load_model, provenance, save_model
 from kfade.run_dir import RunDir
 from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
 from kfade.stages import Clock, stage
 from kfade.update import Update
 
@@ -77,6 +87,8 @@ def baseline(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = None,
     resume: o.Resume = False,
     export_model: o.ExportModel = False,
@@ -107,7 +119,7 @@ def baseline(
         "weights": weights,
         "seed": run.seed,
     }
-    build = builder_of(method, loss)
+    build, source = builder_of(method, loss), source_of(run.model)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
@@ -118,6 +130,12 @@ def baseline(
         retain_tokens = to_tokens(fit_examples, loaded, run.data)
         held_out = to_tokens(held_examples, loaded, run.data)
         settings = settings_of(chosen.defaults, training, len(forget_tokens))
+        if export_model:
+            check_writable(loaded.model, source)
+        sets = {"forget": forget_tokens, "retain": retain_tokens, "held_out": held_out}
+        model_digest = digest_weights(loaded.model)
+        called = dict(zip(("forget", "retain", "held-out retain"), sets.values(), strict=True))
+        folder.reads(inputs(model_digest, called))
         every = max(1, settings.steps // 10) if evaluate_every is None else evaluate_every
         count = sum(tensor.numel() for tensor in trainable.tensors.values())
         console.print(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")
@@ -134,27 +152,30 @@ def baseline(
                 max_kl=max_kl,
                 batch_tokens=run.data.batch_tokens,
                 seed=run.seed,
-                start=_resume_from(folder, {"forget": forget_tokens, "retain": retain_tokens}),
+                start=_resume_from(folder),
                 on_evaluation=_on_evaluation(folder, settings.steps, checkpoints),
             )
         except InputError:  # it would be met again: nothing to go on with
             (folder.state / STATE).unlink(missing_ok=True)
             raise
-        provenance = {**update.provenance, "model": run.model.model, "method": method}
-        Update(update.deltas, {**provenance, "config": asked}).save(
-            folder.part / "update.safetensors"
-        )
+        made = {
+            **update.provenance,
+            "model_sha256": model_digest,
+            "model": run.model.model,
+            **provenance(source),
+            "method": method,
+        }
+        Update(update.deltas, {**made, "config": asked}).save(folder.part / "update.safetensors")
         if export_model:
             with stage("export"), update.applied_to(loaded.model) as edited:
-                save_model(edited, loaded.tokenizer, folder.part / "model")
-        sets = {"forget": forget_tokens, "retain": retain_tokens, "held_out": held_out}
+                save_model(edited, loaded.tokenizer, folder.part / "model", source)
         metrics = {
             **_metrics(update, clock, sets),
             "lost_in_dtype": update.lost_fraction(loaded.model),
         }
         manifest = {
             "kind": "baseline",
-            **{k: v for k, v in provenance.items() if k != "curve"},
+            **{k: v for k, v in made.items() if k != "curve"},
             "seed": run.seed,
             "git_sha": git_sha(),
             "settings": {**asdict(settings), "optimizer": settings.optimizer.__name__},
@@ -166,9 +187,9 @@ def baseline(
 
 
 _SHARED = {
-    *("model", "dtype", "device", "trust_remote_code", "forget", "retain", "sequence_length"),
     *("template", "template_file", "template_args", "template_date", "score_end"),
-    *("pack", "truncate", "holdout", "batch_tokens", "seed"),
+    *("pack", "truncate", "holdout", "batch_tokens", "seed", "revision", "tokenizer"),
+    *("model", "dtype", "device", "trust_remote_code", "forget", "retain", "sequence_length"),
 }
 
 
@@ -204,6 +225,8 @@ def _load(run: RunConfig) -> Loaded:
             dtype=run.model.dtype,
             device=run.model.device,
             trust_remote_code=run.model.trust_remote_code,
+            revision=run.model.revision,
+            tokenizer=run.model.tokenizer,
         )
     return Loaded(model, tokenizer, [])
 
@@ -230,17 +253,11 @@ def _on_evaluation(
     return on_evaluation
 
 
-def _resume_from(folder: RunDir, sets: Mapping[str, Sequence[Tokens]]) -> Checkpoint | None:
+def _resume_from(folder: RunDir) -> Checkpoint | None:
     path = folder.state / STATE
     if not path.is_file():
         return None
     checkpoint = Checkpoint.load(path)
-    for name, sequences in sets.items():
-        if checkpoint.provenance[f"{name}_sha256"] != digest_sequences(sequences):
-            raise InputError(
-                f"{folder.part}: the {name} set has changed since the run was interrupted; "
-                "restore it, or remove the folder"
-            )
     console.print(f"resuming after step {checkpoint.curve[-1]['step']}")
     return checkpoint
 

@@ -15,15 +15,16 @@ import torch
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.session import console, session, show
+from kfade.cli.session import console, notes_on_base, session, show
 from kfade.cli.unlearn import git_sha
 from kfade.errors import InputError
 from kfade.lora import to_lora
-from kfade.models import load_model, load_skeleton, save_model
+from kfade.models import check_writable, load_model, load_skeleton, save_model
 from kfade.run_dir import RunDir, check_free
+from kfade.sources import Source
 from kfade.stages import stage
 from kfade.unlearn import versions
-from kfade.update import Update
+from kfade.update import DIGESTS, OTHER, Update
 
 UpdatePath = Annotated[Path, typer.Argument(help="Folder of a kfade unlearn run, or its file.")]
 
@@ -50,6 +51,8 @@ def apply(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     json: o.Json = False,
 ) -> None:
     """Write MODEL with UPDATE added, as a folder that `from_pretrained` loads.
@@ -57,7 +60,8 @@ def apply(
     MODEL may be the one that the update was computed on or a fine-tuned descendant of it; a model
     of other shapes is refused.
     """
-    _edit(model, update, out, dtype, device, bool(trust_remote_code), json, sign=1)
+    where = {"dtype": dtype, "device": device, "trust_remote_code": bool(trust_remote_code)}
+    _edit(Source(model, revision, tokenizer), update, out, where, json, sign=1)
 
 
 def revert(
@@ -67,56 +71,53 @@ def revert(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     json: o.Json = False,
 ) -> None:
     """Write MODEL with UPDATE taken away: undoes `kfade apply`, up to one rounding."""
-    _edit(model, update, out, dtype, device, bool(trust_remote_code), json, sign=-1)
+    where = {"dtype": dtype, "device": device, "trust_remote_code": bool(trust_remote_code)}
+    _edit(Source(model, revision, tokenizer), update, out, where, json, sign=-1)
 
 
 def _edit(
-    name: str,
-    path: Path,
-    out: Path,
-    dtype: str | None,
-    device: str | None,
-    trust: bool,
-    as_json: bool,
-    *,
-    sign: int,
+    source: Source, path: Path, out: Path, where: dict[str, Any], as_json: bool, *, sign: int
 ) -> None:
     update = Update.load(path)
     part = out.with_name(out.name + ".writing")  # not .part: an interrupted run may lie there
     check_free(out)
     with session():
         with stage("load"):
-            model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
-        is_base = update.fits_base(model)
+            model, tokenizer = load_model(
+                source.name, revision=source.revision, tokenizer=source.tokenizer, **where
+            )
+        check_writable(model, source)
+        base = update.compare_base(model)
         change = update if sign > 0 else -update
         lost = change.lost_fraction(model)
         change.apply(model)
         try:
             part.mkdir(parents=True, exist_ok=True)
-            save_model(model, tokenizer, part)
+            save_model(model, tokenizer, part, source)
             part.replace(out)
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    if sign > 0 and not is_base:
-        console.print(
-            "note: these are not the weights that the update was computed on; applied as to a "
-            "fine-tuned descendant"
-        )
+    if sign > 0:
+        for note in notes_on_base(update, base, "applied", source.revision, source.tokenizer):
+            console.print(note)
     result = {
         "out": str(out),
         "weights": len(update.deltas),
         "norm": _norm(update),
         "lost_in_dtype": lost,
-        "base_weights": is_base,
+        "base_weights": base != OTHER,
+        "base": base,
     }
     verb = "added to" if sign > 0 else "taken from"
     lines = [
-        f"update of {len(update.deltas)} weights {verb} {name}, written to {out}",
+        f"update of {len(update.deltas)} weights {verb} {source.name}, written to {out}",
         f"{100 * lost:.2g} % of it is lost to rounding in this dtype",
     ]
     show(result, as_json, lines)
@@ -173,8 +174,11 @@ def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
                     "they are of different models"
                 )
         models = [update.provenance.get("model") for update in (one, other)]
-        digests = [update.provenance.get("weights_sha256") for update in (one, other)]
-        if one.deltas.keys() == other.deltas.keys() and digests[0] != digests[1]:
+        digests = [[part.provenance.get(name) for name in DIGESTS] for part in (one, other)]
+        same_base = digests[0][0] == digests[1][0] or (
+            digests[0][1] is not None and digests[0][1] == digests[1][1]  # in another dtype
+        )
+        if one.deltas.keys() == other.deltas.keys() and not same_base:
             notes.append(
                 f"{other_path} was computed on other weights than {path}; their sum is exact if "
                 "those were the other's result, and to first order otherwise"
@@ -191,9 +195,9 @@ def _common(updates: Sequence[Update]) -> dict[str, Any]:
     if all(part.get("model") == parts[0].get("model") for part in parts):
         common["model"] = parts[0].get("model")
     same_weights = all(update.deltas.keys() == updates[0].deltas.keys() for update in updates)
-    digests = {part.get("weights_sha256") for part in parts}
-    if same_weights and len(digests) == 1:  # else nothing was hashed over the sum's weights
-        common["weights_sha256"] = digests.pop()
+    for digest in DIGESTS if same_weights else ():  # else none is over the sum's weights
+        if len({part.get(digest) for part in parts}) == 1 and digest in parts[0]:
+            common[digest] = parts[0][digest]
     return common
 
 
@@ -204,6 +208,7 @@ def export_lora(
     model: BaseModel = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
     json: o.Json = False,
 ) -> None:
     """Write the LoRA adapter that is nearest to UPDATE, as the package peft loads it.
@@ -219,7 +224,11 @@ def export_lora(
         raise InputError(f"{update}: does not say of which model it is; give --model")
     with session() as clock, RunDir(out, {"update": str(update), "rank": rank}) as folder:
         with stage("load"):
-            skeleton = load_skeleton(name, trust_remote_code=bool(trust_remote_code))
+            skeleton = load_skeleton(
+                name,
+                trust_remote_code=bool(trust_remote_code),
+                revision=revision or loaded.provenance.get("revision"),
+            )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with stage("decompose"):
             lora = to_lora(loaded, skeleton, rank, base=name, device=device)

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from torch import nn
 
-from kfade.cli.session import console, session
+from kfade.cli.session import console, notes_on_base, session
 from kfade.cli.unlearn import git_sha
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
@@ -33,6 +33,13 @@ eval_app = typer.Typer(
     rich_markup_mode="markdown",
 )
 ITEMS = "items.jsonl"
+_CALLED = {
+    "weights_sha256": "the weights that are judged",
+    "base_sha256": "the weights of MODEL",
+    "edited_sha256": "the edited weights",
+    "data_sha256": "the data",
+    "completions_sha256": "the completions",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ def load_subject(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
 ) -> Subject:
     """What the options say.
 
@@ -69,15 +78,19 @@ def load_subject(
     rounding = rounding_of(quantise)
     change = Update.load(update) if update else Update({})
     with stage("load"):
-        model, tokenizer = load_model(
-            name, dtype=dtype, device=device, trust_remote_code=bool(trust_remote_code)
+        model, words = load_model(
+            name,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=bool(trust_remote_code),
+            revision=revision,
+            tokenizer=tokenizer,
         )
-        if update and not change.fits_base(model):  # raises where shapes or names differ
-            console.print(
-                "note: these are not the weights that the update was computed on; judged as on a "
-                "fine-tuned descendant"
-            )
-    return Subject(name, model, tokenizer, change, rounding)
+        if update:
+            base = change.compare_base(model)  # raises where shapes or names differ
+            for note in notes_on_base(change, base, "judged", revision, tokenizer):
+                console.print(note)
+    return Subject(name, model, words, change, rounding)
 
 
 def digest_model(model: nn.Module) -> str:
@@ -105,6 +118,8 @@ class Evaluation:
             InputError: an interrupted log was made of other weights or data.
         """
         path = self.folder.state / ITEMS
+        called = {_CALLED.get(name, name): str(value) for name, value in decides.items()}
+        self.folder.reads(called, resumed=path.is_file())
         header = {"benchmark": self._benchmark, **self._settings, **decides}
         with ItemLog(path, header) as log:
             try:

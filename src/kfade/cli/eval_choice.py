@@ -78,6 +78,8 @@ def choice(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.ResamplingSeed = 0,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -97,7 +99,7 @@ def choice(
     with evaluation("choice", out, resume, settings) as run:
         subject = load_subject(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip
         with subject.edited() as edited:
             digests = {"weights_sha256": digest_model(edited)}

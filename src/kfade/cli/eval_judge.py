@@ -106,6 +106,8 @@ def mt_bench(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: Seed = 0,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -139,7 +141,7 @@ def mt_bench(
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = load_subject(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip
         with subject.edited() as edited:
             about = {"weights_sha256": digest_model(edited), "data_sha256": digest(asked)}

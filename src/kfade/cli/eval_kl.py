@@ -100,6 +100,8 @@ def kl(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.ResamplingSeed = 0,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -131,12 +133,15 @@ def kl(
         "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
+        "tokenizer": tokenizer,
     }
     with evaluation("kl", out, resume, settings) as run:
         rounding = None if edited else quantise
-        base = load_subject(model, update=update, quantise=rounding, **where)
+        base = load_subject(model, update=update, quantise=rounding, revision=revision, **where)
         if edited:
-            theirs = load_tokenizer(edited, trust_remote_code=bool(trust_remote_code))
+            theirs = load_tokenizer(
+                edited, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer
+            )
             _check_vocabulary(edited, base.tokenizer.get_vocab(), theirs.get_vocab())
             skeleton = load_skeleton(edited, trust_remote_code=bool(trust_remote_code))
             _check_vocabulary(edited, _outputs_of(base.model), _outputs_of(skeleton))
@@ -151,7 +156,7 @@ def kl(
         texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
         groups = _groups(base, texts, batch_tokens)
         digests["completions_sha256"] = digest_sequences(texts)
-        judged, tokenizer = base, base.tokenizer
+        judged, words = base, base.tokenizer
         if not edited:
             reference = _in_memory(base, groups)
         else:
@@ -163,7 +168,7 @@ def kl(
         with judged.edited() as changed:
             digests["edited_sha256"] = digest_model(changed)
         with run.items(**digests) as log:
-            _measure(log, judged, groups, reference, asked, answers, tokenizer)
+            _measure(log, judged, groups, reference, asked, answers, words)
             if completions is None:
                 run.folder.publish(COMPLETIONS)
             aggregate = {**summarise(log.items, seed=seed), "max_new_tokens": max_new_tokens}

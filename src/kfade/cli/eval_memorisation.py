@@ -87,6 +87,8 @@ def memorisation(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
@@ -117,7 +119,7 @@ def memorisation(
     with evaluation("memorisation", out, resume, settings) as run:
         subject = load_subject(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip
         names, sequences = _tokens(examples, subject, how, bool(truncate))
         data = digest_sequences(sequences)

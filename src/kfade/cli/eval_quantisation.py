@@ -29,6 +29,8 @@ def quantisation(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
@@ -39,8 +41,9 @@ def quantisation(
     settings = settings_of(locals())
     with evaluation("quantisation", out, resume, settings) as run:
         subject = load_subject(
-            model, update=update, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+            model, update=update, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
+        )  # fmt: skip
         digests = {"weights_sha256": digest_model(subject.model)}
         with run.items(**digests) as log:
             with stage("rounding"):

@@ -46,7 +46,7 @@ LOGS = "Saved logs"
 
 OptionalModel = Annotated[
     str | None,
-    typer.Argument(help="Hub id, local folder, or GGUF file. [none with --from-log]"),
+    typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter. [none with --from-log]"),
 ]
 OptionalOut = Annotated[
     Path | None,
@@ -127,6 +127,8 @@ def tofu(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     out: OptionalOut = None,
     resume: o.Resume = False,
     json: o.Json = False,
@@ -155,7 +157,9 @@ def tofu(
         raise InputError("give MODEL and --out, or --from-log with a saved log")
     load_rouge_l_recall()
     if retain_model:
-        load_tokenizer(retain_model, trust_remote_code=bool(trust_remote_code))  # is it there?
+        load_tokenizer(  # is it there?
+            retain_model, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer
+        )
     rendering = DataConfig(
         template="auto",
         template_file=template_file,
@@ -170,6 +174,7 @@ def tofu(
         "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
+        "tokenizer": tokenizer,
     }
     how = {
         "template": template,
@@ -179,7 +184,7 @@ def tofu(
         "legacy": tofu_legacy,
     }
     with evaluation("tofu", out, resume, settings) as run:
-        subject = load_subject(model, update=update, quantise=quantise, **where)
+        subject = load_subject(model, update=update, quantise=quantise, revision=revision, **where)
         about = _about(subject, questions, template)
         with run.items(**about) as log:
             _measure(subject, questions, log, how)

@@ -10,13 +10,24 @@ from typing import Any
 from kfade import distributed
 from kfade.batches import make_batches
 from kfade.cli import options as o
-from kfade.cli.session import Loaded, load, read_retain, session, show, spread, to_tokens
+from kfade.cli.inputs import inputs
+from kfade.cli.session import (
+    Loaded,
+    load,
+    read_retain,
+    session,
+    show,
+    source_of,
+    spread,
+    to_tokens,
+)
 from kfade.cli.template import dated
 from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
 from kfade.lengths import length_class
+from kfade.models import provenance
 from kfade.run_dir import RunDir
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import digest_sequences
@@ -50,6 +61,8 @@ def fit(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     shard: o.Shard = None,
     seed: o.Seed = None,
     config: o.Config = None,
@@ -73,6 +86,7 @@ def fit(
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
         sequences = to_tokens(examples, loaded, run.data)
+        folder.reads(inputs(digest_weights(loaded.model), {"retain": sequences}))
         weight = loaded.targets[0].weight
         batches = make_batches(
             sequences,
@@ -119,6 +133,7 @@ def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[Tokens]) -> di
     """What the curvature belongs to, kept with it."""
     return {
         "model": run.model.model,
+        **provenance(source_of(run.model)),
         "weights_sha256": {
             t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
         },

@@ -26,10 +26,15 @@ def _unless_empty(given: list[str] | None) -> list[str] | None:
     return given or None
 
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter.")]
 Forget = Annotated[
     str | None,
-    _option(DATA, "What to forget: a JSONL file or hf:NAME[:CONFIG][:SPLIT].", "--forget"),
+    _option(
+        DATA,
+        "What to forget: a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT], SPLIT as in train or "
+        "train[:1000], which downloads no more than that.",
+        "--forget",
+    ),
 ]
 Retain = Annotated[
     str | None, _option(DATA, "What must not change, in the same forms.", "--retain")
@@ -173,6 +178,14 @@ Device = Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, ... [the GPU if 
 TrustRemoteCode = Annotated[
     bool | None,
     _option(RUN, "Let code that comes with a hub model run.", "--trust-remote-code"),
+]
+Revision = Annotated[
+    str | None,
+    _option(RUN, "Branch, tag or commit of MODEL on the hub. [its main branch]", "--revision"),
+]
+Tokenizer = Annotated[
+    str | None,
+    _option(RUN, "Where the tokenizer is: hub id or folder. [with MODEL]", "--tokenizer"),
 ]
 Shard = Annotated[
     bool | None,

@@ -101,6 +101,7 @@ def plan(
     bandwidth: Bandwidth = None,
     measure: Measure = False,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
     json: o.Json = False,
 ) -> None:
     """Say what unlearning with MODEL will need: bytes, groups of layers, flops, seconds.
@@ -123,7 +124,9 @@ def plan(
     _check(work)
     rates = _stated_speed(speed, float32_speed, bandwidth, measure)
     with session():
-        skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=bool(trust_remote_code))
+        skeleton = load_skeleton(
+            model, dtype=dtype, trust_remote_code=bool(trust_remote_code), revision=revision
+        )
         with on_shapes(skeleton):
             targets = find_targets(
                 skeleton, layers=layers, pattern=target, joint_bias=bool(joint_bias)

@@ -10,71 +10,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
-from kfade import distributed
+from kfade import distributed, progress
+from kfade.cli.bars import Bars, Lines
 from kfade.cli.options import chat_of
 from kfade.cli.template import template_of
 from kfade.config import DataConfig, FitConfig, ModelConfig
 from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
-from kfade.layers import Target, decoder_blocks, find_targets
+from kfade.layers import Target, choose_targets, decoder_blocks
 from kfade.models import default_device, load_model, model_window
-from kfade.progress import reporting
+from kfade.preflight import preflight
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import encode
+from kfade.sources import Source
 from kfade.stages import Clock, stage, timing
+from kfade.update import OTHER, ROUNDED, Update
 
 console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets
 
 
 @contextlib.contextmanager
 def session() -> Iterator[Clock]:
-    """Progress bars on stderr, a clock, and nothing but results on stdout."""
+    """Progress on stderr, a clock, and nothing but results on stdout."""
     clock = Clock()
-    with _Bars() as bars, reporting(bars), timing(clock), contextlib.redirect_stdout(sys.stderr):
+    shown = Bars(console) if console.is_terminal else Lines(console.print)
+    with shown, progress.reporting(shown), timing(clock), contextlib.redirect_stdout(sys.stderr):
         yield clock
-
-
-class _Bars:
-    """Rich progress bars; a finished task's bar goes away, its stage stays in the log."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            transient=True,
-        )
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def start(self, name: str, total: float) -> int:
-        return self._progress.add_task(name, total=total)
-
-    def advance(self, task: int, amount: float) -> None:
-        self._progress.advance(TaskID(task), amount)
-
-    def stop(self, task: int) -> None:
-        self._progress.remove_task(TaskID(task))
 
 
 @dataclass(frozen=True)
@@ -89,26 +52,65 @@ class Loaded:
 def load(config: ModelConfig, fit: FitConfig) -> Loaded:
     """The model, and its targets, found before any data are read."""
     if not config.model:
-        raise InputError("no MODEL: give a hub id, a local folder, or a GGUF file")
+        raise InputError("no MODEL: give a hub id, a local folder, a GGUF file, or a LoRA adapter")
     if config.shard and distributed.count() == 1:
         raise InputError(
             "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
             "unlearn, or leave shard out"
         )
-    with stage("load"):
+    with stage("load"):  # with all that is tried before data are read
         model, tokenizer = load_model(
             config.model,
             dtype=config.dtype,
             # A model to be spread may be larger than a device.
             device="cpu" if config.shard else config.device,
             trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
         )
-        targets = find_targets(
+        chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
-    count = sum(target.shape[0] * target.shape[1] for target in targets)
-    console.print(f"{len(targets)} weights targeted, {count / 1e6:.1f} M parameters")
-    return Loaded(model, tokenizer, targets)
+        preflight(model, chosen.targets, recompute=fit.recompute)
+    count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
+    console.print(f"{len(chosen.targets)} weights targeted, {count / 1e6:.1f} M parameters")
+    if chosen.summary:
+        console.print(chosen.summary)
+    return Loaded(model, tokenizer, chosen.targets)
+
+
+def source_of(config: ModelConfig) -> Source:
+    """Where the configuration's model lies."""
+    return Source(config.model, config.revision, config.tokenizer)
+
+
+def notes_on_base(
+    update: Update, base: str, done: str, revision: str | None, tokenizer: str | None
+) -> list[str]:
+    """What is to be said where an update is used.
+
+    Args:
+        base: what :meth:`Update.compare_base` found.
+        done: what is done with the update, as in "applied".
+    """
+    notes = []
+    if base == ROUNDED:
+        notes.append(
+            "note: the update was computed on these weights in another dtype; they are equal once "
+            "rounded to the one of fewer bits"
+        )
+    elif base == OTHER:
+        notes.append(
+            f"note: these are not the weights that the update was computed on; {done} as on a "
+            "fine-tuned descendant"
+        )
+    asked = update.provenance.get("config", {}).get("model", {})
+    for option, given in (("revision", revision), ("tokenizer", tokenizer)):
+        recorded = asked.get(option) if isinstance(asked, dict) else None
+        if recorded != given and recorded is not None:
+            used = f"with --{option} {given}" if given is not None else f"without --{option}"
+            notes.append(f"note: the update was computed with --{option} {recorded}; {done} {used}")
+    return notes
 
 
 def spread(config: ModelConfig, model: nn.Module) -> None:

@@ -58,6 +58,7 @@ _SETTINGS = {
     *("model", "forget", "retain", "forget_batch", "sequence_length", "pack"),
     *("template", "template_file", "template_args", "template_date", "score_end"),
     *("truncate", "holdout", "batch_tokens", "dtype", "device", "trust_remote_code", "seed"),
+    *("revision", "tokenizer"),
     "refine_sequences",
 }
 
@@ -92,6 +93,8 @@ def sweep(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = None,
     config: o.Config = None,
     resume: o.Resume = False,

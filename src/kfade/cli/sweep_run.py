@@ -13,6 +13,7 @@ from torch import nn
 
 from kfade.batches import Batch
 from kfade.cli import options as o
+from kfade.cli.inputs import inputs, read_curvature
 from kfade.cli.session import (
     Loaded,
     console,
@@ -20,15 +21,17 @@ from kfade.cli.session import (
     read_retain,
     read_source,
     session,
+    source_of,
     to_tokens,
 )
-from kfade.cli.unlearn import git_sha, read_curvature, run_metrics
+from kfade.cli.unlearn import git_sha, run_metrics
 from kfade.config import RunConfig, SizeConfig, deciding, write_config
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.evaluate.log import ItemLog
 from kfade.gradient import forget_gradient
 from kfade.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.layers import Target, digest_weights, parameter_names
+from kfade.models import provenance
 from kfade.objectives import Objective
 from kfade.run_dir import RunDir
 from kfade.sequences import Sequence as Tokens
@@ -59,6 +62,8 @@ class _Ready:
 
     request: Request
     loaded: Loaded
+    model_digest: str
+    """Of all weights."""
     curvature: Curvature
     objectives: dict[str, Objective]
     forget: list[Tokens]
@@ -84,7 +89,10 @@ def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str,
         saved = read_curvature(request.curvature, loaded)
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
-        ready = _Ready(request, loaded, saved, objectives, *tokens)
+        sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
+        model_digest = digest_weights(loaded.model)
+        folder.reads(inputs(model_digest, sets_by_name))
+        ready = _Ready(request, loaded, model_digest, saved, objectives, *tokens)
         if digest_sequences(ready.retain) != saved.provenance.get("retain_sha256"):
             console.print(
                 "note: the curvature was not fitted on what is kept of --retain here, so it may "
@@ -206,7 +214,12 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         refine=point.refine,
         refine_sequences=run.refinement.refine_sequences,
     )
-    about = {"model": run.model.model, "config": asdict(run)}
+    about = {
+        "model_sha256": ready.model_digest,
+        "model": run.model.model,
+        **provenance(source_of(run.model)),
+        "config": asdict(run),
+    }
     return Update(update.deltas, {**update.provenance, **about})
 
 

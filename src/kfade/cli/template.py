@@ -15,7 +15,7 @@ from kfade import distributed
 from kfade.chat import ChatTemplate
 from kfade.config import DataConfig
 from kfade.errors import InputError
-from kfade.examples import read_utf8
+from kfade.rows import read_utf8
 from kfade.run_dir import interrupted
 from kfade.update import Update
 

@@ -15,6 +15,7 @@ from torch import nn
 from kfade import distributed
 from kfade.batches import Batch
 from kfade.cli import options as o
+from kfade.cli.inputs import inputs, read_curvature
 from kfade.cli.session import (
     Loaded,
     console,
@@ -23,6 +24,7 @@ from kfade.cli.session import (
     read_source,
     session,
     show,
+    source_of,
     spread,
     to_tokens,
 )
@@ -33,7 +35,7 @@ from kfade.curvature.fit import Fit
 from kfade.curvature.store import Store
 from kfade.errors import InputError
 from kfade.layers import Target, digest_weights, parameter_names
-from kfade.models import save_model
+from kfade.models import check_writable, provenance, save_model
 from kfade.objectives import Objective
 from kfade.plan import curvature_budget
 from kfade.run_dir import RunDir
@@ -86,6 +88,8 @@ def unlearn(
     dtype: o.Dtype = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    tokenizer: o.Tokenizer = None,
     shard: o.Shard = None,
     seed: o.Seed = None,
     config: o.Config = None,
@@ -127,12 +131,12 @@ def run_unlearn(
     if export_model and run.model.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     run = replace(run, data=dated(run.data, out, resume=resume))
-    method = _method(run)
+    method, source = _method(run), source_of(run.model)
     fit = o.fit_of(run.fit.estimator)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
-    source = {"curvature": str(curvature) if curvature else None}
-    with session() as clock, RunDir(out, {**deciding(run), **source}, resume=resume) as folder:
+    saved = {"curvature": str(curvature) if curvature else None}
+    with session() as clock, RunDir(out, {**deciding(run), **saved}, resume=resume) as folder:
         if curvature is not None:
             Curvature.load(curvature)  # is it one? before the model is read
         loaded = loaded or load(run.model, run.fit)
@@ -142,7 +146,16 @@ def run_unlearn(
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
         )
-        made_for = {"retain_sha256": digest_sequences(retain), "config": deciding(run)["fit"]}
+        if export_model:
+            check_writable(loaded.model, source)
+        model_digest = digest_weights(loaded.model)
+        sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
+        folder.reads(inputs(model_digest, sets))
+        made_for = {
+            "model_sha256": model_digest,
+            "retain_sha256": digest_sequences(retain),
+            "config": deciding(run)["fit"],
+        }
         update = unlearn_model(
             loaded.model,
             forget=forget,
@@ -151,26 +164,32 @@ def run_unlearn(
             targets=loaded.targets,
             fit=_kept(fit, folder, budget, made_for),
             curvature=read_curvature(curvature, loaded) if curvature is not None else None,
-            start=_resume_from(folder, forget, retain),
+            start=_resume_from(folder),
             on_step=partial(_keep_step, folder, run.step.steps),
             **method,
         )
         update = Update(
-            update.deltas, {**update.provenance, "model": run.model.model, "config": asdict(run)}
+            update.deltas,
+            {
+                **update.provenance,
+                "model_sha256": model_digest,
+                "model": run.model.model,
+                **provenance(source),
+                "config": asdict(run),
+            },
         )
         folder.put("update.safetensors", update.save)
         lost = update.lost_fraction(loaded.model)
         if export_model:
             with stage("export"), update.applied_to(loaded.model) as edited:
-                folder.put("model", lambda path: save_model(edited, loaded.tokenizer, path))
+                folder.put("model", lambda path: save_model(edited, loaded.tokenizer, path, source))
         metrics = {**run_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
-        provenance = {k: v for k, v in update.provenance.items() if k not in ("steps", "config")}
         manifest = {
             "kind": "unlearn",
-            **provenance,
+            **{k: v for k, v in update.provenance.items() if k not in ("steps", "config")},
             "seed": run.seed,
             "git_sha": git_sha(),
-            "config": {**asdict(run), **source},
+            "config": {**asdict(run), **saved},
         }
         folder.finish(manifest, metrics, write_config(run))
     return {"out": str(out), **metrics}
@@ -254,28 +273,6 @@ def damping_of(run: RunConfig) -> tuple[float, bool]:
     return (DEFAULT_DAMPING if relative is None else relative), True
 
 
-def read_curvature(folder: Path, loaded: Loaded) -> Curvature:
-    """A saved curvature, cut to the targets; its blocks are read when they are used.
-
-    Raises:
-        InputError: it was fitted on other weights, or does not cover every target.
-    """
-    curvature = Curvature.load(folder)
-    missing = [t.name for t in loaded.targets if t.name not in curvature.blocks]
-    if missing:
-        raise InputError(
-            f"--curvature does not cover {missing[0]}: fit it with the same --layers and --target"
-        )
-    digests = curvature.provenance.get("weights_sha256", {})
-    for target in loaded.targets:
-        if digests.get(target.name) != digest_weights(loaded.model, parameter_names([target])):
-            raise InputError(
-                f"--curvature was fitted on another model: {target.name} differs; fit it on this "
-                "one with kfade fit"
-            )
-    return curvature.only([t.name for t in loaded.targets], loaded.targets[0].weight.device)
-
-
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
     """One step in a line."""
     refined = f", refined {record['refined']}" if record["refined"] else ""
@@ -335,19 +332,11 @@ def _kept(fit: Fit, folder: RunDir, memory: int | None, made_for: dict[str, Any]
     return kept
 
 
-def _resume_from(
-    folder: RunDir, forget: Sequence[Tokens], retain: Sequence[Tokens]
-) -> Update | None:
+def _resume_from(folder: RunDir) -> Update | None:
     done = sorted(folder.state.glob("update-*.safetensors"))
     if not done:
         return None
     update = Update.load(done[-1])
-    for name, data in (("forget", forget), ("retain", retain)):
-        if update.provenance[f"{name}_sha256"] != digest_sequences(data):
-            raise InputError(
-                f"{folder.part}: the {name} set has changed since the run was interrupted; "
-                "restore it, or remove the folder"
-            )
     console.print(f"resuming after step {len(update.provenance['steps'])}")
     return update
 

@@ -44,8 +44,16 @@ class EigenBlock:
         return value * self.eigenvalues.mean().item() if relative else value
 
     def solve(self, x: Tensor, damping: float) -> Tensor:
-        """(G + λI)⁻¹ X with the exact damping Λ + λ, never split over the factors."""
-        return self.rotate_back(self.rotate(x) / (self.eigenvalues + damping))
+        """(G + λI)⁻¹ X with the exact damping Λ + λ, never split over the factors; see
+        :meth:`divide`."""
+        return self.rotate_back(self.divide(self.rotate(x), damping))
+
+    def divide(self, x: Tensor, damping: float) -> Tensor:
+        """X̃ / (Λ + λ), and 0 where Λ + λ = 0: no curvature there and none put in its place, so no
+        change there. That is so in a whole layer that the retain set does not reach, if λ is a
+        multiple of its mean eigenvalue."""
+        total = self.eigenvalues + damping
+        return torch.where(total > 0, x / total, 0.0)
 
     def matvec(self, x: Tensor) -> Tensor:
         """G X."""

@@ -18,6 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 PROBES = 8  # random columns that a decomposition is checked on
 WORKSPACE = 6  # matrices [D, D] of one decomposition: the mean, its copies, Q, work
+CPU_MEMORY = "DefaultCPUAllocator"  # in the words of torch where the CPU's memory is not enough
 AT_ONCE_BYTES = 500_000_000  # that the workspaces of decompositions beside the first may take
 
 
@@ -58,28 +59,48 @@ def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(eigenvalues [D] clamped at 0, eigenvectors [D, D] in columns) of a symmetric matrix.
 
     Checked by its residual ‖(MQ − QΛ)X‖ / ‖M‖ on a few random columns X, which costs nothing
-    beside the decomposition and shows a wrong one as surely; a failure is repeated in float64 on
-    the CPU.
+    beside the decomposition and shows a wrong one as surely. What fails, whether it raises or gives
+    a wrong result, is repeated in float64 on the matrix's device, and then on the CPU.
 
     Raises:
         InputError: the matrix holds NaN or Inf.
+        RuntimeError: all of them failed, or the CPU's memory is not enough.
     """
     if not torch.isfinite(matrix_DD).all():
         raise InputError(f"NaN or Inf in the curvature of {name}: look at the model's weights")
+    attempts = [(matrix_DD.device, matrix_DD.dtype), (matrix_DD.device, torch.float64)]
+    if matrix_DD.device.type != "cpu":
+        attempts.append((torch.device("cpu"), torch.float64))
+    reason = "its residual is too large"
+    for device, dtype in attempts:
+        try:
+            # A copy: a decomposition that fails may have written into its argument.
+            pair = _checked(matrix_DD.to(device, dtype, copy=True), matrix_DD)
+        # Solvers and allocators of devices raise RuntimeError; TypeError, those without float64.
+        except (RuntimeError, TypeError) as error:
+            if CPU_MEMORY in str(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            continue
+        if pair is not None:
+            return pair
+    raise RuntimeError(f"the eigendecomposition of {name} failed in float64 too: {reason}")
+
+
+def _checked(attempt_DD: Tensor, matrix_DD: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What :func:`eigendecompose` returns, from a copy that may be spoiled; None if it is wrong."""
+    device, dtype = attempt_DD.device, attempt_DD.dtype
+    values, vectors = torch.linalg.eigh(attempt_DD)
+    del attempt_DD
+    exact_DD = matrix_DD.to(device, dtype)
+    probe_DK = _probe(exact_DD)
+    residual = exact_DD @ (vectors @ probe_DK) - vectors @ (values[:, None] * probe_DK)
     # A backward-stable eigh leaves a residual of a few D·eps; 1e-4 is far above it in float32 and
     # far below anything that would change a step.
-    for exactly in (False, True):
-        attempt = matrix_DD.cpu().double() if exactly else matrix_DD
-        try:
-            values, vectors = torch.linalg.eigh(attempt)
-        except torch.linalg.LinAlgError:
-            continue
-        probe_DK = _probe(attempt)
-        residual = attempt @ (vectors @ probe_DK) - vectors @ (values[:, None] * probe_DK)
-        if residual.norm() <= 1e-4 * (attempt.norm() * PROBES**0.5):
-            # Contiguous, as it is when read from a file: products then agree to the last bit.
-            return values.clamp(min=0).to(matrix_DD), vectors.to(matrix_DD).contiguous()
-    raise RuntimeError(f"the eigendecomposition of {name} failed in float64 too")
+    if not residual.norm() <= 1e-4 * (exact_DD.norm() * PROBES**0.5):
+        return None
+    # Contiguous, as it is when read from a file: products then agree to the last bit.
+    return values.clamp(min=0).to(matrix_DD), vectors.to(matrix_DD).contiguous()
 
 
 def _probe(matrix_DD: Tensor) -> Tensor:

@@ -89,8 +89,9 @@ def run_pass(
 
     Raises:
         InputError: NaN or Inf in what a layer reads or passes back; names the layer. A batch of
-            sequences that the model treats unlike when alone.
+            sequences that the model treats unlike when alone. A model in float16.
     """
+    refuse_float16(targets)
     refuse_mixed(model, batches)
     own = distributed.share(batches, lambda batch: batch.positions)
     own += [batches[-1].silenced()] * distributed.missing(model, len(own))  # in step with others
@@ -117,6 +118,23 @@ def run_pass(
                 keeper.save(number, sums.tensors())
 
 
+def refuse_float16(targets: Sequence[Target]) -> None:
+    """See to it that no gradient is computed in float16.
+
+    Its numbers end at 65504 and 6e-8. The square of an activation of 260 is above the first, a
+    token's share of the gradient of a long text below the second.
+
+    Raises:
+        InputError: a target has weights in float16.
+    """
+    for target in targets:
+        if target.weight.dtype == torch.float16:
+            raise InputError(
+                f"{target.name} is float16, whose range is too small for gradients and sums of "
+                "squares: load the model with --dtype bfloat16 or --dtype float32"
+            )
+
+
 def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutputs) -> None:
     """Forward, then backward with u [N, D] at the loss positions and zero elsewhere."""
     with torch.enable_grad():
@@ -127,8 +145,21 @@ def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutpu
 
 
 def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
-    """The rows of ``x_BT`` [B, T, ...] at live positions, [R, ...]; a view where all are live."""
-    return x_BT.flatten(0, 1) if batch.full else x_BT[batch.live_BT]
+    """The rows of ``x_BT``, [B, T, ...] or as one list [B·T, ...], at live positions, [R, ...]; a
+    view where all are live.
+
+    Raises:
+        InputError: it holds something else than one row for each position.
+    """
+    shape = batch.live_BT.shape
+    if x_BT.shape[:2] == shape:
+        return x_BT.flatten(0, 1) if batch.full else x_BT[batch.live_BT]
+    if x_BT.ndim != 2 or len(x_BT) != batch.positions:
+        raise InputError(
+            f"a target reads or writes {list(x_BT.shape)}, not one row for each position of "
+            f"{list(shape)} (routed experts?): leave it out with --target"
+        )
+    return x_BT if batch.full else x_BT[batch.live_BT.flatten()]
 
 
 def _refuse_broken(seen: list[tuple[str, str, Tensor]]) -> None:

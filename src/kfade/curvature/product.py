@@ -4,7 +4,8 @@
     G δ  = (1/N) Jᵀ (diag p − p pᵀ) J δ
 
 over the N loss tokens of the batches. A quadratic form costs one forward-mode pass, about three
-forward passes; a product adds a forward and a backward pass.
+forward passes, or four forward passes where there is no forward mode; a product adds a forward and
+a backward pass.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from kfade import distributed
 from kfade.batches import Batch
 from kfade.curvature.curvature import Matrices
-from kfade.curvature.jacobian import tangents, transpose_product
+from kfade.curvature.jacobian import tangents_of, transpose_product
 from kfade.head import Head, read_head
 from kfade.layers import Target
 from kfade.lengths import refuse_mixed
@@ -39,6 +40,7 @@ def quadratic_form(
     total = 0.0
     with frozen(model):
         head = read_head(model)
+        tangents = tangents_of(model, targets)
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.missing(model, len(own))
         for batch in track(own, "exact quadratic form", lambda b: b.positions):
@@ -64,6 +66,8 @@ def gauss_newton_product(
     """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute`` as for
     :func:`~kfade.curvature.fit.fit_ekfac`."""
     loss_tokens = sum(batch.loss_tokens for batch in batches)
+    with frozen(model):
+        tangents = tangents_of(model, targets)
 
     def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
         _, tangent_ND = tangents(model, batch, targets, delta)

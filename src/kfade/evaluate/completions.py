@@ -2,7 +2,7 @@
 
 {"instruction": ..., "input": ...}  the input, where there is one, after a blank line
 {"prompt": ...}, {"question": ...}  any answer beside it is not looked at
-{"messages": [...]}                 up to the last answer
+{"messages": [...]}                 up to the last answer; also {"conversations": [...]}
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from kfade.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
 from kfade.evaluate.log import ItemLog
-from kfade.examples import PLAIN_QA, Example, parse_turn, read_rows
+from kfade.examples import (
+    PLAIN_INSTRUCTION,
+    PLAIN_QA,
+    PLAIN_TURNS,
+    Example,
+    parse_turns,
+    with_input,
+)
+from kfade.rows import read_rows
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import encode_prompt
 
-FORMS = '{"instruction"[, "input"]}, {"prompt"}, {"question"} or {"messages"}'
+FORMS = '{"instruction"[, "input"]}, {"prompt"}, {"question"}, {"messages"} or {"conversations"}'
 
 
 @dataclass(frozen=True)
@@ -109,19 +117,17 @@ def completed(prompt: Prompt, tokens: Sequence[int]) -> Tokens:
 def _parse(row: Any, where: str) -> Example:
     match row:
         case {"instruction": str(text)}:
-            given = row.get("input") or ""
-            text = f"{text}\n\n{given}" if given else text
-            prefix = ("Instruction: ", "\nResponse: ")
-            example = Example(where, turns=(("user", text),), plain_prefix=prefix)
+            text = with_input(text, row.get("input"))
+            example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_INSTRUCTION)
         case {"prompt": str(text)}:
             example = Example(where, turns=(("user", text),))
         case {"question": str(text)}:
             example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_QA)
-        case {"messages": [*messages]}:
-            turns = tuple(parse_turn(message, where) for message in messages)
+        case {"messages": [*said]} | {"conversations": [*said]}:
+            turns = parse_turns(said, where)
             while turns and turns[-1][0] == "assistant":
                 turns = turns[:-1]
-            example = Example(where, turns=turns)
+            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS)
         case _:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else "no object"
             raise InputError(f"{where}: has {keys or 'no keys'}; write one of {FORMS}")

@@ -1,22 +1,22 @@
 """A judge model behind any OpenAI-compatible API: what it is asked, and what it answered.
 
-``POST {base}/v1/chat/completions`` by the standard library, so that any server will do. A server
-that is busy, fails or does not answer is asked again after 1, 2, 4, ... seconds.
+``POST {base}/v1/chat/completions``, so that any server will do. A server that is busy, fails or
+does not answer is asked again after 1, 2, 4, ... seconds. One that sends on to another address is
+not followed: neither the key nor the texts go where the user did not send them.
 """
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import json
 import math
 import re
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import httpx2
 
 from kfade.errors import InputError
 
@@ -61,9 +61,22 @@ class Judge:
     """Of a judgement."""
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            url = httpx2.URL(self.url)
+        except httpx2.InvalidURL:
+            url = httpx2.URL()
+        if url.userinfo:
+            raise InputError(
+                "--judge-url holds a user name or password: leave it out, and put the key into the "
+                "environment variable that --judge-key-env names"
+            )
+        if url.scheme not in ("http", "https") or not url.host:
             raise InputError(f"--judge-url {self.url}: write http://HOST:PORT or https://HOST/...")
+        if self.key and not all("!" <= letter <= "~" for letter in self.key):
+            raise InputError(
+                "the key of the judge (--judge-key-env) holds a space, a line break or a letter "
+                "that is not ASCII, which no key has: set the variable again"
+            )
 
     @property
     def endpoint(self) -> str:
@@ -84,56 +97,73 @@ class Judge:
         Raises:
             InputError: the server refused the request, or failed at every try.
         """
-        for number in range(1, self.tries + 1):
-            try:
-                return self._try(messages)
-            except _Fault as fault:
-                if number == self.tries:
-                    raise InputError(
-                        f"the judge at {self.endpoint} failed {self.tries} times, at last: {fault}"
-                        "; what was judged is kept, the same command with --resume goes on"
-                    ) from None
-                wait = self.wait * 2 ** (number - 1) if fault.wait is None else fault.wait
-                sleep(min(wait, LONGEST_WAIT))
+        with self._client() as client:
+            for number in range(1, self.tries + 1):
+                try:
+                    return self._try(client, messages)
+                except _Fault as fault:
+                    if number == self.tries:
+                        raise InputError(
+                            f"the judge at {self.endpoint} failed {self.tries} times, at last: "
+                            f"{self._hide_key(str(fault))}; what was judged is kept, the same "
+                            "command with --resume goes on"
+                        ) from None
+                    wait = self.wait * 2 ** (number - 1) if fault.wait is None else fault.wait
+                    sleep(min(wait, LONGEST_WAIT))
         raise AssertionError("no tries")
 
-    def _try(self, messages: Sequence[dict[str, str]]) -> str:
+    def _client(self) -> httpx2.Client:
+        """It follows no redirect; proxies and certificates are those of the environment."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            return httpx2.Client(headers=headers, timeout=self.timeout, follow_redirects=False)
+        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+            raise InputError(
+                f"the judge at {self.endpoint} cannot be asked with the proxies or certificates "
+                f"that the environment variables name: {' '.join(str(error).split())}"
+            ) from None
+
+    def _try(self, client: httpx2.Client, messages: Sequence[dict[str, str]]) -> str:
         body = {
             "model": self.model,
             "messages": list(messages),
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            self.endpoint, json.dumps(body).encode(), headers, method="POST"
-        )
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                answer = response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error) from None
-        except (OSError, http.client.HTTPException) as error:  # unreachable, cut off, timed out
-            reason = getattr(error, "reason", error)
-            raise _Fault(str(reason) or type(error).__name__) from None
-        return _content(answer)
+            response = client.post(self.endpoint, json=body)
+        except httpx2.TransportError as error:  # unreachable, cut off, timed out
+            raise _Fault(str(error) or type(error).__name__) from None
+        except httpx2.DecodingError:
+            raise _Fault("what it answered cannot be decompressed") from None
+        if response.is_success:
+            return _content(response.content)
+        raise self._refusal(response)
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    def _refusal(self, response: httpx2.Response) -> Exception:
         """A fault that may pass, or the user's: a wrong key, address or model name."""
-        if error.code in PASSING or error.code >= 500:
-            return _Fault(f"HTTP {error.code}", _seconds(error.headers.get("Retry-After")))
-        try:
-            text = error.read(2000).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            text = ""
-        said = f" ({' '.join(text.split())[:200]})" if text.strip() else ""
+        code = response.status_code
+        if code in PASSING or code >= 500:
+            return _Fault(f"HTTP {code}", _seconds(response.headers.get("Retry-After")))
+        if response.has_redirect_location:
+            target = response.headers["Location"]
+            with contextlib.suppress(httpx2.InvalidURL):  # shown as the server wrote it
+                target = str(response.url.join(target))
+            return InputError(
+                f"the judge at {self.endpoint} sends on to {self._hide_key(target)} (HTTP {code}), "
+                "where neither the key nor the texts are sent; if that is the right address, give "
+                "it as --judge-url, with --resume"
+            )
+        text = " ".join(self._hide_key(response.text).split())[:200]
+        said = f" ({text})" if text else ""
         return InputError(
-            f"the judge at {self.endpoint} refused the request: HTTP {error.code}{said}; check "
+            f"the judge at {self.endpoint} refused the request: HTTP {code}{said}; check "
             "--judge-url, --judge-model and --judge-key-env, then --resume"
         )
+
+    def _hide_key(self, text: str) -> str:
+        """What a server says may hold the key that it was sent."""
+        return text.replace(self.key, "***") if self.key else text
 
 
 def rating_of(reply: str) -> float | None:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.examples import read_utf8
+from kfade.rows import read_utf8
 
 FORMAT = "kfade-eval-1"
 

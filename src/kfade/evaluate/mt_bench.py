@@ -22,8 +22,9 @@ from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.judge import Judge, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.uncertainty import standard_error
-from kfade.examples import PLAIN_QA, Example, read_rows
+from kfade.examples import PLAIN_QA, Example
 from kfade.progress import track
+from kfade.rows import read_rows
 from kfade.sequences import encode_prompt
 
 # FastChat's sampling by category; 0 is greedy.

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.examples import read_rows, read_utf8
+from kfade.rows import read_rows, read_utf8
 
 LETTERS = string.ascii_uppercase
 

@@ -9,7 +9,7 @@ values is in ``tofu_logs.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from kfade.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
+from kfade.evaluate.rouge import check_truth, load_rouge_l_recall
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.examples import Example, read_rows, read_utf8
+from kfade.examples import Example
 from kfade.models import model_window
 from kfade.progress import track
+from kfade.rows import read_rows, read_utf8
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import continuation, encode, open_tokens
 
@@ -101,11 +103,14 @@ def evaluate_tofu(
         legacy: as the reference code does, count Phi's ``Answer: `` as part of the answer.
 
     Raises:
-        InputError: rouge-score is not installed; a sequence is over the model's window.
+        InputError: rouge-score is not installed; an answer is empty; a sequence is over the
+            model's window.
     """
     recall = load_rouge_l_recall()
     template = template_for(template, model, tokenizer)
     pending = [question for question in questions if question.id not in log.items]
+    for question in pending:
+        check_truth(question.answer, f"TOFU question {question.id}")
     encoded = [_encode(question, tokenizer, template, chat, legacy=legacy) for question in pending]
     _check_window(pending, encoded, model_window(model))
     starts = range(0, len(pending), BLOCK)
@@ -130,7 +135,7 @@ def evaluate_tofu(
                 answer_loss=answer_loss,
                 base_loss=base_loss,
                 false_losses=false_losses,
-                rouge_l=recall(question.answer, text),
+                rouge_l=recall(question.answer, text, question.id),
             )
 
 
@@ -150,20 +155,6 @@ def template_for(word: str, model: Any, tokenizer: Any) -> str:
     if tokenizer.chat_template is None:
         return "plain"
     return "llama2" if "<<SYS>>" in str(tokenizer.chat_template) else "chat"
-
-
-def load_rouge_l_recall() -> Callable[[str, str], float]:
-    """ROUGE-L recall of (truth, generated), with stemming: longest common subsequence over |truth|.
-
-    Raises:
-        InputError: rouge-score is not installed.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise InputError("TOFU needs the package rouge-score: pip install 'kfade[tofu]'") from None
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return lambda truth, generated: float(scorer.score(truth, generated)["rougeL"].recall)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""Progress for whoever watches: bars on a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PATIENCE = 10.0  # seconds that a task runs before a line tells of it
+EVERY = 30.0  # seconds between two lines
+TICK = 5.0  # seconds between two looks at what there is to tell
+
+
+class Bars:
+    """Rich progress bars; a finished task's bar goes away, its stage stays in the log."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def start(self, name: str, total: float) -> int:
+        """A bar appears."""
+        return self._progress.add_task(name, total=total)
+
+    def advance(self, task: int, amount: float) -> None:
+        """It grows."""
+        self._progress.advance(TaskID(task), amount)
+
+    def stop(self, task: int) -> None:
+        """It goes away."""
+        self._progress.remove_task(TaskID(task))
+
+
+@dataclass
+class _Task:
+    name: str
+    total: float
+    begun: float
+    done: float = 0.0
+
+
+class Lines:
+    """A line for a task that takes long, and one when it is over; tasks within it say nothing.
+
+    A thread looks at the clock, so that a task is told of whose items take minutes each.
+
+    Args:
+        say: prints a line.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._clock = say, clock
+        self._tasks: dict[int, _Task] = {}
+        self._started = 0
+        self._last = -EVERY
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def start(self, name: str, total: float) -> int:
+        """A task begins."""
+        with self._lock:
+            self._started += 1
+            self._tasks[self._started] = _Task(name, total, self._clock())
+            return self._started
+
+    def advance(self, task: int, amount: float) -> None:
+        """That much more of it is done."""
+        with self._lock:
+            self._tasks[task].done += amount
+
+    def stop(self, task: int) -> None:
+        """It is over; said if it took long and is no part of another."""
+        with self._lock:
+            own = self._tasks.pop(task)
+            seconds = self._clock() - own.begun
+            if seconds >= PATIENCE and not self._tasks:
+                self._say(f"{own.name}: done in {_duration(seconds)}")
+
+    def tick(self) -> None:
+        """Tell of the outermost task, if it is time to."""
+        with self._lock:
+            outermost = next(iter(self._tasks.values()), None)
+            now = self._clock()
+            if (
+                outermost is None
+                or now - max(outermost.begun + PATIENCE - EVERY, self._last) < EVERY
+            ):
+                return
+            self._last = now
+            seconds = now - outermost.begun
+            share = min(outermost.done / outermost.total, 1.0) if outermost.total else 0.0
+            left = f", about {_duration(seconds / share - seconds)} left" if share else ""
+            self._say(f"{outermost.name}: {100 * share:.0f} % after {_duration(seconds)}{left}")
+
+    def _watch(self) -> None:
+        while not self._over.wait(TICK):
+            self.tick()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,198 @@
+"""Read rows of data, whatever they hold: a file of JSON, a folder, or a data set from the hub.
+
+FILE                        JSON lines, or one JSON list
+FOLDER                      what ``datasets`` saved to disk, or files of a kind that it reads
+hf:NAME[:CONFIG][:SPLIT]    a data set of the hub (or a folder); SPLIT as in ``train``,
+                            ``train[:1000]``, ``train[10%:20%]`` or ``train+test``
+
+The first n rows of a split, ``train[:n]``, are streamed: no more of it is downloaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kfade.errors import InputError
+
+SOURCES = "a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT]"
+SPELLING = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with SPLIT as in train[:1000]"
+# A split from one row to another, both counted from its beginning.
+FROM_TO = re.compile(r"(?P<split>[^\[\]+]+)\[(?P<first>[\d_]*):(?P<last>\d[\d_]*)\]")
+
+
+def read_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a source as above; ``where`` names the line or the row, for messages.
+
+    Raises:
+        InputError: nothing there, not JSON, text that is not Unicode, a data set that cannot be
+            loaded.
+    """
+    if not is_file(source):
+        yield from _set_rows(source)
+        return
+    for where, row in _file_rows(Path(source)):
+        check_unicode(row, where)
+        yield where, row
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a file, whose lines its owner can mend, and not a data set."""
+    return not source.startswith("hf:") and not Path(source).is_dir()
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        raise InputError(f"{path}: compressed by gzip; unpack it first, with gunzip")
+    if data.startswith(b"PAR1"):
+        raise InputError(f"{path}: a Parquet file; put it into a folder and give that folder")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """Refuse strings that no tokenizer can read, at any depth of a JSON value.
+
+    JSON can spell half of a surrogate pair, as in ``"\\ud83d"``, which is no character.
+
+    Raises:
+        InputError: there is one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise InputError(
+            f"{where}: \\u{half:04x} without the other half of its pair is not a character "
+            "(a lone surrogate); remove or mend it"
+        ) from None
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give {SOURCES}")
+    text = read_utf8(path)
+    if text.lstrip().startswith("["):
+        rows = _parse(text, str(path), "give JSON lines, or one JSON list of objects")
+        yield from ((f"{path}, row {index}", row) for index, row in enumerate(rows))
+        return
+    # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _parse(line, where, "each line must hold one JSON object")
+
+
+def _parse(text: str, where: str, wanted: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}"
+        if error.lineno > 1:
+            place = f"line {error.lineno}, {place}"
+        raise InputError(f"{where}: not valid JSON ({error.msg} at {place}); {wanted}") from None
+    except RecursionError:
+        raise InputError(f"{where}: JSON nested too deeply to be read; {wanted}") from None
+    except ValueError as error:  # a number of more digits than Python takes
+        raise InputError(f"{where}: JSON that cannot be read ({error})") from None
+
+
+def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a data set; what the many back ends of ``datasets`` raise is told in their words."""
+    name, rest = _parts(source)
+    try:
+        import datasets  # an optional extra, and slow to import
+    except ImportError:
+        raise InputError(
+            f"{source}: reading data sets needs the package datasets: pip install 'kfade[hub]'"
+        ) from None
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        config, split = _config_and_split(datasets, name, rest)
+        rows = _saved(datasets, name, split) if _is_saved(name) else None
+        if rows is None:
+            rows = _loaded(datasets, name, config, split)
+        for index, row in enumerate(rows):
+            yield f"{source}, row {index}", row
+    except Exception as error:
+        raise InputError(
+            f"{source}: the data set could not be loaded ({first_line(error)}); check the name, "
+            "the configuration and the split, or download it and give a JSONL file"
+        ) from None
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _parts(source: str) -> tuple[str, list[str]]:
+    """The name or folder of a data set, and what is said after it."""
+    given = source.removeprefix("hf:")
+    pieces = re.split(r":(?![^\[]*\])", given)  # not at the colon of a slice
+    for count in range(len(pieces), 0, -1):  # a folder's name may hold colons and brackets
+        folder = Path(":".join(pieces[:count])).expanduser()
+        if pieces[0] and folder.is_dir():
+            pieces = [str(folder), *pieces[count:]]
+            break
+    else:
+        if "[" in pieces[0]:
+            raise InputError(f"{source}: a slice belongs to a split; write {SPELLING}")
+    if not all(pieces) or len(pieces) > 3:
+        raise InputError(f"{source}: write {SPELLING}")
+    return pieces[0], pieces[1:]
+
+
+def _config_and_split(datasets: Any, name: str, rest: list[str]) -> tuple[str | None, str]:
+    if len(rest) == 2:
+        return rest[0], rest[1]
+    if not rest:
+        return None, "train"
+    # One word after the name is a configuration where the data set has one so called.
+    is_word = not re.search(r"[\[+]", rest[0])
+    if is_word and not _is_saved(name) and rest[0] in datasets.get_dataset_config_names(name):
+        return rest[0], "train"
+    return None, rest[0]
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a name is a folder that ``save_to_disk`` wrote: of one split, or of several."""
+    return any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+
+
+def _saved(datasets: Any, name: str, split: str) -> Iterable[Any]:
+    found = datasets.load_from_disk(name)
+    if isinstance(found, datasets.Dataset):  # one split, which answers to its own name and to train
+        found = {"train": found, str(found.split or "train"): found}
+    instruction = datasets.ReadInstruction.from_spec(split)
+    parts = instruction.to_absolute({key: len(rows) for key, rows in found.items()})
+    return itertools.chain.from_iterable(
+        found[part.splitname].select(range(part.from_, part.to)) for part in parts
+    )
+
+
+def _loaded(datasets: Any, name: str, config: str | None, split: str) -> Iterable[Any]:
+    wanted = FROM_TO.fullmatch(split)
+    offline = datasets.config.HF_HUB_OFFLINE and not Path(name).is_dir()
+    if wanted is None or offline:  # offline a set comes from the cache, which cannot be streamed
+        return datasets.load_dataset(name, config, split=split)
+    first, last = int(wanted["first"] or 0), int(wanted["last"])
+    rows = datasets.load_dataset(name, config, split=wanted["split"], streaming=True)
+    return rows.skip(first).take(max(0, last - first))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__)

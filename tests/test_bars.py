@@ -1,0 +1,80 @@
+"""Progress where there is no terminal: lines, with a clock that the test sets."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from kfade.cli import bars, session
+from kfade.cli.bars import Lines
+
+
+class Watched(Lines):
+    """Lines that are kept, at a time that the test sets."""
+
+    def __init__(self):
+        self.now, self.said = 0.0, []
+        super().__init__(self.said.append, lambda: self.now)
+
+    def after(self, seconds):
+        """What is said within the next seconds."""
+        before = len(self.said)
+        for _ in range(int(seconds)):
+            self.now += 1
+            self.tick()
+        return self.said[before:]
+
+
+def test_a_long_task_is_told_of_and_a_short_one_is_not():
+    lines = Watched()
+    task = lines.start("covariances", 10)
+    assert lines.after(9) == []
+    lines.advance(task, 1)
+    assert lines.after(1) == ["covariances: 10 % after 10 s, about 1 min 30 s left"]
+    assert lines.after(29) == []
+    lines.advance(task, 4)
+    assert lines.after(1) == ["covariances: 50 % after 40 s, about 40 s left"]
+    lines.now += 3600
+    lines.stop(task)
+    assert lines.said[-1] == "covariances: done in 1 h 0 min"
+    quick = lines.start("gradient", 1)
+    assert lines.after(9) == []
+    lines.stop(quick)
+    assert len(lines.said) == 3
+
+
+def test_a_task_of_one_long_item_is_told_of():
+    lines = Watched()
+    lines.start("answers", 2)
+    assert lines.after(41) == ["answers: 0 % after 10 s", "answers: 0 % after 40 s"]
+
+
+def test_tasks_within_a_task_say_nothing():
+    lines = Watched()
+    outer = lines.start("questions", 4)
+    inner = lines.start("letters", 1)
+    assert lines.after(20) == ["questions: 0 % after 10 s"]
+    lines.stop(inner)
+    assert len(lines.said) == 1
+    lines.stop(outer)
+    assert lines.said[1:] == ["questions: done in 20 s"]
+
+
+def test_many_tasks_in_a_row_do_not_flood():
+    lines = Watched()
+    for _ in range(10):
+        task = lines.start("held-out KL", 1)
+        lines.after(12)
+        lines.stop(task)
+    assert sum("after" in line for line in lines.said) <= 5
+
+
+def test_lines_without_a_terminal_and_bars_on_one(monkeypatch):
+    screen = io.StringIO()
+    for terminal, kind in ((False, bars.Lines), (True, bars.Bars)):
+        console = Console(file=screen, force_terminal=terminal)
+        monkeypatch.setattr(session, "console", console)
+        with session.session():
+            assert isinstance(session.progress._reporter.get(), kind)
+    assert "left" not in screen.getvalue()

@@ -1,0 +1,116 @@
+"""Eigendecompositions that fail: repeated from a whole copy, on the device first, then on the CPU.
+
+The stand-ins fail in the ways that solvers on a GPU do, after having written into their argument.
+The ``meta`` device stands for a GPU where only the order of the attempts is looked at.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kfade.curvature import eigh as eigh_module
+from kfade.curvature.eigh import eigendecompose
+from kfade.errors import InputError
+
+FAILURES = [
+    torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd`"),
+    TypeError("Cannot convert a MPS Tensor to float64 dtype"),
+]
+
+
+class Failing:
+    """``torch.linalg.eigh`` that spoils its argument and fails at the first calls."""
+
+    def __init__(self, failure, times=1):
+        self.plain, self.failure, self.times = torch.linalg.eigh, failure, times
+        self.asked = []
+
+    def __call__(self, matrix):
+        self.asked.append((matrix.device.type, matrix.dtype))
+        if len(self.asked) > self.times:
+            return self.plain(matrix)
+        if isinstance(self.failure, Exception):
+            matrix.fill_(float("nan"))
+            raise self.failure
+        values, vectors = self.plain(matrix)
+        return self.failure * values, vectors
+
+
+@pytest.fixture
+def matrix():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 12, generator=generator)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, 1.01], ids=lambda f: type(f).__name__)
+def test_what_fails_is_repeated_in_float64_from_a_whole_copy(monkeypatch, matrix, failure):
+    before = matrix.clone()
+    failing = Failing(failure)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, vectors = eigendecompose(matrix, "A")
+    assert failing.asked == [("cpu", torch.float32), ("cpu", torch.float64)]
+    assert torch.equal(matrix, before)
+    assert values.dtype == vectors.dtype == torch.float32
+    assert ((vectors * values) @ vectors.T - before).norm() < 1e-5 * before.norm()
+
+
+def test_a_decomposition_that_holds_is_made_once(monkeypatch, matrix):
+    failing = Failing(None, times=0)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    eigendecompose(matrix, "A")
+    assert failing.asked == [("cpu", torch.float32)]
+
+
+def test_a_device_is_tried_in_float64_before_the_cpu(monkeypatch, matrix):
+    tried = []
+
+    def checked(attempt, original):
+        tried.append((attempt.device.type, attempt.dtype))
+        if attempt.device.type == "meta":
+            raise FAILURES[1]
+        return attempt, attempt
+
+    monkeypatch.setattr(eigh_module, "_checked", checked)
+    monkeypatch.setattr(torch, "isfinite", lambda x: torch.ones(1, dtype=torch.bool))
+    plain = torch.Tensor.to
+    monkeypatch.setattr(  # a meta tensor has no numbers to bring to the CPU
+        torch.Tensor,
+        "to",
+        lambda x, device, dtype, copy: (
+            plain(matrix, dtype) if str(device) == "cpu" else plain(x, device, dtype, copy=copy)
+        ),
+    )
+    eigendecompose(torch.empty(12, 12, device="meta"), "A")
+    assert tried == [
+        ("meta", torch.float32),
+        ("meta", torch.float64),
+        ("cpu", torch.float64),
+    ]
+
+
+def test_where_all_fail_the_last_words_are_shown(monkeypatch, matrix):
+    monkeypatch.setattr(torch.linalg, "eigh", Failing(FAILURES[2], times=9))
+    with pytest.raises(RuntimeError, match="A of q failed in float64 too: cusolver error"):
+        eigendecompose(matrix, "A of q")
+
+
+def test_the_cpus_own_memory_is_not_tried_again(monkeypatch, matrix):
+    words = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+    failing = Failing(RuntimeError(words))
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate"):
+        eigendecompose(matrix, "A")
+    assert len(failing.asked) == 1
+
+
+def test_nan_is_refused_before_any_of_it(monkeypatch, matrix):
+    failing = Failing(None, times=0)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    matrix[0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN or Inf in the curvature of A"):
+        eigendecompose(matrix, "A")
+    assert not failing.asked

@@ -1,0 +1,126 @@
+"""Logits of low-precision heads: as exact as float32 makes them, and so are KL and gradients.
+
+The reference is the same numbers in float64. A bfloat16 product rounds each logit to 8 bits, which
+is the negative control.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from helpers import tiny_llama
+from torch import nn
+
+from kfade import head as head_module
+from kfade.head import Head, read_head
+from kfade.measure import divergence
+
+LOW = (torch.bfloat16, torch.float16)
+U = 2.0**-8  # what rounding to bfloat16 errs by at most, relative
+
+
+@pytest.fixture(params=[7, 10**6], ids=["pieces", "one piece"])
+def pieces(request, monkeypatch):
+    """A weight raised in several pieces, the last one shorter, and at once."""
+    monkeypatch.setattr(head_module, "PIECE", 8 * request.param)
+
+
+def setting(dtype, bias=True):
+    """A head with soft cap and scale; hidden states, tangents, gradients of logits."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 17, bias=bias).to(dtype).requires_grad_(False)
+    h, tangent = (4 * torch.randn(5, 8)).to(dtype), torch.randn(5, 8).to(dtype)
+    return Head(linear, 2.0, 30.0), h, tangent, torch.randn(5, 17)
+
+
+def exact(head):
+    """The same map in float64."""
+    linear = nn.Linear(8, 17, bias=head.linear.bias is not None).double().requires_grad_(False)
+    linear.load_state_dict({k: v.double() for k, v in head.linear.state_dict().items()})
+    return Head(linear, head.scale, head.softcap)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", LOW)
+def test_logits_are_those_of_float64_to_float32_rounding(pieces, dtype, bias):
+    head, h, _, _ = setting(dtype, bias)
+    wanted = exact(head)(h.double())
+    ours = head(h)
+    assert ours.dtype == torch.float32
+    assert (ours - wanted).abs().max() < 1e-6 * wanted.abs().max()
+    low = torch.tanh(head.linear(h).float() * 2 / 30) * 30  # negative control
+    assert (low - wanted).abs().max() > 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_tangents_go_through_in_float32(pieces, dtype):
+    head, h, tangent, _ = setting(dtype)
+
+    def along(head, h, tangent):
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(head(forward_ad.make_dual(h, tangent))).tangent
+
+    wanted = along(exact(head), h.double(), tangent.double())
+    ours = along(head, h, tangent)
+    assert ours.dtype == torch.float32
+    assert (ours - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_gradients_are_rounded_once_to_the_hidden_dtype(pieces, dtype):
+    head, h, _, u = setting(dtype)
+
+    def of_hidden(head, h, u):
+        h = h.clone().requires_grad_()
+        return torch.autograd.grad(head(h), h, u)[0]
+
+    wanted = of_hidden(exact(head), h.double(), u.double())
+    ours = of_hidden(head, h, u)
+    assert ours.dtype == dtype
+    assert ((ours - wanted).abs() <= U * wanted.abs() + 1e-6).all()
+
+
+def test_a_head_that_is_trained_gets_its_gradient(pieces):
+    head, h, _, u = setting(torch.bfloat16)
+    reference = exact(head)
+    for side, inputs, sent in ((head, h, u), (reference, h.double(), u.double())):
+        side.linear.requires_grad_(True)
+        side(inputs).backward(sent)
+    for name in ("weight", "bias"):
+        ours, wanted = (getattr(side.linear, name).grad for side in (head, reference))
+        assert ours.dtype == torch.bfloat16
+        assert ((ours - wanted).abs() <= U * wanted.abs() + 1e-6).all()
+
+
+def test_a_head_that_multiplies_in_its_own_way_is_left_to_it():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    linear = Doubled(8, 17, bias=False).bfloat16().requires_grad_(False)
+    h = torch.randn(5, 8).bfloat16()
+    assert torch.equal(Head(linear)(h), linear(h).float())
+
+
+def test_divergence_of_a_small_change_is_not_lost_in_the_head():
+    """Hidden states that differ by a few of their last bits; rounded logits see another change."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 500, bias=False).bfloat16().requires_grad_(False)
+    linear.weight.mul_(20)
+    h = torch.randn(40, 64).bfloat16()
+    moved = h.clone()
+    moved[:, :4] *= 1 + 2**-7  # one or two units in the last place
+    reference = nn.Linear(64, 500, bias=False).double().requires_grad_(False)
+    reference.weight.copy_(linear.weight)
+    wanted = divergence(reference(h.double()), reference(moved.double())).mean()
+    ours = divergence(Head(linear)(h), Head(linear)(moved)).mean()
+    rounded = divergence(linear(h).float(), linear(moved).float()).mean()
+    assert 0 < wanted < 1e-2
+    assert ours == pytest.approx(wanted.item(), rel=1e-3)
+    assert abs(rounded - wanted) > 0.1 * wanted
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_model_whose_own_logits_are_rounded_is_accepted(dtype):
+    assert read_head(tiny_llama(dtype)).linear.weight.dtype == dtype
