@@ -112,9 +112,7 @@ def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _read_weights(
-    name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool
-) -> Any:
+def _read_weights(name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     read: Any = AutoModelForCausalLM.from_pretrained
