@@ -329,7 +329,7 @@ def test_gguf_loads_as_the_model_it_was_written_from(tmp_path):
     zoo.write_gguf(model, tmp_path / "tiny.gguf")
     loaded, tokenizer = kfade.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert digest(loaded) == digest(model)
-    # Whether a BOS comes first is the conversion's affair: it does below transformers 5.17.
+    # Whether a BOS comes first is the conversion's affair: with transformers 5.5 it does.
     assert tokenizer("ab", add_special_tokens=False).input_ids == [zoo.VOCABULARY - 1]
     assert tokenizer.eos_token_id == 2
 

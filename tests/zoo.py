@@ -233,7 +233,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path, quantise: bool = False) -> N
     writer.add_tokenizer_pre("default")
     writer.add_token_list([*WORDS[:-1], "ab"])
     writer.add_token_types([control if i < 3 else normal for i in range(VOCABULARY)])
-    # Twice: transformers below 5.17 takes an array of one string apart into letters.
+    # Twice: transformers up to 5.16 takes an array of one string apart into letters.
     writer.add_token_merges(["a b", "a b"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)

@@ -164,6 +164,18 @@ def open_tokens(tokenizer: Any, text: str) -> list[int]:
     return _tokenised(text, [], tokenizer)[0]
 
 
+def check_embedded(model: Any, sequences: SequenceOf[Sequence]) -> None:
+    """Raises InputError where a sequence holds a token that ``model`` has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = max((token for s in sequences for token in s.tokens), default=0)
+    if beyond >= rows:
+        raise InputError(
+            f"a text holds the token {beyond}, but the model's embedding has {rows} rows: the "
+            "tokenizer is another model's, or the text holds a mark (of an image, say) that this "
+            "model cannot read"
+        )
+
+
 def digest_sequences(sequences: SequenceOf[Sequence]) -> str:
     """SHA-256 over tokens and masks: says which data a fit or an update has seen."""
     digest = hashlib.sha256()

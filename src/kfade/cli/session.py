@@ -23,7 +23,7 @@ from kfade.layers import Target, choose_targets, decoder_blocks
 from kfade.models import default_device, load_model, model_window
 from kfade.preflight import preflight
 from kfade.sequences import Sequence as Tokens
-from kfade.sequences import encode
+from kfade.sequences import check_embedded, encode
 from kfade.sources import Source
 from kfade.stages import Clock, stage, timing
 from kfade.update import OTHER, ROUNDED, Update
@@ -148,7 +148,7 @@ def to_tokens(examples: Sequence[Example], loaded: Loaded, config: DataConfig) -
     """Token sequences as the data settings ask for."""
     if config.sequence_length < 2 or config.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
-    return encode(
+    sequences = encode(
         examples,
         loaded.tokenizer,
         length=config.sequence_length,
@@ -159,6 +159,8 @@ def to_tokens(examples: Sequence[Example], loaded: Loaded, config: DataConfig) -
         truncate=config.truncate,
         score_end=config.score_end,
     )
+    check_embedded(loaded.model, sequences)
+    return sequences
 
 
 def show(result: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:
