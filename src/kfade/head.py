@@ -53,10 +53,11 @@ class Head:
         return logits_NV
 
     def _product(self, hidden_ND: Tensor) -> Tensor:
-        if type(self.linear).forward is not nn.Linear.forward:  # a product of its own making
-            logits_NV = self.linear(hidden_ND)
+        own = self.linear
+        if not isinstance(own, nn.Linear) or type(own).forward is not nn.Linear.forward:
+            logits_NV = own(hidden_ND)  # a product of its own making
             return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        weight_VD, bias_V = self.linear.weight, self.linear.bias
+        weight_VD, bias_V = own.weight, own.bias
         if weight_VD.dtype.itemsize >= 4:
             return linear(hidden_ND, weight_VD, bias_V)
         logits_NV = _RaisedProduct.apply(hidden_ND, weight_VD)
