@@ -32,12 +32,12 @@ import kfade
 from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
+from kfade.gauge import Gauge, parameter_changes
 from kfade.gradient import forget_gradient
 from kfade.models import load_model
 from kfade.objectives import margin
 from kfade.sequences import Sequence
 from kfade.step import StepSize, choose_alpha, gauss_newton_step
-from kfade.unlearn import Gauge, parameter_changes
 from kfade.update import Update
 
 RESULT = Path(__file__).parent / "results" / "fit_accuracy.json"

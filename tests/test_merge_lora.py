@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.cli import main
 from kfade.errors import InputError
+from kfade.gauge import parameter_changes
 from kfade.layers import digest_weights, find_targets
 from kfade.lora import to_lora
 from kfade.models import load_skeleton
-from kfade.unlearn import parameter_changes
 from kfade.update import Update
 
 

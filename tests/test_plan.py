@@ -165,6 +165,8 @@ class Counter(TorchDispatchMode):
         name, shapes = func.__name__.split(".")[0], [getattr(a, "shape", a) for a in args]
         if name == "mm":
             self.flops += flop_registry[torch.ops.aten.mm](*args, out_val=result)
+        elif name == "addmm_":
+            self.flops += flop_registry[torch.ops.aten.addmm](*args, out_val=result)
         elif name == "bmm":
             self.flops += flop_registry[torch.ops.aten.bmm](*args, out_val=result)
         elif name == "_scaled_dot_product_flash_attention_for_cpu":
@@ -172,7 +174,7 @@ class Counter(TorchDispatchMode):
         elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
             self.flops += sdpa_backward_flop_count(*heads_of(shapes[1], shapes[:4]))
         else:
-            assert name not in ("addmm", "addmm_", "baddbmm", "convolution"), name
+            assert name not in ("addmm", "baddbmm", "convolution"), name
         return result
 
 

@@ -14,12 +14,12 @@ from kfade.batches import make_batches
 from kfade.cli import main
 from kfade.curvature.factors import CovarianceSum
 from kfade.errors import InputError
+from kfade.gauge import Gauge
 from kfade.grid import Point
 from kfade.layers import find_targets, parameter_names
 from kfade.measure import rounding_changes
 from kfade.step import StepSize
 from kfade.sweep import sweep
-from kfade.unlearn import Gauge
 from kfade.update import Update
 
 LOW = (torch.bfloat16, torch.float16)

@@ -19,13 +19,14 @@ from kfade.curvature.fit import fit_ekfac
 from kfade.curvature.product import gauss_newton_product
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
+from kfade.gauge import Gauge
 from kfade.gradient import forget_gradient
 from kfade.grid import Outcome, Point, grid, pareto, pick
 from kfade.head import hidden_states
 from kfade.objectives import cross_entropy, margin
 from kfade.step import StepSize
 from kfade.sweep import cut, sweep, targets_within
-from kfade.unlearn import Gauge, unlearn
+from kfade.unlearn import unlearn
 from kfade.update import Update
 
 OBJECTIVES = {"margin": margin, "ce": cross_entropy}

@@ -42,10 +42,10 @@ from kfade.curvature.factors import (
 )
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.gauge import parameter_changes
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.sequences import Sequence
-from kfade.unlearn import parameter_changes
 from kfade.update import Update
 
 EXACT = 1e-11

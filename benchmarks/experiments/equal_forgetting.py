@@ -21,6 +21,7 @@ from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
 from kfade.errors import InputError
+from kfade.gauge import parameter_changes
 from kfade.head import read_head
 from kfade.layers import Target
 from kfade.measure import (
@@ -32,7 +33,6 @@ from kfade.measure import (
 )
 from kfade.sequences import Sequence as Tokens
 from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step
-from kfade.unlearn import parameter_changes
 from kfade.update import Update
 
 Curve = list[dict[str, float]]

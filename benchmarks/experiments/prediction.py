@@ -34,13 +34,13 @@ from kfade.curvature.product import quadratic_form
 from kfade.demo.data import data_file
 from kfade.demo.run import demo_model
 from kfade.examples import Example, load_examples, parse_example
+from kfade.gauge import Gauge, parameter_changes
 from kfade.gradient import forget_gradient
 from kfade.head import read_head
 from kfade.measure import hidden_reference, mean_divergence, mean_objectives
 from kfade.models import save_model
 from kfade.objectives import cross_entropy
 from kfade.step import StepSize, choose_alpha, gauss_newton_step
-from kfade.unlearn import Gauge, parameter_changes
 from kfade.update import Update
 
 RESULTS = Path(__file__).parents[1] / "results" / "prediction.json"

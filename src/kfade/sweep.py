@@ -22,6 +22,7 @@ from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.errors import InputError
+from kfade.gauge import Gauge, parameter_changes, refuse_below
 from kfade.gradient import forget_gradient
 from kfade.grid import ALL, Outcome, Point
 from kfade.layers import Target, parse_layers
@@ -33,13 +34,7 @@ from kfade.refine import refined_steps
 from kfade.sequences import Sequence as Tokens
 from kfade.stages import stage
 from kfade.step import Probe, Step, choose_alpha
-from kfade.unlearn import (
-    MEASURED_SEQUENCES,
-    REFINE_SEQUENCES,
-    Gauge,
-    parameter_changes,
-    refuse_below,
-)
+from kfade.unlearn import MEASURED_SEQUENCES, REFINE_SEQUENCES
 from kfade.update import Update
 
 

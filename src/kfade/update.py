@@ -65,6 +65,11 @@ class Update:
                 for name, tensor in before.items():
                     parameters[name].copy_(tensor)
 
+    def to(self, device: torch.device | str) -> Update:
+        """The same update, its changes on another device."""
+        moved = {name: delta.to(device) for name, delta in self.deltas.items()}
+        return Update(moved, self.provenance)
+
     def plus(self, deltas: Mapping[str, Tensor], scale: float = 1.0) -> Update:
         """This update with ``scale`` times more changes added, same provenance."""
         total = dict(self.deltas)

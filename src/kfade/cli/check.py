@@ -18,6 +18,7 @@ from kfade.curvature.product import quadratic_form
 from kfade.demo.data import data_file
 from kfade.evaluate.generation import generate
 from kfade.evaluate.tokens import log_likelihoods
+from kfade.gauge import Gauge, parameter_changes
 from kfade.gradient import forget_gradient
 from kfade.layers import find_targets
 from kfade.lengths import length_class
@@ -26,7 +27,7 @@ from kfade.objectives import margin
 from kfade.sequences import Sequence as Tokens
 from kfade.stages import stage
 from kfade.step import gauss_newton_step
-from kfade.unlearn import DEFAULT_DAMPING, Gauge, parameter_changes
+from kfade.unlearn import DEFAULT_DAMPING
 from kfade.update import Update
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
