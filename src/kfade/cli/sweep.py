@@ -12,6 +12,7 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.session import show
 from kfade.cli.sweep_run import Request, point_line, run_sweep
+from kfade.cli.template import dated
 from kfade.config import RunConfig, SizeConfig, override, read_config
 from kfade.errors import InputError
 from kfade.grid import ALL, grid
@@ -114,6 +115,7 @@ def sweep(
     run = override(read_config(config) if config else fitted, **given)
     run = replace(run, fit=fitted.fit, step=replace(run.step, steps=1), size=SizeConfig())
     run = override(run, recompute=recompute)
+    run = replace(run, data=dated(run.data, out, resume=resume))
     dampings, relative = _dampings(damping, relative_damping, run)
     points = grid(
         _words(objective or run.step.objective, ","),
