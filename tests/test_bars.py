@@ -36,6 +36,7 @@ def test_a_long_task_is_told_of_and_a_short_one_is_not():
     lines.advance(task, 4)
     assert lines.after(1) == ["covariances: 50 % after 40 s, about 40 s left"]
     lines.now += 3600
+    lines.advance(task, 5)
     lines.stop(task)
     assert lines.said[-1] == "covariances: done in 1 h 0 min"
     quick = lines.start("gradient", 1)
@@ -50,6 +51,25 @@ def test_a_task_of_one_long_item_is_told_of():
     assert lines.after(41) == ["answers: 0 % after 10 s", "answers: 0 % after 40 s"]
 
 
+def test_a_task_cut_short_is_not_called_done():
+    lines = Watched()
+    task = lines.start("training", 8)
+    lines.advance(task, 2)
+    lines.now += 70
+    lines.stop(task)
+    assert lines.said == ["training: ended at 25 % after 1 min 10 s"]
+
+
+def test_rounded_shares_add_up_to_a_whole():
+    lines = Watched()
+    task = lines.start("TOFU", 1.0)
+    for _ in range(10):
+        lines.advance(task, 0.1)  # their sum is below 1
+    lines.now += 12
+    lines.stop(task)
+    assert lines.said == ["TOFU: done in 12 s"]
+
+
 def test_tasks_within_a_task_say_nothing():
     lines = Watched()
     outer = lines.start("questions", 4)
@@ -57,6 +77,7 @@ def test_tasks_within_a_task_say_nothing():
     assert lines.after(20) == ["questions: 0 % after 10 s"]
     lines.stop(inner)
     assert len(lines.said) == 1
+    lines.advance(outer, 4)
     lines.stop(outer)
     assert lines.said[1:] == ["questions: done in 20 s"]
 
@@ -66,6 +87,7 @@ def test_many_tasks_in_a_row_do_not_flood():
     for _ in range(10):
         task = lines.start("held-out KL", 1)
         lines.after(12)
+        lines.advance(task, 1)
         lines.stop(task)
     assert sum("after" in line for line in lines.said) <= 5
 

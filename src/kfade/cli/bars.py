@@ -65,6 +65,11 @@ class _Task:
     begun: float
     done: float = 0.0
 
+    @property
+    def share(self) -> float:
+        """How much of it is done, 0 to 1."""
+        return min(self.done / self.total, 1.0) if self.total else 0.0
+
 
 class Lines:
     """A line for a task that takes long, and one when it is over; tasks within it say nothing.
@@ -108,12 +113,14 @@ class Lines:
             self._tasks[task].done += amount
 
     def stop(self, task: int) -> None:
-        """It is over; said if it took long and is no part of another."""
+        """It is over, or was cut short; said if it took long and is no part of another."""
         with self._lock:
             own = self._tasks.pop(task)
             seconds = self._clock() - own.begun
             if seconds >= PATIENCE and not self._tasks:
-                self._say(f"{own.name}: done in {_duration(seconds)}")
+                whole = own.done >= own.total * (1 - 1e-9)  # sums of shares are rounded
+                end = "done in" if whole else f"ended at {100 * own.share:.0f} % after"
+                self._say(f"{own.name}: {end} {_duration(seconds)}")
 
     def tick(self) -> None:
         """Tell of the outermost task, if it is time to."""
@@ -127,7 +134,7 @@ class Lines:
                 return
             self._last = now
             seconds = now - outermost.begun
-            share = min(outermost.done / outermost.total, 1.0) if outermost.total else 0.0
+            share = outermost.share
             left = f", about {_duration(seconds / share - seconds)} left" if share else ""
             self._say(f"{outermost.name}: {100 * share:.0f} % after {_duration(seconds)}{left}")
 
