@@ -12,8 +12,7 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.eval import digest_model, evaluation, load_subject, settings_of
 from kfade.cli.session import console, show
-from kfade.cli.template import dated, template_of
-from kfade.config import DataConfig
+from kfade.cli.template import rendering_of
 from kfade.errors import InputError
 from kfade.evaluate.judge import Judge
 from kfade.evaluate.log import ItemLog, digest
@@ -125,17 +124,9 @@ def mt_bench(
         timeout=judge_timeout,
         max_tokens=judge_max_tokens,
     )
-    rendering = DataConfig(
-        template=template or "auto",
-        template_file=template_file,
-        template_args=template_args or [],
-        template_date=template_date,
-    )
-    rendering = dated(rendering, out, resume=resume, update=update)
-    settings["template_date"] = rendering.template_date
     how: dict[str, Any] = {
-        "chat": o.chat_of(rendering.template),
-        "template": template_of(rendering),
+        "template": rendering_of(settings, out, resume=resume, update=update, word=template),
+        "chat": o.chat_of(template or "auto"),
     }
     asked = read_bench(questions, references)[:limit]
     with evaluation("mt-bench", out, resume, settings) as run:

@@ -26,8 +26,7 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import show
-from kfade.cli.template import dated, template_of
-from kfade.config import DataConfig
+from kfade.cli.template import rendering_of
 from kfade.errors import InputError
 from kfade.evaluate.completions import (
     Prompt,
@@ -116,17 +115,9 @@ def kl(
     settings = settings_of(locals())
     if (update is None) == (edited is None) and not (quantise and edited is None):
         raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
-    rendering = DataConfig(
-        template=template or "auto",
-        template_file=template_file,
-        template_args=template_args or [],
-        template_date=template_date,
-    )
-    rendering = dated(rendering, out, resume=resume, update=update)
-    settings["template_date"] = rendering.template_date
     how: dict[str, Any] = {
-        "chat": o.chat_of(rendering.template),
-        "template": template_of(rendering),
+        "template": rendering_of(settings, out, resume=resume, update=update, word=template),
+        "chat": o.chat_of(template or "auto"),
     }
     examples = read_prompts(prompts, limit)
     where: dict[str, Any] = {

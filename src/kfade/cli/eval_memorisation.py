@@ -19,8 +19,7 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import show
-from kfade.cli.template import dated, template_of
-from kfade.config import DataConfig
+from kfade.cli.template import rendering_of
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.memorisation import (
@@ -101,17 +100,9 @@ def memorisation(
     --non-members other.jsonl --out out/memorisation`
     """
     settings = settings_of(locals())
-    rendering = DataConfig(
-        template=template or "auto",
-        template_file=template_file,
-        template_args=template_args or [],
-        template_date=template_date,
-    )
-    rendering = dated(rendering, out, resume=resume, update=update)
-    settings["template_date"] = rendering.template_date
     how: dict[str, Any] = {
-        "chat": o.chat_of(rendering.template),
-        "template": template_of(rendering),
+        "template": rendering_of(settings, out, resume=resume, update=update, word=template),
+        "chat": o.chat_of(template or "auto"),
     }
     sources = {"member": members} | ({"non-member": non_members} if non_members else {})
     examples = {name: load_examples(source)[:limit] for name, source in sources.items()}

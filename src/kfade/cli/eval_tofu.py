@@ -19,8 +19,7 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import console, show
-from kfade.cli.template import dated, template_of
-from kfade.config import DataConfig
+from kfade.cli.template import rendering_of
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, digest
 from kfade.evaluate.tofu import (
@@ -160,14 +159,7 @@ def tofu(
         load_tokenizer(  # is it there?
             retain_model, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer
         )
-    rendering = DataConfig(
-        template="auto",
-        template_file=template_file,
-        template_args=template_args or [],
-        template_date=template_date,
-    )
-    rendering = dated(rendering, out, resume=resume, update=update)
-    settings["template_date"] = rendering.template_date
+    chat = rendering_of(settings, out, resume=resume, update=update)
     limits = [n for n in (limit, LEGACY_ITEMS if tofu_legacy else None) if n is not None]
     questions = read_tofu(split, folder=data, limit=min(limits, default=None))
     where: dict[str, Any] = {
@@ -178,7 +170,7 @@ def tofu(
     }
     how = {
         "template": template,
-        "chat": template_of(rendering),
+        "chat": chat,
         "max_new_tokens": max_new_tokens,
         "batch_tokens": batch_tokens,
         "legacy": tofu_legacy,

@@ -61,6 +61,29 @@ def dated(
     return replace(config, template_date=date)
 
 
+def rendering_of(
+    settings: dict[str, Any],
+    out: Path,
+    *,
+    resume: bool,
+    update: Path | None,
+    word: str | None = None,
+) -> ChatTemplate:
+    """How an evaluation renders conversations, by its settings, which then hold the date.
+
+    ``word``: what was given as --template, if it is one of chat, plain and auto.
+    """
+    config = DataConfig(
+        template=word or "auto",
+        template_file=settings["template_file"],
+        template_args=settings["template_args"] or [],
+        template_date=settings[_DATE],
+    )
+    config = dated(config, out, resume=resume, update=update)
+    settings[_DATE] = config.template_date
+    return template_of(config)
+
+
 def _argument(word: str) -> tuple[str, Any]:
     name, given, value = word.partition("=")
     try:
