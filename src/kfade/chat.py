@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -59,7 +59,7 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses the conversation; ``where`` says which one.
         """
-        return self._render(self._source(tokenizer, where), messages, tokenizer, where, prompt)
+        return _Conversation.of(self, messages, tokenizer, where).rendered(prompt=prompt)
 
     def answers(
         self, messages: Sequence[Message], tokenizer: Any, where: str
@@ -74,22 +74,22 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses the conversation, or does not show an answer.
         """
-        source = self._source(tokenizer, where)
-        text = self._render(source, messages, tokenizer, where)
-        own = self._own_spans(source, messages, tokenizer, where, text)
+        conversation = _Conversation.of(self, messages, tokenizer, where)
+        text = conversation.rendered()
+        own = conversation.own_spans(text)
         spans: list[Span] = []
         closed = False
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or not message["content"].strip():
                 continue
-            (start, end), after = self._written(source, messages, index, tokenizer, where, text)
+            (start, end), after = conversation.written(index, text)
             if own is not None:
                 ends = [b for a, b in own if a < end and b > start]
                 spans += [(start, max(ends))] if ends else []
                 closed = bool(ends)
                 continue
             spans.append((start, end))
-            mark = self._end_mark(source, messages, index, tokenizer, where, after)
+            mark = conversation.end_mark(index, after)
             closed = mark is not None
             if mark is not None:
                 spans.append((end + mark[0], end + mark[1]))
@@ -100,20 +100,55 @@ class ChatTemplate:
             )
         return text, spans, closed
 
-    def _written(
-        self,
-        source: str,
-        messages: Sequence[Message],
-        index: int,
-        tokenizer: Any,
-        where: str,
-        text: str,
-    ) -> tuple[Span, str]:
+
+@dataclass(frozen=True)
+class _Conversation:
+    """Messages, and the template that renders them."""
+
+    source: str
+    """The template's text, with the clock stopped."""
+    arguments: Mapping[str, Any]
+    messages: Sequence[Message]
+    tokenizer: Any
+    where: str
+
+    @classmethod
+    def of(
+        cls, template: ChatTemplate, messages: Sequence[Message], tokenizer: Any, where: str
+    ) -> _Conversation:
+        source = template.text
+        if source is None:
+            with _refusals(where):
+                source = tokenizer.get_chat_template()
+        if template.now and CLOCK in source:
+            source = _stopped_clock(template.now) + source
+        return cls(source, template.arguments, messages, tokenizer, where)
+
+    def rendered(self, *, prompt: bool = False) -> str:
+        """As text; with ``prompt`` up to where the next answer begins."""
+        with _refusals(self.where):
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in self.messages],
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.arguments,
+            )
+
+    def around(self, index: int, count: int | None = None) -> tuple[str, str, str]:
+        """(text before, mark, text after) of message ``index``, among the first ``count``; the last
+        two are empty where the template does not show its content."""
+        marked = [
+            {**message, "content": ANSWER} if i == index else message
+            for i, message in enumerate(self.messages[:count])
+        ]
+        return replace(self, messages=marked).rendered().partition(ANSWER)
+
+    def written(self, index: int, text: str) -> tuple[Span, str]:
         """Where in ``text`` the answer of message ``index`` stands, and what the template puts
         after it."""
-        content = messages[index]["content"]
-        marked = self._render(source, _with_mark(messages, index), tokenizer, where)
-        before, found, after = marked.partition(ANSWER)
+        content = self.messages[index]["content"]
+        before, found, after = self.around(index)
         if found:
             for written in (content, content.strip(), content.lstrip(), content.rstrip()):
                 if text == before + written + after:
@@ -125,46 +160,30 @@ class ChatTemplate:
             if start < len(text) - rest:
                 return (start, len(text) - rest), after
         raise InputError(
-            f"{where}: the chat template does not show the assistant's turn {index + 1} "
+            f"{self.where}: the chat template does not show the assistant's turn {index + 1} "
             f"({content.strip()[:40]!r}), so it cannot be scored: use --template plain, another "
             "--template-file, or one exchange a line"
         )
 
-    def _end_mark(
-        self,
-        source: str,
-        messages: Sequence[Message],
-        index: int,
-        tokenizer: Any,
-        where: str,
-        after: str,
-    ) -> Span | None:
+    def end_mark(self, index: int, after: str) -> Span | None:
         """The mark that ends a turn, within the text ``after`` its answer.
 
         It is the first special token there, or where there is none all that the template puts
         between the answer and the next turn but the white space around it.
         """
         ending = after
-        if index + 1 < len(messages):
-            upto = _with_mark(messages[: index + 1], index)
-            ending = self._render(source, upto, tokenizer, where).partition(ANSWER)[2]
+        if index + 1 < len(self.messages):
+            ending = self.around(index, index + 1)[2]
         ending = ending[: _shared(ending, after)].rstrip()
-        places = [(ending.find(token), -len(token)) for token in _special_tokens(tokenizer)]
+        places = [(ending.find(token), -len(token)) for token in _special_tokens(self.tokenizer)]
         found = min(((at, length) for at, length in places if at >= 0), default=None)
         if found is not None:
             return found[0], found[0] - found[1]
         return (len(ending) - len(ending.lstrip()), len(ending)) if ending else None
 
-    def _own_spans(
-        self,
-        source: str,
-        messages: Sequence[Message],
-        tokenizer: Any,
-        where: str,
-        text: str,
-    ) -> list[Span] | None:
+    def own_spans(self, text: str) -> list[Span] | None:
         """What the template itself marks as the assistant's; None where it marks nothing at all."""
-        if not GENERATION.search(source):
+        if not GENERATION.search(self.source):
             return None
 
         def shown(tag: re.Match[str]) -> str:
@@ -174,7 +193,7 @@ class ChatTemplate:
             word, mark = ("endif", CLOSING) if end else ("if true", OPENING)
             return f"{{%{before} {word} %}}{{{{ '{mark}' }}}}{{% {word} {after}%}}"
 
-        marked = self._render(GENERATION.sub(shown, source), messages, tokenizer, where)
+        marked = replace(self, source=GENERATION.sub(shown, self.source)).rendered()
         spans, start, length = [], 0, 0
         for piece in re.split(f"([{OPENING}{CLOSING}])", marked):
             if piece == OPENING:
@@ -185,31 +204,6 @@ class ChatTemplate:
                 length += len(piece)
         assert marked.replace(OPENING, "").replace(CLOSING, "") == text
         return spans
-
-    def _source(self, tokenizer: Any, where: str) -> str:
-        """The template's text, with the clock stopped."""
-        source = self.text
-        if source is None:
-            with _refusals(where):
-                source = tokenizer.get_chat_template()
-        return _stopped_clock(self.now) + source if self.now and CLOCK in source else source
-
-    def _render(
-        self,
-        source: str,
-        messages: Sequence[Message],
-        tokenizer: Any,
-        where: str,
-        prompt: bool = False,
-    ) -> str:
-        with _refusals(where):
-            return tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self.arguments,
-            )
 
 
 class _refusals:
@@ -228,14 +222,6 @@ class _refusals:
                 f"{self._where}: the chat template refuses this conversation: {words}; change the "
                 "example, give another template with --template-file, or use --template plain"
             ) from None
-
-
-def _with_mark(messages: Sequence[Message], index: int) -> list[Message]:
-    """The messages, the content of one of them replaced by the mark."""
-    return [
-        {**message, "content": ANSWER} if i == index else message
-        for i, message in enumerate(messages)
-    ]
 
 
 def _shared(one: str, other: str) -> int:
