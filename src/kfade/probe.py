@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.head import refuse_looking_ahead, run_on_tokens
 from kfade.models import frozen
-from kfade.targets import LeftOut, Target
+from kfade.targets import LeftOut, Target, hooked
 
 PROBE = (2, 3)  # sequences and positions that targets are tried on: no two sizes are alike
 
@@ -28,16 +28,8 @@ class Seen:
         """In the order of the forward pass; held, so that no address is used twice."""
         self.linear: dict[str, bool] = {}
         """Whether the output is W a + b; not asked of fake tensors."""
-        handles = [
-            target.module.register_forward_hook(self._note(target), with_kwargs=True)
-            for target in targets
-        ]
-        try:
-            with torch.no_grad():
-                run_on_tokens(model, input_BT)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(targets, self._note, with_kwargs=True), torch.no_grad():
+            run_on_tokens(model, input_BT)
 
     def _note(self, target: Target):
         def hook(module: Any, args: tuple[Any, ...], named: Any, output: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,22 @@ class Target:
         """Inverse of :meth:`to_parameters`: the matrix [O, I] of named parameter changes."""
         weight = changes[self.name].T if self.transposed else changes[self.name]
         return weight if self.bias is None else torch.cat([weight, changes[self.bias][:, None]], 1)
+
+
+@contextlib.contextmanager
+def hooked(
+    targets: Sequence[Target], hook: Callable[[Target], Callable[..., Any]], **options: bool
+) -> Iterator[None]:
+    """Within the ``with``, ``hook(target)`` is called after each forward pass of a target.
+
+    ``options``: as of :meth:`torch.nn.Module.register_forward_hook`.
+    """
+    handles = [target.module.register_forward_hook(hook(target), **options) for target in targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.layers import Target
+from kfade.targets import Target, hooked
 
 Consumer = Callable[[Target, Tensor], None]
 
@@ -58,9 +58,5 @@ def capture(
 
         return forward_hook
 
-    handles = [target.module.register_forward_hook(hook(target)) for target in targets]
-    try:
+    with hooked(targets, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -25,7 +25,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.passes import FromOutputs, Waiting, live_rows, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.head import hidden_states
-from kfade.layers import Target
+from kfade.targets import Target, hooked
 
 
 def transpose_product(
@@ -158,12 +158,8 @@ def _shifted(
 
         return forward_hook
 
-    handles = [target.module.register_forward_hook(hook(target)) for target in targets]
-    try:
+    with hooked(targets, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _dual_states(
@@ -205,10 +201,5 @@ def _entering(targets: Sequence[Target], delta: Mapping[str, Tensor]) -> Iterato
 
         return forward_hook
 
-    handles = [target.module.register_forward_hook(hook(target)) for target in targets]
-    try:
-        with forward_ad.dual_level():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(targets, hook), forward_ad.dual_level():
+        yield
