@@ -19,10 +19,10 @@ from kfade.cli import main
 from kfade.errors import InputError
 from kfade.evaluate import tofu
 from kfade.evaluate.log import ItemLog, digest, read_log
+from kfade.evaluate.rouge import load_rouge_l_recall
 from kfade.evaluate.tofu import (
     TofuQuestion,
     evaluate_tofu,
-    load_rouge_l_recall,
     read_tofu,
     template_for,
 )

@@ -19,9 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import linear
 
-from kfade.errors import InputError
+from kfade.errors import InputError, first_line
 
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call the soft cap of the logits."""
@@ -56,10 +55,9 @@ def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
             isinstance(parameter, FakeTensor) for parameter in model.parameters()
         ):
             raise  # a plan has its own words
-        text = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(
             f"{type(model).__name__} does not run on tokens alone "
-            f"({type(error).__name__}: {text}): this model is not supported"
+            f"({type(error).__name__}: {first_line(error)}): this model is not supported"
         ) from error
 
 
@@ -105,14 +103,12 @@ class Head:
 
     def _product(self, hidden_ND: Tensor) -> Tensor:
         weight_VD = cast(Tensor, self.linear.weight)
-        # Some models keep the sum of their blocks in a dtype of its own.
-        own_ND = hidden_ND.to(weight_VD.dtype)
-        if type(self.linear).forward is not nn.Linear.forward:  # a product of its own making
-            logits_NV = self.linear(own_ND)
+        own_product = type(self.linear).forward is not nn.Linear.forward
+        if own_product or weight_VD.dtype.itemsize >= 4:
+            # Some models keep the sum of their blocks in a dtype of its own.
+            logits_NV = self.linear(hidden_ND.to(weight_VD.dtype))
             return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         bias_V = cast("Tensor | None", self.linear.bias)
-        if weight_VD.dtype.itemsize >= 4:
-            return linear(own_ND, weight_VD, bias_V)
         logits_NV = _RaisedProduct.apply(hidden_ND, weight_VD)
         return logits_NV if bias_V is None else logits_NV + bias_V
 

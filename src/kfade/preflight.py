@@ -12,7 +12,7 @@ from kfade.curvature.capture import capture
 from kfade.curvature.passes import backward
 from kfade.curvature.product import quadratic_form
 from kfade.curvature.recompute import recomputing
-from kfade.errors import InputError
+from kfade.errors import InputError, first_line
 from kfade.head import Head, read_head
 from kfade.layers import Target
 from kfade.models import frozen
@@ -51,10 +51,9 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
     except InputError:
         raise
     except Exception as error:
-        text = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(
-            f"{type(model).__name__} cannot be differentiated ({type(error).__name__}: {text}): "
-            "narrow --target or --layers, or use another model"
+            f"{type(model).__name__} cannot be differentiated ({type(error).__name__}: "
+            f"{first_line(error)}): narrow --target or --layers, or use another model"
         ) from error
     for target in targets:
         if target.name not in reached:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kfade.errors import InputError
+from kfade.errors import InputError, first_line
 
 SOURCES = "a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT]"
 SPELLING = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with SPLIT as in train[:1000]"
@@ -190,9 +190,3 @@ def _loaded(datasets: Any, name: str, config: str | None, split: str) -> Iterabl
     first, last = int(wanted["first"] or 0), int(wanted["last"])
     rows = datasets.load_dataset(name, config, split=wanted["split"], streaming=True)
     return rows.skip(first).take(max(0, last - first))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__)

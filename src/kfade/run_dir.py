@@ -163,8 +163,8 @@ class RunDir:
                 f"{self.part}: an interrupted run lies there; pass --resume to go on with it, or "
                 "remove the folder"
             )
-        saved = self.part / "config.json"
-        if saved.is_file() and json.loads(saved.read_text(encoding="utf-8")) != self._config:
+        asked = interrupted(self.path)
+        if asked and asked != self._config:
             raise InputError(
                 f"{self.part}: the interrupted run asked for something else; repeat its options, "
                 "or remove the folder"

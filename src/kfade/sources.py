@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.loading import CONFIG, file_fault, has_tokenizer, reading
+from kfade.loading import CONFIG, VOCABULARIES, file_fault, has_tokenizer, reading
 
 ADAPTER_CONFIG = "adapter_config.json"
 _FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -18,9 +18,8 @@ _NOT_COPIED = (  # weights in any form, what is written anew, and what belongs t
     *("*.ckpt*", "*.npz", "*.ot", "*.part", "*.writing", "adapter_*", ".*"),
 )
 _TOKENIZER = (
-    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("chat_template*", "*.tiktoken", "tekken.json", "spiece.model", "spm*.model", "*bpe.model"),
-    *("encoder.json", "tokenization*.py"),
+    *VOCABULARIES,
+    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
 )
 
 

@@ -16,6 +16,7 @@ from kfade.cli.session import Loaded, console, load, read_source, session, show,
 from kfade.config import RunConfig, override
 from kfade.curvature.product import quadratic_form
 from kfade.demo.data import data_file
+from kfade.errors import first_line
 from kfade.evaluate.generation import generate
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.gauge import Gauge, parameter_changes
@@ -24,6 +25,7 @@ from kfade.layers import find_targets
 from kfade.lengths import length_class
 from kfade.models import model_window
 from kfade.objectives import margin
+from kfade.preflight import preflight
 from kfade.sequences import Sequence as Tokens
 from kfade.stages import stage
 from kfade.step import gauss_newton_step
@@ -75,6 +77,7 @@ def check(
     with session() as clock:
         examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
         loaded = load(run.model, run.fit)
+        preflight(loaded.model, loaded.targets)
         length = min(LENGTH, model_window(loaded.model) or LENGTH)
         run = override(run, sequence_length=length)
         texts = [example for example in examples if example.text] or examples
@@ -177,8 +180,8 @@ def _generation(loaded: Loaded, tokens: list[Tokens]) -> Finding:
         try:
             generate(loaded.model, loaded.tokenizer, prompts, found.__setitem__, **options)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            words = (str(error).splitlines() or [""])[0]
-            return Finding(name, False, f"it fails: {type(error).__name__}: {words}")
+            said_why = f"{type(error).__name__}: {first_line(error)}"
+            return Finding(name, False, f"it fails: {said_why}")
     together, alone = said
     gaps = [
         _gap(loaded, prompt, together[i], alone[i])

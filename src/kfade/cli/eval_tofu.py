@@ -22,11 +22,11 @@ from kfade.cli.session import console, show
 from kfade.cli.template import rendering_of
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, digest
+from kfade.evaluate.rouge import load_rouge_l_recall
 from kfade.evaluate.tofu import (
     LEGACY_ITEMS,
     TofuQuestion,
     evaluate_tofu,
-    load_rouge_l_recall,
     read_tofu,
     template_for,
 )

@@ -8,7 +8,6 @@ values is in ``tofu_logs.py``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from kfade.evaluate.tokens import log_likelihoods
 from kfade.examples import Example
 from kfade.models import model_window
 from kfade.progress import track
-from kfade.rows import read_rows, read_utf8
+from kfade.rows import read_rows
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import continuation, encode, open_tokens
 
@@ -225,14 +224,7 @@ def _rows(name: str, folder: Path | None) -> list[tuple[str, Any]]:
         raise InputError(
             f"{folder}: has no {name}.json; give the folder of a copy of the data set {HUB_NAME}"
         )
-    text = read_utf8(path)
-    if not text.lstrip().startswith("["):
-        return list(read_rows(str(path)))
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error.msg})") from None
-    return [(f"{path}, row {index}", row) for index, row in enumerate(rows)]
+    return list(read_rows(str(path)))
 
 
 def _question(set_name: str, number: int, row: Any, where: str) -> TofuQuestion:
