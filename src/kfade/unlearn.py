@@ -38,7 +38,7 @@ from kfade.sequences import Sequence as Tokens
 from kfade.sequences import digest_sequences
 from kfade.stages import stage
 from kfade.step import Probe, Step, StepSize, choose_alpha
-from kfade.update import Update
+from kfade.update import DIGESTS, Update
 
 MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
 REFINE_SEQUENCES = 64  # retain sequences of the exact products that refine a direction
@@ -117,11 +117,9 @@ def unlearn(
     _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
     targets = list(targets) if targets is not None else find_targets(model)
     refuse_float16(targets)
+    device = targets[0].weight.device
     batches_of = partial(
-        make_batches,
-        budget=batch_tokens,
-        device=targets[0].weight.device,
-        group=length_class(model),
+        make_batches, budget=batch_tokens, device=device, group=length_class(model)
     )
 
     def drawn(sequences: Sequence[Tokens], count: int | None, index: int) -> list[Batch]:
@@ -135,8 +133,10 @@ def unlearn(
         gauge = Gauge(model, batches_of(held_out), measured)
         floor = gauge.rounding_kl(targets)
         refuse_below(floor, size, targets, steps)
-    update = start or Update({}, _provenance(model, targets, forget, retain, held_out))
-    device = targets[0].weight.device
+    update = start or Update(
+        {},
+        {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
+    )
     update = update.to(device)  # what was read from files lies in the CPU's memory
     if curvature is not None:
         curvature = curvature.only([target.name for target in targets], device)
@@ -291,21 +291,21 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _provenance(
+def base_facts(
     model: nn.Module,
-    targets: Sequence[Target],
+    names: Sequence[str],
     forget: Sequence[Tokens],
     retain: Sequence[Tokens],
     held_out: Sequence[Tokens],
 ) -> dict[str, Any]:
+    """What an update of the parameters ``names`` was computed on, for its provenance."""
+    dtypes = (None, torch.bfloat16)
     return {
-        "weights_sha256": digest_weights(model, parameter_names(targets)),
-        "weights_bfloat16_sha256": digest_weights(model, parameter_names(targets), torch.bfloat16),
+        **{key: digest_weights(model, names, d) for key, d in zip(DIGESTS, dtypes, strict=True)},
         "forget_sha256": digest_sequences(forget),
         "retain_sha256": digest_sequences(retain),
         "held_out_sha256": digest_sequences(held_out),
         "versions": versions(),
-        "steps": [],
     }
 
 

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,13 +25,11 @@ from kfade.baselines.weights import Trainable
 from kfade.batches import Batch, draw_without_replacement, make_batches
 from kfade.errors import InputError
 from kfade.head import read_head
-from kfade.layers import digest_weights
 from kfade.lengths import length_class
 from kfade.progress import track
 from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
 from kfade.stages import stage
-from kfade.unlearn import MEASURED_SEQUENCES, versions
+from kfade.unlearn import MEASURED_SEQUENCES, base_facts
 from kfade.update import Update
 
 
@@ -94,7 +91,7 @@ def train(
     _check(forget, retain, held_out, settings, evaluate_every, max_kl)
     device = next(model.parameters()).device
     sets = {"forget": forget, "retain": retain}
-    provenance = _provenance(model, trainable, forget, retain, held_out)
+    provenance = base_facts(model, trainable.names, forget, retain, held_out)
     batches_of = partial(
         make_batches, budget=batch_tokens, device=device, group=length_class(model)
     )
@@ -260,23 +257,6 @@ def _finite(loss: float, step: int) -> float:
             f"step {step + 1}: the loss is not finite; lower --lr, or try --dtype float32"
         )
     return loss
-
-
-def _provenance(
-    model: nn.Module,
-    trainable: Trainable,
-    forget: Sequence[Tokens],
-    retain: Sequence[Tokens],
-    held_out: Sequence[Tokens],
-) -> dict[str, Any]:
-    return {
-        "weights_sha256": digest_weights(model, trainable.names),
-        "weights_bfloat16_sha256": digest_weights(model, trainable.names, torch.bfloat16),
-        "forget_sha256": digest_sequences(forget),
-        "retain_sha256": digest_sequences(retain),
-        "held_out_sha256": digest_sequences(held_out),
-        "versions": versions(),
-    }
 
 
 def _check(

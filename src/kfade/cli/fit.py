@@ -28,6 +28,7 @@ from kfade.curvature.store import Store
 from kfade.layers import digest_weights, parameter_names
 from kfade.lengths import length_class
 from kfade.models import provenance
+from kfade.preflight import preflight
 from kfade.run_dir import RunDir
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import digest_sequences
@@ -85,6 +86,8 @@ def fit(
         loaded = load(run.model, run.fit)
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
+        with stage("load"):
+            preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
         folder.reads(inputs(digest_weights(loaded.model), {"retain": sequences}))
         weight = loaded.targets[0].weight

@@ -21,7 +21,6 @@ from kfade.errors import InputError
 from kfade.examples import Example, load_examples, split_holdout
 from kfade.layers import Target, choose_targets, decoder_blocks
 from kfade.models import default_device, load_model, model_window
-from kfade.preflight import preflight
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import check_embedded, encode
 from kfade.sources import Source
@@ -71,7 +70,6 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
-        preflight(model, chosen.targets, recompute=fit.recompute)
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
     console.print(f"{len(chosen.targets)} weights targeted, {count / 1e6:.1f} M parameters")
     if chosen.summary:
