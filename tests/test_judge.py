@@ -187,7 +187,8 @@ def test_a_redirect_that_repeats_the_key_or_leads_nowhere_shows_none(serve):
     with pytest.raises(InputError, match=r"sends on to http://other/\?key=\*\*\* \(HTTP 302\)"):
         ask(server.url, key="secret")
     server = serve(lambda number, body: (302, {"Location": "http://other:secret/"}, ""))
-    with pytest.raises(InputError, match=r"sends on to http://other:\*\*\*/ \(HTTP 302\)"):
+    # httpx2 up to 2.8, at least, refuses the address itself.
+    with pytest.raises(InputError, match=r"sends on to http://other:\*\*\*/ |Invalid port: '\*\*\*'"):
         ask(server.url, key="secret")
     server = serve(lambda number, body: (302, {}, ""))
     with pytest.raises(InputError, match=r"refused the request: HTTP 302; check"):

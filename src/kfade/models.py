@@ -70,6 +70,8 @@ def load_model(
     model = _read_weights(name, place, config, wanted, trust_remote_code)
     if gguf:
         _forget_gguf(model)
+    if "gguf_file" in resolved.tokenizer.options:
+        _end_as_the_file(words, config)
     if resolved.adapter is not None:
         with reading(name, WEIGHTS, resolved.adapter.folder):
             model = merge_adapter(name, model, resolved.adapter)
@@ -260,6 +262,13 @@ def _dtype_of(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     return DTYPES[dtype] if dtype else None
+
+
+def _end_as_the_file(tokenizer: Any, config: Any) -> None:
+    """The EOS that a GGUF file names: transformers up to 5.17 takes the BOS for it."""
+    number = config.eos_token_id
+    if isinstance(number, int) and tokenizer.eos_token_id == tokenizer.bos_token_id != number:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
 
 
 def _forget_gguf(model: Any) -> None:
