@@ -140,9 +140,9 @@ GOOD = {"text": "a"}
         ),
         (
             [{"messages": [{"role": "assistant"}]}],
-            "line 1: each message needs .*, both strings; one has role is str",
+            "line 1, message 1: each message needs .*, both strings; this one has role is str",
         ),
-        ([{"messages": ["a"]}], 'line 1: each message needs "role" and "content"'),
+        ([{"messages": ["a"]}], 'line 1, message 1: each message needs "role" and "content"'),
         ([], r"data\.jsonl holds no examples: give at least one line of the form"),
     ],
 )

@@ -127,6 +127,7 @@ def test_report_needs_no_torch():
     folder = Path(kfade.report.data.__file__).parent
     evaluate = ("log", "questions", "uncertainty", "tofu_logs", "tofu_read", "rouge")
     allowed = {
+        "kfade.conversations",
         "kfade.errors",
         "kfade.examples",
         "kfade.rows",
