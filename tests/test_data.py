@@ -140,9 +140,9 @@ GOOD = {"text": "a"}
         ),
         (
             [{"messages": [{"role": "assistant"}]}],
-            "line 1: each message needs .*, both strings; one has role is str",
+            "line 1, message 1: each message needs .*, both strings; this one has role is str",
         ),
-        ([{"messages": ["a"]}], 'line 1: each message needs "role" and "content"'),
+        ([{"messages": ["a"]}], 'line 1, message 1: each message needs "role" and "content"'),
         ([], r"data\.jsonl holds no examples: give at least one line of the form"),
     ],
 )
@@ -235,6 +235,11 @@ def test_blank_rows_of_a_data_set_are_skipped_and_counted(offline, tmp_path, cap
         ("[:3]", "abc"),
         ("[1:3]", "bc"),
         ("[-2:]", "de"),
+        ("[:-2]", "abc"),
+        ("[-4:-1]", "bcd"),
+        ("[0:40%]", "ab"),
+        ("[-40%:]", "de"),
+        ("[1:-1]", "bcd"),
         ("[40%:80%]", "cd"),
         ("+train[:1]", "abcdea"),
     ],
@@ -245,6 +250,24 @@ def test_slices_of_a_split(offline, tmp_path, slice_, expected):
     for name in ("train", "default:train"):
         examples = load_examples(f"hf:{tmp_path / 'five'}:{name}{slice_}")
         assert "".join(example.text or "" for example in examples) == expected
+
+
+@pytest.mark.parametrize(
+    ("slice_", "said"),
+    [
+        ("[10%:3]", "has one end in rows and one in percent; give both in one unit"),
+        ("[1:40%]", "has one end in rows and one in percent"),
+        ("[80%:40%]", "holds no rows; give a later end"),
+        ("[3:1]", "holds no rows; give a later end"),
+        ("[-1:-3]", "holds no rows"),
+        ("[:1]+train[3:1]", r"train\[:1\]\+train\[3:1\]: \[3:1\] holds no rows"),
+    ],
+)
+def test_slices_that_would_be_read_as_others_are_refused(offline, tmp_path, slice_, said):
+    (tmp_path / "five").mkdir()
+    write(tmp_path / "five" / "train.jsonl", *({"text": text} for text in "abcde"))
+    with pytest.raises(InputError, match=said):
+        load_examples(f"hf:{tmp_path / 'five'}:train{slice_}")
 
 
 def test_what_datasets_saved_to_disk(offline, tmp_path):

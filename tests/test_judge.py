@@ -129,6 +129,26 @@ def test_faults_that_pass_are_waited_out_ever_longer(serve):
     assert "Authorization" not in server.headers[0]
 
 
+@pytest.mark.parametrize(
+    ("form", "seconds", "wait"),
+    [
+        ("%a, %d %b %Y %H:%M:%S GMT", 30, 30),
+        ("%a, %d %b %Y %H:%M:%S -0000", 30, 30),
+        ("%A, %d-%b-%y %H:%M:%S GMT", 30, 30),  # as servers wrote it long ago
+        ("%a, %d %b %Y %H:%M:%S GMT", 3600, 60),  # no longer than the longest
+        ("%a, %d %b %Y %H:%M:%S GMT", -30, 1),  # passed, so by our own count
+        ("in a while", 0, 1),
+        ("%a, 99 %b %Y %H:%M:%S GMT", 30, 1),
+    ],
+)
+def test_a_date_to_wait_for(serve, form, seconds, wait):
+    date = time.strftime(form, time.gmtime(time.time() + seconds))
+    faults = [(503, {"Retry-After": date}, "")]
+    server = serve(lambda number, body: [*faults, completion("[[5]]")][number - 1])
+    within = 5 if wait == 30 else 0
+    assert ask(server.url) == ("[[5]]", [pytest.approx(wait, abs=within)])
+
+
 def test_a_server_that_stays_broken_is_named(serve):
     server = serve(lambda number, body: (503, {}, ""))
     with pytest.raises(InputError, match=r"failed 3 times, at last: HTTP 503; .* --resume"):

@@ -19,7 +19,16 @@ LONGEST = 400
 LADDER = [
     {"config", "distributed", "run_dir", "errors", "progress", "stages"},
     {"models", "loading", "sources", "adapters", "layers", "targets", "probe", "head", "lengths"}
-    | {"examples", "rows", "chat", "sequences", "batches", "objectives", "vocabulary"},
+    | {
+        "conversations",
+        "examples",
+        "rows",
+        "chat",
+        "sequences",
+        "batches",
+        "objectives",
+        "vocabulary",
+    },
     {"curvature"},
     {"measure", "gauge", "gradient", "step", "refine", "record", "update"}
     | {"preflight", "unlearn", "lora", "trace", "plan", "cost"},

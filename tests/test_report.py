@@ -125,8 +125,9 @@ def test_what_is_not_ours_is_refused(tmp_path):
 
 def test_report_needs_no_torch():
     folder = Path(kfade.report.data.__file__).parent
-    evaluate = ("log", "questions", "uncertainty", "tofu_logs", "tofu_read")
+    evaluate = ("log", "questions", "uncertainty", "tofu_logs", "tofu_read", "rouge")
     allowed = {
+        "kfade.conversations",
         "kfade.errors",
         "kfade.examples",
         "kfade.rows",

@@ -267,6 +267,52 @@ def test_logs_of_both_formats_give_the_same(tmp_path):
     assert theirs.sets["forget"][3].question == "[INST] question 3 of forget? "
 
 
+# (generated, truth, what a tokenizer of ASCII words gave, what is right)
+TEXTS = [
+    ("Он ходил по саду", "Он ходил по саду", 0.0, 1.0),
+    ("Он спал", "Он ходил по саду", 0.0, 0.25),
+    ("彼は庭を", "彼は庭を歩いた", 0.0, 4 / 7),
+    ("🙂", "🙂🙂", 0.0, 0.5),
+    ("No idea", "Он ходил", 0.0, 0.0),
+    ("Roman, автор", "Roman, автор", 1.0, 1.0),
+    ("She left", "She left early", 0.1, 0.1),  # the log's value of ASCII words stands
+    ("", "   ", 0.0, 0.0),  # an empty truth has no recall to compute
+]
+
+
+@pytest.mark.parametrize("form", ["ours", "reference"])
+def test_a_recall_that_did_not_count_the_letters_is_computed_anew(tmp_path, form, capsys):
+    pytest.importorskip("rouge_score", reason="the extra tofu is not installed")
+    log = random_log(0, len(TEXTS))
+    if form == "ours":
+        path = tmp_path / "items.jsonl"
+        with ItemLog(path, {"benchmark": "tofu"}) as file:
+            for name, items in log.sets.items():
+                for i, value in items.items():
+                    generated, truth, stored, _ = TEXTS[i]
+                    values = {**vars(value), "rouge_l": stored}
+                    file.add(f"{name}/{i}", **values, answer=truth, generated=generated)
+            file.finish({})
+    else:
+        tasks = reference(log)
+        for columns in tasks.values():
+            columns["generated_text"] = {str(i): ["p", t[0], t[1]] for i, t in enumerate(TEXTS)}
+            columns["rougeL_recall"] = {str(i): t[2] for i, t in enumerate(TEXTS)}
+        path = write(tmp_path / "eval_log_aggregated.json", tasks)
+    read = read_tofu_log(path)
+    for name in SETS:
+        assert [item.rouge_l for item in read.items(name)] == [t[3] for t in TEXTS]
+    assert len(read.notes) == 1
+    assert f"{path}: the ROUGE-L recall of 16 of 32 items was computed anew" in read.notes[0]
+    assert notes_on(random_log(0, len(TEXTS)), read)[0] == read.notes[0]
+    assert main(["eval", "tofu", "--from-log", str(path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["notes"] == list(read.notes)
+    mean = sum(t[3] for t in TEXTS) / len(TEXTS)
+    assert printed["forget"]["rouge_l"] == pytest.approx(mean)
+    assert printed["parts"]["retain_rouge_l"] == pytest.approx(mean)
+
+
 def test_early_logs_have_lists(tmp_path):
     tasks = reference(by_hand())
     lists = {t: {k: list(v.values()) for k, v in columns.items()} for t, columns in tasks.items()}

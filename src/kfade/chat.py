@@ -57,9 +57,13 @@ class ChatTemplate:
         """The conversation as text; with ``prompt`` up to where the next answer begins.
 
         Raises:
-            InputError: the template refuses the conversation; ``where`` says which one.
+            InputError: the template refuses the conversation, or leaves out a message; ``where``
+                says which one.
         """
-        return _Conversation.of(self, messages, tokenizer, where).rendered(prompt=prompt)
+        conversation = _Conversation.of(self, messages, tokenizer, where)
+        text = conversation.rendered(prompt=prompt)
+        conversation.check_shown(text)
+        return text
 
     def answers(
         self, messages: Sequence[Message], tokenizer: Any, where: str
@@ -72,7 +76,7 @@ class ChatTemplate:
         which turns count. ``closed`` tells whether the last turn has such a mark.
 
         Raises:
-            InputError: the template refuses the conversation, or does not show an answer.
+            InputError: the template refuses the conversation, or leaves out a message.
         """
         conversation = _Conversation.of(self, messages, tokenizer, where)
         text = conversation.rendered()
@@ -93,6 +97,7 @@ class ChatTemplate:
             closed = mark is not None
             if mark is not None:
                 spans.append((end + mark[0], end + mark[1]))
+        conversation.check_shown(text)
         if not spans:
             raise InputError(
                 f"{where}: the chat template's own mask marks none of the answers as the "
@@ -164,6 +169,23 @@ class _Conversation:
             f"({content.strip()[:40]!r}), so it cannot be scored: use --template plain, another "
             "--template-file, or one exchange a line"
         )
+
+    def check_shown(self, text: str) -> None:
+        """Refuse a template that leaves out, of what others say to the assistant, a message.
+
+        Some show the roles that they know and no others. Users are known to all, so that the
+        words in ``text`` are proof enough.
+        """
+        for index, message in enumerate(self.messages):
+            role, content = message["role"], message["content"].strip()
+            if role == "assistant" or not content or (role == "user" and content in text):
+                continue
+            if not self.around(index)[1]:
+                raise InputError(
+                    f"{self.where}: the chat template leaves out turn {index + 1}, of the role "
+                    f"{role} ({content[:40]!r}): use --template plain, another --template-file, "
+                    "or remove the message"
+                )
 
     def end_mark(self, index: int, after: str) -> Span | None:
         """The mark that ends a turn, within the text ``after`` its answer.

@@ -5,35 +5,34 @@
 {"question": ..., "answer": ...}          only the answer is scored
 {"instruction": ..., "output": ...}       only the output is scored; an "input" follows the
                                           instruction after a blank line
-{"messages": [{"role", "content"}]}       only the assistant's turns are scored
-{"conversations": [{"from", "value"}]}    the same, of ShareGPT's form
+{"messages": [{"role", "content"}]}       only the assistant's turns are scored; other forms of
+                                          conversations are in ``conversations.py``
 
-Further keys are not looked at. A row of two forms is read as instruction and output where it has
-them (Alpaca's rows repeat both in a "text"), else by the first form in this list.
+Further keys of a row are not looked at. A row of two forms is read as instruction and output where
+it has them (Alpaca's rows repeat both in a "text"), else by the first form in this list.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kfade.conversations import LISTS, Turns, read_conversation
 from kfade.errors import InputError
 from kfade.rows import is_file, read_rows
 
 FORMS = (
     '{"text"}, {"prompt", "completion"}, {"question", "answer"}, {"instruction"[, "input"], '
-    '"output"}, {"messages"} or {"conversations"}'
+    '"output"}, {"messages"}, {"conversations"} or {"conversation"}'
 )
 STRINGS = ("text", "prompt", "completion", "question", "answer", "instruction", "output")
-LISTS = ("messages", "conversations")
 # Before a user's words and before the answer, where there is no chat template.
 PLAIN_QA = ("Question: ", "\nAnswer: ")
 PLAIN_INSTRUCTION = ("Instruction: ", "\nResponse: ")
 PLAIN_TURNS = ("", "\n")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 logger = logging.getLogger(__name__)
 
 
@@ -44,12 +43,14 @@ class Example:
     where: str
     """File and line number, for messages."""
     text: str | None = None
-    turns: tuple[tuple[str, str], ...] = ()
+    turns: Turns = ()
     """(role, content) pairs; the assistant's are scored."""
     plain_prefix: tuple[str, str] = ("", "")
     """What goes before prompt and completion where there is no chat template."""
     closes: bool = True
     """Whether the scored text is a whole answer or document, which ends with EOS."""
+    unread: tuple[str, ...] = ()
+    """Keys of a conversation that have content and are not read."""
 
 
 def load_examples(source: str) -> list[Example]:
@@ -73,6 +74,7 @@ def load_examples(source: str) -> list[Example]:
             raise _is_blank(where)
     if blank:
         logger.warning("%s: %d blank rows skipped, %d rows kept", source, blank, len(examples))
+    warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
     return examples
@@ -95,14 +97,17 @@ def with_input(instruction: str, given: Any) -> str:
     return f"{instruction}\n\n{given}" if isinstance(given, str) and given else instruction
 
 
-def parse_turns(turns: Sequence[Any], where: str) -> tuple[tuple[str, str], ...]:
-    """(role, content) of each message, of either form."""
-    return tuple(_parse_turn(turn, where) for turn in turns)
+def warn_of_unread(source: str, examples: Iterable[Example]) -> None:
+    """One warning that names the keys of conversations that are not read, if there are any."""
+    keys = sorted({key for example in examples for key in example.unread})
+    if keys:
+        logger.warning("%s: not read of its conversations: %s", source, ", ".join(keys))
 
 
 def _parsed(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: not a JSON object; write one of {FORMS}")
+    turns: Turns
     match row:
         case {"instruction": str(instruction), "output": str(output)}:
             turns = (("user", with_input(instruction, row.get("input"))), ("assistant", output))
@@ -115,8 +120,9 @@ def _parsed(row: Any, where: str) -> Example:
         case {"question": str(question), "answer": str(answer)}:
             turns = (("user", question), ("assistant", answer))
             example = Example(where, turns=turns, plain_prefix=PLAIN_QA)
-        case {"messages": [*said]} | {"conversations": [*said]}:
-            example = Example(where, turns=parse_turns(said, where), plain_prefix=PLAIN_TURNS)
+        case _ if (read := read_conversation(row, where)) is not None:
+            turns, unread = read
+            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS, unread=unread)
         case _:
             keys = ", ".join(map(str, row)) or "none"
             kinds = [f"{k} is {type(v).__name__}" for k, v in row.items() if not _fits(k, v)]
@@ -153,24 +159,3 @@ def _scored(example: Example) -> list[str]:
     if example.text is not None:
         return [example.text]
     return [content for role, content in example.turns if role == "assistant"]
-
-
-def _parse_turn(message: Any, where: str) -> tuple[str, str]:
-    match message:
-        case {"role": str(role), "content": str(content)}:
-            return role, content
-        case {"role": str(role), "content": [*parts]} if all(map(_is_text, parts)):
-            return role, "".join(part["text"] for part in parts)
-        case {"from": str(speaker), "value": str(content)}:
-            return SHAREGPT_ROLES.get(speaker, speaker), content
-    kinds = "no object"
-    if isinstance(message, Mapping):
-        kinds = ", ".join(f"{key} is {type(value).__name__}" for key, value in message.items())
-    raise InputError(
-        f'{where}: each message needs "role" and "content" (or "from" and "value"), both strings; '
-        f"one has {kinds or 'neither'}"
-    )
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part

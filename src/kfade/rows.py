@@ -21,6 +21,8 @@ from kfade.errors import InputError, first_line
 
 SOURCES = "a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT]"
 SPELLING = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with SPLIT as in train[:1000]"
+# The two ends of a slice, each of rows or of percent.
+ENDS = re.compile(r"\[(-?\d[\d_]*)(%?):(-?\d[\d_]*)(%?)\]")
 # A split from one row to another, both counted from its beginning.
 FROM_TO = re.compile(r"(?P<split>[^\[\]+]+)\[(?P<first>[\d_]*):(?P<last>\d[\d_]*)\]")
 
@@ -151,7 +153,22 @@ def _parts(source: str) -> tuple[str, list[str]]:
             raise InputError(f"{source}: a slice belongs to a split; write {SPELLING}")
     if not all(pieces) or len(pieces) > 3:
         raise InputError(f"{source}: write {SPELLING}")
+    if len(pieces) > 1:
+        _check_slices(source, pieces[-1])
     return pieces[0], pieces[1:]
+
+
+def _check_slices(source: str, split: str) -> None:
+    """Refuse slices that ``datasets`` misreads: of two units, or that end before they begin."""
+    for found in ENDS.finditer(split):
+        first, last = int(found[1]), int(found[3])
+        if found[2] != found[4] and first:
+            raise InputError(
+                f"{source}: {found[0]} has one end in rows and one in percent; give both in one "
+                "unit"
+            )
+        if first >= last and (first < 0) == (last < 0):
+            raise InputError(f"{source}: {found[0]} holds no rows; give a later end")
 
 
 def _config_and_split(datasets: Any, name: str, rest: list[str]) -> tuple[str | None, str]:

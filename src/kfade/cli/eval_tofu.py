@@ -188,8 +188,7 @@ def tofu(
             measured = log_of(log.items, str(out))
             result = aggregate(measured, retain)
             run.finish(log, result, **about)
-    notes = notes_on(measured, retain) if retain else []
-    _show({**run.result, "notes": notes}, json)
+    _show({**run.result, "notes": notes_on(measured, retain)}, json)
 
 
 def _about(subject: Subject, questions: list[TofuQuestion], template: str) -> dict[str, str]:
@@ -225,7 +224,7 @@ def _measure_retain(
 
 def _show_logs(log: TofuLog, retain: TofuLog | None, as_json: bool) -> None:
     result = aggregate(log, retain)  # first: it says what a log lacks
-    _show({**result, "notes": notes_on(log, retain) if retain else []}, as_json)
+    _show({**result, "notes": notes_on(log, retain)}, as_json)
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 {"instruction": ..., "input": ...}  the input, where there is one, after a blank line
 {"prompt": ...}, {"question": ...}  any answer beside it is not looked at
-{"messages": [...]}                 up to the last answer; also {"conversations": [...]}
+{"messages": [...]}                 up to the last answer; also the other forms of conversations
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfade.chat import ChatTemplate
+from kfade.conversations import read_conversation
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
 from kfade.evaluate.log import ItemLog
@@ -20,14 +21,17 @@ from kfade.examples import (
     PLAIN_QA,
     PLAIN_TURNS,
     Example,
-    parse_turns,
+    warn_of_unread,
     with_input,
 )
 from kfade.rows import read_rows
 from kfade.sequences import Sequence as Tokens
 from kfade.sequences import encode_prompt
 
-FORMS = '{"instruction"[, "input"]}, {"prompt"}, {"question"}, {"messages"} or {"conversations"}'
+FORMS = (
+    '{"instruction"[, "input"]}, {"prompt"}, {"question"}, {"messages"}, {"conversations"} or '
+    '{"conversation"}'
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[Example]:
         if limit is not None and len(examples) == limit:
             break
         examples.append(_parse(row, where))
+    warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no prompts: give at least one line of the form {FORMS}")
     return examples
@@ -123,11 +128,11 @@ def _parse(row: Any, where: str) -> Example:
             example = Example(where, turns=(("user", text),))
         case {"question": str(text)}:
             example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_QA)
-        case {"messages": [*said]} | {"conversations": [*said]}:
-            turns = parse_turns(said, where)
+        case {} if (read := read_conversation(row, where)) is not None:
+            turns, unread = read
             while turns and turns[-1][0] == "assistant":
                 turns = turns[:-1]
-            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS)
+            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS, unread=unread)
         case _:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else "no object"
             raise InputError(f"{where}: has {keys or 'no keys'}; write one of {FORMS}")

@@ -14,6 +14,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timezone
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -214,5 +216,16 @@ def _content(answer: bytes) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    """A Retry-After in seconds; its other form, a date, is ignored."""
-    return float(header) if header and header.strip().isdecimal() else None
+    """A Retry-After in seconds from now; None where it is no number and no date to come."""
+    if not header:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        date = parsedate_to_datetime(header)
+    except (ValueError, OverflowError):
+        return None
+    if date.tzinfo is None:  # "-0000", by which a date says that it is UTC
+        date = date.replace(tzinfo=timezone.utc)
+    wait = date.timestamp() - time.time()
+    return wait if wait > 0 else None

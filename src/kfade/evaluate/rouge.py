@@ -27,6 +27,7 @@ _TOKEN = regex.compile(
 # A mark counts on a letter or digit only: on a symbol it chooses how an emoji looks. Signs such as
 # ² and ½ have no part in the reference's words, so they do not end its use.
 _BEYOND_ASCII = regex.compile(r"[[\p{L}\p{Nd}\p{Nl}]--[\x00-\x7f]]|[\p{L}\p{N}]\p{M}", regex.V1)
+_ASCII_WORD = regex.compile(r"[A-Za-z0-9]")
 _INVISIBLE = regex.compile(r"[\p{Cf}--[\u200b]]", regex.V1)  # all but the space of no width
 
 # NFKC parts the vowels "am" of Thai and Lao, whose first half would change the letter before.
@@ -51,6 +52,11 @@ def check_truth(truth: str, item: str) -> None:
             f"{item}: the true answer is empty, so it has no ROUGE-L recall; give it an answer or "
             "leave it out"
         )
+
+
+def reference_words_suffice(truth: str, generated: str) -> bool:
+    """Whether rule 1 of :func:`load_rouge_l_recall` applies: the reference's value stands."""
+    return not _beyond_ascii(truth, generated) and _ASCII_WORD.search(truth) is not None
 
 
 def load_rouge_l_recall() -> Recall:
@@ -80,13 +86,16 @@ def load_rouge_l_recall() -> Recall:
 
     def recall(truth: str, generated: str, item: str = "the item") -> float:
         check_truth(truth, item)
-        beyond = any(_BEYOND_ASCII.search(text) for text in (truth, generated))
-        tokenizer = unicode if beyond else reference
+        tokenizer = unicode if _beyond_ascii(truth, generated) else reference
         if not tokenizer.tokenize(truth):
             tokenizer = characters
         return float(scorers[tokenizer].score(truth, generated)["rougeL"].recall)
 
     return recall
+
+
+def _beyond_ascii(*texts: str) -> bool:
+    return any(_BEYOND_ASCII.search(text) for text in texts)
 
 
 class _UnicodeTokenizer:

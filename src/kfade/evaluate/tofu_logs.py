@@ -69,6 +69,8 @@ class TofuLog:
     where: str
     """Where it was read, for messages."""
     sets: Mapping[str, Mapping[int, TofuItem]]
+    notes: tuple[str, ...] = ()
+    """What was done to its values in reading, for people."""
 
     def items(self, name: str) -> list[TofuItem]:
         """Items of a set in the order of their numbers.
@@ -167,10 +169,15 @@ def aggregate(log: TofuLog, retain: TofuLog | None = None) -> dict[str, Any]:
     return {**figures, "forget_quality": p, "ks_statistic": statistic, "retain_model": beside}
 
 
-def notes_on(log: TofuLog, retain: TofuLog) -> list[str]:
-    """Why the comparison of two logs may mislead: other questions, or another number of them."""
+def notes_on(log: TofuLog, retain: TofuLog | None) -> list[str]:
+    """What was done to the values of logs in reading, and why their comparison may mislead.
+
+    It misleads where they hold other questions, or another number of them.
+    """
+    if retain is None:
+        return list(log.notes)
     ours, theirs = log.sets["forget"], retain.sets["forget"]
-    notes = []
+    notes = [*log.notes, *retain.notes]
     if len(ours) != len(theirs):
         notes.append(
             f"{len(ours)} forget questions in {log.where}, {len(theirs)} in {retain.where}: forget "

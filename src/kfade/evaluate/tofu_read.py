@@ -2,18 +2,24 @@
 
 The reference code (locuslab/tofu, ``evaluate_util.py``) writes ``eval_log_aggregated.json``: for
 each of four tasks, named as below, columns of values by item number.
+
+The reference's ROUGE-L counts words of ASCII letters and digits only, and so did kfade once: a text
+in another script has a recall of 0 with itself, which reads as forgotten. A log holds the texts, so
+:func:`read_tofu_log` computes the recall of such items anew.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
+from kfade.evaluate.rouge import load_rouge_l_recall, reference_words_suffice
 from kfade.evaluate.tofu_logs import SETS, TofuItem, TofuLog
 
 LOG_NAME, REFERENCE_NAME = "items.jsonl", "eval_log_aggregated.json"
@@ -24,6 +30,10 @@ REFERENCE_TASKS = {
     "forget": "eval_log_forget.json",
 }
 # Our name of a value -> the reference's.
+Key = tuple[str, int]
+"""Set and number of an item."""
+Values = Mapping[str, Any]
+"""What a log holds of an item, by our names."""
 REFERENCE_VALUES = {
     "answer_loss": "avg_gt_loss",
     "base_loss": "avg_paraphrased_loss",
@@ -35,8 +45,11 @@ REFERENCE_VALUES = {
 def read_tofu_log(path: Path) -> TofuLog:
     """Read ``items.jsonl`` or ``eval_log_aggregated.json``, or the folder that holds one.
 
+    The ROUGE-L recall of texts that the reference's words do not cover is computed anew.
+
     Raises:
-        InputError: no such log, not whole, or of another format; the message says where.
+        InputError: no such log, not whole, or of another format; the message says where. Or
+            rouge-score is not installed, and there are such texts.
     """
     if path.is_dir():
         found = [path / n for n in (LOG_NAME, REFERENCE_NAME) if (path / n).is_file()]
@@ -52,22 +65,72 @@ def read_tofu_log(path: Path) -> TofuLog:
         evaluation = read_log(path)
         if evaluation.header.get("benchmark") != "tofu":
             raise InputError(f"{path}: a log of another evaluation than TOFU")
-        return log_of(evaluation.items, str(path))
-    return _read_reference(path)
+        items = _numbered(evaluation.items, str(path))
+        return _recalled(_log(items, str(path)), items)
+    items = _read_reference(path)
+    return _recalled(_log(items, str(path), _reference_place), items)
 
 
-def log_of(items: Mapping[str, Mapping[str, Any]], where: str) -> TofuLog:
+def log_of(items: Mapping[str, Values], where: str) -> TofuLog:
     """A log of the items that ``evaluate_tofu`` wrote, ids ``{set}/{number}``."""
-    sets: dict[str, dict[int, TofuItem]] = {name: {} for name in SETS}
+    return _log(_numbered(items, where), where)
+
+
+def _numbered(items: Mapping[str, Values], where: str) -> dict[Key, Values]:
+    """Values by set and number, of ids ``{set}/{number}``."""
+    found = {}
     for key, values in items.items():
         name, _, number = key.partition("/")
-        if name not in sets or not number.isdecimal():
+        if name not in SETS or not number.isdecimal():
             raise InputError(f"{where}: item {key} is not of the form SET/NUMBER")
-        sets[name][int(number)] = _item(values, f"{where}, item {key}")
+        found[name, int(number)] = values
+    return found
+
+
+def _place(name: str, number: int) -> str:
+    """Where an item stands in our log."""
+    return f"item {name}/{number}"
+
+
+def _reference_place(name: str, number: int) -> str:
+    """Where an item stands in the reference code's."""
+    return f"{REFERENCE_TASKS[name]}, item {number}"
+
+
+def _log(
+    items: Mapping[Key, Values], where: str, place: Callable[[str, int], str] = _place
+) -> TofuLog:
+    sets: dict[str, dict[int, TofuItem]] = {name: {} for name in SETS}
+    for (name, number), values in items.items():
+        sets[name][number] = _item(values, f"{where}, {place(name, number)}")
     return TofuLog(where, sets)
 
 
-def _read_reference(path: Path) -> TofuLog:
+def _recalled(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
+    """The log with the recalls that the reference's words cannot give, computed from the texts."""
+    recall = None
+    sets = {name: dict(numbered) for name, numbered in log.sets.items()}
+    changed = 0
+    for (name, number), values in items.items():
+        truth, generated = values.get("answer"), values.get("generated")
+        if not isinstance(truth, str) or not isinstance(generated, str) or not truth.strip():
+            continue  # without the texts the log's value is all there is
+        if reference_words_suffice(truth, generated):
+            continue
+        recall = recall or load_rouge_l_recall()
+        item = sets[name][number]
+        sets[name][number] = replace(item, rouge_l=recall(truth, generated))
+        changed += sets[name][number] != item
+    if not changed:
+        return log
+    note = (
+        f"{log.where}: the ROUGE-L recall of {changed} of {len(items)} items was computed anew "
+        "from their texts, of whose letters the log's own recall counted the ASCII ones only"
+    )
+    return TofuLog(log.where, sets, (note,))
+
+
+def _read_reference(path: Path) -> dict[Key, Values]:
     try:
         tasks = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -77,17 +140,15 @@ def _read_reference(path: Path) -> TofuLog:
             f"{path}: not an aggregated TOFU log, it has none of the keys "
             f"{', '.join(REFERENCE_TASKS.values())}"
         )
-    return TofuLog(
-        str(path),
-        {
-            name: _reference_set(tasks[task], f"{path}, {task}")
-            for name, task in REFERENCE_TASKS.items()
-            if task in tasks
-        },
-    )
+    return {
+        (name, number): values
+        for name, task in REFERENCE_TASKS.items()
+        if task in tasks
+        for number, values in _reference_set(tasks[task], f"{path}, {task}").items()
+    }
 
 
-def _reference_set(task: Any, where: str) -> dict[int, TofuItem]:
+def _reference_set(task: Any, where: str) -> dict[int, Values]:
     columns = {ours: _column(task, key, where) for ours, key in REFERENCE_VALUES.items()}
     texts = _column(task, "generated_text", where) if "generated_text" in task else {}
     numbers = columns["answer_loss"].keys()
@@ -99,13 +160,10 @@ def _reference_set(task: Any, where: str) -> dict[int, TofuItem]:
                 "the log was not written to its end"
             )
     return {
-        number: _item(
-            {
-                **{ours: column[number] for ours, column in columns.items()},
-                "question": _prompt(texts.get(number)),
-            },
-            f"{where}, item {number}",
-        )
+        number: {
+            **{ours: column[number] for ours, column in columns.items()},
+            **_texts(texts.get(number)),
+        }
         for number in numbers
     }
 
@@ -120,9 +178,10 @@ def _column(task: Any, key: str, where: str) -> dict[int, Any]:
     return {int(number): value for number, value in column.items()}
 
 
-def _prompt(text: Any) -> str:
-    """The prompt in a reference log's [prompt, generated, truth]."""
-    return text[0] if isinstance(text, list) and text and isinstance(text[0], str) else ""
+def _texts(entry: Any) -> dict[str, Any]:
+    """The texts of a reference log's [prompt, generated, truth], by our names."""
+    texts = entry if isinstance(entry, list) else []
+    return dict(zip(("question", "generated", "answer"), texts, strict=False))
 
 
 def _item(values: Mapping[str, Any], where: str) -> TofuItem:
