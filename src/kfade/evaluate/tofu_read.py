@@ -5,7 +5,8 @@ each of four tasks, named as below, columns of values by item number.
 
 The reference's ROUGE-L counts words of ASCII letters and digits only, and so did kfade once: a text
 in another script has a recall of 0 with itself, which reads as forgotten. A log holds the texts, so
-:func:`read_tofu_log` computes the recall of such items anew.
+:func:`read_tofu_log` computes the recall of such items anew. A name with an accent is no such text:
+published figures stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
-from kfade.evaluate.rouge import load_rouge_l_recall, reference_words_suffice
+from kfade.evaluate.rouge import load_rouge_l_recall, reference_reads
 from kfade.evaluate.tofu_logs import SETS, TofuItem, TofuLog
 
 LOG_NAME, REFERENCE_NAME = "items.jsonl", "eval_log_aggregated.json"
@@ -29,11 +30,11 @@ REFERENCE_TASKS = {
     "world_facts": "eval_real_world_wo_options.json",
     "forget": "eval_log_forget.json",
 }
-# Our name of a value -> the reference's.
 Key = tuple[str, int]
 """Set and number of an item."""
 Values = Mapping[str, Any]
 """What a log holds of an item, by our names."""
+# Our name of a value -> the reference's.
 REFERENCE_VALUES = {
     "answer_loss": "avg_gt_loss",
     "base_loss": "avg_paraphrased_loss",
@@ -45,7 +46,7 @@ REFERENCE_VALUES = {
 def read_tofu_log(path: Path) -> TofuLog:
     """Read ``items.jsonl`` or ``eval_log_aggregated.json``, or the folder that holds one.
 
-    The ROUGE-L recall of texts that the reference's words do not cover is computed anew.
+    The ROUGE-L recall of true answers that are mostly beyond ASCII is computed anew.
 
     Raises:
         InputError: no such log, not whole, or of another format; the message says where. Or
@@ -115,7 +116,7 @@ def _recalled(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
         truth, generated = values.get("answer"), values.get("generated")
         if not isinstance(truth, str) or not isinstance(generated, str) or not truth.strip():
             continue  # without the texts the log's value is all there is
-        if reference_words_suffice(truth, generated):
+        if reference_reads(truth):
             continue
         recall = recall or load_rouge_l_recall()
         item = sets[name][number]
@@ -125,7 +126,7 @@ def _recalled(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
         return log
     note = (
         f"{log.where}: the ROUGE-L recall of {changed} of {len(items)} items was computed anew "
-        "from their texts, of whose letters the log's own recall counted the ASCII ones only"
+        "from their texts: the log's own counted ASCII letters only, and most of theirs are not"
     )
     return TofuLog(log.where, sets, (note,))
 
