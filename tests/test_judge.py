@@ -208,7 +208,8 @@ def test_a_redirect_that_repeats_the_key_or_leads_nowhere_shows_none(serve):
         ask(server.url, key="secret")
     server = serve(lambda number, body: (302, {"Location": "http://other:secret/"}, ""))
     # httpx2 up to 2.8, at least, refuses the address itself.
-    with pytest.raises(InputError, match=r"sends on to http://other:\*\*\*/ |Invalid port: '\*\*\*'"):
+    refused = r"sends on to http://other:\*\*\*/ |Invalid port: '\*\*\*'"
+    with pytest.raises(InputError, match=refused):
         ask(server.url, key="secret")
     server = serve(lambda number, body: (302, {}, ""))
     with pytest.raises(InputError, match=r"refused the request: HTTP 302; check"):
