@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
 
 
 def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str:
-    broken = broken_file(folder, _PARTS[part]) if folder is not None else None
+    broken = broken_file(folder, _PARTS[part]) if folder is not None else _broken_gguf(Path(name))
     if broken is not None:
         return broken
     said = words(error)
@@ -150,6 +150,8 @@ def file_fault(path: Path) -> str | None:
         return "is empty; get a whole copy"
     if path.suffix == ".safetensors":
         return _safetensors_fault(path, size)
+    if path.suffix.lower() == ".gguf" and not start.startswith(b"GGUF"):
+        return "is not a GGUF file; get a whole copy"
     if path.suffix == ".json":
         return _json_fault(path)
     if path.suffix == ".jinja":
@@ -157,6 +159,23 @@ def file_fault(path: Path) -> str | None:
             path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             return f"is not text in UTF-8 ({error})"
+    return None
+
+
+def _broken_gguf(path: Path) -> str | None:
+    """What is wrong with a GGUF file that the package gguf cannot read either, or None.
+
+    That takes seconds, so a file is tried only where its loading failed.
+    """
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return None
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception:  # whatever comes of reading beyond the end
+        size = path.stat().st_size
+        return f"{path.name} is cut off after {size} bytes, or damaged; get a whole copy"
     return None
 
 
