@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kfade.errors import InputError
+from kfade.progress import no_bars
 
 CONFIG, TOKENIZER, WEIGHTS = "configuration", "tokenizer", "weights"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -65,20 +66,15 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No tables and no progress bars of transformers: what they tell is told in one line."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    level, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    gguf.tqdm = lambda tensors, **_: tensors  # heeds no setting
     try:
-        yield
+        with no_bars():
+            yield
     finally:
-        gguf.tqdm = gguf_bar
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str:
