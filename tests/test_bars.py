@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import io
 
+import torch
+import zoo
 from rich.console import Console
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 
+import kfade
+from kfade import progress
 from kfade.cli import bars, session
-from kfade.cli.bars import Lines
+from kfade.cli.bars import Bars, Lines
 
 
 class Watched(Lines):
@@ -90,6 +96,76 @@ def test_many_tasks_in_a_row_do_not_flood():
         lines.advance(task, 1)
         lines.stop(task)
     assert sum("after" in line for line in lines.said) <= 5
+
+
+def test_what_nobody_knows_the_length_of_is_told_in_seconds_and_bytes():
+    lines = Watched()
+    task = lines.start("loading tiny", None)
+    assert lines.after(10) == ["loading tiny: 10 s"]
+    lines.received(task, 300_000_000, 2_700_000_000)
+    assert lines.after(30) == ["loading tiny: 300.0 MB of 2.7 GB downloaded after 40 s"]
+    lines.received(task, 2_000, 0)
+    assert lines.after(30) == ["loading tiny: 2.0 kB downloaded after 1 min 10 s"]
+    lines.stop(task)
+    assert lines.said[-1] == "loading tiny: ended after 1 min 10 s"
+
+
+def test_bytes_stand_behind_a_bar():
+    screen = io.StringIO()
+    shown = Bars(Console(file=screen, force_terminal=True, width=200))
+    with shown:
+        task = shown.start("loading tiny", None)
+        shown.received(task, 300_000_000, 2_700_000_000)
+    assert "300.0 MB of 2.7 GB downloaded" in screen.getvalue()
+
+
+def test_a_load_tells_of_what_the_hub_sends(tmp_path, monkeypatch):
+    """The bars are made as the hub makes them: of one file, of several, of what is no byte."""
+    zoo.tiny("llama", torch.float32).save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    lines, seen = Watched(), []
+    read = AutoModelForCausalLM.from_pretrained
+
+    def slow(*arguments, tqdm_class, **more):
+        with tqdm_class(unit="B", total=100, initial=20, desc="model.safetensors") as bar:
+            bar.update(30)
+            seen.extend(lines.after(10))
+            bar.total += 400  # one more file
+            bar.update(10)
+            seen.extend(lines.after(30))
+        files = tqdm_class(desc="Fetching 3 files", total=3)
+        files.update(3)
+        network = tqdm_class(unit="B", total=9, bar_format="{desc}: {bar}| {n_fmt}B")
+        network.update(9)
+        seen.extend(lines.after(30))
+        return read(*arguments, tqdm_class=tqdm_class, **more)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", slow)
+    with progress.reporting(lines):
+        kfade.load_model(str(tmp_path), device="cpu")
+    assert seen == [
+        f"loading {tmp_path}: 50 bytes of 100 bytes downloaded after 10 s",
+        f"loading {tmp_path}: 60 bytes of 500 bytes downloaded after 40 s",
+        f"loading {tmp_path}: 60 bytes of 500 bytes downloaded after 1 min 10 s",
+    ]
+    assert lines.said[len(seen) :] == [f"loading {tmp_path}: ended after 1 min 10 s"]
+    lines.said.clear()
+    kfade.load_model(str(tmp_path), device="cpu")  # in a notebook
+    assert lines.said == []
+
+
+def test_bars_of_libraries_are_hidden_for_a_while():
+    class Theirs(tqdm):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **{**more, "disable": False})
+
+    for kind in (tqdm, Theirs):
+        screen = io.StringIO()
+        with progress.no_bars():
+            assert list(kind(range(3), file=screen)) == [0, 1, 2]
+            assert screen.getvalue() == ""
+        assert list(kind(range(3), file=screen)) == [0, 1, 2]
+        assert "3/3" in screen.getvalue()
 
 
 def test_lines_without_a_terminal_and_bars_on_one(monkeypatch):

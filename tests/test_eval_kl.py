@@ -347,7 +347,8 @@ def test_two_models_are_never_in_memory_together(desk, monkeypatch):
         seen.append(weakref.ref(subject.model))
         return subject
 
-    monkeypatch.setattr("kfade.cli.eval_kl.load_subject", watched)
+    for module in ("eval", "eval_kl"):
+        monkeypatch.setattr(f"kfade.cli.{module}.load_subject", watched)
     assert kl("--edited", "edited") == 0
     assert len(seen) == 2
 

@@ -187,6 +187,20 @@ def test_a_gguf_file_with_a_missing_tensor(tmp_path, monkeypatch):
     assert digest_weights(loaded) == digest_weights(model)
 
 
+@pytest.mark.parametrize("left", [10, 900, 0.5, -1])
+def test_a_gguf_file_that_is_cut_off(tmp_path, left):
+    """Within its first words, its settings, its tensors, and by one byte."""
+    path = tmp_path / "tiny.gguf"
+    zoo.write_gguf(zoo.tiny("llama", torch.float32), path)
+    whole = path.read_bytes()
+    kept = whole[: left if isinstance(left, int) else int(left * len(whole))]
+    path.write_bytes(kept)
+    said = f"tiny.gguf is cut off after {len(kept)} bytes, or damaged; get a whole copy"
+    assert refusal(path) == f"{path}: {said}"
+    path.write_bytes(b"a page of a web site")
+    assert refusal(path) == f"{path}: tiny.gguf is not a GGUF file; get a whole copy"
+
+
 # --- files that are not whole ----------------------------------------------------------------
 
 

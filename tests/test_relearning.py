@@ -354,7 +354,9 @@ def test_an_attack_from_files(files, tmp_path, capsys):
     assert last < rows[5]["values"]["forget_loss"]
 
 
-def test_an_interrupted_attack_goes_on_after_its_finished_kinds(files, tmp_path, monkeypatch):
+def test_an_interrupted_attack_goes_on_after_its_finished_kinds(
+    files, tmp_path, monkeypatch, capsys
+):
     import kfade.cli.attack as module
 
     assert main(command(files, tmp_path / "whole", *both(files))) == 0
@@ -371,6 +373,13 @@ def test_an_interrupted_attack_goes_on_after_its_finished_kinds(files, tmp_path,
     monkeypatch.setattr(module, "attack_model", tripped)
     assert main(command(files, out, *both(files))) == 130
     assert not out.exists()
+    path = Path(files["update"]) / "update.safetensors"
+    kept = path.read_bytes()
+    (-Update.load(path)).save(path)
+    capsys.readouterr()
+    assert main(command(files, out, *both(files), "--resume")) == 2
+    assert "interrupted: the weights with --update; restore" in capsys.readouterr().err
+    path.write_bytes(kept)
     assert main(command(files, out, *both(files), "--resume")) == 0
     assert len(calls) == 3
     resumed = read_log(out / "attack.jsonl")

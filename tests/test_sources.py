@@ -296,3 +296,20 @@ def test_a_revision_is_loaded_recorded_and_written(hub, tmp_path, revision, seed
     assert (tmp_path / "out" / "LICENSE").read_text() == ("older" if seed else "main")
     with pytest.raises(kfade.InputError, match="its configuration could not be loaded"):
         kfade.load_model("someone/tiny", device="cpu", revision="newer")
+
+
+@pytest.mark.parametrize("command", ["choice", "attack"])
+def test_what_judges_a_revision_records_it_and_its_commit(hub, tmp_path, command):
+    out, data = tmp_path / "out", tmp_path / "data.jsonl"
+    row = {"question": "a b", "choices": ["c", "d"], "answer": 0}
+    asked = ["eval", "choice", "someone/tiny", "--questions", str(data)]
+    if command == "attack":
+        row = {"text": "a b c d e"}
+        asked = ["attack", "someone/tiny", "--data", str(data), "--forget", str(data)]
+        asked += ["--steps", "1", "--at", "0", "--sequence-length", "8"]
+    data.write_text(json.dumps(row) + "\n")
+    assert main([*asked, "--revision", "older", "--device", "cpu", "--out", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["commit"] == "b" * 40
+    config = manifest["config"]
+    assert (config if command == "choice" else config["run"]["model"])["revision"] == "older"

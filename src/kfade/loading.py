@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kfade.errors import InputError
+from kfade.progress import no_bars
 
 CONFIG, TOKENIZER, WEIGHTS = "configuration", "tokenizer", "weights"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -65,24 +66,19 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No tables and no progress bars of transformers: what they tell is told in one line."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    level, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    gguf.tqdm = lambda tensors, **_: tensors  # heeds no setting
     try:
-        yield
+        with no_bars():
+            yield
     finally:
-        gguf.tqdm = gguf_bar
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str:
-    broken = broken_file(folder, _PARTS[part]) if folder is not None else None
+    broken = broken_file(folder, _PARTS[part]) if folder is not None else _broken_gguf(Path(name))
     if broken is not None:
         return broken
     said = words(error)
@@ -150,6 +146,8 @@ def file_fault(path: Path) -> str | None:
         return "is empty; get a whole copy"
     if path.suffix == ".safetensors":
         return _safetensors_fault(path, size)
+    if path.suffix.lower() == ".gguf" and not start.startswith(b"GGUF"):
+        return "is not a GGUF file; get a whole copy"
     if path.suffix == ".json":
         return _json_fault(path)
     if path.suffix == ".jinja":
@@ -157,6 +155,23 @@ def file_fault(path: Path) -> str | None:
             path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             return f"is not text in UTF-8 ({error})"
+    return None
+
+
+def _broken_gguf(path: Path) -> str | None:
+    """What is wrong with a GGUF file that the package gguf cannot read either, or None.
+
+    That takes seconds, so a file is tried only where its loading failed.
+    """
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return None
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception:  # whatever comes of reading beyond the end
+        size = path.stat().st_size
+        return f"{path.name} is cut off after {size} bytes, or damaged; get a whole copy"
     return None
 
 

@@ -29,6 +29,7 @@ from kfade.loading import (
     quiet,
     reading,
 )
+from kfade.progress import waiting
 from kfade.sources import Place, Resolved, Source, copy_companions, resolve
 from kfade.vocabulary import check_has_vocabulary, fit_vocabulary
 
@@ -61,26 +62,27 @@ def load_model(
             no tokenizer, or one with tokens that the model has no embedding for.
     """
     given = _dtype_of(dtype)
-    resolved = resolve(Source(name, revision, tokenizer))
-    place = resolved.weights
-    config = _read_config(name, place, trust_remote_code)
-    words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
-    gguf = "gguf_file" in place.options
-    wanted: Any = given or (torch.float32 if gguf else "auto")
-    model = _read_weights(name, place, config, wanted, trust_remote_code)
-    if gguf:
-        _forget_gguf(model)
-    if "gguf_file" in resolved.tokenizer.options:
-        _end_as_the_file(words, config)
-    if resolved.adapter is not None:
-        with reading(name, WEIGHTS, resolved.adapter.folder):
-            model = merge_adapter(name, model, resolved.adapter)
-    check_weights(name, model)
-    with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
-        rows = model.get_input_embeddings().weight.shape[0]
-        converted = "gguf_file" in resolved.tokenizer.options
-        fit_vocabulary(tokenizer or name, words, rows, converted=converted)
-    model.to(device or default_device())
+    with waiting(f"loading {name}") as download:
+        resolved = resolve(Source(name, revision, tokenizer))
+        place = resolved.weights
+        config = _read_config(name, place, trust_remote_code)
+        words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
+        gguf = "gguf_file" in place.options
+        wanted: Any = given or (torch.float32 if gguf else "auto")
+        model = _read_weights(name, place, config, wanted, trust_remote_code, download)
+        if gguf:
+            _forget_gguf(model)
+        if "gguf_file" in resolved.tokenizer.options:
+            _end_as_the_file(words, config)
+        if resolved.adapter is not None:
+            with reading(name, WEIGHTS, resolved.adapter.folder):
+                model = merge_adapter(name, model, resolved.adapter)
+        check_weights(name, model)
+        with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
+            rows = model.get_input_embeddings().weight.shape[0]
+            converted = "gguf_file" in resolved.tokenizer.options
+            fit_vocabulary(tokenizer or name, words, rows, converted=converted)
+        model.to(device or default_device())
     return model.eval(), words
 
 
@@ -114,7 +116,9 @@ def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _read_weights(name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+def _read_weights(
+    name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool, download: type
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     read: Any = AutoModelForCausalLM.from_pretrained
@@ -126,6 +130,7 @@ def _read_weights(name: str, place: Place, config: Any, dtype: Any, trust_remote
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused, with their shapes
+            tqdm_class=download,
             **place.options,
         )
         if place.folder is not None:

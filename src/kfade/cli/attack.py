@@ -189,19 +189,23 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
                 seed=run.seed,
             )
             base = examine(subject.model).values
+        with subject.edited() as edited:
+            edited_digest = digest_model(edited)
         sets = {**tokens, _FORGET: forget, _HELD_OUT: held_out}
         header = {
             "benchmark": "attack",
             "model": run.model.model,
             "update": asked["update"],
             "base_sha256": digest_model(subject.model),
+            "edited_sha256": edited_digest,
             "data_sha256": {name: digest_sequences(some) for name, some in sets.items()},
             "questions": asked["questions"],
             "sources": request.sources,
             "tuning": asdict(request.tuning),
             "at": request.at,
         }
-        folder.reads(inputs(header["base_sha256"], sets))
+        read = inputs(header["base_sha256"], sets)
+        folder.reads({**read, "the weights with --update": edited_digest})
         rows = _measure(request, subject, tokens, examine, folder, {**header, "base": base})
         folder.publish(ATTACK)
         metrics = {
@@ -210,8 +214,15 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             "seconds": {**clock.seconds, "total": clock.total},
             "peak_bytes": max(clock.peak_bytes.values()),
         }
-        manifest = {"kind": "attack", **header, "versions": versions(), "git_sha": git_sha()}
-        folder.finish({**manifest, "config": asked}, metrics)
+        manifest = {
+            "kind": "attack",
+            **header,
+            **subject.provenance,
+            "versions": versions(),
+            "git_sha": git_sha(),
+            "config": asked,
+        }
+        folder.finish(manifest, metrics)
     return {"out": str(out), "measurements": rows, **metrics}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     Progress,
@@ -32,7 +33,7 @@ class Bars:
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[word]}"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             transient=True,
@@ -45,13 +46,17 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def start(self, name: str, total: float) -> int:
-        """A bar appears."""
-        return self._progress.add_task(name, total=total)
+    def start(self, name: str, total: float | None) -> int:
+        """A bar appears; it swings to and fro where nobody knows how much there is to do."""
+        return self._progress.add_task(name, total=total, word="" if total is None else "left")
 
     def advance(self, task: int, amount: float) -> None:
         """It grows."""
         self._progress.advance(TaskID(task), amount)
+
+    def received(self, task: int, done: int, total: int) -> None:
+        """Bytes stand where the time that is left would."""
+        self._progress.update(TaskID(task), word=_received(done, total))
 
     def stop(self, task: int) -> None:
         """It goes away."""
@@ -61,14 +66,31 @@ class Bars:
 @dataclass
 class _Task:
     name: str
-    total: float
+    total: float | None
     begun: float
     done: float = 0.0
+    received: str = ""
 
     @property
     def share(self) -> float:
         """How much of it is done, 0 to 1."""
         return min(self.done / self.total, 1.0) if self.total else 0.0
+
+    def after(self, seconds: float) -> str:
+        """How far it is."""
+        time = _duration(seconds)
+        if self.total is None:
+            return f"{self.name}: " + (f"{self.received} after " if self.received else "") + time
+        left = f", about {_duration(seconds / self.share - seconds)} left" if self.share else ""
+        return f"{self.name}: {100 * self.share:.0f} % after {time}{left}"
+
+    def end(self, seconds: float) -> str:
+        """That it is over."""
+        if self.total is None:
+            return f"{self.name}: ended after {_duration(seconds)}"
+        whole = self.done >= self.total * (1 - 1e-9)  # sums of shares are rounded
+        end = "done in" if whole else f"ended at {100 * self.share:.0f} % after"
+        return f"{self.name}: {end} {_duration(seconds)}"
 
 
 class Lines:
@@ -100,7 +122,7 @@ class Lines:
         self._over.set()
         self._thread.join()
 
-    def start(self, name: str, total: float) -> int:
+    def start(self, name: str, total: float | None) -> int:
         """A task begins."""
         with self._lock:
             self._started += 1
@@ -112,15 +134,18 @@ class Lines:
         with self._lock:
             self._tasks[task].done += amount
 
+    def received(self, task: int, done: int, total: int) -> None:
+        """So many bytes of a download have come."""
+        with self._lock:
+            self._tasks[task].received = _received(done, total)
+
     def stop(self, task: int) -> None:
         """It is over, or was cut short; said if it took long and is no part of another."""
         with self._lock:
             own = self._tasks.pop(task)
             seconds = self._clock() - own.begun
             if seconds >= PATIENCE and not self._tasks:
-                whole = own.done >= own.total * (1 - 1e-9)  # sums of shares are rounded
-                end = "done in" if whole else f"ended at {100 * own.share:.0f} % after"
-                self._say(f"{own.name}: {end} {_duration(seconds)}")
+                self._say(own.end(seconds))
 
     def tick(self) -> None:
         """Tell of the outermost task, if it is time to."""
@@ -133,14 +158,16 @@ class Lines:
             ):
                 return
             self._last = now
-            seconds = now - outermost.begun
-            share = outermost.share
-            left = f", about {_duration(seconds / share - seconds)} left" if share else ""
-            self._say(f"{outermost.name}: {100 * share:.0f} % after {_duration(seconds)}{left}")
+            self._say(outermost.after(now - outermost.begun))
 
     def _watch(self) -> None:
         while not self._over.wait(TICK):
             self.tick()
+
+
+def _received(done: int, total: int) -> str:
+    known = f"{decimal(done)} of {decimal(total)}" if total else decimal(done)
+    return f"{known} downloaded"
 
 
 def _duration(seconds: float) -> str:

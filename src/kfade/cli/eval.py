@@ -21,8 +21,9 @@ from kfade.cli.unlearn import git_sha
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
 from kfade.layers import digest_weights
-from kfade.models import load_model
+from kfade.models import load_model, provenance
 from kfade.run_dir import RunDir
+from kfade.sources import Source
 from kfade.stages import Clock, stage
 from kfade.unlearn import versions
 from kfade.update import Update
@@ -51,6 +52,8 @@ class Subject:
     tokenizer: Any
     update: Update
     rounding: Rounding | None
+    provenance: dict[str, Any]
+    """Where the model came from: what :func:`kfade.models.provenance` tells."""
 
     @contextlib.contextmanager
     def edited(self) -> Iterator[nn.Module]:
@@ -90,7 +93,8 @@ def load_subject(
             base = change.compare_base(model)  # raises where shapes or names differ
             for note in notes_on_base(change, base, "judged", revision, tokenizer):
                 console.print(note)
-    return Subject(name, model, words, change, rounding)
+    origin = provenance(Source(name, revision, tokenizer))
+    return Subject(name, model, words, change, rounding, origin)
 
 
 def digest_model(model: nn.Module) -> str:
@@ -109,6 +113,13 @@ class Evaluation:
         self.result: dict[str, Any] = {}
         """What is printed, once the evaluation is whole."""
         self._benchmark, self._settings, self._clock = benchmark, dict(settings), clock
+        self._provenance: dict[str, Any] = {}
+
+    def load(self, name: str, **options: Any) -> Subject:
+        """:func:`load_subject`, of the model whose origin the manifest tells."""
+        subject = load_subject(name, **options)
+        self._provenance = subject.provenance
+        return subject
 
     @contextlib.contextmanager
     def items(self, **decides: Any) -> Iterator[ItemLog]:
@@ -140,6 +151,7 @@ class Evaluation:
         about = {
             "kind": "eval",
             "benchmark": self._benchmark,
+            **self._provenance,
             **manifest,
             "versions": versions(),
             "git_sha": git_sha(),

@@ -15,7 +15,6 @@ from kfade.cli.eval import (
     digest_model,
     evaluation,
     interval,
-    load_subject,
     settings_of,
 )
 from kfade.cli.session import show
@@ -97,7 +96,7 @@ def choice(
     if tasks:
         check_installed()
     with evaluation("choice", out, resume, settings) as run:
-        subject = load_subject(
+        subject = run.load(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip

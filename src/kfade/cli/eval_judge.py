@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.eval import digest_model, evaluation, load_subject, settings_of
+from kfade.cli.eval import digest_model, evaluation, settings_of
 from kfade.cli.session import console, show
 from kfade.cli.template import rendering_of
 from kfade.errors import InputError
@@ -130,7 +130,7 @@ def mt_bench(
     }
     asked = read_bench(questions, references)[:limit]
     with evaluation("mt-bench", out, resume, settings) as run:
-        subject = load_subject(
+        subject = run.load(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip

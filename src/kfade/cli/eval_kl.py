@@ -128,7 +128,7 @@ def kl(
     }
     with evaluation("kl", out, resume, settings) as run:
         rounding = None if edited else quantise
-        base = load_subject(model, update=update, quantise=rounding, revision=revision, **where)
+        base = run.load(model, update=update, quantise=rounding, revision=revision, **where)
         if edited:
             theirs = load_tokenizer(
                 edited, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer

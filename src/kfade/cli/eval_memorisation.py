@@ -15,7 +15,6 @@ from kfade.cli.eval import (
     digest_model,
     evaluation,
     interval,
-    load_subject,
     settings_of,
 )
 from kfade.cli.session import show
@@ -108,7 +107,7 @@ def memorisation(
     examples = {name: load_examples(source)[:limit] for name, source in sources.items()}
     retain = _read_retain(retain_log)
     with evaluation("memorisation", out, resume, settings) as run:
-        subject = load_subject(
+        subject = run.load(
             model, update=update, quantise=quantise, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.eval import digest_model, evaluation, load_subject, settings_of
+from kfade.cli.eval import digest_model, evaluation, settings_of
 from kfade.cli.session import show
 from kfade.evaluate.quantisation import overall, survival
 from kfade.stages import stage
@@ -40,7 +40,7 @@ def quantisation(
     """
     settings = settings_of(locals())
     with evaluation("quantisation", out, resume, settings) as run:
-        subject = load_subject(
+        subject = run.load(
             model, update=update, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
         )  # fmt: skip

@@ -176,7 +176,7 @@ def tofu(
         "legacy": tofu_legacy,
     }
     with evaluation("tofu", out, resume, settings) as run:
-        subject = load_subject(model, update=update, quantise=quantise, revision=revision, **where)
+        subject = run.load(model, update=update, quantise=quantise, revision=revision, **where)
         about = _about(subject, questions, template)
         with run.items(**about) as log:
             _measure(subject, questions, log, how)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kfade.errors import InputError
+from kfade.errors import InputError, first_line
 from kfade.evaluate.generation import shares_batches
+from kfade.lengths import length_class
 from kfade.models import frozen
+from kfade.progress import counted, no_bars, waiting
 
 
 def check_installed() -> None:
@@ -41,31 +44,32 @@ def run_tasks(
     """
     check_installed()
     from lm_eval import simple_evaluate  # an optional extra, and slow to import
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
-    try:
-        manager.load(list(tasks))
-    except Exception as error:  # whatever its registry, datasets and their back ends raise
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(
-            f"--tasks {','.join(tasks)}: could not be loaded ({reason}); check the names with "
-            "lm-eval ls tasks, and that their data are there or the hub can be reached"
-        ) from None
-    if not shares_batches(model, tokenizer):
-        batch_size = 1
-    with frozen(model):
-        found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+    with no_bars():
+        try:
+            with waiting("loading tasks"):
+                manager.load(list(tasks))
+        except Exception as error:  # whatever its registry, datasets and their back ends raise
+            raise InputError(
+                f"--tasks {','.join(tasks)}: could not be loaded ({first_line(error)}); check the "
+                "names with lm-eval ls tasks, and that their data are there or the hub can be "
+                "reached"
+            ) from None
+        if not shares_batches(model, tokenizer):
+            batch_size = 1
+        with frozen(model):
+            found = simple_evaluate(
+                _language_model(model, tokenizer, batch_size),
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     assert found is not None  # None on ranks other than the first
     items = {}
     for task, samples in found["samples"].items():
@@ -75,6 +79,58 @@ def run_tasks(
             items[name if sample["filter"] == "none" else f"{name} {sample['filter']}"] = values
     figures = {task: _figures(values) for task, values in found["results"].items()}
     return items, figures
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """The model as lm-eval calls it: with progress, and right where rotary frequencies change."""
+    from lm_eval.models.huggingface import HFLM
+
+    group = length_class(model)
+
+    def told(kind: str) -> Callable[..., Any]:
+        """All requests of one kind come in one call."""
+
+        def answer(self: Any, requests: Sequence[Any], *more: Any, **named: Any) -> Any:
+            with counted(f"lm-eval's {kind}", len(requests)) as advance:
+                self.cache_hook = _Counter(advance)
+                return getattr(HFLM, kind)(self, requests, *more, **named)
+
+        return answer
+
+    class Told(HFLM):
+        loglikelihood = told("loglikelihood")
+        loglikelihood_rolling = told("loglikelihood_rolling")
+        generate_until = told("generate_until")
+
+        def _model_generate(self, context: Any, max_length: int, *more: Any, **named: Any) -> Any:
+            new = max_length - context.shape[1]
+            crossed = group.steps(context.shape[1], new) < new
+            with _reading_anew(model) if crossed else contextlib.nullcontext():
+                return super()._model_generate(context, max_length, *more, **named)
+
+    return Told(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+class _Counter:
+    """Stands where lm-eval would keep answers, and hears of each."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        self._advance = advance
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """One request is answered."""
+        self._advance(1)
+
+
+@contextlib.contextmanager
+def _reading_anew(model: Any) -> Iterator[None]:
+    """Each new token from the whole text: what is cached has the frequencies of a shorter one."""
+    own = model.generate
+    model.generate = lambda **named: own(**{**named, "use_cache": False})
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 def _figures(values: dict[str, Any]) -> dict[str, dict[str, float]]:
