@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, nn
 
 import kfade
-from kfade.batches import Batch, make_batches
 from kfade.curvature.fit import fit_kfac
+from kfade.data.batches import Batch, make_batches
 from kfade.demo.data import data_file
 from kfade.demo.run import demo_model
-from kfade.head import Head, read_head
-from kfade.measure import Reference, hidden_reference, mean_divergence, rounding_changes
-from kfade.models import load_model
-from kfade.stages import Clock, timing
-from kfade.update import Update
+from kfade.method.measure import Reference, hidden_reference, mean_divergence, rounding_changes
+from kfade.method.update import Update
+from kfade.models.head import Head, read_head
+from kfade.models.load import load_model
+from kfade.runtime.stages import Clock, timing
 
 RESULT = Path(__file__).parent / "results" / "bf16_floor.json"
 AIMS = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -106,7 +106,7 @@ def small_changes(full: nn.Module, low: nn.Module, batches: Sequence[Batch]) -> 
 def floors(full: nn.Module, low: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
     """KL of changes that are no changes but for rounding."""
     base, low_base = (hidden_reference(m, batches, "base") for m in (full, low))
-    names = kfade.layers.parameter_names(kfade.find_targets(full))
+    names = kfade.models.layers.parameter_names(kfade.find_targets(full))
     every = rounding_changes(low, names)
     one = {name: torch.zeros_like(change) for name, change in every.items()}
     first = one[names[0]]

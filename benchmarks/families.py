@@ -34,12 +34,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
-from kfade.layers import choose_targets
-from kfade.models import frozen
-from kfade.sequences import Sequence as Tokens
-from kfade.unlearn import unlearn, versions
+from kfade.method.unlearn import unlearn, versions
+from kfade.models.layers import choose_targets
+from kfade.models.load import frozen
 
 ROOT = Path(__file__).parent
 RESULT, PAGE = ROOT / "results" / "families.json", ROOT.parent / "docs" / "models.md"
@@ -239,11 +239,11 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def sequences(count: int, seed: int, length: int = 12) -> list[Tokens]:
+def sequences(count: int, seed: int, length: int = 12) -> list[TokenSequence]:
     """Random tokens, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
-    return [Tokens(tuple(row), (False, *[True] * (length - 1))) for row in tokens]
+    return [TokenSequence(tuple(row), (False, *[True] * (length - 1))) for row in tokens]
 
 
 class Ends:
@@ -314,7 +314,7 @@ def has_experts(model: Any) -> bool:
     return any(part in name for name in names for part in ("expert", "moe", "router"))
 
 
-def data() -> dict[str, list[Tokens]]:
+def data() -> dict[str, list[TokenSequence]]:
     return {"forget": sequences(3, 1), "retain": sequences(8, 2), "held_out": sequences(4, 3)}
 
 

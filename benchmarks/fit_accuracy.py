@@ -29,16 +29,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfade
-from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
-from kfade.gauge import Gauge, parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.models import load_model
-from kfade.objectives import margin
-from kfade.sequences import Sequence
-from kfade.step import StepSize, choose_alpha, gauss_newton_step
-from kfade.update import Update
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.objectives import margin
+from kfade.method.step import StepSize, choose_alpha, gauss_newton_step
+from kfade.method.update import Update
+from kfade.models.load import load_model
 
 RESULT = Path(__file__).parent / "results" / "fit_accuracy.json"
 LAYERS, DAMPING, KL = "24-29", 0.1, 0.01
@@ -109,7 +109,8 @@ def main() -> None:
     ids = tokenizer(given.text.read_text(encoding="utf-8")[: 16 * length * count]).input_ids
     scored = (False,) + (True,) * (length - 1)
     packed = [
-        Sequence(tuple(ids[i : i + length]), scored) for i in range(0, (count + 4) * length, length)
+        TokenSequence(tuple(ids[i : i + length]), scored)
+        for i in range(0, (count + 4) * length, length)
     ]
     fitted, held_out = make_batches(packed[:count], budget=1024), packed[count:]
     forget = kfade.encode(kfade.load_examples(str(given.forget)), tokenizer, chat=False)[:48]

@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
-from kfade.batches import make_batches
-from kfade.sequences import Sequence
-from kfade.stages import Clock, timing
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.runtime.stages import Clock, timing
 
 HERE = Path(__file__).parent
 RESULT, PLOT = HERE / "results" / "fit_growth.json", HERE.parent / "docs/images/fit_growth.svg"
@@ -66,12 +66,14 @@ def llama(blocks: int, width: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def batches(sequences: int) -> list[kfade.batches.Batch]:
+def batches(sequences: int) -> list[kfade.data.batches.Batch]:
     """Sequences of random tokens, one a batch."""
     generator = torch.Generator().manual_seed(0)
     tokens_ST = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
     scored = (False,) + (True,) * (LENGTH - 1)
-    return make_batches([Sequence(tuple(row), scored) for row in tokens_ST.tolist()], budget=LENGTH)
+    return make_batches(
+        [TokenSequence(tuple(row), scored) for row in tokens_ST.tolist()], budget=LENGTH
+    )
 
 
 def measured(sequences: int, blocks: int, width: int) -> dict[str, Any]:

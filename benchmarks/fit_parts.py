@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import kfade
-from kfade.batches import make_batches
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import sampled_labels, square_root_draw, token_keys
 from kfade.curvature.factors import CovarianceSum, add_sequence_squares
 from kfade.curvature.fit import pseudo_gradients
-from kfade.head import hidden_states, read_head
-from kfade.models import frozen, load_model
-from kfade.sequences import Sequence
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.models.head import hidden_states, read_head
+from kfade.models.load import frozen, load_model
 
 RESULT = Path(__file__).parent / "results" / "fit_parts.json"
 WIDTHS = (576, 1536)
@@ -54,7 +54,7 @@ def main() -> None:
     model, tokenizer = load_model(str(given.model), dtype="float32", device="cpu")
     ids = tokenizer(given.text.read_text(encoding="utf-8")[:40000]).input_ids[: 4 * 512]
     scored = (False,) + (True,) * 511
-    sequences = [Sequence(tuple(ids[i : i + 512]), scored) for i in range(0, len(ids), 512)]
+    sequences = [TokenSequence(tuple(ids[i : i + 512]), scored) for i in range(0, len(ids), 512)]
     parts: list[dict[str, Any]] = []
 
     def compare(name: str, without: Callable[[], object], with_: Callable[[], object]) -> None:

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kfade.data.rows import read_rows
 from kfade.errors import InputError
-from kfade.models import load_tokenizer
-from kfade.rows import read_rows
+from kfade.models.load import load_tokenizer
 
 
 def take_sequences(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import random_sequences, tiny_llama
 
-from kfade.batches import Batch, make_batches
-from kfade.layers import Target, find_targets
-from kfade.sequences import Sequence
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.models.layers import Target, find_targets
 
 torch.set_num_threads(1)
 
@@ -24,7 +24,7 @@ def targets(model) -> list[Target]:
 
 
 @pytest.fixture
-def sequences() -> list[Sequence]:
+def sequences() -> list[TokenSequence]:
     return random_sequences(8)
 
 

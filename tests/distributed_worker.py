@@ -19,7 +19,6 @@ from helpers import random_sequences, tiny_llama
 
 import kfade
 from kfade import (
-    distributed,
     find_targets,
     fit_diagonal,
     fit_ekfac,
@@ -33,10 +32,11 @@ from kfade.curvature.groups import group_bytes
 from kfade.curvature.passes import run_pass
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
-from kfade.gradient import forget_gradient
-from kfade.head import read_head
-from kfade.layers import decoder_blocks, digest_weights
-from kfade.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
+from kfade.method.gradient import forget_gradient
+from kfade.method.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
+from kfade.models.head import read_head
+from kfade.models.layers import decoder_blocks, digest_weights
+from kfade.runtime import distributed
 
 RETAIN = random_sequences(27)
 FORGET = random_sequences(5, seed=2)
@@ -96,10 +96,10 @@ def brought_rows() -> dict:
     last = distributed.count() - 1
     return {
         "counts": counts,
-        "lists": distributed.lists([rank, 7]),
-        "rows": distributed.rows_to(last, rows, counts),
-        "anything": distributed.anything_from(last, rows if rank == last else None, "cpu"),
-        "nothing": distributed.anything_from(last, None, "cpu"),
+        "lists": distributed.all_gather_lists([rank, 7]),
+        "rows": distributed.gather_rows(last, rows, counts),
+        "anything": distributed.broadcast_optional(last, rows if rank == last else None, "cpu"),
+        "nothing": distributed.broadcast_optional(last, None, "cpu"),
     }
 
 
@@ -109,7 +109,9 @@ def compute(folder: Path, sharded: bool) -> dict:
     if sharded:
         distributed.shard(decoder_blocks(model)[1])
     targets = find_targets(model)
-    before = {name: distributed.whole(p.detach()).clone() for name, p in model.named_parameters()}
+    before = {
+        name: distributed.gather_full(p.detach()).clone() for name, p in model.named_parameters()
+    }
     batches = batches_of(RETAIN)
     found: dict = {"batches": len(batches), "digest": digest_weights(model, before)}
     for name, fit in FITS.items():
@@ -121,7 +123,7 @@ def compute(folder: Path, sharded: bool) -> dict:
     kept = folder / f"kept-{sharded}"
     if distributed.rank() == 0:
         kept.mkdir()
-    distributed.wait()
+    distributed.barrier()
     options = {"memory": group_bytes(targets[:2], "ekfac"), "store": Store(kept)}
     stored = fit_ekfac(model, batches, targets, **options)
     found["G, stored in groups"], found["order"] = tensors_of(stored), list(stored.blocks)
@@ -152,13 +154,13 @@ def compute(folder: Path, sharded: bool) -> dict:
     found["divergence"] = mean_divergence(read_head(model), base, after)
     found["lost"] = update.lost_fraction(model)
     found["weights kept"] = all(
-        torch.equal(distributed.whole(p.detach()), before[name])
+        torch.equal(distributed.gather_full(p.detach()), before[name])
         for name, p in model.named_parameters()
     )
     found["numbers held"] = sum(t.weight.to_local().numel() if sharded else t.weight.numel()
                                 for t in targets)  # fmt: skip
     update.apply(model)
-    found["edited"] = {n: distributed.whole(p.detach()) for n, p in model.named_parameters()}
+    found["edited"] = {n: distributed.gather_full(p.detach()) for n, p in model.named_parameters()}
     return found
 
 
@@ -172,7 +174,7 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     kept = folder / f"interrupted-{sharded}-{lost}"
     if distributed.rank() == 0:
         kept.mkdir()
-    distributed.wait()
+    distributed.barrier()
     fit = functools.partial(fit_ekfac, model, batches, targets, store=Store(kept, seconds=0.0))
     # A sharded model's processes run in step, so all of them stop in the same pass.
     first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
@@ -181,7 +183,7 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     if lost and distributed.rank() == 1:  # as if it had been slower in writing
         for path in kept.glob("sums-*-001.safetensors"):
             path.unlink()
-    distributed.wait()
+    distributed.barrier()
     rest = Counted()
     resumed, whole = fit(draw=rest), fit_ekfac(model, batches, targets)
     return {

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kfade.batches import Batch
-from kfade.head import read_head
-from kfade.measure import hidden_reference, mean_divergence
-from kfade.sequences import Sequence
-from kfade.update import Update
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence
+from kfade.method.measure import hidden_reference, mean_divergence
+from kfade.method.update import Update
+from kfade.models.head import read_head
 
 VOCABULARY = 17
 
@@ -64,7 +64,7 @@ def random_sequences(
     shortest: int = 3,
     longest: int = 9,
     one_loss_token: bool = False,
-) -> list[Sequence]:
+) -> list[TokenSequence]:
     """Random tokens of varied lengths.
 
     The first third of each is a prompt that is not scored, and every other sequence has an unscored
@@ -77,7 +77,7 @@ def random_sequences(
         tokens = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
         first = length - 1 if one_loss_token else max(1, length // 3)
         last = length - 2 if index % 2 and length - 2 >= first else length - 1
-        made.append(Sequence(tuple(tokens), tuple(first <= t <= last for t in range(length))))
+        made.append(TokenSequence(tuple(tokens), tuple(first <= t <= last for t in range(length))))
     return made
 
 
@@ -86,7 +86,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def measured_kl(model: nn.Module, batches: SequenceOf[Batch], update: Update) -> float:
+def measured_kl(model: nn.Module, batches: Sequence[Batch], update: Update) -> float:
     """Mean KL(model ‖ model with ``update``) per loss token, as kfade measures it."""
     before = hidden_reference(model, batches, "before")
     with update.applied_to(model):
@@ -164,9 +164,7 @@ class Tripwire(nn.Module):
             raise RuntimeError("tripped in backward")
 
 
-def greedy(
-    model: nn.Module, prompt: SequenceOf[int], ends: SequenceOf[int], count: int
-) -> list[int]:
+def greedy(model: nn.Module, prompt: Sequence[int], ends: Sequence[int], count: int) -> list[int]:
     """One sequence, no padding, no cache: the plainest loop; an end token is kept."""
     tokens = list(prompt)
     for _ in range(count):

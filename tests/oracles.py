@@ -6,7 +6,7 @@ its logits, and weight gradients come from autograd. Only the random numbers are
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from decimal import Decimal, localcontext
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.draws import Draw, token_keys
-from kfade.layers import Target
-from kfade.sequences import Sequence
+from kfade.data.sequences import TokenSequence
+from kfade.models.layers import Target
 
 
 def fisher(p_V: Tensor) -> Tensor:
@@ -23,17 +23,17 @@ def fisher(p_V: Tensor) -> Tensor:
     return torch.diag(p_V) - torch.outer(p_V, p_V)
 
 
-def loss_positions(sequence: Sequence) -> list[int]:
+def loss_positions(sequence: TokenSequence) -> list[int]:
     """Positions whose next token is scored."""
     return [t for t in range(len(sequence.tokens) - 1) if sequence.scored[t + 1]]
 
 
-def sequence_logits(model: nn.Module, sequence: Sequence) -> Tensor:
+def sequence_logits(model: nn.Module, sequence: TokenSequence) -> Tensor:
     """Logits [T, V] of one sequence by itself, with a graph."""
     return model(input_ids=torch.tensor([sequence.tokens]), use_cache=False).logits[0]
 
 
-def mean_objective(model: nn.Module, sequences: SequenceOf[Sequence], objective) -> Tensor:
+def mean_objective(model: nn.Module, sequences: Sequence[TokenSequence], objective) -> Tensor:
     """Mean of an objective per loss token, with a graph."""
     values = []
     for sequence in sequences:
@@ -44,7 +44,7 @@ def mean_objective(model: nn.Module, sequences: SequenceOf[Sequence], objective)
 
 
 def pseudo_log_likelihood(
-    logits_TV: Tensor, sequence: Sequence, index: int, draw: Draw, seed: int, stream: int
+    logits_TV: Tensor, sequence: TokenSequence, index: int, draw: Draw, seed: int, stream: int
 ) -> Tensor:
     """Σ_t u_t · z_t over loss positions: its gradient is that of the summed pseudo-likelihood."""
     total = logits_TV.new_zeros(())
@@ -55,7 +55,7 @@ def pseudo_log_likelihood(
     return total
 
 
-def weight_gradients(scalar: Tensor, model: nn.Module, targets: SequenceOf[Target]):
+def weight_gradients(scalar: Tensor, model: nn.Module, targets: Sequence[Target]):
     """Gradient of ``scalar`` for each target, [O, I]."""
     parameters = dict(model.named_parameters())
     names = [n for t in targets for n in (t.name, t.bias) if n is not None]
@@ -66,8 +66,8 @@ def weight_gradients(scalar: Tensor, model: nn.Module, targets: SequenceOf[Targe
 
 def pseudo_gradients_of(
     model: nn.Module,
-    sequences: SequenceOf[Sequence],
-    targets: SequenceOf[Target],
+    sequences: Sequence[TokenSequence],
+    targets: Sequence[Target],
     draw: Draw,
     seed: int,
     stream: int,
@@ -82,7 +82,7 @@ def pseudo_gradients_of(
 
 
 def eigenvalues(
-    gradients: SequenceOf[dict[str, Tensor]], loss_tokens: int, name: str, block: EigenBlock
+    gradients: Sequence[dict[str, Tensor]], loss_tokens: int, name: str, block: EigenBlock
 ) -> Tensor:
     """Λ = (1/N) Σ_sequences (Q_Oᵀ ∇W Q_I)∘² in the bases of ``block``."""
     total = torch.zeros_like(gradients[0][name])
@@ -94,7 +94,7 @@ def eigenvalues(
 
 def kronecker_factors(
     model: nn.Module,
-    sequences: SequenceOf[Sequence],
+    sequences: Sequence[TokenSequence],
     target: Target,
     draw: Draw,
     seed: int,

@@ -172,7 +172,7 @@ if AVAILABLE:
         import kfade.cli.sweep_run
         import kfade.curvature.store
         import kfade.evaluate.divergence
-        import kfade.models
+        import kfade.models.load
 
         with pytest.MonkeyPatch.context() as patch, ByWayOfTheCPU():
             for module in (kfade.models, kfade.cli.session):

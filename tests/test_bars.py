@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 import kfade
-from kfade import progress
 from kfade.cli import bars, session
 from kfade.cli.bars import Bars, Lines
+from kfade.runtime import progress
 
 
 class Watched(Lines):

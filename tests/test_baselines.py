@@ -10,7 +10,7 @@ import zoo
 from helpers import Snapshot, random_sequences, relative_error, tiny_llama
 from torch.nn.functional import cosine_similarity
 
-import kfade.head
+import kfade.models.head
 from kfade.baselines import losses, methods, rmu
 from kfade.baselines.elm import (
     Guidance,
@@ -21,16 +21,16 @@ from kfade.baselines.elm import (
 )
 from kfade.baselines.losses import Net
 from kfade.baselines.sophia import TOKENS, Sophia
-from kfade.batches import make_batches
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.head import hidden_states, read_head
-from kfade.sequences import Sequence
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.models.head import hidden_states, read_head
 
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(kfade.head, "CHUNK", 4)  # so that several make up a batch
+    monkeypatch.setattr(kfade.models.head, "CHUNK", 4)  # so that several make up a batch
 
 
 def net_of(model) -> Net:
@@ -47,13 +47,13 @@ def moved(model, size: float = 0.05, seed: int = 1):
     return model
 
 
-def log_probabilities(model, sequence: Sequence) -> torch.Tensor:
+def log_probabilities(model, sequence: TokenSequence) -> torch.Tensor:
     """log p of each token given those before it at every position, from the model's own logits."""
     logits_TV = model(input_ids=torch.tensor([sequence.tokens])).logits[0]
     return logits_TV[:-1].log_softmax(dim=-1)
 
 
-def slow_nll(model, sequence: Sequence) -> torch.Tensor:
+def slow_nll(model, sequence: TokenSequence) -> torch.Tensor:
     """Summed over the scored tokens, one by one."""
     log_p = log_probabilities(model, sequence)
     return sum(
@@ -272,7 +272,7 @@ def guidance(**other) -> Guidance:
 
 @pytest.mark.parametrize("first", [1, 11])  # with a BOS of its own, and without
 def test_erasure_target_is_steered_away_from_the_expert(model, first):
-    sequence = Sequence((first, 4, 9, 12, 7), (False, False, True, True, True))
+    sequence = TokenSequence((first, 4, 9, 12, 7), (False, False, True, True, True))
     steering = guidance()
     p_NK, index_NK = steered_target(net_of(model), sequence, steering)
 
@@ -331,7 +331,7 @@ def test_erasure_and_fluency_terms_against_loops(model, sequences):
         assert whole[kept : kept + 2] == [9, 10]
         flags = tuple(t >= kept for t in range(len(whole)))
         assert sum(flags) == scored
-        slow = slow + slow_nll(model, Sequence(tuple(whole), flags))
+        slow = slow + slow_nll(model, TokenSequence(tuple(whole), flags))
         tokens += sum(flags)
     both_agree(fluency, model, sequences, slow / tokens, rows)
 
@@ -397,13 +397,13 @@ def test_sophia_against_a_hand_written_loop():
 
 def test_updates_of_the_head_are_measured_by_two_heads(tmp_path):
     # kfade eval kl: the base model's outputs are read by the base model's head.
-    from kfade.cli.eval import Subject
+    from kfade.cli.eval import Judged
     from kfade.cli.eval_kl import _in_memory
     from kfade.evaluate.divergence import divergences, grouped
 
     model, sequences = tiny_llama(), random_sequences(5)
     update = Update({"lm_head.weight": torch.randn(17, 8, dtype=torch.float64) * 0.3})
-    subject = Subject("model", model, None, update, None)
+    subject = Judged("model", model, None, update, None)
     groups, found = grouped(make_batches(sequences, budget=20)), {}
     divergences(groups, _in_memory(subject, groups), subject.edited, found.__setitem__)
     edited = tiny_llama()

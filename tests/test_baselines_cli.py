@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from kfade.cli import baseline as command
 from kfade.cli import main
-from kfade.run_dir import RunDir
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.runtime.run_dir import RunDir
 
 FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
 RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]

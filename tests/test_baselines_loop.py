@@ -16,12 +16,12 @@ from kfade.baselines.elm import Guidance
 from kfade.baselines.loop import Settings, rate, steps_per_epoch, train
 from kfade.baselines.references import References
 from kfade.baselines.sophia import Sophia
-from kfade.baselines.weights import Dense, Lora
-from kfade.batches import make_batches
+from kfade.baselines.weights import Dense, LowRank
+from kfade.data.batches import make_batches
 from kfade.errors import InputError
-from kfade.head import read_head
-from kfade.layers import digest_weights, find_targets
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.models.head import read_head
+from kfade.models.layers import digest_weights, find_targets
 
 FORGET = random_sequences(7, seed=1)
 RETAIN = random_sequences(9, seed=2)
@@ -53,9 +53,9 @@ def dense(model, names=None) -> Dense:
     return Dense(model, names or [name for name, _ in model.named_parameters()])
 
 
-def lora(model, dropout: float = 0.05) -> Lora:
+def lora(model, dropout: float = 0.05) -> LowRank:
     targets = methods.block_targets(model, None)
-    return Lora(model, targets, rank=3, alpha=6, dropout=dropout, seed=0)
+    return LowRank(model, targets, rank=3, alpha=6, dropout=dropout, seed=0)
 
 
 def settings(**other) -> Settings:
@@ -336,7 +336,7 @@ def test_low_rank_changes_equal_pefts():
     peft = pytest.importorskip("peft")
     model, wrapped = tiny_llama(torch.float32), tiny_llama(torch.float32)
     target = find_targets(model, pattern="model.layers.1.mlp.down_proj.weight")
-    change = Lora(model, target, rank=3, alpha=6, dropout=0.0, seed=0)
+    change = LowRank(model, target, rank=3, alpha=6, dropout=0.0, seed=0)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=r".*layers\.1\.mlp\.down_proj")
     theirs = peft.get_peft_model(wrapped, config)
     a, b = change.tensors.values()

@@ -23,7 +23,7 @@ from kfade import find_targets, fit_ekfac, fit_kfac, make_batches, margin, squar
 from kfade.curvature.factors import PANEL, CovarianceSum, sum_dtype
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM, pseudo_gradients
 from kfade.curvature.passes import live_rows, run_pass
-from kfade.gradient import forget_gradient
+from kfade.method.gradient import forget_gradient
 
 U = 2.0**-8
 FLOAT32 = 2.0**-24

@@ -12,7 +12,7 @@ import kfade
 from kfade.cli.check import _generation, _lengths, _padding
 from kfade.cli.session import Loaded
 from kfade.errors import InputError
-from kfade.lengths import LengthClass, no_memory_of_lengths
+from kfade.models.lengths import LengthClass, no_memory_of_lengths
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
 
@@ -70,7 +70,7 @@ def test_lengths_in_one_batch_fail(name, monkeypatch):
 
 
 def test_frequencies_that_are_remembered_fail(monkeypatch):
-    monkeypatch.setattr("kfade.lengths._is_dynamic", lambda module: False)
+    monkeypatch.setattr("kfade.models.lengths._is_dynamic", lambda module: False)
     model = MODELS["dynamic"]()
     with no_memory_of_lengths(model):
         (found,) = _lengths(loaded(model), TOKENS)

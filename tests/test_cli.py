@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from kfade.cli import main
 from kfade.cli.session import show
-from kfade.update import Update
+from kfade.method.update import Update
 
 FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
 RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from kfade.cli import main
 from kfade.cli.options import bytes_of
 from kfade.cli.session import load
-from kfade.config import FitConfig, ModelConfig, read_config
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.store import SumsKeeper
 from kfade.errors import InputError
+from kfade.runs.config import FitConfig, ModelConfig, read_config
 
 RETAIN = [{"text": f"line {i} of some text to keep"} for i in range(12)]
 
@@ -174,7 +174,7 @@ def test_held_out_text_that_a_step_cannot_change_is_told(desk, tmp_path, capsys)
 
 
 def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch, capsys):
-    monkeypatch.setattr("kfade.distributed.count", lambda: 2)
+    monkeypatch.setattr("kfade.runtime.distributed.count", lambda: 2)
     assert main(["check", "anything"]) == 2
     assert "only fit and unlearn run in several processes" in capsys.readouterr().err
 

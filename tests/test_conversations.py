@@ -7,11 +7,11 @@ import json
 import pytest
 import zoo
 
-from kfade.chat import ChatTemplate
+from kfade.data.chat import ChatTemplate
+from kfade.data.examples import Example, load_examples, parse_example
+from kfade.data.sequences import encode, encode_prompt
 from kfade.errors import InputError
 from kfade.evaluate.completions import read_prompts
-from kfade.examples import Example, load_examples, parse_example
-from kfade.sequences import encode, encode_prompt
 
 SYSTEM, USER, ANSWER = ("system", "s"), ("user", "a"), ("assistant", "b")
 

@@ -41,7 +41,7 @@ from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import token_keys
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM, correct_eigenvalues
-from kfade.gauge import parameter_changes
+from kfade.method.gauge import parameter_changes
 
 curvlinops = pytest.importorskip("curvlinops")
 

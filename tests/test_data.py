@@ -11,10 +11,10 @@ import pytest
 import torch
 import zoo
 
-from kfade.batches import draw_without_replacement, make_batches
+from kfade.data.batches import draw_without_replacement, make_batches
+from kfade.data.examples import Example, load_examples, split_holdout
+from kfade.data.sequences import TokenSequence, digest_sequences, encode, encode_prompt, open_tokens
 from kfade.errors import InputError
-from kfade.examples import Example, load_examples, split_holdout
-from kfade.sequences import Sequence, digest_sequences, encode, encode_prompt, open_tokens
 
 EOS = zoo.WORDS.index("</s>")
 
@@ -553,21 +553,21 @@ def test_texts_do_not_go_through_the_chat_template():
 
 
 def test_live_positions_and_loss_tokens():
-    sequence = Sequence((5, 6, 7, 8, 9), (False, False, True, True, False))
+    sequence = TokenSequence((5, 6, 7, 8, 9), (False, False, True, True, False))
     assert (sequence.live, sequence.loss_tokens) == (3, 2)
 
 
 @pytest.mark.parametrize("scored", [(True, True), (False, False), (False, True, True)])
 def test_a_sequence_without_a_token_to_score_is_a_bug(scored):
     with pytest.raises(AssertionError, match=r"^$"):
-        Sequence((5, 6), scored)
+        TokenSequence((5, 6), scored)
 
 
 def test_batches_are_exactly_the_sequences():
     made = [
         *zoo.sequences((6, 3, 9, 9, 4, 2), seed=4),
         *zoo.sequences((8, 5), seed=5, prompt=3),
-        Sequence((5, 6, 7, 8, 9), (False, True, False, False, False)),  # an unscored tail
+        TokenSequence((5, 6, 7, 8, 9), (False, True, False, False, False)),  # an unscored tail
     ]
     batches = make_batches(made, budget=16)
     assert sorted(i for b in batches for i in b.id_B.tolist()) == list(range(len(made)))

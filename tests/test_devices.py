@@ -14,7 +14,7 @@ import zoo
 
 import kfade
 from kfade.curvature.curvature import Curvature
-from kfade.update import Update
+from kfade.method.update import Update
 
 
 def test_an_update_and_a_curvature_move():

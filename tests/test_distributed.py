@@ -16,9 +16,10 @@ import pytest
 import torch
 from helpers import relative_error, same_bits, tiny_llama
 
-from kfade import distributed, find_targets, margin
-from kfade.gradient import forget_gradient
-from kfade.layers import decoder_blocks
+from kfade import find_targets, margin
+from kfade.method.gradient import forget_gradient
+from kfade.models.layers import decoder_blocks
+from kfade.runtime import distributed
 
 # Sums in another order, and eigenvectors that turn them into angles; see test_theory.py.
 EXACT, EIGENVECTORS = 1e-11, 1e-8
@@ -231,15 +232,15 @@ def processes_of(monkeypatch):
 def test_work_is_dealt_dearest_first(processes_of):
     processes_of(2)
     # 5 | 4 and 3 | and 3 is then even: 5 + 3 = 8 and 4 + 3 = 7, and 1 to the second.
-    assert distributed.deal([1, 3, 5, 3, 4]) == [1, 1, 0, 0, 1]
-    assert distributed.deal([2, 2, 2, 2]) == [0, 1, 0, 1]
-    assert distributed.deal([]) == []
-    assert distributed.deal([7]) == [0]
+    assert distributed.assign_by_cost([1, 3, 5, 3, 4]) == [1, 1, 0, 0, 1]
+    assert distributed.assign_by_cost([2, 2, 2, 2]) == [0, 1, 0, 1]
+    assert distributed.assign_by_cost([]) == []
+    assert distributed.assign_by_cost([7]) == [0]
     processes_of(3)
     # Cubes of widths, as eigendecompositions are dealt: one wide matrix outweighs all others.
-    assert distributed.deal([27, 1, 1, 1, 1]) == [0, 1, 2, 1, 2]
+    assert distributed.assign_by_cost([27, 1, 1, 1, 1]) == [0, 1, 2, 1, 2]
     processes_of(1)
-    assert distributed.deal([1, 3, 5]) == [0, 0, 0]
+    assert distributed.assign_by_cost([1, 3, 5]) == [0, 0, 0]
 
 
 def test_shares_are_a_partition_in_order(processes_of):
@@ -265,14 +266,14 @@ def test_without_torchrun_nothing_happens(monkeypatch):
             assert not torch.distributed.is_initialized()
             assert (distributed.count(), distributed.rank()) == (1, 0)
     tensor = torch.arange(3.0)
-    distributed.sum_to(0, tensor)
-    assert distributed.sum_everywhere(tensor) is tensor
-    assert distributed.spread_from(0, tensor) is tensor
+    distributed.reduce_to(0, tensor)
+    assert distributed.all_reduce(tensor) is tensor
+    assert distributed.broadcast(0, tensor) is tensor
     assert torch.equal(tensor, torch.arange(3.0))
-    assert distributed.sum_numbers([0.1, 2.0]) == [0.1, 2.0]
-    assert distributed.lists([1, 2]) == [[1, 2]]
-    assert distributed.anything_from(0, tensor, "cpu") is tensor
-    distributed.wait()
+    assert distributed.all_reduce_numbers([0.1, 2.0]) == [0.1, 2.0]
+    assert distributed.all_gather_lists([1, 2]) == [[1, 2]]
+    assert distributed.broadcast_optional(0, tensor, "cpu") is tensor
+    distributed.barrier()
 
 
 def test_one_process_keeps_its_model_whole():
@@ -280,11 +281,11 @@ def test_one_process_keeps_its_model_whole():
     weight = model.model.layers[0].mlp.up_proj.weight
     distributed.shard(decoder_blocks(model)[1])
     assert model.model.layers[0].mlp.up_proj.weight is weight
-    assert distributed.whole(weight) is weight
-    assert distributed.missing(model, 3) == 0
+    assert distributed.gather_full(weight) is weight
+    assert distributed.extra_passes(model, 3) == 0
     values = torch.ones_like(weight)
     with torch.no_grad():
-        distributed.fill(weight, values)
+        distributed.scatter_into(weight, values)
     assert torch.equal(weight, values)
 
 

@@ -21,7 +21,7 @@ from kfade.evaluate.choice import (
     ChoiceResult,
     answer_by_likelihood,
     answer_questions,
-    summarise,
+    summarise_choice,
     verdict,
 )
 from kfade.evaluate.lm_eval import run_tasks
@@ -194,7 +194,7 @@ def test_verdict_and_summary_by_hand():
         {"correct": right, "subject": "x", "choices": 2},
         {"correct": right, "subject": "y", "choices": 4},
     ]
-    result = summarise(items)
+    result = summarise_choice(items)
     assert result["chance"] == pytest.approx((0.5 + 0.5 + 0.25) / 3)
     assert result["accuracy"]["letters"] == {
         "value": pytest.approx(2 / 3),
@@ -203,7 +203,7 @@ def test_verdict_and_summary_by_hand():
     assert result["accuracy"]["text"]["value"] == 1.0
     assert result["subjects"]["x"]["letters"]["value"] == 0.5
     assert result["subjects"]["y"]["questions"] == 1
-    assert "subjects" not in summarise(items[:2])
+    assert "subjects" not in summarise_choice(items[:2])
     assert ChoiceResult((True, False)).standard_error == pytest.approx(math.sqrt(1 / 8))
 
 

@@ -13,9 +13,9 @@ import torch
 import zoo
 from helpers import random_sequences, tiny_llama
 
-from kfade.batches import make_batches
 from kfade.cli import main
-from kfade.cli.eval import load_subject
+from kfade.cli.eval import load_judged
+from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.evaluate.divergence import (
     Outputs,
@@ -23,12 +23,12 @@ from kfade.evaluate.divergence import (
     grouped,
     outputs,
     rounded,
-    summarise,
+    summarise_divergence,
     token_strings,
 )
 from kfade.evaluate.log import read_log
 from kfade.evaluate.uncertainty import bootstrap
-from kfade.update import Update
+from kfade.method.update import Update
 
 
 def small_update(model, size: float, seed: int = 1) -> Update:
@@ -185,7 +185,7 @@ def test_the_interval_covers():
             str(i): {"kl": k, "tokens": int(n), "token_kl": [k] * int(n)}
             for i, (k, n) in enumerate(zip(kl.tolist(), tokens, strict=True))
         }
-        figure = summarise(items, seed=0, resamples=300)["kl_per_token"]
+        figure = summarise_divergence(items, seed=0, resamples=300)["kl_per_token"]
         hits += figure["low"] <= 1.0 <= figure["high"]
     assert 0.90 <= hits / 200 <= 0.99
 
@@ -205,7 +205,7 @@ def test_summary_by_hand():
         "0": {"kl": 0.1, "tokens": 1, "token_kl": [0.1]},
         "1": {"kl": 0.4, "tokens": 3, "token_kl": [0.2, 0.9, 0.1]},
     }
-    result = summarise(items)
+    result = summarise_divergence(items)
     assert result["kl_per_token"]["value"] == pytest.approx((0.1 + 3 * 0.4) / 4)
     assert result["kl_per_completion"]["value"] == pytest.approx(0.25)
     assert result["quantiles"]["50"]["value"] == pytest.approx(0.25)
@@ -343,12 +343,12 @@ def test_two_models_are_never_in_memory_together(desk, monkeypatch):
 
     def watched(*arguments, **named):
         assert all(model() is None for model in seen), "the base model is still there"
-        subject = load_subject(*arguments, **named)
+        subject = load_judged(*arguments, **named)
         seen.append(weakref.ref(subject.model))
         return subject
 
     for module in ("eval", "eval_kl"):
-        monkeypatch.setattr(f"kfade.cli.{module}.load_subject", watched)
+        monkeypatch.setattr(f"kfade.cli.{module}.load_judged", watched)
     assert kl("--edited", "edited") == 0
     assert len(seen) == 2
 

@@ -18,7 +18,7 @@ from kfade.evaluate.log import read_log
 from kfade.evaluate.memorisation import (
     area_under_curve,
     extraction_strength,
-    summarise,
+    summarise_memorisation,
     text_statistics,
     token_statistics,
 )
@@ -121,14 +121,14 @@ def test_summary_by_hand():
         }
 
     members = [item(1.0, 1, 0.2, 2.0), item(2.0, 3, 0.6, 1.0)]
-    result = summarise(members, [item(4.0, 5, 0.0, 0.0)])
+    result = summarise_memorisation(members, [item(4.0, 5, 0.0, 0.0)])
     assert result["members"]["perplexity"] == pytest.approx(math.exp(7 / 4))
     exact = result["members"]["exact_memorisation"]
     assert exact["value"] == pytest.approx(0.4)
     assert exact["standard_error"] == pytest.approx(0.2)  # deviation 0.4/√2·... over √2
     assert result["non_members"]["texts"] == 1
     assert result["auc"]["min_k"]["value"] == 1.0
-    assert "auc" not in summarise(members, [])
+    assert "auc" not in summarise_memorisation(members, [])
 
 
 def test_log_probability_is_cross_entropy():

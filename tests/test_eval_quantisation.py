@@ -21,7 +21,7 @@ from kfade.evaluate.quantisation import (
     rounding_of,
     survival,
 )
-from kfade.update import Update
+from kfade.method.update import Update
 
 
 def test_int8_by_hand():

@@ -35,11 +35,11 @@ from kfade.curvature.capture import capture
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.jacobian import differences, tangents, tangents_of
 from kfade.curvature.product import gauss_newton_product, quadratic_form
-from kfade.gradient import forget_gradient
-from kfade.layers import choose_targets, find_targets
-from kfade.models import frozen
-from kfade.preflight import preflight
-from kfade.step import gauss_newton_step
+from kfade.method.gradient import forget_gradient
+from kfade.method.preflight import preflight
+from kfade.method.step import gauss_newton_step
+from kfade.models.layers import choose_targets, find_targets
+from kfade.models.load import frozen
 
 VOCABULARY = {"vocab_size": zoo.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WIDE = {**VOCABULARY, "initializer_range": 0.3}

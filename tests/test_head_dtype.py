@@ -12,9 +12,9 @@ import torch.autograd.forward_ad as forward_ad
 from helpers import tiny_llama
 from torch import nn
 
-from kfade import head as head_module
-from kfade.head import Head, read_head
-from kfade.measure import divergence
+from kfade.method.measure import divergence
+from kfade.models import head as head_module
+from kfade.models.head import Head, read_head
 
 LOW = (torch.bfloat16, torch.float16)
 U = 2.0**-8  # what rounding to bfloat16 errs by at most, relative

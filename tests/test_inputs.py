@@ -11,11 +11,11 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 from kfade.cli import main
+from kfade.data.examples import load_examples, split_holdout
 from kfade.evaluate.log import ItemLog
-from kfade.examples import load_examples, split_holdout
-from kfade.layers import digest_weights
-from kfade.models import save_model
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.models.layers import digest_weights
+from kfade.models.load import save_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

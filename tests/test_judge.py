@@ -28,9 +28,9 @@ from kfade.evaluate.mt_bench import (
     answer_questions,
     judge_answers,
     read_bench,
-    summarise,
+    summarise_ratings,
 )
-from kfade.models import load_model
+from kfade.models.load import load_model
 
 MESSAGES = [{"role": "user", "content": "grade this"}]
 
@@ -375,7 +375,7 @@ def test_the_summary_is_that_of_paper():
     def judged(rating, category):
         return {"rating": rating, "category": category}
 
-    summary = summarise(
+    summary = summarise_ratings(
         {
             "0/1/1": judged(8.0, "math"),
             "0/1/2": judged(4.0, "math"),
@@ -393,7 +393,7 @@ def test_the_summary_is_that_of_paper():
     spread = statistics.stdev([7.0, 5.5]) / 2**0.5
     assert summary["standard_error_questions"] == pytest.approx(spread)
     assert (summary["judged"], summary["unrated"]) == (6, 1)
-    nothing = summarise({"0/1/1": judged(None, "math")})
+    nothing = summarise_ratings({"0/1/1": judged(None, "math")})
     assert nothing["score"] is nothing["standard_error"] is None
     assert nothing["unrated"] == 1
 

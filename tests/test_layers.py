@@ -9,7 +9,13 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kfade.errors import InputError
-from kfade.layers import choose_targets, digest_weights, find_targets, parameter_names, parse_layers
+from kfade.models.layers import (
+    choose_targets,
+    digest_weights,
+    find_targets,
+    parameter_names,
+    parse_layers,
+)
 
 
 def names(model, **options):

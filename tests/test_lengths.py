@@ -22,15 +22,15 @@ from transformers import (
 import kfade
 from kfade.baselines.elm import Guidance, steered_sample
 from kfade.baselines.losses import Net
-from kfade.batches import make_batches
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate, shares_batches
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.gradient import forget_gradient
-from kfade.head import hidden_states, read_head
-from kfade.lengths import length_class, no_memory_of_lengths
-from kfade.measure import hidden_reference, mean_objectives
-from kfade.sequences import Sequence
+from kfade.method.gradient import forget_gradient
+from kfade.method.measure import hidden_reference, mean_objectives
+from kfade.models.head import hidden_states, read_head
+from kfade.models.lengths import length_class, no_memory_of_lengths
 
 TRAINED = 16
 HALF = zoo.WIDTH // 2 // 2  # frequencies of a head
@@ -127,12 +127,12 @@ UNAFFECTED = {
 }
 
 
-def sequence(tokens: int, shift: int = 0) -> Sequence:
+def sequence(tokens: int, shift: int = 0) -> TokenSequence:
     numbers = tuple(5 + (7 * i * i + 3 * i + shift) % 31 for i in range(tokens))
-    return Sequence(numbers, (False,) + (True,) * (tokens - 1))
+    return TokenSequence(numbers, (False,) + (True,) * (tokens - 1))
 
 
-def alone(build, one: Sequence) -> float:
+def alone(build, one: TokenSequence) -> float:
     """By transformers, on a model that has seen nothing else."""
     tokens = torch.tensor([one.tokens])
     with torch.no_grad():

@@ -13,8 +13,8 @@ from helpers import greedy
 from test_lengths import MODELS
 from tqdm import tqdm
 
-from kfade import progress
 from kfade.evaluate.lm_eval import run_tasks
+from kfade.runtime import progress
 
 CONTEXTS = [3, 12, 15, 16, 17, 20]  # tokens; frequencies change after 16
 

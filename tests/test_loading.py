@@ -15,9 +15,9 @@ from transformers import BertConfig, CLIPConfig, LlamaForCausalLM, T5Config
 
 import kfade
 from kfade.cli import main
-from kfade.layers import digest_weights
-from kfade.loading import check_report
-from kfade.models import load_skeleton, load_tokenizer, save_model
+from kfade.models.faults import check_report
+from kfade.models.layers import digest_weights
+from kfade.models.load import load_skeleton, load_tokenizer, save_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 10640\n" % (b"4d" * 32)
@@ -346,7 +346,7 @@ def test_code_of_its_own_needs_leave_and_is_written_too(folder, tmp_path, module
     model, words = kfade.load_model(str(folder), device="cpu", trust_remote_code=True)
     assert type(model).__name__ == "MyModel"
     out = tmp_path / "written"
-    save_model(model, words, out, kfade.models.Source(str(folder)))
+    save_model(model, words, out, kfade.models.load.Source(str(folder)))
     for name, text in CODE.items():
         assert (out / name).read_text() == text
     assert "pass --trust-remote-code" in refusal(out)

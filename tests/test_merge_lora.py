@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.cli import main
 from kfade.errors import InputError
-from kfade.gauge import parameter_changes
-from kfade.layers import digest_weights, find_targets
-from kfade.lora import to_lora
-from kfade.models import load_skeleton
-from kfade.update import Update
+from kfade.export.lora import to_lora
+from kfade.method.gauge import parameter_changes
+from kfade.method.update import Update
+from kfade.models.layers import digest_weights, find_targets
+from kfade.models.load import load_skeleton
 
 
 def random_update(model, seed: int = 0, rank: int | None = None, layers: str | None = None):

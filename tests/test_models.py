@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kfade
 from kfade.curvature.factors import CovarianceSum, sum_dtype
 from kfade.curvature.product import quadratic_form
-from kfade.gauge import parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.layers import digest_weights, find_targets
-from kfade.models import frozen, save_model
+from kfade.method.gauge import parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.models.layers import digest_weights, find_targets
+from kfade.models.load import frozen, save_model
 
 FAMILIES = list(zoo.FAMILIES)
 WITH_BIASES = [name for name, family in zoo.FAMILIES.items() if family.biases]

@@ -30,12 +30,9 @@ from transformers import (
     PhiConfig,
 )
 
-import kfade.cost
-from kfade.batches import make_batches
+import kfade.planning.cost
 from kfade.cli import main
 from kfade.cli.plan_page import duration, size
-from kfade.cost import EIGH_FLOPS, Speed, flops, lambda_flops, measure_speed, seconds
-from kfade.cost import symmetric_flops as symmetric
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.eigh import PROBES, workspace_bytes
@@ -58,12 +55,15 @@ from kfade.curvature.owners import Owners
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.store import Store
 from kfade.curvature.sums import Covariances, Eigenvalues
-from kfade.distributed import deal
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.head import hidden_states, read_head
-from kfade.layers import find_targets
-from kfade.models import frozen, load_skeleton
-from kfade.plan import (
+from kfade.models.head import hidden_states, read_head
+from kfade.models.layers import find_targets
+from kfade.models.load import frozen, load_skeleton
+from kfade.planning.cost import EIGH_FLOPS, Speed, flops, lambda_flops, measure_speed, seconds
+from kfade.planning.cost import symmetric_flops as symmetric
+from kfade.planning.memory import (
     RUNTIME_BYTES,
     Work,
     curvature_budget,
@@ -72,8 +72,8 @@ from kfade.plan import (
     model_bytes,
     peaks,
 )
-from kfade.sequences import Sequence
-from kfade.trace import trace_pass
+from kfade.planning.trace import trace_pass
+from kfade.runtime.distributed import assign_by_cost
 
 CPU = torch.device("cpu")
 
@@ -134,11 +134,11 @@ def small(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         return LlamaForCausalLM(SMALL).to(dtype).eval()
 
 
-def packed(count: int, length: int) -> list[Sequence]:
+def packed(count: int, length: int) -> list[TokenSequence]:
     """Sequences of one length, every token scored."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 50, (count, length), generator=generator).tolist()
-    return [Sequence(tuple(row), (False, *[True] * (length - 1))) for row in tokens]
+    return [TokenSequence(tuple(row), (False, *[True] * (length - 1))) for row in tokens]
 
 
 # What is held and counted depends on the kernel: up to torch 2.8 the CPU's fused attention
@@ -638,8 +638,8 @@ def test_seconds_follow_speed_and_devices(tmp_path):
 
 
 def test_deal_among_more_processes_than_there_are():
-    assert deal([1.0, 5.0, 3.0], among=2) == [1, 0, 1]
-    assert deal([1.0, 5.0, 3.0]) == [0, 0, 0]
+    assert assign_by_cost([1.0, 5.0, 3.0], among=2) == [1, 0, 1]
+    assert assign_by_cost([1.0, 5.0, 3.0]) == [0, 0, 0]
 
 
 def test_measured_speed_is_what_the_clock_says(monkeypatch):
@@ -647,7 +647,7 @@ def test_measured_speed_is_what_the_clock_says(monkeypatch):
         work()
         return 0.1
 
-    monkeypatch.setattr(kfade.cost, "_typical", typical)
+    monkeypatch.setattr(kfade.planning.cost, "_typical", typical)
     speed = measure_speed(torch.device("cpu"), torch.bfloat16)
     assert speed.products == speed.float32 == 2 * 1024**3 / 0.1
     assert speed.bandwidth == 12 * 2**25 / 0.1
@@ -812,7 +812,7 @@ def test_command_reads_gguf_and_dtypes(tmp_path, capsys):
 
 
 def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kfade.cost, "_typical", lambda work, device: 0.1)
+    monkeypatch.setattr(kfade.planning.cost, "_typical", lambda work, device: 0.1)
     folder = saved(SMALL, tmp_path)
     arguments = ["plan", folder, "--measure", "--memory", "454MB", "--batch-tokens", "64"]
     assert main([*arguments, "--sequence-length", "33", "--devices", "2"]) == 0

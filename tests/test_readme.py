@@ -16,7 +16,7 @@ import zoo
 
 import kfade
 from kfade.cli import main
-from kfade.update import Update
+from kfade.method.update import Update
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

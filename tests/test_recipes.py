@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from kfade.cli import main
-from kfade.config import read_config
 from kfade.errors import InputError
-from kfade.layers import parse_layers
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.models.layers import parse_layers
+from kfade.runs.config import read_config
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"), key=lambda path: path.name)

@@ -23,9 +23,9 @@ from kfade.curvature.groups import group_bytes
 from kfade.curvature.passes import Waiting, run_pass
 from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.recompute import recomputing
-from kfade.gradient import forget_gradient
-from kfade.head import hidden_states
-from kfade.models import frozen
+from kfade.method.gradient import forget_gradient
+from kfade.models.head import hidden_states
+from kfade.models.load import frozen
 
 LENGTHS = (5, 9, 12, 7, 20)  # padded in batches of 30 positions
 

@@ -28,12 +28,12 @@ from kfade.cli import main
 from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.fit import fit_identity
 from kfade.curvature.product import gauss_newton_product
-from kfade.gradient import forget_gradient
-from kfade.record import StepRecord, best_try
-from kfade.refine import refined_steps
-from kfade.step import gauss_newton_step
+from kfade.method.gradient import forget_gradient
+from kfade.method.record import StepRecord, best_try
+from kfade.method.refine import refined_steps
+from kfade.method.step import gauss_newton_step
 
-UNLEARN = sys.modules["kfade.unlearn"]  # kfade.unlearn itself is the function
+UNLEARN = sys.modules["kfade.method.unlearn"]  # kfade.unlearn itself is the function
 DAMPINGS = [{"damping": 0.1, "relative": True}, {"damping": 3e-3, "relative": False}]
 
 

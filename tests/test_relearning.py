@@ -12,8 +12,8 @@ import torch
 import zoo
 from helpers import Snapshot, Tripwire, random_sequences, tiny_llama
 
-from kfade.batches import draw_without_replacement
 from kfade.cli import main
+from kfade.data.batches import draw_without_replacement
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
 from kfade.evaluate.questions import Question
@@ -26,8 +26,8 @@ from kfade.evaluate.relearning import (
     fine_tune,
     restored,
 )
-from kfade.unlearn import unlearn
-from kfade.update import Update
+from kfade.method.unlearn import unlearn
+from kfade.method.update import Update
 
 
 def slow_loss(model, sequences):

@@ -12,7 +12,7 @@ import kfade.report.data
 from kfade.errors import InputError
 from kfade.evaluate.log import Evaluation
 from kfade.report.charts import GREY, Axis, Chart, Series, drawable
-from kfade.report.data import Log, Measured, Results, Subject, read_results
+from kfade.report.data import Log, Measured, MeasuredModel, Results, read_results
 from kfade.report.escape import escape, script_json
 from kfade.report.figures import (
     all_charts,
@@ -36,8 +36,8 @@ def measured(benchmark: str, aggregate: dict, items: dict | None = None, **heade
     return Measured(Path("eval-x"), log, {})
 
 
-def run(name: str = "run", **metrics) -> Subject:
-    return Subject(name, "run", manifest={"model": data.BASE}, metrics=metrics)
+def run(name: str = "run", **metrics) -> MeasuredModel:
+    return MeasuredModel(name, "run", manifest={"model": data.BASE}, metrics=metrics)
 
 
 def sweep(**points: dict) -> Log:
@@ -127,10 +127,10 @@ def test_report_needs_no_torch():
     folder = Path(kfade.report.data.__file__).parent
     evaluate = ("log", "questions", "uncertainty", "tofu_logs", "tofu_read", "rouge")
     allowed = {
-        "kfade.conversations",
+        "kfade.data.conversations",
         "kfade.errors",
-        "kfade.examples",
-        "kfade.rows",
+        "kfade.data.examples",
+        "kfade.data.rows",
         *(f"kfade.evaluate.{name}" for name in evaluate),
     }
     own = [folder.parents[1] / f"{name.replace('.', '/')}.py" for name in allowed]
@@ -234,7 +234,7 @@ def test_names():
     assert set_name(measured("choice", {}, questions="mmlu/test")) == "mmlu"
     assert set_name(measured("choice", {}, questions="forget_test.jsonl")) == "forget test"
     config = {"fit": {"estimator": "kfac"}, "step": {"objective": "ce"}}
-    made = Subject("r", "run", manifest={"kind": "unlearn", "config": config})
+    made = MeasuredModel("r", "run", manifest={"kind": "unlearn", "config": config})
     assert method_of(made) == "K-FADE, kfac, ce"
     config["step"] = {"objective": "margin", "later_objective": "ce"}
     assert method_of(made) == "K-FADE, kfac, margin, then ce"
@@ -243,7 +243,10 @@ def test_names():
     assert method_of(made) == "K-FADE, kfac, ce, refined 2"
     config["refinement"] = {"refine": 0}
     assert method_of(made) == "K-FADE, kfac, ce"
-    assert method_of(Subject("r", "run", manifest={"kind": "baseline", "method": "npo"})) == "npo"
+    assert (
+        method_of(MeasuredModel("r", "run", manifest={"kind": "baseline", "method": "npo"}))
+        == "npo"
+    )
     point = {"method": "K-FADE", "objective": "ce", "settings": {"refine": 1, "alpha": 0.1}}
     assert series_name(point) == "K-FADE, ce, refined 1"
     assert series_name({**point, "settings": {"alpha": 0.1}}) == "K-FADE, ce"
@@ -253,9 +256,13 @@ def test_names():
 
 
 def test_forget_quality_figure():
-    base = Subject("base", "base", measured=[measured("tofu", TOFU | {"forget_quality": 1e-9})])
-    one = Subject("one", "run", measured=[measured("tofu", TOFU)])
-    without = Subject("none", "run", measured=[measured("tofu", TOFU | {"forget_quality": None})])
+    base = MeasuredModel(
+        "base", "base", measured=[measured("tofu", TOFU | {"forget_quality": 1e-9})]
+    )
+    one = MeasuredModel("one", "run", measured=[measured("tofu", TOFU)])
+    without = MeasuredModel(
+        "none", "run", measured=[measured("tofu", TOFU | {"forget_quality": None})]
+    )
     point = {"method": "NPO", "settings": {"lr": 1e-5}, "model_utility": 0.5, "forget_quality": 0.1}
     none = {**point, "forget_quality": None}  # null in the log: not measured
     chart = quality_utility([base, one, without], [sweep(a=point, b={"method": "NPO"}, c=none)])
@@ -304,7 +311,7 @@ def test_a_baselines_training_is_drawn_like_steps():
         {"step": 10, "forget_loss": 3.0, "retain_loss": 2.1, "retain_kl": 0.02, "loss": 0.5},
         {"step": 20, "forget_loss": 5.0, "retain_loss": 2.6, "retain_kl": 0.3, "loss": 0.1},
     ]
-    npo = Subject(
+    npo = MeasuredModel(
         "npo", "run", manifest={"kind": "baseline", "method": "npo"}, metrics={"curve": curve}
     )
     one = run(steps=[data.step(alpha=2.0, kl=0.1, loss=(1.0, 4.0))])
@@ -314,7 +321,7 @@ def test_a_baselines_training_is_drawn_like_steps():
     assert (theirs.x, theirs.y) == ((3.0, 5.0), (0.02, 0.3))
     assert theirs.labels == ("npo, step 10", "npo, step 20")
     assert ours.x[-1] == 4.0
-    empty = Subject("npo", "run", metrics={"curve": curve[:1]})
+    empty = MeasuredModel("npo", "run", metrics={"curve": curve[:1]})
     assert kl_forgetting([empty], []) is None
 
 
@@ -372,7 +379,7 @@ def test_what_the_data_do_not_allow_is_said(everything):
         "update-blocks", "seconds", "memory", "attack-attack-forget-accuracy",
     ]  # fmt: skip
     assert missing == []
-    charts, missing = all_charts(Results((Subject("m", "model"),)))
+    charts, missing = all_charts(Results((MeasuredModel("m", "model"),)))
     assert charts == []
     assert len(missing) == 9
     assert any("kfade attack" in line for line in missing)

@@ -10,17 +10,17 @@ import zoo
 from helpers import measured_kl, random_sequences, tiny_llama
 
 import kfade
-from kfade.batches import make_batches
 from kfade.cli import main
 from kfade.curvature.factors import CovarianceSum
+from kfade.data.batches import make_batches
 from kfade.errors import InputError
-from kfade.gauge import Gauge
-from kfade.grid import Point
-from kfade.layers import find_targets, parameter_names
-from kfade.measure import rounding_changes
-from kfade.step import StepSize
-from kfade.sweep import sweep
-from kfade.update import Update
+from kfade.method.gauge import Gauge
+from kfade.method.grid import Point
+from kfade.method.measure import rounding_changes
+from kfade.method.step import StepSize
+from kfade.method.sweep import sweep
+from kfade.method.update import Update
+from kfade.models.layers import find_targets, parameter_names
 
 LOW = (torch.bfloat16, torch.float16)
 

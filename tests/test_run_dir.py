@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kfade import distributed
-from kfade.run_dir import RunDir
+from kfade.runtime import distributed
+from kfade.runtime.run_dir import RunDir
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -24,14 +24,14 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from kfade.chat import ChatTemplate
 from kfade.cli import main
 from kfade.cli import unlearn as unlearn_command
-from kfade.config import read_config
+from kfade.data.chat import ChatTemplate
+from kfade.data.examples import parse_example
+from kfade.data.sequences import continuation, encode, encode_prompt, open_tokens
 from kfade.errors import InputError
-from kfade.examples import parse_example
-from kfade.sequences import continuation, encode, encode_prompt, open_tokens
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.runs.config import read_config
 
 TEXT = [
     "Once upon a time there was a little girl.",

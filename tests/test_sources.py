@@ -15,11 +15,11 @@ from transformers import Qwen3_5Config, Qwen3_5ForCausalLM
 
 import kfade
 from kfade.cli import main
-from kfade.layers import digest_weights
-from kfade.lora import to_lora
-from kfade.models import load_skeleton, provenance, save_model
-from kfade.sources import Source
-from kfade.update import Update
+from kfade.export.lora import to_lora
+from kfade.method.update import Update
+from kfade.models.layers import digest_weights
+from kfade.models.load import load_skeleton, provenance, save_model
+from kfade.models.sources import Source
 
 BESIDE = {  # what save_pretrained does not know
     "preprocessor_config.json": b'{ "size":  224}\n',

@@ -12,22 +12,22 @@ import zoo
 from helpers import Snapshot, random_sequences
 from safetensors.torch import load_file
 
-from kfade.batches import draw_without_replacement, make_batches
 from kfade.cli import main
-from kfade.config import read_config
 from kfade.curvature.fit import fit_ekfac
 from kfade.curvature.product import gauss_newton_product
+from kfade.data.batches import draw_without_replacement, make_batches
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
-from kfade.gauge import Gauge
-from kfade.gradient import forget_gradient
-from kfade.grid import Outcome, Point, grid, pareto, pick
-from kfade.head import hidden_states
-from kfade.objectives import cross_entropy, margin
-from kfade.step import StepSize
-from kfade.sweep import cut, sweep, targets_within
-from kfade.unlearn import unlearn
-from kfade.update import Update
+from kfade.method.gauge import Gauge
+from kfade.method.gradient import forget_gradient
+from kfade.method.grid import Outcome, Point, grid, pareto, pick
+from kfade.method.objectives import cross_entropy, margin
+from kfade.method.step import StepSize
+from kfade.method.sweep import cut, sweep, targets_within
+from kfade.method.unlearn import unlearn
+from kfade.method.update import Update
+from kfade.models.head import hidden_states
+from kfade.runs.config import read_config
 
 OBJECTIVES = {"margin": margin, "ce": cross_entropy}
 
@@ -179,7 +179,7 @@ def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkey
 
 def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkeypatch):
     """... and go on from one another: the products of the most refined serve all."""
-    import kfade.sweep
+    import kfade.method.sweep
 
     products = []
 
@@ -241,10 +241,10 @@ def test_measured_kls_are_met(model, targets, sets, curvature):
 
 
 def test_gradients_and_directions_are_shared(model, targets, sets, curvature, monkeypatch):
-    import kfade.refine
+    import kfade.method.refine
 
     solves, gradients = [], []
-    real = kfade.refine.gauss_newton_step
+    real = kfade.method.refine.gauss_newton_step
 
     def counted_step(*arguments, **named):
         solves.append(named["damping"])
@@ -254,7 +254,7 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
         gradients.append(objective)
         return forget_gradient(model, batches, targets, objective, **options)
 
-    monkeypatch.setattr(kfade.refine, "gauss_newton_step", counted_step)
+    monkeypatch.setattr(kfade.method.refine, "gauss_newton_step", counted_step)
     sizes = [StepSize(alpha=a) for a in (0.01, 0.02, 0.03)]
     points = grid(["margin", "ce"], ["all"], [0.1, 1.0], sizes, relative=True)
     outcomes = run(model, points, sets, targets, curvature, gradient=counted_gradient)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import VOCABULARY, measured_kl, random_sequences, relative_error, tiny_llama
 
-import kfade.head
+import kfade.models.head
 from kfade import (
     EigenBlock,
     cross_entropy,
@@ -30,7 +30,6 @@ from kfade import (
     sampled_labels,
     square_root_draw,
 )
-from kfade.batches import Batch
 from kfade.curvature import factors
 from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.draws import token_keys
@@ -42,11 +41,12 @@ from kfade.curvature.factors import (
 )
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.curvature.product import gauss_newton_product, quadratic_form
-from kfade.gauge import parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.head import read_head
-from kfade.sequences import Sequence
-from kfade.update import Update
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence
+from kfade.method.gauge import parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.update import Update
+from kfade.models.head import read_head
 
 EXACT = 1e-11
 # Eigenvectors turn rounding into an angle of rounding / gap between eigenvalues; the gaps of these
@@ -167,7 +167,7 @@ def summed_blocks(fit, model, batches, targets) -> dict[str, torch.Tensor]:
     return totals
 
 
-def kfac_errors(model, sequences: list[Sequence]) -> list[float]:
+def kfac_errors(model, sequences: list[TokenSequence]) -> list[float]:
     """Distance of K-FAC, its draws replaced by their exact average, from the exact Fisher."""
     targets, batches = find_targets(model), make_batches(sequences)
     kfac = summed_blocks(fit_kfac, model, batches, targets)
@@ -177,14 +177,14 @@ def kfac_errors(model, sequences: list[Sequence]) -> list[float]:
 
 def test_kfac_is_exact_when_all_inputs_are_the_same(model):
     """One position a sequence, always the same: a is constant, so S and A factorise."""
-    same = Sequence((3, 5), (False, True))
+    same = TokenSequence((3, 5), (False, True))
     assert max(kfac_errors(model, [same] * 4)) < EXACT
 
 
 def test_kfac_is_not_exact_when_inputs_and_gradients_vary_together(model):
-    one_position = [Sequence((token, 5), (False, True)) for token in range(4)]
+    one_position = [TokenSequence((token, 5), (False, True)) for token in range(4)]
     assert min(kfac_errors(model, one_position)) > PLAIN
-    one_sequence = [Sequence((3, 5, 7, 1), (False, True, True, True))]
+    one_sequence = [TokenSequence((3, 5, 7, 1), (False, True, True, True))]
     assert min(kfac_errors(model, one_sequence)) > PLAIN
 
 
@@ -624,7 +624,7 @@ def test_curvature_of_one_layer_does_not_need_the_others(model, batches, targets
 @pytest.mark.parametrize("draw", DRAWS)
 def test_head_in_chunks_equals_the_head_in_one(model, batches, targets, draw, monkeypatch):
     def compute(chunk: int):
-        monkeypatch.setattr(kfade.head, "CHUNK", chunk)
+        monkeypatch.setattr(kfade.models.head, "CHUNK", chunk)
         direction = random_direction(targets)
         return (
             fit_ekfac(model, batches, targets, draw=draw),
@@ -635,7 +635,7 @@ def test_head_in_chunks_equals_the_head_in_one(model, batches, targets, draw, mo
         )
 
     small, whole = compute(3), compute(10**6)
-    monkeypatch.setattr(kfade.head, "CHUNK", 3)
+    monkeypatch.setattr(kfade.models.head, "CHUNK", 3)
     assert max(len(list(read_head(model).chunks(torch.zeros(b.loss_tokens)))) for b in batches) > 2
     assert operator_error(small[0], whole[0], targets) < EIGENVECTORS
     for ours, theirs in zip([*small[1], small[3]], [*whole[1], whole[3]], strict=True):

@@ -26,9 +26,9 @@ from kfade import (
     sampled_labels,
 )
 from kfade.curvature.product import gauss_newton_product, quadratic_form
-from kfade.gauge import parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.measure import hidden_reference
+from kfade.method.gauge import parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.measure import hidden_reference
 
 # --- 9. The model is bit-identical afterwards ---------------------------------------------------
 

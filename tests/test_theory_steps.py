@@ -27,10 +27,10 @@ from kfade import (
 )
 from kfade.curvature.eigh import eigendecompose
 from kfade.curvature.factors import CovarianceSum
-from kfade.gauge import parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.measure import divergence
-from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step
+from kfade.method.gauge import parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.measure import divergence
+from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
 
 OBJECTIVES = (margin, cross_entropy)
 

@@ -28,7 +28,7 @@ from kfade.evaluate.tofu import (
 )
 from kfade.evaluate.tofu_logs import SETS, aggregate
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
-from kfade.update import Update
+from kfade.method.update import Update
 
 EOS = 2
 

@@ -38,7 +38,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kfade.sequences import Sequence
+from kfade.data.sequences import TokenSequence
 
 VOCABULARY = 37
 WIDTH = 16
@@ -182,13 +182,13 @@ class Double(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def sequences(lengths: tuple[int, ...], seed: int = 0, prompt: int = 0) -> list[Sequence]:
+def sequences(lengths: tuple[int, ...], seed: int = 0, prompt: int = 0) -> list[TokenSequence]:
     """Random tokens (none of them special); the first ``prompt`` tokens of each are not scored."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for length in lengths:
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        made.append(Sequence(tuple(tokens), tuple(t >= max(prompt, 1) for t in range(length))))
+        made.append(TokenSequence(tuple(tokens), tuple(t >= max(prompt, 1) for t in range(length))))
     return made
 
 

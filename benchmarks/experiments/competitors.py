@@ -10,18 +10,18 @@ from equal_forgetting import BUDGET
 
 from kfade.baselines import rmu
 from kfade.baselines.methods import Method
-from kfade.batches import make_batches
 from kfade.cli.baseline_words import builder_of
 from kfade.cli.session import Loaded
-from kfade.layers import decoder_blocks
-from kfade.sequences import Sequence as Tokens
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.models.layers import decoder_blocks
 
 RMU_LENGTH = 3.0  # of the control vector, times the median length of hidden states at its block
 RMU_RETAIN_WEIGHT = 100.0
 
 
 def method_of(
-    name: str, model: Any, forget: Sequence[Tokens], tokenizer: Any = None, **given: Any
+    name: str, model: Any, forget: Sequence[TokenSequence], tokenizer: Any = None, **given: Any
 ) -> Method:
     """The baseline that ``kfade baseline`` calls so, with the loss options ``given``."""
     loaded = Loaded(model, tokenizer, [])

@@ -15,25 +15,25 @@ from typing import Any
 from torch import Tensor
 
 import kfade
-from kfade.batches import Batch, make_batches
 from kfade.cli.options import draw_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.gauge import parameter_changes
-from kfade.head import read_head
-from kfade.layers import Target
-from kfade.measure import (
+from kfade.method.gauge import parameter_changes
+from kfade.method.measure import (
     Reference,
     TokenLosses,
     hidden_reference,
     mean_divergence,
     mean_objectives,
 )
-from kfade.sequences import Sequence as Tokens
-from kfade.step import Probe, StepSize, choose_alpha, gauss_newton_step
-from kfade.update import Update
+from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
+from kfade.method.update import Update
+from kfade.models.head import read_head
+from kfade.models.layers import Target
 
 Curve = list[dict[str, float]]
 OBJECTIVES = {"margin": kfade.margin, "ce": kfade.cross_entropy}
@@ -47,7 +47,7 @@ MEASURED = 2  # every so many of the forget questions tell how far a method has 
 class Ruler:
     """Measures edits of a model, by forward passes: KL on slices, forgetting on questions."""
 
-    def __init__(self, model: Any, slices: Mapping[str, Sequence[Tokens]]) -> None:
+    def __init__(self, model: Any, slices: Mapping[str, Sequence[TokenSequence]]) -> None:
         self._model, self._head = model, read_head(model)
         self._base: dict[str, Reference] = {
             name: hidden_reference(model, make_batches(sequences, budget=BUDGET), name)
@@ -70,7 +70,7 @@ class Ruler:
         return [Batch(*(tensor[:count] for tensor in few))]
 
 
-def forgetting(model: Any, forget: Sequence[Tokens]) -> dict[str, float]:
+def forgetting(model: Any, forget: Sequence[TokenSequence]) -> dict[str, float]:
     """How likely the answers are: ``forget_loss``, ``forget_probability``."""
     batches, losses = make_batches(forget, budget=BUDGET), TokenLosses()
     (loss,) = mean_objectives(model, batches, [losses])
@@ -82,7 +82,7 @@ class Group:
     """What is to be forgotten, and how far."""
 
     name: str
-    forget: Sequence[Tokens]
+    forget: Sequence[TokenSequence]
     start: float
     """Forget probability of the full model."""
     target: float

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from kfade.batches import make_batches
-from kfade.head import hidden_states, read_head
-from kfade.layers import decoder_blocks
-from kfade.models import frozen
-from kfade.objectives import cross_entropy
-from kfade.sequences import Sequence as Tokens
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.method.objectives import cross_entropy
+from kfade.models.head import hidden_states, read_head
+from kfade.models.layers import decoder_blocks
+from kfade.models.load import frozen
 
 
 def fine_tune(
     model: Any,
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     names: Sequence[str],
     *,
     rate: float,

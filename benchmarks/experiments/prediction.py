@@ -28,20 +28,20 @@ import torch
 from fine_tune import fine_tune
 
 import kfade
-from kfade.batches import make_batches
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
+from kfade.data.batches import make_batches
+from kfade.data.examples import Example, load_examples, parse_example
 from kfade.demo.data import data_file
 from kfade.demo.run import demo_model
-from kfade.examples import Example, load_examples, parse_example
-from kfade.gauge import Gauge, parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.head import read_head
-from kfade.measure import hidden_reference, mean_divergence, mean_objectives
-from kfade.models import save_model
-from kfade.objectives import cross_entropy
-from kfade.step import StepSize, choose_alpha, gauss_newton_step
-from kfade.update import Update
+from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.measure import hidden_reference, mean_divergence, mean_objectives
+from kfade.method.objectives import cross_entropy
+from kfade.method.step import StepSize, choose_alpha, gauss_newton_step
+from kfade.method.update import Update
+from kfade.models.head import read_head
+from kfade.models.load import save_model
 
 RESULTS = Path(__file__).parents[1] / "results" / "prediction.json"
 PREDICTED = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

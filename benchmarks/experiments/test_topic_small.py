@@ -19,8 +19,8 @@ from topic_small_data import Data, Sizes, sentence_with, terms
 from transformers import AutoTokenizer
 
 import kfade
-from kfade.examples import Example
-from kfade.models import save_model
+from kfade.data.examples import Example
+from kfade.models.load import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TERMS, BOOKS = 30, ("astronomy", "psychology", "sociology")

@@ -13,10 +13,10 @@ from torch import Tensor
 from tuning import chosen, lowest
 
 import kfade
-from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature
-from kfade.sequences import Sequence as Tokens
-from kfade.sweep import cut, targets_within
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.method.sweep import cut, targets_within
 
 BASES = (4, 2, 8)  # one in so many retain sequences; the others for EK-FAC's eigenvalues
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -65,7 +65,7 @@ def third_ablations(
 ) -> Iterator[Piece]:
     """Those made on the blocks ``layers``."""
 
-    def refit(sequences: list[Tokens], **options: Any) -> dict[str, Any]:
+    def refit(sequences: list[TokenSequence], **options: Any) -> dict[str, Any]:
         batches = make_batches(sequences, budget=BUDGET)
         targets = targets_within(lab.targets, layers)
         curvature = kfade.fit_ekfac(lab.model, batches, targets, **options)
@@ -78,7 +78,7 @@ def third_ablations(
         row = lab.unlearn(part, damping, targets=targets, steps=3, refit=refit)
         return {**row, "layers": layers}
 
-    def fit() -> list[Tokens]:
+    def fit() -> list[TokenSequence]:
         return lab.slices["fit"]
 
     yield "ablation forget set in the fit", lambda: refit([*fit(), *lab.group("report").forget])

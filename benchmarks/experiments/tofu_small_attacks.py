@@ -9,8 +9,8 @@ from typing import Any
 from equal_forgetting import BUDGET
 from tofu_small_lab import Lab
 
+from kfade.data.sequences import TokenSequence
 from kfade.evaluate.relearning import Examination, Tuning, attack
-from kfade.sequences import Sequence as Tokens
 
 AT = (0, 5, 10, 30)  # steps before which is measured
 BATCH = 4  # sequences a step
@@ -57,7 +57,7 @@ def attacked(lab: Lab, row: str, kind: str) -> dict[str, Any]:
     }
 
 
-def trained_on(lab: Lab, kind: str) -> Sequence[Tokens]:
+def trained_on(lab: Lab, kind: str) -> Sequence[TokenSequence]:
     """Other text; questions about authors that are kept; some of the forgotten ones."""
     match kind:
         case "benign":

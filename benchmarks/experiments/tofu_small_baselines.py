@@ -17,9 +17,9 @@ from torch.optim import AdamW
 
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.sequences import Sequence as Tokens
-from kfade.update import Update
+from kfade.method.update import Update
 
 # Rates are constant: a run ends where it has forgotten enough, which nobody knows beforehand.
 START_RATE, RMU_START_RATE = 2e-4, 1e-3
@@ -46,8 +46,8 @@ def baseline(
     model: Any,
     ruler: Ruler,
     group: Group,
-    fit: Sequence[Tokens],
-    held_out: Sequence[Tokens],
+    fit: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
     sizes: Sizes,
     report: Callable[[], float] | None = None,
 ) -> tuple[dict[str, Any], Update | None]:

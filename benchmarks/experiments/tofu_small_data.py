@@ -16,15 +16,15 @@ from fine_tune import block_weights, fine_tune
 from pieces import made
 
 import kfade
-from kfade.batches import make_batches
+from kfade.data.batches import make_batches
+from kfade.data.examples import Example, parse_example
+from kfade.data.sequences import TokenSequence
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.tofu import TofuQuestion, evaluate_tofu, read_tofu
-from kfade.examples import Example, parse_example
-from kfade.layers import decoder_blocks
-from kfade.measure import mean_objectives
-from kfade.models import save_model
-from kfade.objectives import cross_entropy
-from kfade.sequences import Sequence as Tokens
+from kfade.method.measure import mean_objectives
+from kfade.method.objectives import cross_entropy
+from kfade.models.layers import decoder_blocks
+from kfade.models.load import save_model
 
 OF_AUTHOR = 20  # questions of each author in the data set, in author order
 UNSEEN = 2  # authors that no model is trained on
@@ -200,7 +200,7 @@ class Models:
         }
 
 
-def encode(examples: Sequence[Example], tokenizer: Any) -> list[Tokens]:
+def encode(examples: Sequence[Example], tokenizer: Any) -> list[TokenSequence]:
     return kfade.encode(examples, tokenizer, chat=True)
 
 

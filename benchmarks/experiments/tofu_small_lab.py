@@ -25,20 +25,20 @@ from tofu_small_data import Data, Models, Sizes, answer, encode
 from torch import Tensor
 
 import kfade
-from kfade.batches import make_batches
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.divergence import divergences, grouped, outputs
 from kfade.evaluate.divergence import rounded as to_four_digits
 from kfade.evaluate.generation import generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
-from kfade.gradient import forget_gradient
-from kfade.layers import Target
-from kfade.sequences import Sequence as Tokens
-from kfade.sweep import cut, targets_within
-from kfade.update import Update
+from kfade.method.gradient import forget_gradient
+from kfade.method.sweep import cut, targets_within
+from kfade.method.update import Update
+from kfade.models.layers import Target
 
 SHOWN = 6  # forgotten questions whose answers are kept to be read
 CURVE_LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own
@@ -65,7 +65,7 @@ class Lab:
         return kfade.find_targets(self.model)
 
     @cached_property
-    def slices(self) -> dict[str, list[Tokens]]:
+    def slices(self) -> dict[str, list[TokenSequence]]:
         tokenizer = self.models.full[1]
         return {name: encode(own, tokenizer) for name, own in self.data.slices().items()}
 
@@ -74,13 +74,13 @@ class Lab:
         return Ruler(self.model, {name: self.slices[name] for name in ("held_out", "report")})
 
     @cached_property
-    def text(self) -> list[Tokens]:
+    def text(self) -> list[TokenSequence]:
         """WikiText, as many sequences as in the fit and of about the same length."""
         text = kfade.encode(self.data.paragraphs(), self.models.full[1], length=65)
         return text[: len(self.slices["fit"])]
 
     @cached_property
-    def own_text(self) -> list[Tokens]:
+    def own_text(self) -> list[TokenSequence]:
         """What the model itself says where a user's turn begins, and its answer to that (as Magpie
         by Xu et al. 2024): as many turns as there are questions in the fit, at temperature 1."""
         model, tokenizer = self.models.full
@@ -107,7 +107,7 @@ class Lab:
             for prompt, tokens in zip(prompts, answers, strict=True)
         ]
 
-    def sequences(self, role: str) -> list[Tokens]:
+    def sequences(self, role: str) -> list[TokenSequence]:
         """Of the authors of a role: report, tuning, unseen."""
         return encode(self.data.of(getattr(self.data.authors, role)), self.models.full[1])
 

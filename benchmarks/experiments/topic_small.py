@@ -36,19 +36,19 @@ from tuning import VARIANTS, chosen, lowest, rates
 import kfade
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
-from kfade.batches import make_batches
 from kfade.cli.options import draw_of, fit_of
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.completions import complete, completed, encode_prompts
-from kfade.evaluate.divergence import divergences, grouped, outputs, rounded, summarise
+from kfade.evaluate.divergence import divergences, grouped, outputs, rounded, summarise_divergence
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.questions import Question
-from kfade.gradient import forget_gradient
-from kfade.layers import Target
-from kfade.sequences import Sequence as Tokens
-from kfade.sweep import cut, targets_within
-from kfade.update import Update
+from kfade.method.gradient import forget_gradient
+from kfade.method.sweep import cut, targets_within
+from kfade.method.update import Update
+from kfade.models.layers import Target
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
@@ -263,7 +263,7 @@ class Lab:
         }
 
     @cached_property
-    def _completions(self) -> list[Tokens]:
+    def _completions(self) -> list[TokenSequence]:
         """What the base model says to Alpaca's instructions."""
         examples = instructions(self._folder, self.sizes.completions)
         prompts = encode_prompts(examples, self.tokenizer)
@@ -291,7 +291,7 @@ class Lab:
             lambda: update.applied_to(self.model),
             note,
         )
-        found = summarise(items)
+        found = summarise_divergence(items)
         return {name: found[name] for name in ("kl_per_token", "completions", "tokens")}
 
     def _path(self, row: str) -> Path:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import kfade
+from kfade.data.examples import Example
+from kfade.data.rows import read_rows
+from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import read_prompts
 from kfade.evaluate.questions import Question, text_prompt
-from kfade.examples import Example
-from kfade.rows import read_rows
-from kfade.sequences import Sequence as Tokens
 
 SUBJECT, SISTERS = "astronomy", ("psychology", "sociology")
 OF_THE_SKY = re.compile(
@@ -68,17 +68,17 @@ class Term:
 class Data:
     """Who is what. No passage, and no question, stands in two places."""
 
-    forget: Sequence[Tokens]
-    fit: Sequence[Tokens]
-    held_out: Sequence[Tokens]
-    report: Sequence[Tokens]
+    forget: Sequence[TokenSequence]
+    fit: Sequence[TokenSequence]
+    held_out: Sequence[TokenSequence]
+    report: Sequence[TokenSequence]
     """Retain text for the tables, as much as is held out."""
     questions: dict[str, Sequence[Question]]
     """``tune``, and of the tables: ``topic``, ``sisters``, ``general``."""
 
     @classmethod
     def read(cls, folder: Path, tokenizer: Any, sizes: Sizes) -> Data:
-        def encode(examples: Sequence[Example]) -> list[Tokens]:
+        def encode(examples: Sequence[Example]) -> list[TokenSequence]:
             length = sizes.tokens + 1
             return kfade.encode(
                 examples, tokenizer, length=length, window=length, pack=False, truncate=True

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 import kfade
 from kfade.curvature.capture import capture
-from kfade.head import hidden_states, read_head
-from kfade.models import DTYPES, frozen, load_model
+from kfade.models.head import hidden_states, read_head
+from kfade.models.load import DTYPES, frozen, load_model
 
 
 def best(work: Callable[[], object], repeats: int = 3) -> float:

@@ -16,7 +16,7 @@ What each library has instead; ``factors`` and ``eigenvalues`` bring it to these
 - bergson, ``loss_reduction="sum"``: sums and counts like kronfluence's; Λ divided by sequences.
 
 A job is a method that is timed from outside; its parts name themselves as kfade's stages do, in
-``kfade.stages.stage``. No result is written to a disk.
+``kfade.runtime.stages.stage``. No result is written to a disk.
 
 Shapes: S sequences, B batch, T tokens, N positions, V vocabulary, O outputs, I inputs of a layer.
 """
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import kfade
 from kfade.curvature.draws import sampled_labels
-from kfade.models import load_model
+from kfade.models.load import load_model
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Layer name -> (A [I, I], S [O, O])."""
@@ -123,7 +123,7 @@ class Kfade(Peer):
 
     def _fit(self, fit: Any, tokens_ST: Tensor) -> None:
         scored = (False,) + (True,) * (tokens_ST.shape[1] - 1)
-        sequences = [kfade.batches.Sequence(tuple(row), scored) for row in tokens_ST.tolist()]
+        sequences = [kfade.data.batches.Sequence(tuple(row), scored) for row in tokens_ST.tolist()]
         budget = self.settings.batch * (tokens_ST.shape[1] - 1)
         batches = kfade.make_batches(sequences, budget=budget)
         options = {"draw": sampled_labels, "recompute": self.settings.recompute}

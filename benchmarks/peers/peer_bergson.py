@@ -11,7 +11,7 @@ import torch
 from peer import Factors, Peer, Settings
 from torch import Tensor
 
-from kfade.stages import stage
+from kfade.runtime.stages import stage
 
 
 class Bergson(Peer):

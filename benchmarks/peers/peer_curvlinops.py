@@ -7,7 +7,7 @@ from pathlib import Path
 from peer import Factors, Peer, Settings
 from torch import Tensor, nn
 
-from kfade.stages import stage
+from kfade.runtime.stages import stage
 
 
 class Curvlinops(Peer):

@@ -31,8 +31,8 @@ from peer import Settings
 from peers import JOBS, PEERS
 from safetensors.torch import load_file
 
-from kfade.models import DTYPES
-from kfade.stages import Clock, stage, timing
+from kfade.models.load import DTYPES
+from kfade.runtime.stages import Clock, stage, timing
 
 PACKAGES = {"curvlinops": "curvlinops-for-pytorch"}
 

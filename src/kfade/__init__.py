@@ -7,20 +7,20 @@ update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[
 update.apply(model)
 """
 
-from kfade.batches import make_batches
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import sampled_labels, square_root_draw
 from kfade.curvature.fit import fit_diagonal, fit_ekfac, fit_identity, fit_kfac
+from kfade.data.batches import make_batches
+from kfade.data.examples import load_examples
+from kfade.data.sequences import encode
 from kfade.errors import InputError
-from kfade.examples import load_examples
-from kfade.layers import find_targets
-from kfade.lengths import length_class
-from kfade.models import load_model
-from kfade.objectives import cross_entropy, margin
-from kfade.sequences import encode
-from kfade.unlearn import unlearn
-from kfade.update import Update
+from kfade.method.objectives import cross_entropy, margin
+from kfade.method.unlearn import unlearn
+from kfade.method.update import Update
+from kfade.models.layers import find_targets
+from kfade.models.lengths import length_class
+from kfade.models.load import load_model
 
 __all__ = [
     # data and models

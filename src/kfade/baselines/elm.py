@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from kfade.baselines.losses import Net, Rows, Term, at_loss_tokens, token_nll, tokens
-from kfade.batches import Batch, make_batches
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.head import Head, hidden_states
-from kfade.lengths import length_class
-from kfade.sequences import Sequence as Tokens
+from kfade.models.head import Head, hidden_states
+from kfade.models.lengths import length_class
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def erasure(guidance: Guidance) -> Term:
 def fluency(guidance: Guidance, weight: float) -> Term:
     """Mean cross-entropy per token of the bridge and continuation after forget text."""
 
-    def continued(rows: Rows) -> list[Tokens]:
+    def continued(rows: Rows) -> list[TokenSequence]:
         made = []
         for whole, scored in rows:
             flags = [t >= len(whole) - int(scored) for t in range(len(whole))]
-            made.append(Tokens(tuple(whole.tolist()), tuple(flags)))
+            made.append(TokenSequence(tuple(whole.tolist()), tuple(flags)))
         return made
 
     def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
@@ -112,7 +112,7 @@ def soft_cross_entropy(logits_NV: Tensor, p_NK: Tensor, index_NK: Tensor) -> Ten
     return -(p_NK.to(log_q_NK) * log_q_NK).sum(dim=-1)
 
 
-def steered_target(net: Net, sequence: Tokens, guidance: Guidance) -> tuple[Tensor, Tensor]:
+def steered_target(net: Net, sequence: TokenSequence, guidance: Guidance) -> tuple[Tensor, Tensor]:
     """p* at the scored tokens of ``sequence``: probabilities [n, K], and which tokens they are."""
     contexts = [(), guidance.novice, guidance.expert]
     device = next(net.model.parameters()).device
@@ -177,7 +177,11 @@ def fluent_prompt(tokens: Sequence[int], guidance: Guidance) -> list[int]:
 
 
 def _hidden_after(
-    net: Net, prefix: Sequence[int], sequence: Tokens, guidance: Guidance, device: torch.device
+    net: Net,
+    prefix: Sequence[int],
+    sequence: TokenSequence,
+    guidance: Guidance,
+    device: torch.device,
 ) -> Tensor:
     """Hidden states [n, D] that score ``sequence`` with ``prefix`` before it; one BOS in all."""
     own = sequence.tokens
@@ -199,12 +203,12 @@ def _log_p(head: Head, hidden_ND: Tensor, guidance: Guidance) -> Tensor:
     return (head(hidden_ND).double() / guidance.temperature).log_softmax(dim=-1)
 
 
-def _sequences(batch: Batch) -> list[Tokens]:
+def _sequences(batch: Batch) -> list[TokenSequence]:
     """The sequences of a batch, without what followed their last scored tokens."""
     made = []
     for row, live in enumerate(batch.live_BT.sum(dim=1).tolist()):
         inputs = batch.input_BT[row, :live].tolist()
         last = int(batch.target_BT[row, live - 1])
         scored = batch.loss_BT[row, :live].tolist()
-        made.append(Tokens((*inputs, last), (False, *scored)))
+        made.append(TokenSequence((*inputs, last), (False, *scored)))
     return made

@@ -1,6 +1,6 @@
 """Measure the model that is being trained against the model that it was.
 
-The figures of :class:`kfade.unlearn.Gauge`; but here the vocabulary head may be among what is
+The figures of :class:`kfade.method.gauge.Gauge`; but here the vocabulary head may be among what is
 trained (as it is wherever it is tied to trained embeddings), so each side has its own.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from kfade.baselines.losses import Net
-from kfade.batches import Batch
-from kfade.measure import TokenLosses, divergence, hidden_reference, mean_objectives
-from kfade.objectives import cross_entropy
+from kfade.data.batches import Batch
+from kfade.method.measure import TokenLosses, divergence, hidden_reference, mean_objectives
+from kfade.method.objectives import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Measured:
     """KL(base ‖ model) there."""
 
 
-class Gauge:
+class DriftGauge:
     """Made while the model is the base model; :meth:`measure` takes it as it is by then."""
 
     def __init__(self, net: Net, forget: Sequence[Batch], held_out: Sequence[Batch]) -> None:

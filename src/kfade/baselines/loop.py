@@ -18,19 +18,19 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from kfade.baselines.checkpoint import Checkpoint, keep
-from kfade.baselines.gauge import Gauge
+from kfade.baselines.gauge import DriftGauge
 from kfade.baselines.losses import Net, Term
 from kfade.baselines.references import Drawn, References
 from kfade.baselines.weights import Trainable
-from kfade.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.head import read_head
-from kfade.lengths import length_class
-from kfade.progress import track
-from kfade.sequences import Sequence as Tokens
-from kfade.stages import stage
-from kfade.unlearn import MEASURED_SEQUENCES, base_facts
-from kfade.update import Update
+from kfade.method.unlearn import MEASURED_SEQUENCES, base_facts
+from kfade.method.update import Update
+from kfade.models.head import read_head
+from kfade.models.lengths import length_class
+from kfade.runtime.progress import track
+from kfade.runtime.stages import stage
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def train(
     terms: Sequence[Term],
     trainable: Trainable,
     *,
-    forget: Sequence[Tokens],
-    retain: Sequence[Tokens],
-    held_out: Sequence[Tokens],
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
     settings: Settings,
     evaluate_every: int | None = None,
     max_kl: float | None = None,
@@ -99,7 +99,7 @@ def train(
         net = _net(model, trainable)
         with stage("check"):
             measured = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, seed)
-            gauge = Gauge(
+            gauge = DriftGauge(
                 net,
                 batches_of([forget[i] for i in measured]),
                 batches_of(held_out),
@@ -161,9 +161,9 @@ def _backward(
     terms: Sequence[Term],
     trainable: Trainable,
     references: References,
-    sets: dict[str, Sequence[Tokens]],
+    sets: dict[str, Sequence[TokenSequence]],
     drawn: Drawn,
-    batches_of: Callable[[Sequence[Tokens]], list[Batch]],
+    batches_of: Callable[[Sequence[TokenSequence]], list[Batch]],
 ) -> float:
     """Add a batch's gradient to that of ``trainable``, in batches of ``batches_of``; its loss."""
     device = next(net.model.parameters()).device
@@ -199,7 +199,7 @@ def _step(optimizer: Optimizer, trainable: Trainable, settings: Settings, step: 
 def _look_ahead(
     references: References,
     trainable: Trainable,
-    sets: dict[str, Sequence[Tokens]],
+    sets: dict[str, Sequence[TokenSequence]],
     settings: Settings,
     step: int,
     seed: int,
@@ -217,7 +217,7 @@ def _look_ahead(
 
 
 def _draw(
-    sets: dict[str, Sequence[Tokens]], settings: Settings, step: int, seed: int
+    sets: dict[str, Sequence[TokenSequence]], settings: Settings, step: int, seed: int
 ) -> list[Drawn]:
     """The batches of a step; each set is gone through without replacement, in its own order."""
     first = step * settings.accumulate
@@ -260,9 +260,9 @@ def _finite(loss: float, step: int) -> float:
 
 
 def _check(
-    forget: Sequence[Tokens],
-    retain: Sequence[Tokens],
-    held_out: Sequence[Tokens],
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
     settings: Settings,
     evaluate_every: int | None,
     max_kl: float | None,

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from kfade.batches import Batch
-from kfade.head import Head, hidden_states
-from kfade.objectives import cross_entropy
+from kfade.data.batches import Batch
+from kfade.method.objectives import cross_entropy
+from kfade.models.head import Head, hidden_states
 
 Row = tuple[Tensor, ...]
 """What is kept of the base model's outputs on one sequence."""

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from kfade.baselines.losses import Net, Row, Rows, Term
-from kfade.batches import make_batches
-from kfade.progress import track
-from kfade.sequences import Sequence as Tokens
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.runtime.progress import track
 
 AHEAD = 65536  # the base weights come and go once for so many positions
 LIMIT = 4 * 2**30
@@ -36,7 +36,7 @@ class References:
         self,
         net: Net,
         terms: Sequence[Term],
-        sets: dict[str, Sequence[Tokens]],
+        sets: dict[str, Sequence[TokenSequence]],
         *,
         ahead: int = AHEAD,
         limit: int = LIMIT,
@@ -91,6 +91,6 @@ class References:
             for number in drawn[term.on]
         ]
 
-    def _sequence(self, key: tuple[int, int]) -> Tokens:
+    def _sequence(self, key: tuple[int, int]) -> TokenSequence:
         term, number = key
         return self._sets[self._terms[term].on][number]

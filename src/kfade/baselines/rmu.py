@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from kfade.baselines.losses import Net, Rows, Term, positions
-from kfade.batches import Batch
+from kfade.data.batches import Batch
 from kfade.errors import InputError
-from kfade.head import hidden_states
-from kfade.layers import Target, find_targets
+from kfade.models.head import hidden_states
+from kfade.models.layers import Target, find_targets
 
 TRAINED_BLOCKS = 3
 

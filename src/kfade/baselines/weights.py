@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kfade.layers import Target
-from kfade.models import frozen
+from kfade.models.layers import Target
+from kfade.models.load import frozen
 
 
 class Trainable(Protocol):
@@ -120,7 +120,7 @@ class Dense:
                 self._parameters[name].copy_(value)
 
 
-class Lora:
+class LowRank:
     """Low-rank changes ΔW = (α/R) B A of linear maps, A [R, I], B [O, R]; B begins at zero.
 
     Hu et al. 2021; A is drawn as PyTorch draws a linear map's weight. The maps themselves stay as

@@ -12,7 +12,6 @@ import sys
 import torch
 import typer
 
-from kfade import distributed
 from kfade.cli import (
     attack,
     baseline,
@@ -34,6 +33,7 @@ from kfade.cli import (
 from kfade.cli.eval import eval_app
 from kfade.cli.session import console
 from kfade.errors import InputError
+from kfade.runtime import distributed
 
 app = typer.Typer(
     help="Make a language model unlearn: a few Gauss-Newton steps with K-FAC / EK-FAC curvature.",

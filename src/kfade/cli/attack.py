@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from kfade.batches import draw_without_replacement
 from kfade.cli import options as o
-from kfade.cli.eval import Subject, digest_model, load_subject
+from kfade.cli.eval import Judged, digest_model, load_judged
 from kfade.cli.inputs import inputs
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
 from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
-from kfade.config import RunConfig, override
+from kfade.data.batches import draw_without_replacement
+from kfade.data.examples import Example
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.questions import read_questions
@@ -30,12 +31,10 @@ from kfade.evaluate.relearning import (
     Tuning,
 )
 from kfade.evaluate.relearning import attack as attack_model
-from kfade.examples import Example
-from kfade.run_dir import RunDir
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
-from kfade.stages import stage
-from kfade.unlearn import MEASURED_SEQUENCES, versions
+from kfade.method.unlearn import MEASURED_SEQUENCES, versions
+from kfade.runs.config import RunConfig, override
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import stage
 
 ATTACK = "attack.jsonl"
 KINDS = ("benign", "related", "forget")
@@ -163,7 +162,7 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
     asked = {**asdict(request), "update": _text(request.update)}
     asked["questions"] = _text(request.questions)
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
-        subject = load_subject(
+        subject = load_judged(
             run.model.model,
             update=request.update,
             dtype=run.model.dtype,
@@ -238,8 +237,8 @@ def _read(request: _Request) -> dict[str, list[Example]]:
 
 def _measure(
     request: _Request,
-    subject: Subject,
-    tokens: Mapping[str, Sequence[Tokens]],
+    subject: Judged,
+    tokens: Mapping[str, Sequence[TokenSequence]],
     examine: Examination,
     folder: RunDir,
     header: dict[str, Any],

@@ -25,14 +25,14 @@ from kfade.cli.session import (
 )
 from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
-from kfade.config import RunConfig, override
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.layers import digest_weights
-from kfade.models import check_writable, load_model, provenance, save_model
-from kfade.run_dir import RunDir
-from kfade.sequences import Sequence as Tokens
-from kfade.stages import Clock, stage
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.models.layers import digest_weights
+from kfade.models.load import check_writable, load_model, provenance, save_model
+from kfade.runs.config import RunConfig, override
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, stage
 
 STATE = "training.safetensors"
 SAVE_SECONDS = 300.0  # between two savings of what a resumed run needs: up to four times the model
@@ -262,7 +262,9 @@ def _resume_from(folder: RunDir) -> Checkpoint | None:
     return checkpoint
 
 
-def _metrics(update: Update, clock: Clock, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, Any]:
+def _metrics(
+    update: Update, clock: Clock, sets: Mapping[str, Sequence[TokenSequence]]
+) -> dict[str, Any]:
     curve, step = update.provenance["curve"], update.provenance["kept_step"]
     before, after = curve[0], next(row for row in curve if row["step"] == step)
     stages = ("load", "reference", "train", "check")

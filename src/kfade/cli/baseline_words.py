@@ -10,13 +10,13 @@ from kfade.baselines import methods
 from kfade.baselines.elm import Guidance
 from kfade.baselines.loop import Settings, steps_per_epoch
 from kfade.baselines.methods import Defaults, Method
-from kfade.baselines.weights import Dense, Lora, Trainable
+from kfade.baselines.weights import Dense, LowRank, Trainable
 from kfade.cli.baseline_options import METHODS
 from kfade.cli.session import Loaded
+from kfade.data.sequences import continuation, open_tokens
 from kfade.errors import InputError
-from kfade.layers import Target, find_targets
-from kfade.models import model_window
-from kfade.sequences import continuation, open_tokens
+from kfade.models.layers import Target, find_targets
+from kfade.models.load import model_window
 
 
 def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], Method]:
@@ -114,7 +114,7 @@ def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed:
     targets = methods.block_targets(model, None)
     own = [target for target in targets if names is None or target.name in names]
     alpha = given["lora_alpha"]
-    return Lora(model, own, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
+    return LowRank(model, own, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
 
 
 def _refuse_unreached(method: Method, targets: Sequence[Target]) -> None:

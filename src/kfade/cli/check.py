@@ -10,27 +10,27 @@ import torch
 import typer
 from torch import nn
 
-from kfade.batches import make_batches
 from kfade.cli import options as o
 from kfade.cli.session import Loaded, console, load, read_source, session, show, to_tokens
-from kfade.config import RunConfig, override
 from kfade.curvature.product import quadratic_form
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.demo.data import data_file
 from kfade.errors import first_line
 from kfade.evaluate.generation import generate
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.gauge import Gauge, parameter_changes
-from kfade.gradient import forget_gradient
-from kfade.layers import find_targets
-from kfade.lengths import length_class
-from kfade.models import model_window
-from kfade.objectives import margin
-from kfade.preflight import preflight
-from kfade.sequences import Sequence as Tokens
-from kfade.stages import stage
-from kfade.step import gauss_newton_step
-from kfade.unlearn import DEFAULT_DAMPING
-from kfade.update import Update
+from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.objectives import margin
+from kfade.method.preflight import preflight
+from kfade.method.step import gauss_newton_step
+from kfade.method.unlearn import DEFAULT_DAMPING
+from kfade.method.update import Update
+from kfade.models.layers import find_targets
+from kfade.models.lengths import length_class
+from kfade.models.load import model_window
+from kfade.runs.config import RunConfig, override
+from kfade.runtime.stages import stage
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
 SHORT, BEYOND = 10, 32  # tokens of a short sequence; of a long one, beyond where lengths matter
@@ -103,10 +103,10 @@ def _targets(loaded: Loaded) -> Finding:
     return Finding("targets", True, "; ".join(parts))
 
 
-def _padding(loaded: Loaded, tokens: list[Tokens]) -> Finding:
+def _padding(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     """Gradients of one padded batch against one sequence at a time."""
     cut = [
-        Tokens(s.tokens[: len(s.tokens) - 9 * i], s.scored[: len(s.tokens) - 9 * i])
+        TokenSequence(s.tokens[: len(s.tokens) - 9 * i], s.scored[: len(s.tokens) - 9 * i])
         for i, s in enumerate(tokens)
         if len(s.tokens) > 9 * i + 2
     ]
@@ -136,7 +136,7 @@ def _rounding(loaded: Loaded) -> float:
     return max(1e-3, 16 * torch.finfo(loaded.targets[0].weight.dtype).eps)
 
 
-def _lengths(loaded: Loaded, tokens: list[Tokens]) -> list[Finding]:
+def _lengths(loaded: Loaded, tokens: list[TokenSequence]) -> list[Finding]:
     """Log-likelihoods of sequences on both sides of where the rotary frequencies change: alone,
     together, and after longer ones; nothing for a model where they do not."""
     borders = length_class(loaded.model).borders
@@ -147,7 +147,7 @@ def _lengths(loaded: Loaded, tokens: list[Tokens]) -> list[Finding]:
     sequences = []
     for length in lengths:
         text = (stream * (length // len(stream) + 1))[:length]
-        sequences.append(Tokens(tuple(text), (False,) + (True,) * (length - 1)))
+        sequences.append(TokenSequence(tuple(text), (False,) + (True,) * (length - 1)))
     rising = [log_likelihoods(loaded.model, [one])[0] for one in sequences]
     together = log_likelihoods(loaded.model, sequences, batch_tokens=10**9)
     falling = [log_likelihoods(loaded.model, [one])[0] for one in sequences[::-1]][::-1]
@@ -168,7 +168,7 @@ def _lengths(loaded: Loaded, tokens: list[Tokens]) -> list[Finding]:
     ]
 
 
-def _generation(loaded: Loaded, tokens: list[Tokens]) -> Finding:
+def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     """Greedy continuations of prompts of several lengths, together and one by one."""
     name = "batched generation"
     whole = [tokens[i % len(tokens)].tokens for i in range(len(PROMPTS))]
@@ -203,7 +203,7 @@ def _gap(loaded: Loaded, prompt: tuple[int, ...], one: list[int], other: list[in
     """Between the log-probabilities of the first tokens in which two continuations differ."""
     place = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     texts = [(*prompt, *said[: place + 1]) for said in (one, other)]
-    last = [Tokens(text, (False,) * (len(text) - 1) + (True,)) for text in texts]
+    last = [TokenSequence(text, (False,) * (len(text) - 1) + (True,)) for text in texts]
     first, second = log_likelihoods(loaded.model, last)
     return abs(first - second)
 
@@ -232,7 +232,7 @@ def _after_rounding(model: nn.Module, update: Update) -> Update:
     return Update(left)
 
 
-def _small_step(few: Loaded, tokens: list[Tokens], fit, draw, seed: int) -> list[Finding]:
+def _small_step(few: Loaded, tokens: list[TokenSequence], fit, draw, seed: int) -> list[Finding]:
     """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences."""
     model, targets = few.model, few.targets
     group = length_class(model)

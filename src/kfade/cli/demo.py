@@ -12,12 +12,12 @@ from rich.table import Table
 from kfade.cli import options as o
 from kfade.cli.session import console, load, session, show
 from kfade.cli.unlearn import run_unlearn, summary
-from kfade.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
 from kfade.demo.data import data_file
 from kfade.demo.run import PROMPTS, demo_model, examine, table_rows
-from kfade.run_dir import check_free
-from kfade.stages import stage
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.runs.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
+from kfade.runtime.run_dir import check_free
+from kfade.runtime.stages import stage
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet.")]
 

@@ -18,13 +18,13 @@ from kfade.cli import options as o
 from kfade.cli.session import console, notes_on_base, session, show
 from kfade.cli.unlearn import git_sha
 from kfade.errors import InputError
-from kfade.lora import to_lora
-from kfade.models import check_writable, load_model, load_skeleton, save_model
-from kfade.run_dir import RunDir, check_free
-from kfade.sources import Source
-from kfade.stages import stage
-from kfade.unlearn import versions
-from kfade.update import DIGESTS, OTHER, Update
+from kfade.export.lora import to_lora
+from kfade.method.unlearn import versions
+from kfade.method.update import DIGESTS, OTHER, Update
+from kfade.models.load import check_writable, load_model, load_skeleton, save_model
+from kfade.models.sources import Source
+from kfade.runtime.run_dir import RunDir, check_free
+from kfade.runtime.stages import stage
 
 UpdatePath = Annotated[Path, typer.Argument(help="Folder of a kfade unlearn run, or its file.")]
 

@@ -20,13 +20,13 @@ from kfade.cli.session import console, notes_on_base, session
 from kfade.cli.unlearn import git_sha
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
-from kfade.layers import digest_weights
-from kfade.models import load_model, provenance
-from kfade.run_dir import RunDir
-from kfade.sources import Source
-from kfade.stages import Clock, stage
-from kfade.unlearn import versions
-from kfade.update import Update
+from kfade.method.unlearn import versions
+from kfade.method.update import Update
+from kfade.models.layers import digest_weights
+from kfade.models.load import load_model, provenance
+from kfade.models.sources import Source
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, stage
 
 eval_app = typer.Typer(
     help="Measure a model, with or without an update: benchmarks, specificity, memorisation.",
@@ -44,7 +44,7 @@ _CALLED = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class Judged:
     """The model that is judged: as it was loaded, and as it is edited."""
 
     name: str
@@ -53,7 +53,7 @@ class Subject:
     update: Update
     rounding: Rounding | None
     provenance: dict[str, Any]
-    """Where the model came from: what :func:`kfade.models.provenance` tells."""
+    """Where the model came from: what :func:`kfade.models.load.provenance` tells."""
 
     @contextlib.contextmanager
     def edited(self) -> Iterator[nn.Module]:
@@ -62,7 +62,7 @@ class Subject:
             yield model
 
 
-def load_subject(
+def load_judged(
     name: str,
     *,
     update: Path | None = None,
@@ -72,7 +72,7 @@ def load_subject(
     trust_remote_code: bool | None = None,
     revision: str | None = None,
     tokenizer: str | None = None,
-) -> Subject:
+) -> Judged:
     """What the options say.
 
     Raises:
@@ -94,7 +94,7 @@ def load_subject(
             for note in notes_on_base(change, base, "judged", revision, tokenizer):
                 console.print(note)
     origin = provenance(Source(name, revision, tokenizer))
-    return Subject(name, model, words, change, rounding, origin)
+    return Judged(name, model, words, change, rounding, origin)
 
 
 def digest_model(model: nn.Module) -> str:
@@ -115,9 +115,9 @@ class Evaluation:
         self._benchmark, self._settings, self._clock = benchmark, dict(settings), clock
         self._provenance: dict[str, Any] = {}
 
-    def load(self, name: str, **options: Any) -> Subject:
-        """:func:`load_subject`, of the model whose origin the manifest tells."""
-        subject = load_subject(name, **options)
+    def load(self, name: str, **options: Any) -> Judged:
+        """:func:`load_judged`, of the model whose origin the manifest tells."""
+        subject = load_judged(name, **options)
         self._provenance = subject.provenance
         return subject
 

@@ -11,7 +11,7 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.eval import (
     Evaluation,
-    Subject,
+    Judged,
     digest_model,
     evaluation,
     interval,
@@ -19,12 +19,12 @@ from kfade.cli.eval import (
 )
 from kfade.cli.session import show
 from kfade.errors import InputError
-from kfade.evaluate.choice import SCORINGS, answer_questions, summarise, verdict
+from kfade.evaluate.choice import SCORINGS, answer_questions, summarise_choice, verdict
 from kfade.evaluate.lm_eval import check_installed, run_tasks
 from kfade.evaluate.log import digest
 from kfade.evaluate.questions import Question, read_sets
-from kfade.models import model_window
-from kfade.stages import stage
+from kfade.models.load import model_window
+from kfade.runtime.stages import stage
 
 TASK_TOKENS = 512  # positions that an item of lm-eval is taken to have, to size its batches
 
@@ -113,7 +113,7 @@ def choice(
 
 def _ask(
     run: Evaluation,
-    subject: Subject,
+    subject: Judged,
     digests: dict[str, str],
     sets: Mapping[str, Sequence[Question]],
     cloze: bool,
@@ -155,14 +155,14 @@ def _ask(
                 window=model_window(subject.model),
                 batch_tokens=batch_tokens,
             )
-        figures = {name: summarise([log.items[i] for i in own]) for name, own in ids.items()}
+        figures = {name: summarise_choice([log.items[i] for i in own]) for name, own in ids.items()}
         several = {"questions": len(questions), "sets": figures}
         run.finish(log, several if len(sets) > 1 else figures[next(iter(sets))], **digests)
 
 
 def _run_tasks(
     run: Evaluation,
-    subject: Subject,
+    subject: Judged,
     digests: dict[str, str],
     tasks: list[str],
     task_folder: Path | None,

@@ -20,9 +20,9 @@ from kfade.evaluate.mt_bench import (
     answer_questions,
     judge_answers,
     read_bench,
-    summarise,
+    summarise_ratings,
 )
-from kfade.stages import stage
+from kfade.runtime.stages import stage
 
 ANSWERS = "answers.jsonl"
 JUDGE = "Judge"
@@ -155,7 +155,7 @@ def mt_bench(
             with stage("judgements"):
                 judge_answers(judge, asked, answers.items, log, runs=runs)
             run.folder.publish(ANSWERS)
-            run.finish(log, summarise(log.items), **about)
+            run.finish(log, summarise_ratings(log.items), **about)
     _show(run.result, json)
 
 

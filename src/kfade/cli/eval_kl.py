@@ -14,19 +14,20 @@ import torch
 import typer
 from torch import Tensor
 
-from kfade.batches import Batch, make_batches
 from kfade.cli import options as o
 from kfade.cli.eval import (
     Evaluation,
-    Subject,
+    Judged,
     digest_model,
     evaluation,
     interval,
-    load_subject,
+    load_judged,
     settings_of,
 )
 from kfade.cli.session import show
 from kfade.cli.template import rendering_of
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.evaluate.completions import (
     Prompt,
@@ -41,15 +42,13 @@ from kfade.evaluate.divergence import (
     grouped,
     outputs,
     rounded,
-    summarise,
+    summarise_divergence,
     token_strings,
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
-from kfade.lengths import length_class
-from kfade.models import load_skeleton, load_tokenizer, model_window
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
-from kfade.stages import stage
+from kfade.models.lengths import length_class
+from kfade.models.load import load_skeleton, load_tokenizer, model_window
+from kfade.runtime.stages import stage
 
 COMPLETIONS = "completions.jsonl"
 MAX_NEW_TOKENS = 256
@@ -155,20 +154,23 @@ def kl(
             reference = _streamed(base, groups, run, key)
             del base, judged
             _free()
-            judged = load_subject(edited, quantise=quantise, **where)
+            judged = load_judged(edited, quantise=quantise, **where)
         with judged.edited() as changed:
             digests["edited_sha256"] = digest_model(changed)
         with run.items(**digests) as log:
             _measure(log, judged, groups, reference, asked, answers, words)
             if completions is None:
                 run.folder.publish(COMPLETIONS)
-            aggregate = {**summarise(log.items, seed=seed), "max_new_tokens": max_new_tokens}
+            aggregate = {
+                **summarise_divergence(log.items, seed=seed),
+                "max_new_tokens": max_new_tokens,
+            }
             run.finish(log, aggregate, **digests)
     show(run.result, json, _lines(run.result, log.items))
 
 
 def _completions(
-    base: Subject,
+    base: Judged,
     prompts: Sequence[Prompt],
     folder: Path,
     weights: str,
@@ -210,13 +212,13 @@ def _completions(
         return [log.items[str(i)] for i in range(len(prompts))]
 
 
-def _groups(base: Subject, texts: Sequence[Tokens], batch_tokens: int) -> list[list[Batch]]:
+def _groups(base: Judged, texts: Sequence[TokenSequence], batch_tokens: int) -> list[list[Batch]]:
     device = next(base.model.parameters()).device
     group = length_class(base.model)
     return grouped(make_batches(texts, budget=batch_tokens, device=device, group=group))
 
 
-def _in_memory(base: Subject, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
+def _in_memory(base: Judged, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
     """The base model's outputs on a group, computed when they are asked for.
 
     Read by a copy of its head: an update may change the head itself.
@@ -226,7 +228,7 @@ def _in_memory(base: Subject, groups: Sequence[Sequence[Batch]]) -> Callable[[in
 
 
 def _streamed(
-    base: Subject, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
+    base: Judged, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
 ) -> Callable[[int], Outputs]:
     """The base model's outputs on a group, written to disk now and read when they are asked for.
 
@@ -262,7 +264,7 @@ def _outputs_of(model: Any) -> int:
 
 def _measure(
     log: ItemLog,
-    judged: Subject,
+    judged: Judged,
     groups: Sequence[Sequence[Batch]],
     reference: Callable[[int], Outputs],
     prompts: Sequence[Prompt],

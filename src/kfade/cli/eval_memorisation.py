@@ -19,21 +19,20 @@ from kfade.cli.eval import (
 )
 from kfade.cli.session import show
 from kfade.cli.template import rendering_of
+from kfade.data.examples import Example, load_examples
+from kfade.data.sequences import TokenSequence, digest_sequences, encode
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.memorisation import (
     MIN_K,
     SCORES,
-    summarise,
+    summarise_memorisation,
     text_statistics,
     token_statistics,
 )
 from kfade.evaluate.tokens import token_values
-from kfade.examples import Example, load_examples
-from kfade.models import model_window
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences, encode
-from kfade.stages import stage
+from kfade.models.load import model_window
+from kfade.runtime.stages import stage
 
 Members = Annotated[
     str,
@@ -143,14 +142,14 @@ def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
 
 def _tokens(
     examples: Mapping[str, list[Example]], subject: Any, how: Mapping[str, Any], truncate: bool
-) -> tuple[list[str], list[Tokens]]:
+) -> tuple[list[str], list[TokenSequence]]:
     """Item names and token sequences, one a text.
 
     A ``{"text"}`` gets no EOS: it may be a passage, and an end that no model could foresee would
     put its extraction strength at 0.
     """
     names: list[str] = []
-    sequences: list[Tokens] = []
+    sequences: list[TokenSequence] = []
     for name, own in examples.items():
         sequences += encode(
             [replace(example, closes=example.text is None and example.closes) for example in own],
@@ -169,7 +168,7 @@ def _measure(
     model: Any,
     tokenizer: Any,
     names: list[str],
-    sequences: list[Tokens],
+    sequences: list[TokenSequence],
     min_k: float,
     batch_tokens: int,
 ) -> None:
@@ -193,7 +192,7 @@ def _measure(
 
 def _aggregate(log: ItemLog, names: list[str]) -> dict[str, Any]:
     items = [(name, log.items[name]) for name in names]
-    return summarise(
+    return summarise_memorisation(
         [item for name, item in items if name.startswith("member")],
         [item for name, item in items if name.startswith("non-member")],
     )

@@ -12,7 +12,7 @@ from kfade.cli import options as o
 from kfade.cli.eval import digest_model, evaluation, settings_of
 from kfade.cli.session import show
 from kfade.evaluate.quantisation import overall, survival
-from kfade.stages import stage
+from kfade.runtime.stages import stage
 
 Update = Annotated[
     Path,

@@ -12,10 +12,10 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.eval import (
     Evaluation,
-    Subject,
+    Judged,
     digest_model,
     evaluation,
-    load_subject,
+    load_judged,
     settings_of,
 )
 from kfade.cli.session import console, show
@@ -37,8 +37,8 @@ from kfade.evaluate.tofu_logs import (
     notes_on,
 )
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
-from kfade.models import load_tokenizer
-from kfade.stages import stage
+from kfade.models.load import load_tokenizer
+from kfade.runtime.stages import stage
 
 RETAIN_ITEMS = "retain.jsonl"
 LOGS = "Saved logs"
@@ -183,7 +183,7 @@ def tofu(
             if retain_model:
                 del subject
                 gc.collect()  # a model holds references to itself
-                other = load_subject(retain_model, **where)
+                other = load_judged(retain_model, **where)
                 retain = _measure_retain(run, other, questions, how)
             measured = log_of(log.items, str(out))
             result = aggregate(measured, retain)
@@ -191,7 +191,7 @@ def tofu(
     _show({**run.result, "notes": notes_on(measured, retain)}, json)
 
 
-def _about(subject: Subject, questions: list[TofuQuestion], template: str) -> dict[str, str]:
+def _about(subject: Judged, questions: list[TofuQuestion], template: str) -> dict[str, str]:
     """What decides the numbers besides the options."""
     with subject.edited() as edited:
         return {
@@ -202,14 +202,14 @@ def _about(subject: Subject, questions: list[TofuQuestion], template: str) -> di
 
 
 def _measure(
-    subject: Subject, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
+    subject: Judged, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
 ) -> None:
     with stage("items"), subject.edited() as edited:
         evaluate_tofu(edited, subject.tokenizer, questions, log, **how)
 
 
 def _measure_retain(
-    run: Evaluation, subject: Subject, questions: list[TofuQuestion], how: Mapping[str, Any]
+    run: Evaluation, subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
 ) -> TofuLog:
     """The retain model's items, kept beside MODEL's: a log that --retain-log takes."""
     header = {"benchmark": "tofu", "model": subject.name, "max_new_tokens": how["max_new_tokens"]}

@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kfade import distributed
-from kfade.batches import make_batches
 from kfade.cli import options as o
 from kfade.cli.inputs import inputs
 from kfade.cli.session import (
@@ -23,17 +21,18 @@ from kfade.cli.session import (
 )
 from kfade.cli.template import dated
 from kfade.cli.unlearn import curvature_bytes, git_sha
-from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.store import Store
-from kfade.layers import digest_weights, parameter_names
-from kfade.lengths import length_class
-from kfade.models import provenance
-from kfade.preflight import preflight
-from kfade.run_dir import RunDir
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
-from kfade.stages import Clock, stage
-from kfade.unlearn import versions
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.method.preflight import preflight
+from kfade.method.unlearn import versions
+from kfade.models.layers import digest_weights, parameter_names
+from kfade.models.lengths import length_class
+from kfade.models.load import provenance
+from kfade.runs.config import RunConfig, deciding, override, read_config, write_config
+from kfade.runtime import distributed
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, stage
 
 _NOT_SETTINGS = ("out", "config", "resume", "json")
 
@@ -110,7 +109,7 @@ def fit(
             )
         files = sorted(folder.state.glob("curvature-*.safetensors"))
         metrics = _metrics(clock, sequences, files)
-        distributed.wait()
+        distributed.barrier()
         for path in files:
             folder.publish(path.name)
         manifest = {
@@ -132,7 +131,7 @@ def fit(
     )
 
 
-def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[Tokens]) -> dict[str, Any]:
+def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
     """What the curvature belongs to, kept with it."""
     return {
         "model": run.model.model,
@@ -145,7 +144,9 @@ def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[Tokens]) -> di
     }
 
 
-def _metrics(clock: Clock, sequences: Sequence[Tokens], files: Sequence[Path]) -> dict[str, Any]:
+def _metrics(
+    clock: Clock, sequences: Sequence[TokenSequence], files: Sequence[Path]
+) -> dict[str, Any]:
     """What ``metrics.json`` tells of a fit that is written to ``files``."""
     stages = ("load", "covariance", "eigh", "lambda", "save")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}

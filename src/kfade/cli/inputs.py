@@ -7,14 +7,13 @@ from pathlib import Path
 
 from kfade.cli.session import Loaded
 from kfade.curvature.curvature import Curvature
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
-from kfade.layers import digest_weights, parameter_names
-from kfade.models import DTYPES
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
+from kfade.models.layers import digest_weights, parameter_names
+from kfade.models.load import DTYPES
 
 
-def inputs(model_digest: str, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, str]:
+def inputs(model_digest: str, sets: Mapping[str, Sequence[TokenSequence]]) -> dict[str, str]:
     """What :meth:`RunDir.reads` is told of a run: the model's weights and sets of data by name."""
     data = {
         f"the {name.removesuffix(' set')} set": digest_sequences(tokens)

@@ -11,7 +11,7 @@ import typer
 from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
 from kfade.curvature.fit import Fit, fit_diagonal, fit_ekfac, fit_identity, fit_kfac
 from kfade.errors import InputError
-from kfade.objectives import Objective, cross_entropy, margin
+from kfade.method.objectives import Objective, cross_entropy, margin
 
 DATA, FIT, STEP, SIZE, RUN = "Data", "Curvature", "Step", "Step size (give one)", "Run"
 JUDGED = "What is judged"

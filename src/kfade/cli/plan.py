@@ -13,12 +13,20 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.plan_page import page
 from kfade.cli.session import console, session, show
-from kfade.cost import PASSES, Speed, flops, measure_speed, seconds
 from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups, stored_bytes
 from kfade.errors import InputError
-from kfade.layers import Target, find_targets
-from kfade.models import load_skeleton
-from kfade.plan import RUNTIME_BYTES, Subject, Work, examine, fit_overhead, on_shapes, peaks
+from kfade.models.layers import Target, find_targets
+from kfade.models.load import load_skeleton
+from kfade.planning.cost import PASSES, Speed, flops, measure_speed, seconds
+from kfade.planning.memory import (
+    RUNTIME_BYTES,
+    Work,
+    Workload,
+    examine,
+    fit_overhead,
+    on_shapes,
+    peaks,
+)
 
 DEVICE = "Device"
 
@@ -199,7 +207,7 @@ def _stated_speed(
 def _result(
     name: str,
     parameters: int,
-    subject: Subject,
+    subject: Workload,
     work: Work,
     machines: _Machines,
     speed: Speed | None,
@@ -245,7 +253,7 @@ def _result(
 
 
 def _groups(
-    subject: Subject, work: Work, machines: _Machines
+    subject: Workload, work: Work, machines: _Machines
 ) -> tuple[list[list[Target]] | None, str | None]:
     """Groups of layers that fit the smallest device; None and why, if there are none."""
     budget = None
@@ -262,7 +270,7 @@ def _groups(
         return None, str(error)
 
 
-def _sizes(subject: Subject, estimator: str) -> dict[str, int]:
+def _sizes(subject: Workload, estimator: str) -> dict[str, int]:
     """Bytes of everything that a run holds at one time or another."""
     targets, factored = subject.targets, estimator in ("kfac", "ekfac")
     stored = stored_bytes(targets, estimator)

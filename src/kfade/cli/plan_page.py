@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kfade.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
+from kfade.planning.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
 
 SIZES = {
     "model": "the model, or a device's part of it",

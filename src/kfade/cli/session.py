@@ -12,20 +12,19 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from kfade import distributed, progress
 from kfade.cli.bars import Bars, Lines
 from kfade.cli.options import chat_of
 from kfade.cli.template import template_of
-from kfade.config import DataConfig, FitConfig, ModelConfig
+from kfade.data.examples import Example, load_examples, split_holdout
+from kfade.data.sequences import TokenSequence, check_embedded, encode
 from kfade.errors import InputError
-from kfade.examples import Example, load_examples, split_holdout
-from kfade.layers import Target, choose_targets, decoder_blocks
-from kfade.models import default_device, load_model, model_window
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import check_embedded, encode
-from kfade.sources import Source
-from kfade.stages import Clock, stage, timing
-from kfade.update import OTHER, ROUNDED, Update
+from kfade.method.update import OTHER, ROUNDED, Update
+from kfade.models.layers import Target, choose_targets, decoder_blocks
+from kfade.models.load import default_device, load_model, model_window
+from kfade.models.sources import Source
+from kfade.runs.config import DataConfig, FitConfig, ModelConfig
+from kfade.runtime import distributed, progress
+from kfade.runtime.stages import Clock, stage, timing
 
 console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets
 
@@ -142,7 +141,9 @@ def read_source(source: str | None, option: str) -> list[Example]:
     return load_examples(source)
 
 
-def to_tokens(examples: Sequence[Example], loaded: Loaded, config: DataConfig) -> list[Tokens]:
+def to_tokens(
+    examples: Sequence[Example], loaded: Loaded, config: DataConfig
+) -> list[TokenSequence]:
     """Token sequences as the data settings ask for."""
     if config.sequence_length < 2 or config.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")

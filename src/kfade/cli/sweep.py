@@ -13,11 +13,11 @@ from kfade.cli import options as o
 from kfade.cli.session import show
 from kfade.cli.sweep_run import Request, point_line, run_sweep
 from kfade.cli.template import dated
-from kfade.config import RunConfig, SizeConfig, override, read_config
 from kfade.errors import InputError
-from kfade.grid import ALL, grid
-from kfade.step import StepSize
-from kfade.unlearn import DEFAULT_DAMPING
+from kfade.method.grid import ALL, grid
+from kfade.method.step import StepSize
+from kfade.method.unlearn import DEFAULT_DAMPING
+from kfade.runs.config import RunConfig, SizeConfig, override, read_config
 
 DEFAULT_KLS = "0.001,0.003,0.01,0.03"
 DEFAULT_MAX_KL = 0.02  # twice what an unlearn that is told nothing aims at

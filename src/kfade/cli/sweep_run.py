@@ -11,7 +11,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kfade.batches import Batch
 from kfade.cli import options as o
 from kfade.cli.inputs import inputs, read_curvature
 from kfade.cli.session import (
@@ -25,20 +24,20 @@ from kfade.cli.session import (
     to_tokens,
 )
 from kfade.cli.unlearn import git_sha, run_metrics
-from kfade.config import RunConfig, SizeConfig, deciding, write_config
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.evaluate.log import ItemLog
-from kfade.gradient import forget_gradient
-from kfade.grid import ALL, RULE, Outcome, Point, pareto, pick
-from kfade.layers import Target, digest_weights, parameter_names
-from kfade.models import provenance
-from kfade.objectives import Objective
-from kfade.run_dir import RunDir
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
-from kfade.sweep import cut, sweep, targets_within
-from kfade.unlearn import unlearn, versions
-from kfade.update import Update
+from kfade.method.gradient import forget_gradient
+from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
+from kfade.method.objectives import Objective
+from kfade.method.sweep import cut, sweep, targets_within
+from kfade.method.unlearn import unlearn, versions
+from kfade.method.update import Update
+from kfade.models.layers import Target, digest_weights, parameter_names
+from kfade.models.load import provenance
+from kfade.runs.config import RunConfig, SizeConfig, deciding, write_config
+from kfade.runtime.run_dir import RunDir
 
 POINTS = "points.jsonl"
 
@@ -66,9 +65,9 @@ class _Ready:
     """Of all weights."""
     curvature: Curvature
     objectives: dict[str, Objective]
-    forget: list[Tokens]
-    retain: list[Tokens]
-    held_out: list[Tokens]
+    forget: list[TokenSequence]
+    retain: list[TokenSequence]
+    held_out: list[TokenSequence]
 
 
 def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from kfade import distributed
-from kfade.chat import ChatTemplate
-from kfade.config import DataConfig
+from kfade.data.chat import ChatTemplate
+from kfade.data.rows import read_utf8
 from kfade.errors import InputError
-from kfade.rows import read_utf8
-from kfade.run_dir import interrupted
-from kfade.update import Update
+from kfade.method.update import Update
+from kfade.runs.config import DataConfig
+from kfade.runtime import distributed
+from kfade.runtime.run_dir import interrupted
 
 _DATE = "template_date"
 
@@ -56,7 +56,7 @@ def dated(
         date = _recorded(Update.load(update).provenance)
     if date is None:
         # One clock for all processes.
-        now = distributed.lists([int(time.time())])[0][0]
+        now = distributed.all_gather_lists([int(time.time())])[0][0]
         date = datetime.fromtimestamp(now).isoformat()
     return replace(config, template_date=date)
 

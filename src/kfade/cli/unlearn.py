@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from kfade import distributed
-from kfade.batches import Batch
 from kfade.cli import options as o
 from kfade.cli.inputs import inputs, read_curvature
 from kfade.cli.session import (
@@ -29,23 +27,24 @@ from kfade.cli.session import (
     to_tokens,
 )
 from kfade.cli.template import dated
-from kfade.config import RunConfig, deciding, override, read_config, write_config
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.fit import Fit
 from kfade.curvature.store import Store
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
-from kfade.layers import Target, digest_weights, parameter_names
-from kfade.models import check_writable, provenance, save_model
-from kfade.objectives import Objective
-from kfade.plan import curvature_budget
-from kfade.run_dir import RunDir
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import digest_sequences
-from kfade.stages import Clock, stage
-from kfade.step import StepSize
-from kfade.unlearn import DEFAULT_DAMPING, DEFAULT_KL
-from kfade.unlearn import unlearn as unlearn_model
-from kfade.update import Update
+from kfade.method.objectives import Objective
+from kfade.method.step import StepSize
+from kfade.method.unlearn import DEFAULT_DAMPING, DEFAULT_KL
+from kfade.method.unlearn import unlearn as unlearn_model
+from kfade.method.update import Update
+from kfade.models.layers import Target, digest_weights, parameter_names
+from kfade.models.load import check_writable, provenance, save_model
+from kfade.planning.memory import curvature_budget
+from kfade.runs.config import RunConfig, deciding, override, read_config, write_config
+from kfade.runtime import distributed
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, stage
 
 
 def unlearn(
@@ -323,7 +322,7 @@ def _kept(fit: Fit, folder: RunDir, memory: int | None, made_for: dict[str, Any]
                 if old != place:
                     shutil.rmtree(old)
             place.mkdir(exist_ok=True)
-        distributed.wait()
+        distributed.barrier()
         store = Store(
             place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device
         )
@@ -344,9 +343,9 @@ def _resume_from(folder: RunDir) -> Update | None:
 def run_metrics(
     update: Update,
     clock: Clock,
-    forget: Sequence[Tokens],
-    retain: Sequence[Tokens],
-    held_out: Sequence[Tokens],
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
 ) -> dict[str, Any]:
     """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
     steps = update.provenance["steps"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.targets import Target, hooked
+from kfade.models.targets import Target, hooked
 
 Consumer = Callable[[Target, Tensor], None]
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.batches import Batch
 from kfade.curvature.curvature import Matrices
-from kfade.layers import Target
-from kfade.models import frozen
+from kfade.data.batches import Batch
+from kfade.models.layers import Target
+from kfade.models.load import frozen
 
 
 def flatten(matrices: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:

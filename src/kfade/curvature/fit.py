@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfade import distributed
-from kfade.batches import Batch, digest_batches
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import Draw, square_root_draw, token_keys
@@ -45,9 +43,11 @@ from kfade.curvature.sums import (
     dealt_out,
     decomposed,
 )
-from kfade.head import Head
-from kfade.layers import Target
-from kfade.stages import stage
+from kfade.data.batches import Batch, digest_batches
+from kfade.models.head import Head
+from kfade.models.layers import Target
+from kfade.runtime import distributed
+from kfade.runtime.stages import stage
 
 COVARIANCE_STREAM, EIGENVALUE_STREAM = 0, 1
 Fit = Callable[..., Curvature]
@@ -259,7 +259,7 @@ def _is_finished(store: Store, number: int, owners: Owners, facts: Mapping[str, 
     part = distributed.rank() if owners.spread else 0
     names = [target.name for target in owners.own]
     there = not names or store.finished(number * processes + part, names, facts)
-    return all(own for [own] in distributed.lists([there]))
+    return all(own for [own] in distributed.all_gather_lists([there]))
 
 
 def _kfac(
@@ -305,7 +305,7 @@ def _with_eigenvalues(
         for target in owners.own:
             grid = sums.grids[target.name]
             if not owners.spread:
-                distributed.sum_everywhere(grid)
+                distributed.all_reduce(grid)
             blocks[target.name] = EigenBlock(*bases[target.name], grid.div_(loss_tokens))
     return blocks
 

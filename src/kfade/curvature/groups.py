@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from kfade.curvature.eigh import workspace_bytes
 from kfade.curvature.factors import sum_dtype
-from kfade.distributed import deal
 from kfade.errors import InputError
-from kfade.layers import Target
+from kfade.models.layers import Target
+from kfade.runtime.distributed import assign_by_cost
 
 
 def factor_bytes(group: Sequence[Target]) -> int:
@@ -77,7 +77,7 @@ def dealt(targets: Sequence[Target], estimator: str, processes: int) -> list[lis
     Layers that share their input stay together, since they share A; otherwise by bytes.
     """
     units = smallest_groups(targets)
-    owners = deal([group_bytes(unit, estimator) for unit in units], processes)
+    owners = assign_by_cost([group_bytes(unit, estimator) for unit in units], processes)
     found: list[list[Target]] = [[] for _ in range(processes)]
     for owner, unit in zip(owners, units, strict=True):
         found[owner].extend(unit)

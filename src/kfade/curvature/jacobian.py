@@ -18,14 +18,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfade import distributed
-from kfade.batches import Batch
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.passes import FromOutputs, Waiting, live_rows, run_pass
 from kfade.curvature.recompute import recomputing
-from kfade.head import hidden_states
-from kfade.targets import Target, hooked
+from kfade.data.batches import Batch
+from kfade.models.head import hidden_states
+from kfade.models.targets import Target, hooked
+from kfade.runtime import distributed
 
 
 def transpose_product(
@@ -45,7 +45,7 @@ def transpose_product(
     products = _Products(targets)
     with recomputing(model, targets, recompute):
         run_pass(model, batches, targets, products, from_outputs, name)
-    return {name: distributed.sum_everywhere(sum_OI) for name, sum_OI in products.sums.items()}
+    return {name: distributed.all_reduce(sum_OI) for name, sum_OI in products.sums.items()}
 
 
 class _Products:

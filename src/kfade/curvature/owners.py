@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kfade import distributed
-from kfade.batches import Batch
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.groups import dealt
 from kfade.curvature.passes import live_rows
-from kfade.layers import Target
+from kfade.data.batches import Batch
+from kfade.models.layers import Target
+from kfade.runtime import distributed
 
 Rows = list[tuple[Tensor, list[int]]]
 """(rows [R, width], how many of them each sequence has), of each process that has any."""
@@ -55,7 +55,7 @@ class Owners:
         """The next batch is about to run, here and in the other processes."""
         self._batch = batch
         lengths = batch.live_BT.sum(dim=1).tolist()
-        self._lengths = distributed.lists(lengths) if self.spread else [lengths]
+        self._lengths = distributed.all_gather_lists(lengths) if self.spread else [lengths]
 
     def rows(self, target: Target, x_BT: Tensor) -> Rows:
         """Live rows of ``x_BT`` [B, T, width] that are to be summed for ``target`` here.
@@ -67,7 +67,7 @@ class Owners:
         if not self.spread:
             return [(own_R, self._lengths[0])]
         counts = [sum(lengths) for lengths in self._lengths]
-        parts = distributed.rows_to(self.owner(target), own_R, counts)
+        parts = distributed.gather_rows(self.owner(target), own_R, counts)
         return [(part, own) for part, own in zip(parts, self._lengths, strict=False) if sum(own)]
 
 
@@ -80,12 +80,14 @@ def everywhere(blocks: Blocks, owners: Owners) -> Blocks:
     for target in owners.group:
         owner, block = owners.owner(target), blocks.get(target.name)
         q_out, eigenvalues = (
-            distributed.anything_from(owner, getattr(block, part, None), target.weight.device)
+            distributed.broadcast_optional(owner, getattr(block, part, None), target.weight.device)
             for part in ("q_out", "eigenvalues")
         )
         if target.input_of not in inputs:
             q_in = getattr(block, "q_in", None)
-            inputs[target.input_of] = distributed.anything_from(owner, q_in, target.weight.device)
+            inputs[target.input_of] = distributed.broadcast_optional(
+                owner, q_in, target.weight.device
+            )
         assert eigenvalues is not None
         found[target.name] = EigenBlock(q_out, inputs[target.input_of], eigenvalues)
     return found

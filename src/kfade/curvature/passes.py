@@ -15,15 +15,15 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kfade import distributed
-from kfade.batches import Batch
 from kfade.curvature.capture import capture
+from kfade.data.batches import Batch
 from kfade.errors import InputError
-from kfade.head import Head, hidden_states, read_head
-from kfade.layers import Target
-from kfade.lengths import refuse_mixed
-from kfade.models import frozen
-from kfade.progress import track
+from kfade.models.head import Head, hidden_states, read_head
+from kfade.models.layers import Target
+from kfade.models.lengths import refuse_mixed
+from kfade.models.load import frozen
+from kfade.runtime import distributed
+from kfade.runtime.progress import track
 
 T = TypeVar("T")
 FromOutputs = Callable[[Head, Batch, Tensor], Tensor]
@@ -94,7 +94,9 @@ def run_pass(
     refuse_float16(targets)
     refuse_mixed(model, batches)
     own = distributed.share(batches, lambda batch: batch.positions)
-    own += [batches[-1].silenced()] * distributed.missing(model, len(own))  # in step with others
+    own += [batches[-1].silenced()] * distributed.extra_passes(
+        model, len(own)
+    )  # in step with others
     done = keeper.load(sums.tensors()) if keeper is not None else 0
     seen: list[tuple[str, str, Tensor]] = []
 

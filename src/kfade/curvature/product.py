@@ -18,15 +18,15 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from kfade import distributed
-from kfade.batches import Batch
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import tangents_of, transpose_product
-from kfade.head import Head, read_head
-from kfade.layers import Target
-from kfade.lengths import refuse_mixed
-from kfade.models import frozen
-from kfade.progress import track
+from kfade.data.batches import Batch
+from kfade.models.head import Head, read_head
+from kfade.models.layers import Target
+from kfade.models.lengths import refuse_mixed
+from kfade.models.load import frozen
+from kfade.runtime import distributed
+from kfade.runtime.progress import track
 
 
 def quadratic_form(
@@ -42,7 +42,7 @@ def quadratic_form(
         head = read_head(model)
         tangents = tangents_of(model, targets)
         own = distributed.share(batches, lambda batch: batch.positions)
-        missing = distributed.missing(model, len(own))
+        missing = distributed.extra_passes(model, len(own))
         for batch in track(own, "exact quadratic form", lambda b: b.positions):
             hidden_ND, tangent_ND = tangents(model, batch, targets, delta)
             for part in head.chunks(hidden_ND):
@@ -51,7 +51,7 @@ def quadratic_form(
                 total += (p * (logits_dot - mean_N1).square()).sum().double().item()
         for _ in range(missing):
             tangents(model, batches[-1], targets, delta)
-    [total] = distributed.sum_numbers([total], batches[0].input_BT.device)
+    [total] = distributed.all_reduce_numbers([total], batches[0].input_BT.device)
     return total / sum(batch.loss_tokens for batch in batches)
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from kfade.errors import InputError
-from kfade.layers import Target, decoder_blocks
+from kfade.models.layers import Target, decoder_blocks
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def recomputing(model: nn.Module, targets: Sequence[Target], wanted: bool = True
     try:
         for block in blocks:
             # Not the whole call: a sharded block is gathered once for its gradient and second run.
-            block.forward = _twice(block.forward)
+            block.forward = _checkpointed(block.forward)
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
@@ -53,7 +53,7 @@ def recomputing(model: nn.Module, targets: Sequence[Target], wanted: bool = True
                 block.forward = forward
 
 
-def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -65,11 +65,12 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
                 "block to block; leave it out"
             )
 
-        def again(hidden_BTD: Tensor, spark: Tensor) -> Any:
+        def run_block(hidden_BTD: Tensor, anchor: Tensor) -> Any:
             return forward(hidden_BTD, *rest, **kwargs)
 
-        # The lowest block's input requires no gradient; for the spark's sake autograd comes back.
-        spark = first[0].new_empty(0).requires_grad_()
-        return checkpoint(again, *first, spark, use_reentrant=True, preserve_rng_state=False)
+        # The lowest block's input requires no gradient. Without an argument that requires one, the
+        # checkpoint would take no part in the backward pass.
+        anchor = first[0].new_empty(0).requires_grad_()
+        return checkpoint(run_block, *first, anchor, use_reentrant=True, preserve_rng_state=False)
 
     return run

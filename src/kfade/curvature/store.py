@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kfade import distributed
 from kfade.curvature.block import EigenBlock
 from kfade.errors import InputError
+from kfade.runtime import distributed
 
 FORMAT = "kfade-curvature-1"
 PARTS = ("q_out", "q_in", "eigenvalues")
@@ -139,7 +139,7 @@ class Store:
             aside = self.folder / f"writing-{distributed.rank():03}.safetensors"
             write_blocks(aside, blocks, {**facts, **self.provenance})
             os.replace(aside, self._finished_path(number))
-        distributed.wait()
+        distributed.barrier()
         for path in self.folder.glob(f"sums-{group:03}-*-{distributed.rank():03}.*"):
             path.unlink()
 
@@ -180,7 +180,7 @@ class SumsKeeper:
                 the file is broken.
         """
         batches = self._saved_batches()
-        if self._together and len({own for [own] in distributed.lists([batches])}) > 1:
+        if self._together and len({own for [own] in distributed.all_gather_lists([batches])}) > 1:
             return 0
         if batches:
             self._fill(tensors)
@@ -217,7 +217,7 @@ class SumsKeeper:
         """Keep the sums over that many batches, if the last saving is long enough ago."""
         due = time.monotonic() - self._saved >= self._seconds
         if self._together:
-            due = any(own for [own] in distributed.lists([due]))
+            due = any(own for [own] in distributed.all_gather_lists([due]))
         if not due:
             return
         aside = self._path.with_suffix(".writing")

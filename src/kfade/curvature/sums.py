@@ -11,8 +11,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kfade import distributed
-from kfade.batches import Batch
 from kfade.curvature.eigh import at_once, eigendecompose, side_by_side
 from kfade.curvature.factors import (
     CovarianceSum,
@@ -22,8 +20,10 @@ from kfade.curvature.factors import (
 )
 from kfade.curvature.owners import Owners
 from kfade.curvature.passes import Waiting
-from kfade.layers import Target
-from kfade.progress import track
+from kfade.data.batches import Batch
+from kfade.models.layers import Target
+from kfade.runtime import distributed
+from kfade.runtime.progress import track
 
 Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """Target name -> (Q_O, Q_I)."""
@@ -71,7 +71,7 @@ class Eigenvalues:
         self.grids: dict[str, Tensor] = {}
         self._owners = owners
         self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        low: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
+        cast_of: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
         self._inputs: Waiting[list[tuple[Tensor, Tensor | None]]] = Waiting(owners.own)
         for target in owners.own:
             weight = target.weight
@@ -80,7 +80,8 @@ class Eigenvalues:
             )
             q_out, q_in = bases[target.name]
             cast = [
-                q if q is None else low.setdefault(id(q), q.to(weight.dtype)) for q in (q_out, q_in)
+                q if q is None else cast_of.setdefault(id(q), q.to(weight.dtype))
+                for q in (q_out, q_in)
             ]
             self._bases[target.name] = (cast[0], cast[1])
 
@@ -125,12 +126,12 @@ def _turned(
 
 def dealt_out(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Each summed over processes, decomposed by one of them, and spread to all."""
-    owners = distributed.deal([total.width**3 for _, _, total, _ in work])
+    owners = distributed.assign_by_cost([total.width**3 for _, _, total, _ in work])
     eigen: dict[str, tuple[Tensor, Tensor]] = {}
     own = []
     for owner, piece in zip(owners, work, strict=True):
         what, _, total, _ = piece
-        distributed.sum_to(owner, total.sum_)
+        distributed.reduce_to(owner, total.sum_)
         if owner == distributed.rank():
             own.append(piece)
         else:
@@ -138,7 +139,7 @@ def dealt_out(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
     eigen.update(decomposed(own))
     for owner, (what, _, _, _) in zip(owners, work, strict=True):
         for tensor in eigen[what]:
-            distributed.spread_from(owner, tensor)
+            distributed.broadcast(owner, tensor)
     return eigen
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfade.data.sequences import continuation
 from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
 from kfade.evaluate.tokens import log_likelihoods, token_values
-from kfade.progress import track
-from kfade.sequences import continuation
+from kfade.runtime.progress import track
 
 CHUNK = 256  # questions whose answers are kept at once; their sequences are sorted by length
 SCORINGS = ("letters", "text", "text_per_token", "text_per_character")
@@ -99,7 +99,7 @@ def verdict(scores: Mapping[str, Sequence[float]], answer: int) -> dict[str, boo
     return {scoring: _best(scores[scoring]) == answer for scoring in SCORINGS}
 
 
-def summarise(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_choice(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy with its standard error by scoring, in all and by subject.
 
     Each item has ``correct`` (by scoring), ``subject`` and ``choices`` (their number). In all, each

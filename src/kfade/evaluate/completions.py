@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfade.chat import ChatTemplate
-from kfade.conversations import read_conversation
-from kfade.errors import InputError
-from kfade.evaluate.generation import generate
-from kfade.evaluate.log import ItemLog
-from kfade.examples import (
+from kfade.data.chat import ChatTemplate
+from kfade.data.conversations import read_conversation
+from kfade.data.examples import (
     PLAIN_INSTRUCTION,
     PLAIN_QA,
     PLAIN_TURNS,
@@ -24,9 +21,11 @@ from kfade.examples import (
     warn_of_unread,
     with_input,
 )
-from kfade.rows import read_rows
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import encode_prompt
+from kfade.data.rows import read_rows
+from kfade.data.sequences import TokenSequence, encode_prompt
+from kfade.errors import InputError
+from kfade.evaluate.generation import generate
+from kfade.evaluate.log import ItemLog
 
 FORMS = (
     '{"instruction"[, "input"]}, {"prompt"}, {"question"}, {"messages"}, {"conversations"} or '
@@ -113,10 +112,10 @@ def complete(
     )
 
 
-def completed(prompt: Prompt, tokens: Sequence[int]) -> Tokens:
+def completed(prompt: Prompt, tokens: Sequence[int]) -> TokenSequence:
     """Prompt and completion as one sequence, scored on the completion."""
     scored = (False,) * len(prompt.tokens) + (True,) * len(tokens)
-    return Tokens((*prompt.tokens, *tokens), scored)
+    return TokenSequence((*prompt.tokens, *tokens), scored)
 
 
 def _parse(row: Any, where: str) -> Example:

@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kfade.batches import Batch
+from kfade.data.batches import Batch
 from kfade.evaluate.tokens import by_sequence
 from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
-from kfade.head import Head, read_head
-from kfade.measure import Reference, divergence, hidden_reference
-from kfade.models import frozen
-from kfade.progress import track
+from kfade.method.measure import Reference, divergence, hidden_reference
+from kfade.models.head import Head, read_head
+from kfade.models.load import frozen
+from kfade.runtime.progress import track
 
 GROUP_TOKENS = 32768  # 270 MB of hidden states at a width of 4096 in bfloat16
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
@@ -126,7 +126,7 @@ def _divergence(base: Head, base_ND: Tensor, edited: Head, edited_ND: Tensor) ->
     return torch.cat(parts)
 
 
-def summarise(
+def summarise_divergence(
     items: Mapping[str, Mapping[str, Any]], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
     """Figures over completions, each with ``kl`` (mean of its tokens), ``tokens``, ``token_kl``.

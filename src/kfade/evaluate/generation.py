@@ -3,7 +3,7 @@
 What is said to a prompt does not depend on the prompts beside it, up to ties within rounding.
 Prompts share a batch only if the model at hand, tried on two of them, does not see what is beside
 them: the padding, or the other prompt. A model whose rotary frequencies follow the length of its
-input (:mod:`kfade.lengths`) reads the whole text anew wherever they change.
+input (:mod:`kfade.models.lengths`) reads the whole text anew wherever they change.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
 from kfade.errors import InputError
-from kfade.lengths import LengthClass, length_class
-from kfade.models import frozen, model_window
-from kfade.progress import track
+from kfade.models.lengths import LengthClass, length_class
+from kfade.models.load import frozen, model_window
+from kfade.runtime.progress import track
 
 Company = Literal["any", "equal", "none"]
 """Prompts of any or of equal lengths share batches, or none do."""

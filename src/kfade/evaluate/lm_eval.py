@@ -11,9 +11,9 @@ from typing import Any
 
 from kfade.errors import InputError, first_line
 from kfade.evaluate.generation import shares_batches
-from kfade.lengths import length_class
-from kfade.models import frozen
-from kfade.progress import counted, no_bars, waiting
+from kfade.models.lengths import length_class
+from kfade.models.load import frozen
+from kfade.runtime.progress import counted, no_bars, waiting
 
 
 def check_installed() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kfade.data.rows import read_utf8
 from kfade.errors import InputError
-from kfade.rows import read_utf8
 
 FORMAT = "kfade-eval-1"
 

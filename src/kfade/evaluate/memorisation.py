@@ -86,7 +86,7 @@ def area_under_curve(members: Sequence[float], others: Sequence[float]) -> dict[
     return {"value": area, "standard_error": math.sqrt(max(variance, 0.0) / (m * n))}
 
 
-def summarise(
+def summarise_memorisation(
     members: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Figures of both sets, and the AUC of each score where there are non-members."""

@@ -16,16 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from kfade.chat import ChatTemplate
+from kfade.data.chat import ChatTemplate
+from kfade.data.examples import PLAIN_QA, Example
+from kfade.data.rows import read_rows
+from kfade.data.sequences import encode_prompt
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.judge import Judge, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.uncertainty import standard_error
-from kfade.examples import PLAIN_QA, Example
-from kfade.progress import track
-from kfade.rows import read_rows
-from kfade.sequences import encode_prompt
+from kfade.runtime.progress import track
 
 # FastChat's sampling by category; 0 is greedy.
 TEMPERATURES = {
@@ -179,7 +179,7 @@ def judge_answers(
         )
 
 
-def summarise(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_ratings(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Mean ratings over all, by turn and by category, and how sure they are.
 
     Returns:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
-from kfade.update import Update
+from kfade.method.update import Update
 
 GROUP = 128  # inputs that share a scale in 4 bits
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from kfade.data.rows import read_rows, read_utf8
 from kfade.errors import InputError
-from kfade.rows import read_rows, read_utf8
 
 LETTERS = string.ascii_uppercase
 

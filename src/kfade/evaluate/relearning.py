@@ -22,19 +22,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kfade.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.choice import answer_questions, log_likelihoods, verdict
 from kfade.evaluate.divergence import Outputs, divergences, outputs
 from kfade.evaluate.questions import Question
 from kfade.evaluate.uncertainty import bootstrap
-from kfade.head import Head, hidden_states, read_head
-from kfade.lengths import length_class
-from kfade.models import frozen, model_window
-from kfade.objectives import cross_entropy
-from kfade.progress import track
-from kfade.sequences import Sequence as Tokens
-from kfade.update import Update
+from kfade.method.objectives import cross_entropy
+from kfade.method.update import Update
+from kfade.models.head import Head, hidden_states, read_head
+from kfade.models.lengths import length_class
+from kfade.models.load import frozen, model_window
+from kfade.runtime.progress import track
 
 AT = (0, 25, 50, 100, 200)
 STEPS, LEARNING_RATE, BATCH = 200, 1e-5, 8  # the paper's
@@ -102,8 +102,8 @@ class Examination:
         self,
         model: nn.Module,
         *,
-        forget: Sequence[Tokens],
-        held_out: Sequence[Tokens] = (),
+        forget: Sequence[TokenSequence],
+        held_out: Sequence[TokenSequence] = (),
         questions: Sequence[Question] = (),
         tokenizer: Any = None,
         batch_tokens: int = 4096,
@@ -191,7 +191,7 @@ class Examination:
 def attack(
     model: nn.Module,
     update: Update,
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     measure: Callable[[nn.Module], Figures],
     *,
     tuning: Tuning | None = None,
@@ -238,7 +238,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 def fine_tune(
     model: nn.Module,
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     tuning: Tuning,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> None:

@@ -15,19 +15,18 @@ from typing import Any
 
 from torch import nn
 
-from kfade.chat import ChatTemplate
+from kfade.data.chat import ChatTemplate
+from kfade.data.examples import Example
+from kfade.data.rows import read_rows
+from kfade.data.sequences import TokenSequence, continuation, encode, open_tokens
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate_texts
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.rouge import check_truth, load_rouge_l_recall
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.examples import Example
-from kfade.models import model_window
-from kfade.progress import track
-from kfade.rows import read_rows
-from kfade.sequences import Sequence as Tokens
-from kfade.sequences import continuation, encode, open_tokens
+from kfade.models.load import model_window
+from kfade.runtime.progress import track
 
 HUB_NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
@@ -161,7 +160,7 @@ class _Encoded:
     """A question as tokens: what is generated from, and each answer after it."""
 
     prompt: tuple[int, ...]
-    answers: tuple[Tokens, ...]
+    answers: tuple[TokenSequence, ...]
     """The answer, the base answer, the wrong ones."""
 
 
@@ -194,7 +193,7 @@ def _written(question: str, template: str, *, legacy: bool) -> tuple[str, str]:
 
 
 def _losses(
-    model: nn.Module, groups: Sequence[Sequence[Tokens]], batch_tokens: int
+    model: nn.Module, groups: Sequence[Sequence[TokenSequence]], batch_tokens: int
 ) -> list[list[float]]:
     """−log p per scored token of each sequence of each group."""
     flat = [sequence for group in groups for sequence in group]

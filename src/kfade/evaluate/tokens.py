@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.batches import Batch, make_batches
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.head import hidden_states, read_head
-from kfade.lengths import length_class
-from kfade.models import frozen
-from kfade.progress import track
-from kfade.sequences import Sequence as Tokens
+from kfade.models.head import hidden_states, read_head
+from kfade.models.lengths import length_class
+from kfade.models.load import frozen
+from kfade.runtime.progress import track
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(logits [N, V] in float32 or better, target tokens [N]) -> values [N, K]."""
@@ -29,7 +29,7 @@ def log_probability(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 def token_values(
     model: nn.Module,
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     measure: Measure,
     note: Callable[[int, Tensor], None],
     *,
@@ -58,7 +58,7 @@ def token_values(
 
 def log_likelihoods(
     model: nn.Module,
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     *,
     batch_tokens: int = 4096,
     name: str = "likelihoods",

@@ -81,7 +81,7 @@ class Measured:
 
 
 @dataclass
-class Subject:
+class MeasuredModel:
     """A model that was measured: what a run made of it, or one as it came."""
 
     name: str
@@ -116,18 +116,18 @@ class Log:
 class Results:
     """All that was found; bases first, then runs, then other models."""
 
-    subjects: tuple[Subject, ...]
+    subjects: tuple[MeasuredModel, ...]
     sweeps: tuple[Log, ...] = ()
     attacks: tuple[Log, ...] = ()
     notes: tuple[str, ...] = ()
     """What was found and left out, and why."""
 
     @property
-    def runs(self) -> tuple[Subject, ...]:
+    def runs(self) -> tuple[MeasuredModel, ...]:
         """The edited models among the subjects."""
         return tuple(s for s in self.subjects if s.kind == "run")
 
-    def base_of(self, run: Subject) -> Subject | None:
+    def base_of(self, run: MeasuredModel) -> MeasuredModel | None:
         """The subject that ``run`` started from, where it was measured too."""
         for subject in self.subjects:
             if subject.kind == "base" and same_model(subject.model, run.model):
@@ -178,8 +178,8 @@ class _Found:
     """Collects what folders hold."""
 
     def __init__(self) -> None:
-        self.runs: list[Subject] = []
-        self.measured: list[tuple[Measured, Subject | None]] = []
+        self.runs: list[MeasuredModel] = []
+        self.measured: list[tuple[Measured, MeasuredModel | None]] = []
         self.sweeps: list[Log] = []
         self.attacks: list[Log] = []
         self.notes: list[str] = []
@@ -198,7 +198,7 @@ class _Found:
         self._seen.add(folder.resolve())
         if is_run:
             metrics = read_json(folder / "metrics.json")
-            self.runs.append(Subject(folder.resolve().name, "run", folder, manifest, metrics))
+            self.runs.append(MeasuredModel(folder.resolve().name, "run", folder, manifest, metrics))
         for name in files:
             log = read_log(folder / name, partial=True)
             if log.aggregate is None:
@@ -210,7 +210,7 @@ class _Found:
                 logs = self.sweeps if name == POINTS else self.attacks
                 logs.append(Log(folder.resolve().name, folder, log))
 
-    def _around(self, folder: Path) -> Subject | None:
+    def _around(self, folder: Path) -> MeasuredModel | None:
         """The run whose folder holds this one."""
         for run in reversed(self.runs):
             if run.path is not None and folder.resolve().is_relative_to(run.path.resolve()):
@@ -232,8 +232,8 @@ class _Found:
         return Results(tuple(subjects), tuple(self.sweeps), tuple(self.attacks), tuple(self.notes))
 
     def _owner(
-        self, measured: Measured, around: Subject | None, subjects: Sequence[Subject]
-    ) -> Subject:
+        self, measured: Measured, around: MeasuredModel | None, subjects: Sequence[MeasuredModel]
+    ) -> MeasuredModel:
         header = measured.log.header
         update = header.get("update")
         model = str(header.get("edited") or header.get("model") or measured.path.name)
@@ -247,7 +247,7 @@ class _Found:
             for subject in subjects:
                 if subject.kind == "run" and subject.name == path.name:
                     return subject
-            return Subject(path.name, "run", manifest={"model": model})
+            return MeasuredModel(path.name, "run", manifest={"model": model})
         is_base = any(same_model(model, run.model) for run in self.runs)
         if not is_base and (run := around or self._around(Path(model))):
             return run
@@ -255,10 +255,10 @@ class _Found:
             if subject.kind != "run" and same_model(subject.model, model):
                 return subject
         kind: Literal["base", "model"] = "base" if is_base else "model"
-        return Subject(Path(model).name, kind, manifest={"model": model})
+        return MeasuredModel(Path(model).name, kind, manifest={"model": model})
 
 
-def add_retain_model(subjects: list[Subject]) -> None:
+def add_retain_model(subjects: list[MeasuredModel]) -> None:
     """Append the retain model, of whom evaluations tell, where it was not measured here itself."""
     told: list[Measured] = []
     for subject in subjects:
@@ -272,10 +272,10 @@ def add_retain_model(subjects: list[Subject]) -> None:
                 told.append(Measured(measured.path, log, {}))
     if told:
         name = "retain model"
-        subjects.append(Subject(name, "model", manifest={"model": name}, measured=told))
+        subjects.append(MeasuredModel(name, "model", manifest={"model": name}, measured=told))
 
 
-def name_apart(subjects: Sequence[Subject]) -> None:
+def name_apart(subjects: Sequence[MeasuredModel]) -> None:
     """Give subjects of one name the folder above in front, then numbers behind."""
     names = [s.name for s in subjects]
     for subject, name in zip(subjects, names, strict=True):

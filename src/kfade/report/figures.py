@@ -11,7 +11,7 @@ import numpy as np
 
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.report.charts import Axis, Chart, Series
-from kfade.report.data import Log, Results, Subject
+from kfade.report.data import Log, MeasuredModel, Results
 from kfade.report.inside import change_by_block, predicted_measured, stage_memory, stage_seconds
 from kfade.report.names import method_of, refinement, short
 from kfade.report.values import value_of
@@ -62,7 +62,7 @@ def all_charts(results: Results) -> tuple[list[Chart], list[str]]:
     return charts + attacks, missing
 
 
-def quality_utility(subjects: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:
+def quality_utility(subjects: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | None:
     """TOFU's forget quality against model utility, one mark a run or sweep point (paper, Fig. 1).
 
     Series by method; a model that is no run (the retain model, say) is grey.
@@ -131,7 +131,7 @@ def point_label(item: str, point: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {short(v)}" for k, v in settings.items()) or item
 
 
-def kl_quantiles(runs: Sequence[Subject], *, seed: int = 0) -> Chart | None:
+def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | None:
     """Quantiles of KL over completions, with 95 % bootstrap bands (paper, Fig. 2)."""
     series = []
     for colour, run in enumerate(runs):
@@ -169,7 +169,7 @@ def kl_quantiles(runs: Sequence[Subject], *, seed: int = 0) -> Chart | None:
     )
 
 
-def kl_forgetting(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:
+def kl_forgetting(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | None:
     """Retain KL against the loss on the forget set, a series an estimator (paper, Fig. 3 left).
 
     Of a run, its steps and what it tried on the way to each step's size; of a baseline, what was
@@ -197,7 +197,7 @@ def kl_forgetting(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | Non
     )
 
 
-def _way(run: Subject) -> list[tuple[float, float, str]]:
+def _way(run: MeasuredModel) -> list[tuple[float, float, str]]:
     """(forget loss, retain KL, label) of all that was measured while the run was made."""
     marks = []
     for number, step in enumerate(run.metrics.get("steps", []), start=1):
@@ -212,7 +212,7 @@ def _way(run: Subject) -> list[tuple[float, float, str]]:
     return marks
 
 
-def kl_seconds(runs: Sequence[Subject], sweeps: Sequence[Log]) -> Chart | None:
+def kl_seconds(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | None:
     """Retain KL against the time taken, a series an estimator (paper, Fig. 3 right).
 
     None with fewer than two marks.

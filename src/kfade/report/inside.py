@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfade.report.charts import Axis, Chart, Place, Series
-from kfade.report.data import Subject
+from kfade.report.data import MeasuredModel
 from kfade.report.names import short
 
 
-def predicted_measured(runs: Sequence[Subject]) -> Chart | None:
+def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
     """Measured KL of each step against its two predictions, and the line where they agree.
 
     The trials of the first step's size are marks too: its predictions scale with α².
@@ -49,7 +49,7 @@ def predicted_measured(runs: Sequence[Subject]) -> Chart | None:
     )
 
 
-def change_by_block(runs: Sequence[Subject]) -> Chart | None:
+def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
     """‖ΔW‖/‖W‖ by block: by kind of weight for one run, root mean square over kinds for several.
 
     The changes of several steps add up to at most what is shown, their sum.
@@ -108,7 +108,7 @@ def block_and_kind(name: str) -> tuple[int, str]:
     return (int(found.group(1)) if found else 0), kind
 
 
-def stage_seconds(runs: Sequence[Subject]) -> Chart | None:
+def stage_seconds(runs: Sequence[MeasuredModel]) -> Chart | None:
     """Seconds by stage, a set of bars a run."""
     series = _stages(runs, "seconds", 1.0)
     if not series:
@@ -117,7 +117,7 @@ def stage_seconds(runs: Sequence[Subject]) -> Chart | None:
     return Chart("seconds", "Time by stage", caption, Axis("stage"), Axis("seconds"), series)
 
 
-def stage_memory(runs: Sequence[Subject]) -> Chart | None:
+def stage_memory(runs: Sequence[MeasuredModel]) -> Chart | None:
     """Peak memory by stage, a set of bars a run."""
     series = _stages(runs, "peak_bytes_by_stage", 1e-9)
     if not series:
@@ -128,7 +128,7 @@ def stage_memory(runs: Sequence[Subject]) -> Chart | None:
     )
 
 
-def _stages(runs: Sequence[Subject], key: str, unit: float) -> tuple[Series, ...]:
+def _stages(runs: Sequence[MeasuredModel], key: str, unit: float) -> tuple[Series, ...]:
     made = []
     for colour, run in enumerate(runs):
         values = {k: v for k, v in run.metrics.get(key, {}).items() if k != "total"}

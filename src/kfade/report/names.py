@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 from kfade.evaluate.questions import name_of_set
-from kfade.report.data import Measured, Subject
+from kfade.report.data import Measured, MeasuredModel
 
 # Header entries that may name the data of an evaluation, the most telling first.
 DATA_KEYS = ("questions", "tasks", "members", "prompts", "data", "split")
 
 
-def method_of(subject: Subject) -> str:
+def method_of(subject: MeasuredModel) -> str:
     """How the subject was made, as a legend says it: "K-FADE, ekfac, margin, refined 2"; else its
     name."""
     config = subject.manifest.get("config", {})

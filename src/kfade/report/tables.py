@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfade.report.charts import Chart, Series
-from kfade.report.data import Results, Subject
+from kfade.report.data import MeasuredModel, Results
 from kfade.report.metrics import GROUPS, SHARE
 from kfade.report.names import method_of, short
 from kfade.report.values import Row, Value
@@ -92,7 +92,7 @@ def cards(rows: Sequence[Row], results: Results) -> list[dict[str, str]]:
     return made
 
 
-def _has(row: Row, subject: Subject | None) -> bool:
+def _has(row: Row, subject: MeasuredModel | None) -> bool:
     return subject is not None and subject.name in row.values
 
 
@@ -143,7 +143,7 @@ STEP_COLUMNS = (
 )
 
 
-def _run_row(run: Subject) -> list[Any]:
+def _run_row(run: MeasuredModel) -> list[Any]:
     metrics = run.metrics
     loss, lost, peak = (metrics.get(k) for k in ("forget_loss", "lost_in_dtype", "peak_bytes"))
     return [
@@ -228,7 +228,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _settings(subject: Subject) -> list[tuple[str, str]]:
+def _settings(subject: MeasuredModel) -> list[tuple[str, str]]:
     config = subject.manifest.get("config")
     return [("settings", _pretty(config))] if config else []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kfade.report.data import Measured, Results, Subject
+from kfade.report.data import Measured, MeasuredModel, Results
 from kfade.report.names import short
 
 GENERATIONS, COMPLETIONS = 1200, 400  # shown in all; the logs have the others
@@ -31,7 +31,7 @@ def generations(results: Results) -> tuple[list[dict[str, Any]], int]:
     return _spread(made, GENERATIONS)
 
 
-def _counterpart(measured: Measured, base: Subject | None) -> Mapping[str, Mapping[str, Any]]:
+def _counterpart(measured: Measured, base: MeasuredModel | None) -> Mapping[str, Mapping[str, Any]]:
     """The base's items of the same evaluation, else of the same benchmark; none without it."""
     if base is None:
         return {}
@@ -40,7 +40,7 @@ def _counterpart(measured: Measured, base: Subject | None) -> Mapping[str, Mappi
     return (same or others)[0].log.items if others else {}
 
 
-def _part(run: Subject, runs: tuple[Subject, ...], group: str) -> str:
+def _part(run: MeasuredModel, runs: tuple[MeasuredModel, ...], group: str) -> str:
     return group if len(runs) == 1 else f"{run.name}: {group}"
 
 

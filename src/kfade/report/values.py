@@ -13,7 +13,7 @@ from typing import Any
 
 from kfade.evaluate.tofu_read import log_of
 from kfade.evaluate.uncertainty import standard_error
-from kfade.report.data import Measured, Results, Subject
+from kfade.report.data import Measured, MeasuredModel, Results
 from kfade.report.metrics import (
     ACCURACIES,
     AUC,
@@ -75,7 +75,7 @@ def headline(results: Results) -> list[Row]:
     return sorted(rows.values(), key=lambda row: GROUPS.index(row.metric.group))
 
 
-def subject_values(subject: Subject) -> Iterator[tuple[str, Metric, Value]]:
+def subject_values(subject: MeasuredModel) -> Iterator[tuple[str, Metric, Value]]:
     """(what tells apart metrics of one name, metric, value) of one subject."""
     tokens = subject.metrics.get("tokens", {})
     loss = subject.metrics.get("forget_loss")

@@ -1,0 +1,124 @@
+"""Turn token sequences into right-padded batches.
+
+Shapes: B batch, T positions. A sequence of n + 1 tokens has n positions: position t holds token t
+and is scored on token t + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from kfade.data.sequences import TokenSequence
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences, cut after their last loss position."""
+
+    input_BT: Tensor
+    target_BT: Tensor
+    """The token that follows each position."""
+    loss_BT: Tensor
+    """True where the following token is scored."""
+    live_BT: Tensor
+    """True up to a sequence's last loss position: not padding, and able to reach the loss."""
+    id_B: Tensor
+    """Number of each sequence in its data set: keys the pseudo-labels."""
+
+    @cached_property
+    def loss_tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.loss_BT.sum())
+
+    @property
+    def positions(self) -> int:
+        """Positions computed, padding included."""
+        return self.input_BT.numel()
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every position is live."""
+        return bool(self.live_BT.all())
+
+    def silenced(self) -> Batch:
+        """The same inputs, none of them live or scored: a pass over it adds nothing."""
+        none_BT = torch.zeros_like(self.loss_BT)
+        return Batch(self.input_BT, self.target_BT, none_BT, none_BT, self.id_B)
+
+    def at_loss(self, x_BT: Tensor) -> Tensor:
+        """The entries of ``x_BT`` [B, T, ...] at the N loss positions, [N, ...]."""
+        return x_BT[self.loss_BT]
+
+
+def make_batches(
+    sequences: Sequence[TokenSequence],
+    *,
+    budget: int = 4096,
+    device: torch.device | str = "cpu",
+    group: Callable[[int], Hashable] = lambda positions: None,
+) -> list[Batch]:
+    """Batches of at most ``budget`` positions (but at least one sequence), longest first.
+
+    Sorted by length, so there is little padding; longest first, so that a batch too large for the
+    memory fails at once.
+
+    Args:
+        group: live positions of a sequence -> what sequences of one batch have in common; of a
+            model, :func:`~kfade.models.lengths.length_class`.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -sequences[i].live)
+    batches = []
+    for _, own in groupby(order, key=lambda i: group(sequences[i].live)):
+        left = list(own)
+        while left:
+            count = max(1, budget // sequences[left[0]].live)
+            batches.append(_collate(sequences, left[:count], device))
+            left = left[count:]
+    return batches
+
+
+def draw_without_replacement(count: int, size: int | None, step: int, seed: int) -> list[int]:
+    """Numbers of the ``step``-th batch of ``size`` out of ``count``.
+
+    Batches are cut from a permutation, and a new one begins where what is left of the old is less
+    than a batch. None takes all at every step.
+    """
+    if size is None or size >= count:
+        return list(range(count))
+    per_pass = count // size
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_pass)
+    order = torch.randperm(count, generator=generator).tolist()
+    start = (step % per_pass) * size
+    return sorted(order[start : start + size])
+
+
+def digest_batches(batches: Sequence[Batch]) -> str:
+    """SHA-256 over tokens, masks and their division: says which batches a sum has seen."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(repr(tuple(batch.input_BT.shape)).encode())
+        for tensor in (batch.input_BT, batch.loss_BT, batch.live_BT, batch.id_B):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _collate(
+    sequences: Sequence[TokenSequence], chosen: list[int], device: torch.device | str
+) -> Batch:
+    width = max(sequences[i].live for i in chosen)
+    shape = (len(chosen), width)
+    inputs, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    loss, live = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, i in enumerate(chosen):
+        n, tokens = sequences[i].live, torch.tensor(sequences[i].tokens)
+        inputs[row, :n], targets[row, :n] = tokens[:n], tokens[1 : n + 1]
+        loss[row, :n], live[row, :n] = torch.tensor(sequences[i].scored[1 : n + 1]), True
+    tensors = (inputs, targets, loss, live, torch.tensor(chosen))
+    return Batch(*(tensor.to(device) for tensor in tensors))

@@ -1,0 +1,161 @@
+"""Read forget and retain data: the forms that a row may have, of a file or of a data set.
+
+{"text": ...}                             scored throughout, packed to a sequence length
+{"prompt": ..., "completion": ...}        only the completion is scored
+{"question": ..., "answer": ...}          only the answer is scored
+{"instruction": ..., "output": ...}       only the output is scored; an "input" follows the
+                                          instruction after a blank line
+{"messages": [{"role", "content"}]}       only the assistant's turns are scored; other forms of
+                                          conversations are in ``conversations.py``
+
+Further keys of a row are not looked at. A row of two forms is read as instruction and output where
+it has them (Alpaca's rows repeat both in a "text"), else by the first form in this list.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kfade.data.conversations import LISTS, Turns, read_conversation
+from kfade.data.rows import is_file, read_rows
+from kfade.errors import InputError
+
+FORMS = (
+    '{"text"}, {"prompt", "completion"}, {"question", "answer"}, {"instruction"[, "input"], '
+    '"output"}, {"messages"}, {"conversations"} or {"conversation"}'
+)
+STRINGS = ("text", "prompt", "completion", "question", "answer", "instruction", "output")
+# Before a user's words and before the answer, where there is no chat template.
+PLAIN_QA = ("Question: ", "\nAnswer: ")
+PLAIN_INSTRUCTION = ("Instruction: ", "\nResponse: ")
+PLAIN_TURNS = ("", "\n")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document or one exchange; exactly one of ``text`` and ``turns`` is set."""
+
+    where: str
+    """File and line number, for messages."""
+    text: str | None = None
+    turns: Turns = ()
+    """(role, content) pairs; the assistant's are scored."""
+    plain_prefix: tuple[str, str] = ("", "")
+    """What goes before prompt and completion where there is no chat template."""
+    closes: bool = True
+    """Whether the scored text is a whole answer or document, which ends with EOS."""
+    unread: tuple[str, ...] = ()
+    """Keys of a conversation that have content and are not read."""
+
+
+def load_examples(source: str) -> list[Example]:
+    """All examples of a file, a folder or ``hf:NAME[:CONFIG][:SPLIT]`` (``train`` if unsaid).
+
+    A row of a data set with nothing to score is skipped, and their number logged as a warning:
+    nobody can mend it there. In a file such a line is an error.
+
+    Raises:
+        InputError: no such file or data set, a malformed line, an unknown form, an empty set.
+    """
+    skips = not is_file(source)
+    examples, blank = [], 0
+    for where, row in read_rows(source):
+        example = _parsed(row, where)
+        if any(text.strip() for text in _scored(example)):
+            examples.append(example)
+        elif skips:
+            blank += 1
+        else:
+            raise _is_blank(where)
+    if blank:
+        logger.warning("%s: %d blank rows skipped, %d rows kept", source, blank, len(examples))
+    warn_of_unread(source, examples)
+    if not examples:
+        raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
+    return examples
+
+
+def parse_example(row: Any, where: str) -> Example:
+    """One row in any of the forms.
+
+    Raises:
+        InputError: it has none of them, or nothing to score.
+    """
+    example = _parsed(row, where)
+    if not any(text.strip() for text in _scored(example)):
+        raise _is_blank(where)
+    return example
+
+
+def with_input(instruction: str, given: Any) -> str:
+    """An instruction and what it is about, if that is said: a blank line between them."""
+    return f"{instruction}\n\n{given}" if isinstance(given, str) and given else instruction
+
+
+def warn_of_unread(source: str, examples: Iterable[Example]) -> None:
+    """One warning that names the keys of conversations that are not read, if there are any."""
+    keys = sorted({key for example in examples for key in example.unread})
+    if keys:
+        logger.warning("%s: not read of its conversations: %s", source, ", ".join(keys))
+
+
+def _parsed(row: Any, where: str) -> Example:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: not a JSON object; write one of {FORMS}")
+    turns: Turns
+    match row:
+        case {"instruction": str(instruction), "output": str(output)}:
+            turns = (("user", with_input(instruction, row.get("input"))), ("assistant", output))
+            example = Example(where, turns=turns, plain_prefix=PLAIN_INSTRUCTION)
+        case {"text": str(text)}:
+            example = Example(where, text=text)
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            turns = (("user", prompt), ("assistant", completion))
+            example = Example(where, turns=turns, closes=False)
+        case {"question": str(question), "answer": str(answer)}:
+            turns = (("user", question), ("assistant", answer))
+            example = Example(where, turns=turns, plain_prefix=PLAIN_QA)
+        case _ if (read := read_conversation(row, where)) is not None:
+            turns, unread = read
+            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS, unread=unread)
+        case _:
+            keys = ", ".join(map(str, row)) or "none"
+            kinds = [f"{k} is {type(v).__name__}" for k, v in row.items() if not _fits(k, v)]
+            given = f" ({', '.join(kinds)})" if kinds else ""
+            raise InputError(
+                f"{where}: has the keys {keys}; write one of {FORMS}, all strings{given}"
+            )
+    if example.text is None and "assistant" not in [role for role, _ in example.turns]:
+        raise InputError(f"{where}: no message of the role assistant, so nothing to score")
+    return example
+
+
+def _is_blank(where: str) -> InputError:
+    return InputError(f"{where}: the text to score is empty; remove the line or fill it")
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the type that the key has in any form."""
+    if key in LISTS:
+        return isinstance(value, list)
+    return key not in STRINGS or isinstance(value, str)
+
+
+def split_holdout(
+    examples: Sequence[Example], count: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(fit, held out): ``count`` examples drawn without replacement are held out."""
+    held = set(random.Random(seed).sample(range(len(examples)), count))
+    fit = [example for i, example in enumerate(examples) if i not in held]
+    return fit, [examples[i] for i in sorted(held)]
+
+
+def _scored(example: Example) -> list[str]:
+    if example.text is not None:
+        return [example.text]
+    return [content for role, content in example.turns if role == "assistant"]

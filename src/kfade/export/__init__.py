@@ -1,0 +1,1 @@
+"""An update in the formats of other libraries."""

@@ -1,0 +1,1 @@
+"""The method: objectives, gradient, step, update, and what they do to the outputs."""

@@ -1,0 +1,90 @@
+"""Measure edits of a model against the model itself, by forward passes only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kfade.curvature.curvature import Matrices
+from kfade.data.batches import Batch
+from kfade.errors import InputError
+from kfade.method.measure import (
+    TokenLosses,
+    hidden_reference,
+    mean_divergence,
+    mean_objectives,
+    rounding_changes,
+)
+from kfade.method.objectives import Objective
+from kfade.method.step import Probe, StepSize
+from kfade.method.update import Update
+from kfade.models.head import read_head
+from kfade.models.layers import Target, parameter_names
+from kfade.models.load import frozen
+
+
+class Gauge:
+    """Measures edits of a model against the model itself, by forward passes only."""
+
+    def __init__(
+        self, model: nn.Module, held_out: Sequence[Batch], forget: Sequence[Batch]
+    ) -> None:
+        self.model, self._forget = model, forget
+        with frozen(model):
+            self.head = read_head(model)
+        self.base = hidden_reference(model, held_out, "base reference")
+        self.latest = self.base
+        """Hidden states of the model that was measured last, on held-out retain data."""
+
+    def measure(self, update: Update, objective: Objective, alpha: float = 0.0) -> Probe:
+        """Retain KL from the base, forgetting and objective of the model with ``update``."""
+        with update.applied_to(self.model) as model:
+            self.latest = self.base
+            if update.deltas:
+                self.latest = hidden_reference(model, self.base.batches, "held-out KL")
+            losses = TokenLosses()
+            loss, value = mean_objectives(model, self._forget, (losses, objective))
+        kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
+        return Probe(alpha, kl, loss, losses.mean_probability(self._forget), value)
+
+    def rounding_kl(self, targets: Sequence[Target]) -> float:
+        """KL that rounding alone makes, of weights and of what is computed from them: that of
+        changes like the rounding of edited weights. 0 in float32, where it was 3e-11 on a real
+        model: not worth a pass."""
+        if targets[0].weight.dtype.itemsize >= 4:
+            return 0.0
+        changes = rounding_changes(self.model, parameter_names(targets))
+        with Update(changes).applied_to(self.model) as model:
+            moved = hidden_reference(model, self.base.batches, "KL of rounding")
+        return mean_divergence(self.head, self.base, moved)
+
+
+def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps: int = 1) -> None:
+    """See to it that no KL is asked for that measures no more than ``floor``, rounding's own.
+
+    Raises:
+        InputError: one is; or the first of ``steps`` would aim at one.
+    """
+    dtype = str(targets[0].weight.dtype).removeprefix("torch.")
+    means = (
+        f"rounding to {dtype} alone measures as {floor:.1e} nats per token on the held-out "
+        "retain data"
+    )
+    for flag, asked in (("--kl", size.kl), ("--max-kl", size.max_kl)):
+        if asked is not None and asked < floor:
+            raise InputError(f"{flag} {asked:g}: {means}; ask for more, or use --dtype float32")
+    if size.kl is not None and size.kl / steps**2 < floor:
+        raise InputError(
+            f"--kl {size.kl:g} in --steps {steps}: the first step aims at "
+            f"{size.kl / steps**2:.1e}, but {means}; ask for more or take fewer steps, or use "
+            "--dtype float32"
+        )
+
+
+def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, Tensor]:
+    """Matrices [O, I] by target as changes by parameter, each in its own layout."""
+    changes: dict[str, Tensor] = {}
+    for target in targets:
+        changes.update(target.to_parameters(matrices[target.name]))
+    return changes

@@ -1,0 +1,163 @@
+"""Forward passes only: the loss of a model on batches and its divergence from a reference.
+
+A reference is kept as final hidden states, not as logits: the head is never a target, so two
+models' logits differ by their hidden states alone, and [N, D] is small where [N, V] is not. With
+several processes each runs its share of the batches and holds no other hidden states.
+
+Shapes: N loss tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfade.data.batches import Batch
+from kfade.method.objectives import Objective, cross_entropy
+from kfade.models.head import Head, hidden_states, read_head
+from kfade.models.lengths import refuse_mixed
+from kfade.models.load import frozen
+from kfade.runtime import distributed
+from kfade.runtime.progress import track
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Final hidden states [N, D] of a model at the loss positions of each batch."""
+
+    batches: Sequence[Batch]
+    """All batches, of all processes."""
+    hidden: Sequence[Tensor]
+    """Of this process's share of them."""
+
+    @property
+    def loss_tokens(self) -> int:
+        """Number of scored tokens."""
+        return sum(batch.loss_tokens for batch in self.batches)
+
+
+def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
+    """What ``model`` computes on ``batches`` now, to compare an edited model with."""
+    refuse_mixed(model, batches)
+    with frozen(model), torch.no_grad():
+        own = distributed.share(batches, lambda batch: batch.positions)
+        missing = distributed.extra_passes(model, len(own))
+        hidden = [
+            batch.at_loss(hidden_states(model, batch.input_BT))
+            for batch in track(own, name, lambda b: b.positions)
+        ]
+        for _ in range(missing):
+            hidden_states(model, batches[-1].input_BT)
+    return Reference(batches, hidden)
+
+
+def mean_objectives(
+    model: nn.Module, batches: Sequence[Batch], objectives: Sequence[Objective]
+) -> list[float]:
+    """Mean of each objective per loss token, from one pass; for cross-entropy, nats."""
+    refuse_mixed(model, batches)
+    totals = [0.0 for _ in objectives]
+    with frozen(model), torch.no_grad():
+        head = read_head(model)
+        own = distributed.share(batches, lambda batch: batch.positions)
+        missing = distributed.extra_passes(model, len(own))
+        for batch in own:
+            hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
+            target_N = batch.at_loss(batch.target_BT)
+            for part in head.chunks(hidden_ND):
+                logits_NV = head(hidden_ND[part])
+                for i, objective in enumerate(objectives):
+                    totals[i] += objective(logits_NV, target_N[part]).double().sum().item()
+        for _ in range(missing):
+            hidden_states(model, batches[-1].input_BT)
+    totals = distributed.all_reduce_numbers(totals, batches[0].input_BT.device)
+    loss_tokens = sum(batch.loss_tokens for batch in batches)
+    return [total / loss_tokens for total in totals]
+
+
+class TokenLosses:
+    """Cross-entropy as an objective that notes each token's value, for means over sequences."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+
+    def __call__(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        """−log p_y [N]; :func:`mean_objectives` asks for it in the order of the batches."""
+        loss_N = cross_entropy(logits_NV, target_N)
+        self._losses.append(loss_N.double().cpu())
+        return loss_N
+
+    def mean_probability(self, batches: Sequence[Batch]) -> float:
+        """Mean over the sequences of exp(−their mean loss), of one pass of
+        :func:`mean_objectives` over ``batches``; what was noted is then forgotten."""
+        total = 0.0
+        if own := distributed.share(batches, lambda batch: batch.positions):
+            counts = [n for batch in own for n in batch.loss_BT.sum(dim=1).tolist()]
+            losses = torch.cat(self._losses).split(counts)
+            total = sum(math.exp(-loss.mean().item()) for loss in losses)
+        self._losses.clear()
+        [total] = distributed.all_reduce_numbers([total], batches[0].input_BT.device)
+        return total / sum(len(batch.loss_BT) for batch in batches)
+
+
+def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
+    """Mean KL(base ‖ edited) in nats per loss token, over the full vocabulary."""
+    total = 0.0
+    with torch.no_grad():
+        for base_ND, edited_ND in zip(base.hidden, edited.hidden, strict=True):
+            for part in head.chunks(base_ND):
+                kl_N = divergence(head(base_ND[part]), head(edited_ND[part]))
+                total += kl_N.double().sum().item()
+    [total] = distributed.all_reduce_numbers([total], base.batches[0].input_BT.device)
+    return total / base.loss_tokens
+
+
+def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
+    """ΔW by parameter name that is like the rounding of changed weights to the model's dtype.
+
+    One weight in 12 moves by one unit in its last place, up or down at random: the mean square is
+    unit² / 12, that of rounding, and W + ΔW has a place in the dtype.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    changes = {}
+    for name in names:
+        weight = distributed.gather_full(parameters[name].detach())
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        seed += 1
+        die = torch.randint(
+            24, weight.shape, generator=generator, device=weight.device, dtype=torch.int8
+        )
+        moved = (die == 0).to(weight.dtype) - (die == 1).to(weight.dtype)
+        _, exponent = weight.frexp()  # |w| in [2^(e−1), 2^e) has the unit eps · 2^(e−1)
+        unit = torch.ldexp(torch.full_like(weight, torch.finfo(weight.dtype).eps), exponent - 1)
+        changes[name] = torch.where(weight == 0, 0, moved * unit)
+    return changes
+
+
+def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
+    """KL(p ‖ q) [N] of two rows of logits, accurate at every scale.
+
+    With d = z_q − z_p less its mean Σ p d:  KL = log Σ p e^d = log1p(Σ p f(d)), f(d) = e^d − 1 − d.
+    Every term is positive and of second order, so nothing cancels as q → p. Where some e^d would
+    overflow the first form is used, as a logsumexp.
+    """
+    log_p_NV = base_NV.log_softmax(dim=-1)
+    p_NV = log_p_NV.exp()
+    d_NV = edited_NV - base_NV
+    d_NV = d_NV - (p_NV * d_NV).sum(dim=-1, keepdim=True)
+    kl_N = (p_NV * _exp_remainder(d_NV)).sum(dim=-1).log1p()
+    far_N = ~(d_NV.amax(dim=-1) < 80.0)
+    kl_N[far_N] = (log_p_NV[far_N] + d_NV[far_N]).logsumexp(dim=-1)
+    return kl_N
+
+
+def _exp_remainder(d: Tensor) -> Tensor:
+    """e^d − 1 − d; as a series where |d| is small, since expm1(d) − d cancels there."""
+    series = torch.ones_like(d)
+    for n in range(9, 2, -1):  # what is left out is below 4e-11 of the sum
+        series.mul_(d / n).add_(1)
+    return torch.where(d.abs() < 0.3, series.mul_(d).mul_(d).mul_(0.5), d.expm1() - d)

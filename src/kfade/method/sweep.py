@@ -1,0 +1,266 @@
+"""A grid of one-step edits from one curvature and one gradient of each objective.
+
+Damping and step size can be changed after everything costly is done (paper, Appendix E): a point
+of the grid costs a pass over the forget and the held-out retain sequences that are measured, and a
+combination of objective, blocks and damping one solve, which all its step sizes share. Refined
+directions go on from one another.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.errors import InputError
+from kfade.method.gauge import Gauge, parameter_changes, refuse_below
+from kfade.method.gradient import forget_gradient
+from kfade.method.grid import ALL, Outcome, Point
+from kfade.method.objectives import Objective, cross_entropy
+from kfade.method.preflight import preflight
+from kfade.method.refine import refined_steps
+from kfade.method.step import Probe, Step, choose_alpha
+from kfade.method.unlearn import MEASURED_SEQUENCES, REFINE_SEQUENCES
+from kfade.method.update import Update
+from kfade.models.layers import Target, parse_layers
+from kfade.models.lengths import length_class
+from kfade.runtime.progress import track
+from kfade.runtime.stages import stage
+
+
+def sweep(
+    model: nn.Module,
+    points: Sequence[Point],
+    *,
+    forget: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    curvature: Curvature,
+    targets: Sequence[Target],
+    objectives: Mapping[str, Objective],
+    gradient: Callable[..., Matrices] = forget_gradient,
+    forget_batch: int | None = None,
+    batch_tokens: int = 4096,
+    recompute: bool = False,
+    seed: int = 0,
+    retain: Sequence[TokenSequence] = (),
+    refine_sequences: int = REFINE_SEQUENCES,
+    shared_seconds: float = 0.0,
+    done: Mapping[Point, Outcome] | None = None,
+    on_point: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Measure every point of a :func:`~kfade.method.grid.grid`; the model is left bit for bit as it was.
+
+    A point's update is what :func:`kfade.unlearn` makes in one step from the same curvature,
+    forget set, damping and α. One that asks for a KL begins its search at what the point before it
+    on the same direction has found.
+
+    Args:
+        held_out: retain sequences that the fit has not seen; KL is measured on them.
+        targets: the weights that the curvature covers, in the order of the forward pass.
+        objectives: by the names that the points use.
+        gradient: computes, or has kept, the gradient of an objective.
+        forget_batch: forget sequences of the gradient; all of them when None.
+        recompute: of gradients and exact products, as for :func:`kfade.unlearn`.
+        retain, refine_sequences: what exact products run on, where directions are refined, as for
+            :func:`kfade.unlearn`.
+        shared_seconds: spent before on what all points share, such as the fit.
+        done: outcomes of before, not measured again.
+        on_point: called with every new outcome.
+
+    Raises:
+        InputError: an empty set, blocks that the curvature does not cover, or no point at all that
+            could be measured.
+    """
+    sets = {"forget set": forget, "held-out retain set": held_out}
+    if any(point.refine for point in points):
+        sets["retain set"] = retain
+    for name, sequences in sets.items():
+        if not sequences:
+            raise InputError(f"the {name} is empty: give at least one sequence")
+    device = targets[0].weight.device
+    chosen = {point.layers: targets_within(targets, point.layers) for point in points}
+    drawn = [
+        [sequences[i] for i in draw_without_replacement(len(sequences), size, 0, seed)]
+        for sequences, size in (
+            (forget, forget_batch),
+            (forget, MEASURED_SEQUENCES),
+            (retain, refine_sequences),
+        )
+    ]
+    forget_batches, measured, refining, held = (
+        make_batches(s, budget=batch_tokens, device=device, group=length_class(model))
+        for s in (*drawn, held_out)
+    )
+    with stage("check"):
+        preflight(model, targets, recompute=recompute)
+        scale = _Scale(model, held, measured, targets)
+    outcomes = dict(done or {})
+    for name, own in _grouped(points, lambda p: p.objective):
+        missing = [point for point in own if point not in outcomes]
+        if not missing:
+            continue
+        start = time.perf_counter()
+        with stage("gradient"):
+            matrices = gradient(
+                model, forget_batches, targets, objectives[name], recompute=recompute
+            )
+        share = shared_seconds / len(points) + (time.perf_counter() - start) / len(own)
+        for (layers, _, _), line in track(list(_grouped(own, lambda p: p.direction)), name):
+            if all(point in outcomes for point in line):
+                continue
+            own_targets = chosen[layers]
+            exact = partial(gauss_newton_product, model, refining, own_targets, recompute=recompute)
+            for outcome in _along(
+                scale, line, own_targets, curvature, matrices, exact, outcomes, share
+            ):
+                outcomes[outcome.point] = outcome
+                if on_point is not None:
+                    on_point(outcome)
+    found = [outcomes[point] for point in points]
+    if all(outcome.failure for outcome in found):
+        raise InputError(f"no point of the sweep could be measured; the first: {found[0].failure}")
+    return found
+
+
+def targets_within(targets: Sequence[Target], layers: str) -> list[Target]:
+    """The targets in blocks as in ``3-6``, or in all.
+
+    Raises:
+        InputError: a block without a target.
+    """
+    if layers == ALL:
+        return list(targets)
+    covered = {target.block for target in targets}
+    wanted = parse_layers(layers, 10**6)
+    if not wanted <= covered:
+        raise InputError(
+            f"--layers {layers}: the curvature does not cover block {min(wanted - covered)}; fit "
+            "it with those blocks, or leave them out"
+        )
+    return [target for target in targets if target.block in wanted]
+
+
+def cut(curvature: Curvature, targets: Sequence[Target]) -> Curvature:
+    """The part of a curvature that covers these targets."""
+    return curvature.only([t.name for t in targets], targets[0].weight.device)
+
+
+def _grouped(points: Sequence[Point], key: Callable[[Point], Any]) -> Iterator[tuple[Any, list]]:
+    return ((value, list(own)) for value, own in groupby(points, key))
+
+
+def _along(
+    scale: _Scale,
+    line: Sequence[Point],
+    targets: Sequence[Target],
+    curvature: Curvature,
+    gradient: Matrices,
+    exact: Callable[[Matrices], Matrices],
+    known: Mapping[Point, Outcome],
+    share: float,
+) -> Iterator[Outcome]:
+    """Outcomes of the points on one direction, and on what it is refined to, that are not known."""
+    damping, relative = line[0].damping, line[0].relative
+    most = max(point.refine for point in line if point not in known)
+    steps = refined_steps(
+        cut(curvature, targets),
+        gradient,
+        exact,
+        damping=damping,
+        relative=relative,
+        iterations=most,
+    )
+    for refined in range(most + 1):
+        later = [point for point in line if point.refine >= refined]
+        start = time.perf_counter()
+        try:
+            step = next(steps, None)
+            failure = f"the exact system is solved after {refined - 1} iterations"
+        except InputError as error:
+            step, failure = None, str(error)
+        if step is None:
+            yield from (Outcome(p, share, failure=failure) for p in later if p not in known)
+            return
+        changes = parameter_changes(targets, step.direction)
+        share += (time.perf_counter() - start) / len(later)
+        last: Outcome | None = None
+        for point in later:
+            if point.refine > refined:
+                break
+            outcome = known.get(point)
+            if outcome is None:
+                start = time.perf_counter()
+                with stage("check"):
+                    outcome = scale.weigh(point, targets, step, changes, last)
+                own = time.perf_counter() - start
+                outcome = replace(outcome, seconds=share + own)
+                yield outcome
+            last = last if outcome.failure else outcome
+
+
+class _Scale:
+    """Measures edits; of the forget sequences, one by one, in the same pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        held_out: list[Batch],
+        forget: list[Batch],
+        targets: Sequence[Target],
+    ) -> None:
+        self._model = model
+        self._gauge = Gauge(model, held_out, forget)
+        self._floor = self._gauge.rounding_kl(targets)
+
+    def weigh(
+        self,
+        point: Point,
+        targets: Sequence[Target],
+        step: Step,
+        changes: Mapping[str, Tensor],
+        last: Outcome | None,
+    ) -> Outcome:
+        """The outcome of a point; ``last`` is one on the same direction."""
+        guess = 0.0  # not used where α is given
+        if point.size.kl is not None:
+            guess = self._guess(point.size.kl, targets, step, last)
+
+        def probe(alpha: float) -> Probe:
+            return self._gauge.measure(Update({}).plus(changes, alpha), cross_entropy, alpha)
+
+        try:
+            refuse_below(self._floor, point.size, targets)
+            start = Probe(0.0, 0.0, 0.0, 1.0, 0.0)  # only a forgetting target would look at it
+            best = choose_alpha(probe, point.size, share=1.0, start=start, guess=guess)[-1]
+        except InputError as error:
+            return Outcome(point, 0.0, failure=str(error))
+        if not all(map(math.isfinite, (best.retain_kl, best.forget_loss, best.forget_probability))):
+            return Outcome(point, 0.0, failure="the edited model's outputs are not finite")
+        return Outcome(
+            point,
+            0.0,
+            alpha=best.alpha,
+            predicted_kl=step.predicted_kl(best.alpha),
+            retain_kl=best.retain_kl,
+            forget_loss=best.forget_loss,
+            forget_probability=best.forget_probability,
+        )
+
+    def _guess(
+        self, kl: float, targets: Sequence[Target], step: Step, last: Outcome | None
+    ) -> float:
+        """An α near the one that gives that KL, which grows about as α²."""
+        if last is not None and last.alpha and last.retain_kl:
+            return last.alpha * math.sqrt(kl / last.retain_kl)
+        batches = self._gauge.base.batches
+        return math.sqrt(2 * kl / quadratic_form(self._model, batches, targets, step.direction))

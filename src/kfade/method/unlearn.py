@@ -1,0 +1,352 @@
+"""The whole method on one page: fit, gradient, direction, size, and the update they make."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.draws import Draw, square_root_draw
+from kfade.curvature.fit import Fit, fit_ekfac
+from kfade.curvature.passes import refuse_float16
+from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.errors import InputError
+from kfade.method.gauge import Gauge, parameter_changes, refuse_below
+from kfade.method.gradient import forget_gradient
+from kfade.method.measure import (
+    Reference,
+    mean_divergence,
+)
+from kfade.method.objectives import Objective, margin
+from kfade.method.preflight import preflight
+from kfade.method.record import StepRecord, Try, best_try
+from kfade.method.refine import refined_steps
+from kfade.method.step import Probe, Step, StepSize, choose_alpha
+from kfade.method.update import DIGESTS, Update
+from kfade.models.layers import Target, digest_weights, find_targets, parameter_names
+from kfade.models.lengths import length_class
+from kfade.runtime import distributed
+from kfade.runtime.stages import stage
+
+MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
+REFINE_SEQUENCES = 64  # retain sequences of the exact products that refine a direction
+DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
+DEFAULT_KL = 0.01  # nats per token, where nothing is said, and where a search begins
+
+
+def unlearn(
+    model: nn.Module,
+    *,
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    targets: Sequence[Target] | None = None,
+    fit: Fit = fit_ekfac,
+    objective: Objective = margin,
+    later_objective: Objective | None = None,
+    draw: Draw = square_root_draw,
+    curvature: Curvature | None = None,
+    damping: float = DEFAULT_DAMPING,
+    relative: bool = True,
+    exact_norm: bool = False,
+    steps: int = 1,
+    forget_batch: int | None = None,
+    refit: bool = True,
+    alpha: float | None = None,
+    kl: float | None = None,
+    until: float | None = None,
+    until_probability: float | None = None,
+    max_kl: float | None = None,
+    batch_tokens: int = 4096,
+    recompute: bool = False,
+    seed: int = 0,
+    refine: int = 0,
+    refine_sequences: int = REFINE_SEQUENCES,
+    start: Update | None = None,
+    on_step: Callable[[Update], None] | None = None,
+) -> Update:
+    """K-FADE: a few uphill Gauss-Newton steps on the forget set (paper §3).
+
+    At each step: fit G̃ on ``retain`` at the present weights, g on a batch of ``forget``,
+    r = (G̃ + λI)⁻¹g, and go α along r/‖r‖_G̃. The model is left bit for bit as it was; the update
+    is what is returned.
+
+    Args:
+        held_out: retain sequences that no fit sees; KL is measured on them.
+        targets: weights to change; every feed-forward weight when None.
+        later_objective: of all steps after the first; ``objective`` when None. Cross-entropy pulls
+            at a token by 1 − p_y: where the first step's margin has made answers unlikely, the
+            tokens that stay certain, which other text needs most, are then let alone.
+        curvature: a fit made before, used for the first step (for all if not ``refit``).
+        damping: λ, times each layer's mean eigenvalue if ``relative``.
+        exact_norm: measure the length of r by the exact Gauss-Newton form on ``held_out``
+            instead of by G̃.
+        forget_batch: forget sequences a step, without replacement; all of them when None.
+        refit: fit anew at each step.
+        alpha, kl, until, until_probability, max_kl: how far to go, see
+            :class:`~kfade.method.step.StepSize`.
+        batch_tokens: positions in one forward pass.
+        recompute: passes with gradients run each block again in their backward pass instead of
+            keeping what it made: the same result for less memory and more work.
+        refine: iterations of conjugate gradients that improve the direction of each step
+            (:func:`~kfade.method.refine.refined_steps`). All directions on the way are tried, and the one
+            with the greatest rise of the forget loss for its KL is taken; with ``alpha`` the last.
+        refine_sequences: sequences of ``retain`` in the exact products of each step, drawn without
+            replacement; all of them if there are fewer.
+        start: the update after some steps of the same run, to go on from.
+        on_step: called with the update after every step.
+
+    Raises:
+        InputError: an empty set, an impossible size or target, a KL that the model's dtype cannot
+            tell from rounding, numbers that are not finite.
+    """
+    size = StepSize(alpha, kl, until, until_probability, max_kl)
+    _check_data(forget, retain, held_out)
+    _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
+    targets = list(targets) if targets is not None else find_targets(model)
+    refuse_float16(targets)
+    device = targets[0].weight.device
+    batches_of = partial(
+        make_batches, budget=batch_tokens, device=device, group=length_class(model)
+    )
+
+    def drawn(sequences: Sequence[TokenSequence], count: int | None, index: int) -> list[Batch]:
+        chosen = draw_without_replacement(len(sequences), count, index, seed)
+        return batches_of([sequences[i] for i in chosen])
+
+    retain_batches = batches_of(retain)
+    with stage("check"):
+        preflight(model, targets, recompute=recompute)
+        measured = drawn(forget, MEASURED_SEQUENCES, 0)
+        gauge = Gauge(model, batches_of(held_out), measured)
+        floor = gauge.rounding_kl(targets)
+        refuse_below(floor, size, targets, steps)
+    update = start or Update(
+        {},
+        {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
+    )
+    update = update.to(device)  # what was read from files lies in the CPU's memory
+    if curvature is not None:
+        curvature = curvature.only([target.name for target in targets], device)
+    for index in range(len(update.provenance["steps"]), steps):
+        aim = objective if index == 0 else later_objective or objective
+        with stage("check"):
+            state = _State(update, aim, gauge.measure(update, aim), gauge.latest)
+        if _is_reached(size, state.probe, first=index == 0):
+            break
+        if curvature is None or (refit and index > 0):
+            at, key = (update, seed + index) if refit else (Update({}), seed)
+            with stage("fit"), at.applied_to(model):
+                curvature = fit(
+                    model, retain_batches, targets, draw=draw, seed=key, recompute=recompute
+                )
+        with stage("gradient"), update.applied_to(model):
+            forget_batches = drawn(forget, forget_batch, index)
+            gradient = forget_gradient(model, forget_batches, targets, aim, recompute=recompute)
+        directions = refined_steps(
+            curvature,
+            gradient,
+            _exact_product(
+                model, update, targets, drawn(retain, refine_sequences, index), recompute
+            ),
+            damping=damping,
+            relative=relative,
+            iterations=refine,
+        )
+        tries = _tries(gauge, targets, state, directions, size, steps, exact_norm=exact_norm)
+        record, changes = best_try(tries, state.first_loss)
+        records = [*update.provenance["steps"], asdict(record)]
+        update = update.plus(changes, record.alpha)
+        update = Update(update.deltas, {**update.provenance, "steps": records})
+        if on_step is not None:
+            on_step(update)
+    return update
+
+
+@dataclass(frozen=True)
+class _State:
+    """The edited model before a step, as it was measured."""
+
+    update: Update
+    objective: Objective
+    """Of the step."""
+    probe: Probe
+    hidden: Reference
+    """On held-out retain data."""
+
+    @property
+    def first_loss(self) -> float:
+        """Forget loss at the start of the run."""
+        steps = self.update.provenance["steps"]
+        return steps[0]["forget_loss_before"] if steps else self.probe.forget_loss
+
+
+def _is_reached(size: StepSize, probe: Probe, *, first: bool) -> bool:
+    """Whether as much is forgotten already as should be."""
+    if size.goal is None or size.goal > size.forgotten(probe):
+        return False
+    if first:
+        known = f"loss is {probe.forget_loss:.4g}"
+        if size.until_probability is not None:
+            known = f"probability is {probe.forget_probability:.4g}"
+        raise InputError(f"{size.target}: the {known} already; ask for more")
+    return True
+
+
+def _exact_product(
+    model: nn.Module,
+    update: Update,
+    targets: Sequence[Target],
+    batches: Sequence[Batch],
+    recompute: bool,
+) -> Callable[[Matrices], Matrices]:
+    """δ ↦ Gδ with the exact G of ``batches`` at the weights that ``update`` makes."""
+
+    def product(delta: Matrices) -> Matrices:
+        with update.applied_to(model):
+            return gauss_newton_product(model, batches, targets, delta, recompute=recompute)
+
+    return product
+
+
+def _tries(
+    gauge: Gauge,
+    targets: Sequence[Target],
+    state: _State,
+    directions: Iterable[Step],
+    size: StepSize,
+    steps: int,
+    *,
+    exact_norm: bool,
+) -> Iterator[Try]:
+    """Go along each direction as far as ``size`` says: what it did, and r by parameter."""
+    update, before = state.update, state.probe
+    share = (len(update.provenance["steps"]) + 1) / steps
+    numbered: Iterable[tuple[int, Step]] = enumerate(directions)
+    if size.alpha is not None:  # every direction has a length of its own: nothing to compare at
+        numbered = deque(numbered, maxlen=1)
+    taken = [record["exact_kl"] for record in update.provenance["steps"]]
+    for refined, step in numbered:
+        with stage("step"), update.applied_to(gauge.model):
+            exact = quadratic_form(gauge.model, gauge.base.batches, targets, step.direction)
+        if exact == 0:
+            raise InputError(
+                "the step does not change what the model says to the held-out retain data: are "
+                "they one token over and over, or of unknown words only?"
+            )
+        if exact_norm:
+            step, exact = step.scaled(exact**-0.5), 1.0
+        changes = parameter_changes(targets, step.direction)
+        # To where the exact form was last; else to the KL asked for, or to a modest one.
+        near = taken[-1] if taken else (size.kl or DEFAULT_KL) / steps**2
+        guess = math.sqrt(2 * near / exact)
+        with stage("check"):
+            probes = choose_alpha(
+                lambda trial: gauge.measure(
+                    update.plus(changes, trial),  # noqa: B023
+                    state.objective,
+                    trial,
+                ),
+                size,
+                share=share,
+                start=before,
+                guess=guess,
+            )
+            after = probes[-1]
+            record = StepRecord(
+                alpha=after.alpha,
+                predicted_kl=step.predicted_kl(after.alpha),
+                exact_kl=0.5 * exact * after.alpha**2,
+                measured_kl=mean_divergence(gauge.head, state.hidden, gauge.latest),
+                retain_kl=after.retain_kl,
+                forget_loss_before=before.forget_loss,
+                forget_loss_after=after.forget_loss,
+                forget_probability_before=before.forget_probability,
+                forget_probability_after=after.forget_probability,
+                predicted_objective_change=step.slope * after.alpha,
+                measured_objective_change=after.objective - before.objective,
+                relative_change=_relative_change(gauge.model, changes, after.alpha),
+                probes=[asdict(p) for p in probes],
+                refined=refined,
+            )
+        taken.append(record.exact_kl)
+        yield record, changes
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    packages = ("kfade", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def base_facts(
+    model: nn.Module,
+    names: Sequence[str],
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+) -> dict[str, Any]:
+    """What an update of the parameters ``names`` was computed on, for its provenance."""
+    dtypes = (None, torch.bfloat16)
+    return {
+        **{key: digest_weights(model, names, d) for key, d in zip(DIGESTS, dtypes, strict=True)},
+        "forget_sha256": digest_sequences(forget),
+        "retain_sha256": digest_sequences(retain),
+        "held_out_sha256": digest_sequences(held_out),
+        "versions": versions(),
+    }
+
+
+def _relative_change(
+    model: nn.Module, changes: dict[str, Tensor], alpha: float
+) -> dict[str, float]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    relative = {}
+    for name, change in changes.items():
+        weight = distributed.gather_full(parameters[name].detach()).to(change.dtype)
+        if weight.any():  # nothing can be said of a weight that is zero
+            relative[name] = (alpha * change.norm() / weight.norm()).item()
+    return relative
+
+
+def _check_data(
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+) -> None:
+    sets = {"forget set": forget, "retain set": retain, "held-out retain set": held_out}
+    for name, sequences in sets.items():
+        if not sequences:
+            raise InputError(f"the {name} is empty: give at least one sequence")
+
+
+def _check_numbers(
+    steps: int,
+    forget_batch: int | None,
+    forget: int,
+    damping: float,
+    refine: int,
+    refine_sequences: int,
+) -> None:
+    for flag, value, least in (
+        ("--steps", steps, 1),
+        ("--refine", refine, 0),
+        ("--refine-sequences", refine_sequences, 1),
+    ):
+        if value < least:
+            raise InputError(f"{flag} {value}: give {least} or more")
+    if forget_batch is not None and not 1 <= forget_batch <= forget:
+        raise InputError(f"--forget-batch {forget_batch}: the forget set has {forget}")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise InputError(f"--damping {damping}: give a finite number, 0 or more")

@@ -1,0 +1,170 @@
+"""The artifact of unlearning: a change of weights that can be applied, reverted, added, saved."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kfade.errors import InputError
+from kfade.models.layers import digest_weights
+from kfade.runtime import distributed
+
+FORMAT = "kfade-update-1"
+DIGESTS = ("weights_sha256", "weights_bfloat16_sha256")  # as loaded; rounded to bfloat16
+SAME, EQUAL, ROUNDED, OTHER = "same", "equal", "rounded", "other"  # see Update.compare_base
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔW for each changed parameter, in float32 or better, and where it comes from.
+
+    The only thing in kfade that changes a model.
+    """
+
+    deltas: dict[str, Tensor]
+    """Parameter name -> ΔW, in the parameter's own layout."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Base model, digests of weights and data, configuration, versions, per-step diagnostics."""
+
+    def apply(self, model: nn.Module) -> None:
+        """W ← W + ΔW, added in float32 or better and rounded once to the model's dtype.
+
+        Raises:
+            InputError: the model lacks a parameter or has it in another shape; nothing is changed.
+        """
+        parameters = self._parameters(model)
+        with torch.no_grad():
+            for name, delta in self.deltas.items():
+                weight = distributed.gather_full(parameters[name])
+                changed = weight.to(delta.dtype) + delta.to(weight.device)
+                distributed.scatter_into(parameters[name], changed)
+
+    def revert(self, model: nn.Module) -> None:
+        """W ← W − ΔW: undoes :meth:`apply` up to one rounding of W; see :meth:`applied_to`."""
+        (-self).apply(model)
+
+    @contextlib.contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The edited model within the ``with``; bit for bit the old one afterwards."""
+        parameters = self._parameters(model)
+        before = {name: parameters[name].detach().clone() for name in self.deltas}
+        try:
+            self.apply(model)
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, tensor in before.items():
+                    parameters[name].copy_(tensor)
+
+    def to(self, device: torch.device | str) -> Update:
+        """The same update, its changes on another device."""
+        moved = {name: delta.to(device) for name, delta in self.deltas.items()}
+        return Update(moved, self.provenance)
+
+    def plus(self, deltas: Mapping[str, Tensor], scale: float = 1.0) -> Update:
+        """This update with ``scale`` times more changes added, same provenance."""
+        total = dict(self.deltas)
+        for name, delta in deltas.items():
+            total[name] = total[name] + scale * delta if name in total else scale * delta
+        return Update(total, self.provenance)
+
+    def __add__(self, other: Update) -> Update:
+        """Both changes at once; provenance keeps both."""
+        merged = {"merged": [self.provenance, other.provenance]}
+        return Update(self.plus(other.deltas).deltas, merged)
+
+    def __neg__(self) -> Update:
+        return Update({name: -delta for name, delta in self.deltas.items()}, self.provenance)
+
+    def fits_base(self, model: nn.Module) -> bool:
+        """Whether ``model`` has the weights that this update was computed on, in any dtype.
+
+        False means another model of the same shape, such as a fine-tuned descendant.
+        """
+        return self.compare_base(model) != OTHER
+
+    def compare_base(self, model: nn.Module) -> str:
+        """How ``model``'s weights relate to those that this update was computed on.
+
+        ``same``: bit for bit. ``equal``: the same values in another dtype. ``rounded``: one is the
+        other rounded to a dtype of fewer bits. ``other``: none of these can be shown.
+
+        Raises:
+            InputError: the model lacks a parameter or has it in another shape.
+        """
+        parameters = self._parameters(model)
+        recorded = self.provenance.get("weights_sha256")
+        if digest_weights(model, self.deltas) == recorded:
+            return SAME
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if digest_weights(model, self.deltas, dtype) == recorded:
+                tensors = [parameters[name].detach() for name in self.deltas]
+                exact = all(torch.equal(t.to(dtype).to(t.dtype), t) for t in tensors)
+                return EQUAL if exact else ROUNDED
+        rounded = self.provenance.get("weights_bfloat16_sha256")
+        if rounded is not None and digest_weights(model, self.deltas, torch.bfloat16) == rounded:
+            return ROUNDED
+        return OTHER
+
+    def lost_fraction(self, model: nn.Module) -> float:
+        """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ for W in the model's dtype: what rounding destroys."""
+        parameters = self._parameters(model)
+        lost = size = 0.0
+        for name, delta in self.deltas.items():
+            weight = distributed.gather_full(parameters[name].detach())
+            exact = weight.double() + delta.to(weight.device).double()
+            rounded = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+            lost += (rounded.double() - exact).square().sum().item()
+            size += delta.double().square().sum().item()
+        return (lost / size) ** 0.5 if size else 0.0
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, keyed by parameter names."""
+        metadata = {"format": FORMAT, "provenance": self.provenance}
+        tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
+        save_file(tensors, path, {"kfade": json.dumps(metadata)})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Update:
+        """Read what :meth:`save` wrote, from the file or the folder of a run.
+
+        Raises:
+            InputError: no such file, or not an update file of this format.
+        """
+        path = Path(path)
+        path = path / "update.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"{path}: no such update; give the folder of a kfade unlearn run")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("kfade", "{}"))
+                if metadata.get("format") != FORMAT:
+                    raise InputError(f"{path}: not an update file of this version of kfade")
+                deltas = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        return cls(deltas, metadata["provenance"])
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, delta in self.deltas.items():
+            if name not in parameters:
+                raise InputError(
+                    f"the update changes {name}, which {type(model).__name__} does not have: it "
+                    "was computed on another model"
+                )
+            if parameters[name].shape != delta.shape:
+                raise InputError(
+                    f"the update changes {name} of shape {tuple(delta.shape)}, the model has "
+                    f"{tuple(parameters[name].shape)}: it was computed on another model"
+                )
+        return parameters

@@ -1,0 +1,325 @@
+"""Find the weights to change: the linear maps of the feed-forward blocks, by structure.
+
+No table of model families: the decoder's blocks are the longest list of modules with linear maps
+in it; within a block everything that is not attention is feed-forward (paper §3, "Components
+targeted"). A glob over parameter names and a range of blocks narrow the choice. Whether a weight
+can be changed is seen in a forward pass over a few tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kfade.errors import InputError
+from kfade.models.probe import Seen, probe
+from kfade.models.targets import Choice, LeftOut, Target
+from kfade.runtime import distributed
+
+
+def find_targets(
+    model: nn.Module,
+    *,
+    layers: str | None = None,
+    pattern: str | None = None,
+    joint_bias: bool = False,
+) -> list[Target]:
+    """The weights to change, in the order of the forward pass; see :func:`choose_targets`."""
+    return choose_targets(model, layers=layers, pattern=pattern, joint_bias=joint_bias).targets
+
+
+def choose_targets(
+    model: nn.Module,
+    *,
+    layers: str | None = None,
+    pattern: str | None = None,
+    joint_bias: bool = False,
+    attention: bool = False,
+) -> Choice:
+    """The weights to change, and those that the default leaves out because it cannot.
+
+    Without ``pattern`` every linear map of the blocks outside their attention is taken: the
+    feed-forward maps, those of shared experts, and in blocks without attention those of the mixer.
+    Left out are convolutions, fused and routed experts, their routers, tied maps, and maps that
+    are not run, or not once, with one vector for each position. Where nothing else is left
+    (all feed-forward maps are experts) attention's maps are taken.
+
+    Args:
+        layers: blocks as in ``3-6`` or ``0,2,8-11``, counted from 0; all when None.
+        pattern: a glob over parameter names (``*.mlp.down_proj.weight``); it may reach attention
+            too. What it matches is taken or refused.
+        joint_bias: treat a layer's bias as one more column of its weight.
+        attention: take attention's maps too where there is no ``pattern``.
+
+    Raises:
+        InputError: nothing is left; a match of ``pattern`` cannot be changed or lies outside the
+            blocks; a weight is quantised; later tokens change earlier hidden states; the model does
+            not run on tokens alone.
+    """
+    blocks_name, blocks = decoder_blocks(model)
+    wanted = sorted(parse_layers(layers, len(blocks)))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    found: list[Target] = []
+    left_out: list[LeftOut] = []
+    for index in wanted:
+        prefix = f"{blocks_name}.{index}"
+        routers = _routers(blocks[index])
+        for module_name, module in blocks[index].named_modules(prefix=prefix):
+            if pattern is not None and not _matches(module_name, module, pattern):
+                continue
+            _refuse_quantised(module_name, module)
+            path = module_name[len(prefix) + 1 :]
+            if pattern is None and not isinstance(module, nn.Linear | Conv1D):
+                if not _inside_attention(blocks[index], path):
+                    left_out += _not_linear(module_name, module)
+                continue
+            left_out += _not_linear(module_name, module)
+            if not isinstance(module, nn.Linear | Conv1D):
+                continue
+            name = f"{module_name}.weight"
+            if id(module) in routers:
+                reason = "is a router: which experts run depends on it, not only what they give"
+                left_out.append(LeftOut(name, "routers", reason))
+            elif len(owners[id(module.weight)]) > 1:
+                first, second = owners[id(module.weight)][:2]
+                reason = f"is tied to {second}: changing one would change both"
+                left_out.append(LeftOut(first, "tied weights", reason))
+            else:
+                found.append(_target(module_name, module, index, joint_bias))
+    if pattern is not None:
+        _refuse_outside(model, pattern, blocks_name, owners)
+        _refuse(left_out)
+    _refuse_if_none(model, found, left_out, layers, pattern)
+    seen, unfit = probe(model, found)
+    left_out += unfit
+    misfits = {weight.name for weight in unfit}
+    by_name = {target.name: target for target in found if target.name not in misfits}
+    found = [by_name[name] for name in seen.inputs if name in by_name]
+    if pattern is not None:
+        _refuse(unfit)
+        return Choice(_share_inputs(found, seen), [])
+    prefix = f"{blocks_name}."
+    inside = {
+        name
+        for name in [target.name for target in found] + [weight.name for weight in unfit]
+        if _inside_attention(blocks, name.removeprefix(prefix).removesuffix(".weight"))
+    }
+    feed_forward = [target for target in found if target.name not in inside]
+    if not attention and feed_forward:
+        found = feed_forward
+        left_out = [weight for weight in left_out if weight.name not in inside]
+    _refuse_if_none(model, found, left_out, layers, pattern)
+    return Choice(_share_inputs(found, seen), left_out)
+
+
+def parse_layers(layers: str | None, count: int) -> set[int]:
+    """The block numbers of ``3-6`` or ``0,2,8-11``; all ``count`` of them for None."""
+    if layers is None:
+        return set(range(count))
+    wanted: set[int] = set()
+    for part in layers.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise InputError(f"--layers {layers}: write block numbers as 3-6 or 0,2,8-11")
+        wanted.update(range(int(first), int(last) + 1))
+    if max(wanted) >= count:
+        raise InputError(f"--layers {layers}: this model has blocks 0 to {count - 1}")
+    return wanted
+
+
+def parameter_names(targets: Iterable[Target]) -> list[str]:
+    """Names of the parameters that the targets stand for, biases included where joint."""
+    return [name for target in targets for name in (target.name, target.bias) if name is not None]
+
+
+def digest_weights(
+    model: nn.Module, names: Iterable[str] | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over names, dtypes and bytes of parameters: says which model it is.
+
+    Args:
+        names: the parameters; all when None.
+        dtype: of the values rounded to it, as if the model had been loaded so; None: as they are.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    digest = hashlib.sha256()
+    for name in sorted(parameters if names is None else names):
+        tensor = (
+            distributed.gather_full(parameters[name].detach()).to(dtype=dtype).cpu().contiguous()
+        )
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest outermost ModuleList whose every entry holds a linear map or an expert, and its
+    name.
+
+    Raises:
+        InputError: there is none.
+    """
+    lists: list[tuple[str, nn.ModuleList]] = []
+    decoder = getattr(model, "get_decoder", lambda: None)() or model
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model
+    within = {id(module) for module in decoder.modules()}  # no tower for images or sound
+    for name, module in model.named_modules():
+        if id(module) not in within:
+            continue
+        inner = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inner:
+            if all(any(p.ndim >= 2 for p in block.parameters()) for block in module):
+                lists.append((name, module))
+    best = max(lists, key=lambda item: len(item[1]), default=None)
+    if best is None:
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks: not supported")
+    return best
+
+
+def _inside_attention(block: nn.Module, path: str) -> bool:
+    """Whether a module lies in the block's attention, which its class or attribute name tells."""
+    module = block
+    for part in path.split(".") if path else []:
+        module = module.get_submodule(part)
+        if "attn" in part.lower() or "attention" in type(module).__name__.lower():
+            return True
+    return False
+
+
+def _matches(module_name: str, module: nn.Module, pattern: str) -> bool:
+    """Whether a glob matches a module's weight, or another parameter of three dimensions."""
+    own = module.named_parameters(recurse=False)
+    names = ["weight", *(name for name, parameter in own if parameter.ndim == 3)]
+    return any(fnmatchcase(f"{module_name}.{name}", pattern) for name in names)
+
+
+def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
+    """Convolutions and fused experts among a module's own parameters."""
+    found = []
+    for own_name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 3:
+            is_filter = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            kind = "convolution's" if is_filter else "fused mixture-of-experts"
+            reason = (
+                f"is a {kind} weight of shape {tuple(parameter.shape)}: kfade changes plain linear "
+                "maps [O, I]"
+            )
+            plural = "convolutions" if is_filter else "fused expert weights"
+            found.append(LeftOut(f"{name}.{own_name}", plural, reason))
+    return found
+
+
+def _refuse_quantised(name: str, module: nn.Module) -> None:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for tensor_name, tensor in tensors:
+        quantised = tensor_name in ("qweight", "weight") and (
+            not tensor.is_floating_point() or tensor.element_size() < 2
+        )
+        if quantised:
+            raise InputError(
+                f"{name}.{tensor_name} is quantised ({tensor.dtype}): load the model in bfloat16 "
+                "or float32 and quantise the edited model afterwards"
+            )
+
+
+def _refuse(left_out: list[LeftOut]) -> None:
+    for weight in left_out:
+        raise InputError(f"{weight.name} {weight.reason}; leave it out with --target or --layers")
+
+
+def _refuse_if_none(
+    model: nn.Module,
+    found: list[Target],
+    left_out: list[LeftOut],
+    layers: str | None,
+    pattern: str | None,
+) -> None:
+    if found:
+        return
+    _refuse(left_out)
+    what = f"no weight matches '{pattern}'" if pattern else "no linear map found"
+    some = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)][:3]
+    raise InputError(
+        f"{what} in blocks {layers or 'all'} of {type(model).__name__}: "
+        f"give --target a glob over parameter names such as '{some[0] if some else '*'}.weight'"
+    )
+
+
+def _routers(block: nn.Module) -> set[int]:
+    """Ids of the linear maps that choose experts: within a router by its name, or beside experts
+    with one output for each of them."""
+    found = set()
+    for name, module in block.named_modules():
+        if "router" in name.lower() and isinstance(module, nn.Linear):
+            found.add(id(module))
+    for parent in block.modules():
+        counts = set()
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList):
+                if len(child) > 1 and any(isinstance(m, nn.Linear) for m in child.modules()):
+                    counts.add(len(child))
+            elif not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                own = child.parameters(recurse=False)
+                counts.update(p.shape[0] for p in own if p.ndim == 3 and p.shape[0] > 1)
+        for child in parent.children() if counts else ():
+            inner = () if isinstance(child, nn.ModuleList) else child.modules()
+            for module in inner:
+                if isinstance(module, nn.Linear) and module.out_features in counts:
+                    found.add(id(module))
+    return found
+
+
+def _refuse_tied(names: list[str]) -> None:
+    if len(names) > 1:
+        raise InputError(
+            f"{names[0]} is tied to {names[1]}: changing one would change both; "
+            "leave it out with --target"
+        )
+
+
+def _refuse_outside(
+    model: nn.Module, pattern: str, blocks_name: str, owners: Mapping[int, list[str]]
+) -> None:
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        inside = name.startswith(blocks_name + ".")
+        if inside or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+            continue
+        if fnmatchcase(f"{name}.weight", pattern):
+            _refuse_tied(owners[id(weight)])
+            raise InputError(
+                f"--target {pattern} matches {name}.weight, which is outside the decoder's blocks "
+                f"({blocks_name}.*): only linear maps within them can be targeted"
+            )
+
+
+def _target(module_name: str, module: nn.Module, block: int, joint_bias: bool) -> Target:
+    transposed = isinstance(module, Conv1D)
+    rows, columns = cast(Tensor, module.weight).shape
+    out_features, in_features = (columns, rows) if transposed else (rows, columns)
+    bias = f"{module_name}.bias" if joint_bias and module.bias is not None else None
+    name = f"{module_name}.weight"
+    shape = (out_features, in_features + (bias is not None))
+    return Target(name, module, block, shape, transposed, bias, input_of=name)
+
+
+def _share_inputs(targets: list[Target], seen: Seen) -> list[Target]:
+    """Which of them read one and the same tensor."""
+    first: dict[tuple[int, bool], str] = {}
+    shared = []
+    for target in targets:
+        # A column of ones makes another A.
+        key = (id(seen.inputs[target.name]), target.bias is not None)
+        shared.append(replace(target, input_of=first.setdefault(key, target.name)))
+    return shared

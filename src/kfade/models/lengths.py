@@ -1,0 +1,128 @@
+"""Models whose outputs at a position depend on how long the whole input is.
+
+The rotary frequencies of some models follow the longest sequence of the batch: ``longrope`` has one
+set of them up to a length and another beyond it, ``dynamic`` changes them with every token beyond
+one. Such sequences may share a batch only where they would get the same frequencies alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kfade.data.batches import Batch
+from kfade.errors import InputError
+
+
+@dataclass(frozen=True)
+class LengthClass:
+    """Positions of an input -> its class: inputs of one class get the same frequencies."""
+
+    switches: tuple[int, ...] = ()
+    """Longest inputs before the frequencies change once."""
+    grows_from: int | None = None
+    """Longest input before they change with every token."""
+
+    def __call__(self, positions: int) -> int:
+        """Of an input of that many positions."""
+        if self.grows_from is not None and positions > self.grows_from:
+            return positions
+        return -sum(positions > switch for switch in self.switches)
+
+    @property
+    def borders(self) -> list[int]:
+        """The longest inputs of their classes; none where length does not matter."""
+        grows = () if self.grows_from is None else (self.grows_from,)
+        return sorted({*self.switches, *grows})
+
+    def steps(self, positions: int, most: int) -> int:
+        """Passes, at most ``most``, over an input that grows by one each time, in one class."""
+        own = self(positions)
+        return next((n for n in range(1, most) if self(positions + n) != own), most)
+
+
+def length_class(model: Any) -> LengthClass:
+    """How the outputs of ``model`` depend on its input's length, by its configuration.
+
+    Frequencies may be given once, or for each kind of layer.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None)
+    switches: set[int] = set()
+    grows: set[int] = set()
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type") or rope.get("type") or ""
+        trained = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        borders = [n for n in (trained, window) if n is not None]
+        if kind in ("longrope", "su"):  # su: its name in the first checkpoints
+            switches.update(borders[:1])
+        elif "dynamic" in kind:
+            grows.update(borders)
+    return LengthClass(tuple(sorted(switches)), min(grows, default=None))
+
+
+def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:
+    """Raises InputError where a batch holds sequences that the model treats unlike when alone."""
+    group = length_class(model)
+    if not group.borders:
+        return
+    for batch in batches:
+        lengths = batch.live_BT.sum(dim=1).tolist()
+        if any(group(n) != group(batch.input_BT.shape[1]) for n in lengths if n):
+            raise InputError(
+                f"a batch holds sequences of {min(lengths)} and {max(lengths)} positions, and this "
+                f"model's rotary frequencies change with the length beyond {group.borders[0]}: "
+                "make batches with make_batches(..., group=length_class(model))"
+            )
+
+
+@contextlib.contextmanager
+def no_memory_of_lengths(model: nn.Module) -> Iterator[None]:
+    """Within the ``with``, dynamic rotary frequencies are those of the input at hand.
+
+    transformers keeps those of the longest input so far, also for shorter ones after it.
+    """
+    own = [module for module in model.modules() if _is_dynamic(module)]
+    handles = [module.register_forward_pre_hook(lambda m, _: _reset(m)) for module in own]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in own:
+            _reset(module)
+
+
+def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = getattr(config, name, None) or {}
+        yield from (rope, *(part for part in rope.values() if isinstance(part, dict)))
+
+
+def _kinds(module: nn.Module) -> dict[str, str]:
+    """Prefix of its tensors' names -> kind of its frequencies, of a rotary embedding."""
+    kind = getattr(module, "rope_type", None)
+    if isinstance(kind, dict):
+        return {f"{layer_type}_": own for layer_type, own in kind.items()}
+    return {"": kind} if isinstance(kind, str) else {}
+
+
+def _is_dynamic(module: nn.Module) -> bool:
+    return hasattr(module, "original_max_seq_len") and any(
+        "dynamic" in kind for kind in _kinds(module).values()
+    )
+
+
+def _reset(module: Any) -> None:
+    """Frequencies as they were when the module was made."""
+    for prefix, kind in _kinds(module).items():
+        if "dynamic" in kind:
+            original = getattr(module, f"{prefix}original_inv_freq")
+            module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

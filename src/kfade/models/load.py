@@ -1,0 +1,283 @@
+"""Load, freeze and save a causal language model: hub id, local folder, GGUF file, LoRA adapter.
+
+The only file that imports transformers' loaders. No code from a hub runs unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kfade.errors import InputError
+from kfade.models.adapters import merge_adapter
+from kfade.models.faults import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    check_config,
+    check_report,
+    check_stored,
+    check_weights,
+    quiet,
+    reading,
+)
+from kfade.models.lengths import no_memory_of_lengths
+from kfade.models.sources import Place, Resolved, Source, copy_companions, resolve
+from kfade.models.vocabulary import check_has_vocabulary, fit_vocabulary
+from kfade.runtime.progress import waiting
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a hub id, a local folder, a GGUF file, or a LoRA adapter.
+
+    A GGUF file is dequantised. An adapter is merged into the base that it names.
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``; None keeps the checkpoint's own, float32 for GGUF.
+        device: as PyTorch spells it; None: the GPU if there is one.
+        revision: branch, tag or commit of the hub.
+        tokenizer: where the tokenizer is (hub id or folder), if not with the model.
+
+    Raises:
+        InputError: nothing there, files that are not whole, not a causal language model, quantised
+            weights, weights that are missing or have no place in the model, NaN or Inf in weights,
+            no tokenizer, or one with tokens that the model has no embedding for.
+    """
+    given = _dtype_of(dtype)
+    with waiting(f"loading {name}") as download:
+        resolved = resolve(Source(name, revision, tokenizer))
+        place = resolved.weights
+        config = _read_config(name, place, trust_remote_code)
+        words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
+        gguf = "gguf_file" in place.options
+        wanted: Any = given or (torch.float32 if gguf else "auto")
+        model = _read_weights(name, place, config, wanted, trust_remote_code, download)
+        if gguf:
+            _forget_gguf(model)
+        if "gguf_file" in resolved.tokenizer.options:
+            _end_as_the_file(words, config)
+        if resolved.adapter is not None:
+            with reading(name, WEIGHTS, resolved.adapter.folder):
+                model = merge_adapter(name, model, resolved.adapter)
+        check_weights(name, model)
+        with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
+            rows = model.get_input_embeddings().weight.shape[0]
+            converted = "gguf_file" in resolved.tokenizer.options
+            fit_vocabulary(tokenizer or name, words, rows, converted=converted)
+        model.to(device or default_device())
+    return model.eval(), words
+
+
+def _read_config(name: str, place: Place, trust_remote_code: bool) -> Any:
+    """The configuration, of a causal language model whose weights are not quantised."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with reading(name, CONFIG, place.folder):
+        config = AutoConfig.from_pretrained(
+            place.location, trust_remote_code=trust_remote_code, **place.options
+        )
+    if "gguf_file" not in place.options:
+        check_config(name, config)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise InputError(
+            f"{name}: {config.model_type} is not a causal language model, or not one that this "
+            "version of transformers knows"
+        )
+    return config
+
+
+def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with reading(name, TOKENIZER, place.folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.location, trust_remote_code=trust_remote_code, **place.options
+        )
+    check_has_vocabulary(name, tokenizer)
+    return tokenizer
+
+
+def _read_weights(
+    name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool, download: type
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    read: Any = AutoModelForCausalLM.from_pretrained
+    with reading(name, WEIGHTS, place.folder):
+        model, report = read(
+            place.location,
+            config=config,  # to read a GGUF file once less: that takes seconds
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused, with their shapes
+            tqdm_class=download,
+            **place.options,
+        )
+        if place.folder is not None:
+            check_stored(name, model, place.folder)
+    note = check_report(name, model, report)
+    if note is not None:
+        logger.warning("note: %s", note)
+    return model
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+) -> Any:
+    """The tokenizer of a model named as for :func:`load_model`, without its weights.
+
+    Raises:
+        InputError: nothing there, or no tokenizer.
+    """
+    place = resolve(Source(name, revision, tokenizer)).tokenizer
+    return _read_tokenizer(name, place, trust_remote_code)
+
+
+def load_skeleton(
+    name: str,
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """A model named as for :func:`load_model` without its weights, on fake tensors.
+
+    They have shapes and dtypes, and passes run on them, but there are no numbers and no memory is
+    used. Only the configuration is read.
+
+    Raises:
+        InputError: nothing there, not a causal language model, or quantised weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wanted = _dtype_of(dtype)
+    place = resolve(Source(name, revision)).weights
+    config = _read_config(name, place, trust_remote_code)
+    wanted = wanted or ("gguf_file" not in place.options and config.dtype) or torch.float32
+    with (
+        reading(name, CONFIG, place.folder),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=wanted, trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """What a manifest tells of where a model came from, beside its name and settings."""
+    return resolve(source).provenance
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter requiring gradients, both as before on leaving."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        with no_memory_of_lengths(model):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None = None) -> None:
+    """Write a folder of safetensors that ``from_pretrained`` loads.
+
+    Args:
+        source: where the model was loaded from. What lies there beside configuration and weights
+            (processor, chat template, code, licence) is put beside them, byte for byte.
+
+    Raises:
+        InputError: ``source`` holds more than the language model; see :func:`check_writable`.
+    """
+    resolved = resolve(source) if source is not None else None
+    if source is not None and resolved is not None:
+        check_writable(model, source, resolved)
+    with quiet():
+        model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    if resolved is not None:
+        copy_companions(resolved, folder)
+
+
+def check_writable(model: Any, source: Source, resolved: Resolved | None = None) -> None:
+    """Raises InputError where writing ``model`` would lose parts of what ``source`` holds.
+
+    A checkpoint of several modalities may be loaded as its language model alone. Its own loader
+    could not load what is written of that.
+    """
+    place = (resolved or resolve(source)).weights
+    folder = place.folder
+    if folder is None:
+        return
+    from transformers import PreTrainedConfig
+
+    whole, _ = PreTrainedConfig.get_config_dict(folder)
+    kind = whole.get("model_type")
+    if kind is not None and kind != model.config.model_type:
+        raise InputError(
+            f"{source.name}: a model of type {kind}, of which the language model alone "
+            f"({model.config.model_type}) is loaded, so that the edited model cannot be written "
+            "whole; take the update without it (kfade unlearn without --export-model), or give "
+            "the language model in a folder of its own"
+        )
+
+
+def model_window(model: Any) -> int | None:
+    """The longest input the model was made for, where its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _dtype_of(dtype: str | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    return DTYPES[dtype] if dtype else None
+
+
+def _end_as_the_file(tokenizer: Any, config: Any) -> None:
+    """The EOS that a GGUF file names: transformers up to 5.17 takes the BOS for it."""
+    number = config.eos_token_id
+    if isinstance(number, int) and tokenizer.eos_token_id == tokenizer.bos_token_id != number:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are dequantised; drop the marks that would stop them from being saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.is_quantized = False

@@ -1,0 +1,1 @@
+"""Bytes, flops and seconds of a run, from a configuration alone."""

@@ -1,0 +1,255 @@
+"""How long unlearning will take, before anything runs: flops and seconds by stage.
+
+A multiplication and an addition count as two flops. See ``plan`` for what this rests on.
+
+Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, T positions of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfade.curvature.factors import PANEL, rows_first
+from kfade.curvature.groups import dealt, factor_bytes, fit_bytes, widths
+from kfade.models.layers import Target
+from kfade.planning.memory import Work, Workload
+from kfade.runtime.distributed import assign_by_cost
+
+HELD_OUT, MEASURED, TRIALS = 64, 256, 2
+"""Sequences that a step's size is measured on (held out; forget set), and trials it takes."""
+PASSES = {"ekfac": 2, "kfac": 1, "diagonal": 1, "identity": 0}
+"""Over the retain tokens, for each group of layers."""
+EIGH_FLOPS = 12
+"""Of a decomposition, times d³: LAPACK's ``syevd`` in float32, in flops at the speed of products
+(0.22 s for d = 1536, 0.014 s for d = 576 where products make 190 GFLOP/s)."""
+EIGH_LIMIT = 2e12
+"""FLOP/s of a decomposition at most: half of it is bound by memory, and the solvers of GPUs reach
+under 3 % of an H100 (Wang et al., "Extracting the potential of emerging hardware accelerators for
+symmetric eigenvalue decomposition")."""
+EFFICIENCY = {"forward": 0.78, "backward": 0.93, "head": 0.84, "products": 0.93}
+"""Speed of each kind of work over the speed of large products, measured with SmolLM2-135M in
+float32 on two cores: what is not products (norms, activations, label draws) is in it, and causal
+attention, which is counted whole."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does, in FLOP/s and bytes/s."""
+
+    products: float
+    """Large matrix products in the model's dtype."""
+    float32: float
+    """The same in float32: the forget gradient, the step, decompositions."""
+    bandwidth: float = math.inf
+    """Of its memory: the squares of Λ."""
+    link: float = 10e9
+    """To and from another device."""
+
+
+def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
+    """The speed of ``device``, by products and squares of a few seconds."""
+    rates = {kind: _product_rate(device, kind) for kind in {dtype, torch.float32}}
+    entries = 2**25  # too many for a cache
+    sum_, product = torch.zeros(entries, device=device), torch.ones(entries, device=device)
+    squares = _typical(lambda: sum_.addcmul_(product, product), device)
+    return Speed(rates[dtype], rates[torch.float32], 12 * entries / squares)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square product, as large as takes a twentieth of a second."""
+    size = 1024
+    while True:
+        left = torch.ones(size, size, dtype=dtype, device=device)
+        taken = _typical(lambda: left @ left, device)  # noqa: B023
+        if taken > 0.05 or size >= 16384:
+            return 2 * size**3 / taken
+        size *= 2
+
+
+def _typical(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the median run of those that fill two seconds, four at least.
+
+    Not of the shortest: what counts is the speed that a device keeps up, which on shared machines
+    is well below that of its best moment.
+    """
+    taken: list[float] = []
+    while len(taken) < 4 or sum(taken) < 2:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def symmetric_flops(width: int) -> int:
+    """Of one row in Σ rowᵀ row: the lower triangle, in panels of ``PANEL`` columns."""
+    starts = range(0, width, PANEL)
+    return sum(2 * (width - start) * min(PANEL, width - start) for start in starts)
+
+
+def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
+    """(products, squares) of Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² over the retain tokens.
+
+    Each side is turned row by row (2·T·D² a sequence, once for all readers of an input) or the
+    product of a sequence is (2·O·I·D), whichever ``rows_first`` says; the product itself costs
+    2·T·O·I, and squaring it 2·O·I.
+    """
+    length = work.length
+    sequences = work.retain_tokens / work.sequence_length
+    readers = Counter(target.input_of for target in group)
+    turned: dict[str, bool] = {}
+    products = squares = 0.0
+    for target in group:
+        outputs, inputs = target.shape
+        if work.estimator == "ekfac":
+            first = target.input_of not in turned
+            if first:
+                by_rows = rows_first(length, outputs, readers[target.input_of])
+                turned[target.input_of] = by_rows
+            if not turned[target.input_of]:
+                products += 2 * outputs * inputs * inputs
+            elif first:
+                products += 2 * length * inputs**2
+            by_rows = rows_first(length, inputs)
+            products += 2 * (length if by_rows else inputs) * outputs**2
+        products += 2 * outputs * inputs * length
+        squares += 2 * outputs * inputs
+    return products * sequences, squares * sequences
+
+
+def flops(
+    subject: Workload, groups: Sequence[Sequence[Target]], work: Work
+) -> dict[str, dict[str, float]]:
+    """Flops of each stage of one step, by kind of work.
+
+    Kinds: forward, backward (activations only, down to a group's lowest target), head (2·D·V a
+    token forward, as much backward), products (in the model's dtype), float32 (products in it),
+    squares, decompositions, rotations (of the direction). Each group makes its own passes; blocks
+    that run again for a backward pass are in "forward". The exact quadratic form costs three
+    forward passes over the held-out tokens; each trial of a step's size one over them and one over
+    the forget sequences that are measured. Where the direction is refined, each one has its own,
+    and an exact product costs four forward passes and a backward one.
+    """
+    cost, (vocabulary, width) = subject.cost, subject.head
+    forward = cost.forward_flops / cost.positions
+    head = 2.0 * vocabulary * width
+    retain, forget = work.positions(work.retain_tokens), work.positions(work.forget_tokens)
+    measured = min(float(MEASURED * work.length), forget)
+    found: dict[str, dict[str, float]] = {}
+
+    def add(stage: str, **kinds: float) -> None:
+        row = found.setdefault(stage, {})
+        for kind, amount in kinds.items():
+            row[kind] = row.get(kind, 0.0) + amount
+
+    def one_pass(stage: str, group: Sequence[Target], positions: float) -> None:
+        backward = cost.backward_flops[group[0].input_of] / cost.positions
+        repeated = cost.repeated_flops[group[0].input_of] / cost.positions
+        add(
+            stage,
+            forward=(forward + repeated) * positions,
+            backward=backward * positions,
+            head=2 * head * positions,
+        )
+
+    for group in groups:
+        stages = fit_bytes(group, work.estimator)
+        if "covariance" in stages:
+            one_pass("covariance", group, retain)
+            add("covariance", products=retain * sum(map(symmetric_flops, widths(group))))
+            add("eigh", decompositions=sum(_decompositions(group)))
+        if "lambda" in stages:
+            one_pass("lambda", group, retain)
+            products, squares = lambda_flops(group, work)
+            add("lambda", products=products, squares=squares)
+    one_pass("gradient", subject.targets, forget)
+    add("gradient", float32=2 * subject.targeted * forget)
+    turns = {"kfac": 4, "ekfac": 4}.get(work.estimator, 0)
+    rotations = sum(turns * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
+    held_out = float(HELD_OUT * work.length)
+    directions = work.refine + 1
+    exact = directions * held_out
+    add("step", rotations=rotations, forward=3 * forward * exact, head=2 * head * exact)
+    if work.refine:
+        sequences = min(work.refine_sequences, work.retain_tokens / work.sequence_length)
+        positions = directions * sequences * work.length
+        one_pass("refine", subject.targets, positions)
+        add("refine", forward=3 * forward * positions, head=2 * head * positions)
+        add("refine", float32=2 * subject.targeted * positions)
+        add("refine", rotations=1.5 * work.refine * rotations)  # a solve, and a length
+    trials = TRIALS * directions
+    tokens = (1 + trials) * (held_out + measured)
+    add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
+    return found
+
+
+def seconds(
+    subject: Workload,
+    groups: Sequence[Sequence[Target]],
+    work: Work,
+    speed: Speed,
+    devices: int = 1,
+) -> dict[str, float]:
+    """Seconds of each stage of one step on so many devices.
+
+    Data are split evenly; decompositions are dealt out by cost, and the one with most of them is
+    waited for; each computes the direction. "exchange" is what crosses their links.
+    """
+    rates = {kind: share * speed.products for kind, share in EFFICIENCY.items()}
+    rates["float32"] = rates["rotations"] = EFFICIENCY["products"] * speed.float32
+    rates["decompositions"] = min(speed.float32, EIGH_LIMIT)
+    rates["squares"] = speed.bandwidth / 6  # 12 bytes moved for 2 flops
+    found = {}
+    for stage, kinds in flops(subject, groups, work).items():
+        taken = {kind: amount / rates[kind] for kind, amount in kinds.items()}
+        alone = taken.pop("rotations", 0.0)
+        found[stage] = alone + sum(taken.values()) / devices
+    if devices == 1:
+        return found
+    if "eigh" in found:
+        slowest = sum(_slowest(subject, group, work.estimator, devices) for group in groups)
+        found["eigh"] = slowest / rates["decompositions"]
+    found["exchange"] = exchanged_bytes(subject, work) / speed.link
+    return found
+
+
+def exchanged_bytes(subject: Workload, work: Work) -> int:
+    """Bytes that each of several devices sends in one step.
+
+    The factors, to where each is decomposed, and the bases back; grids and the gradient summed
+    everywhere, which takes twice their size. Where the layers are spread over the devices their
+    rows cross instead of factors, bases and grids: inputs and gradients of every token, in each
+    pass, but for the part whose owner has computed them.
+    """
+    vector = subject.size * subject.targeted
+    if subject.shards > 1:
+        row = subject.targets[0].weight.dtype.itemsize * sum(widths(subject.targets))
+        passes = PASSES[work.estimator] * work.positions(work.retain_tokens) / subject.shards
+        return round(passes * row * (1 - 1 / subject.shards)) + 2 * vector
+    factors = factor_bytes(subject.targets) if work.estimator in ("kfac", "ekfac") else 0
+    grids = vector if work.estimator in ("diagonal", "ekfac") else 0
+    return 2 * factors + 2 * grids + 2 * vector
+
+
+def _slowest(subject: Workload, group: Sequence[Target], estimator: str, devices: int) -> float:
+    """Flops of the decompositions of whoever has most of them."""
+    if subject.shards > 1:
+        return max(sum(_decompositions(own)) for own in dealt(group, estimator, devices))
+    costs = _decompositions(group)
+    load = [0.0] * devices
+    for owner, cost in zip(assign_by_cost(costs, devices), costs, strict=True):
+        load[owner] += cost
+    return max(load)
+
+
+def _decompositions(group: Sequence[Target]) -> list[float]:
+    """Flops of each."""
+    return [EIGH_FLOPS * float(d) ** 3 for d in widths(group)]

@@ -1,0 +1,245 @@
+"""What unlearning will need in memory, before anything runs: bytes by stage.
+
+Everything follows from the shapes of the targets and one traced pass (``trace``); no weights, no
+data. Sequences are taken to be packed: all of one length, L tokens and so T = L − 1 positions.
+
+Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, B sequences of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kfade.curvature.factors import sum_dtype
+from kfade.curvature.groups import fit_bytes, largest_share, stored_bytes
+from kfade.errors import InputError
+from kfade.models.head import CHUNK
+from kfade.models.layers import Target, decoder_blocks
+from kfade.planning.trace import PassCost, trace_pass
+
+RUNTIME_BYTES = 450_000_000
+"""Python, PyTorch, transformers and their threads on a CPU, measured; about a CUDA context."""
+HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
+"""Float32 [CHUNK, V] that the head holds at a time: logits, probabilities, draws, differences."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done."""
+
+    estimator: str = "ekfac"
+    """ekfac, kfac, diagonal or identity."""
+    retain_tokens: int = 4000 * 512
+    """Tokens that the curvature is fitted on."""
+    forget_tokens: int = 2500 * 512
+    """Tokens of the forget set in one step."""
+    sequence_length: int = 512
+    """Tokens of a sequence."""
+    batch_tokens: int = 4096
+    """Positions in one pass."""
+    recompute: bool = False
+    """Run each block again in backward passes instead of keeping what it made."""
+    refine: int = 0
+    """Iterations of conjugate gradients that improve the direction."""
+    refine_sequences: int = 64
+    """Retain sequences in each of their products."""
+
+    @property
+    def length(self) -> int:
+        """Positions T of a sequence: the last token is only predicted."""
+        return self.sequence_length - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T) of a batch, as ``make_batches`` makes it."""
+        return max(1, self.batch_tokens // self.length), self.length
+
+    def positions(self, tokens: int) -> float:
+        """Positions that ``tokens`` make."""
+        return tokens * self.length / self.sequence_length
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and its targets, as far as planning goes."""
+
+    targets: Sequence[Target]
+    cost: PassCost
+    model_bytes: int
+    head: tuple[int, int]
+    """(V, D)."""
+    shards: int = 1
+    """Processes that the model's weights, and so the curvature's layers, are spread over."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in sums, gradients and updates."""
+        return sum_dtype(self.targets[0].weight.dtype).itemsize
+
+    @property
+    def targeted(self) -> int:
+        """Parameters that can change."""
+        return sum(target.shape[0] * target.shape[1] for target in self.targets)
+
+    @property
+    def vector_bytes(self) -> int:
+        """A gradient, a direction or an update: a float32 [O, I] for every target."""
+        return self.size * self.targeted
+
+    def input_bytes(self, group: Sequence[Target]) -> int:
+        """Inputs of the targets in a batch that wait for gradients at a time: all of them, or
+        where blocks run again those of one block."""
+        widths: Counter[int] = Counter()
+        for target in {target.input_of: target for target in group}.values():
+            widths[target.block if self.cost.recompute else 0] += target.shape[1]
+        return self.cost.positions * max(widths.values()) * group[0].weight.dtype.itemsize
+
+    def head_bytes(self, stage: str) -> int:
+        """What the head holds at a time: a chunk of positions, several times."""
+        return HEAD_COPIES[stage] * min(CHUNK, self.cost.positions) * self.head[0] * self.size
+
+
+def model_bytes(model: Any, shards: int = 1) -> int:
+    """Bytes of a model's parameters and buffers in one process, tied ones once.
+
+    With the weights of its blocks spread over several (``distributed.shard``): its part of them,
+    two whole blocks (the one that runs, and the next on its way), and all that is outside.
+    """
+    all_bytes = _bytes_of(model)
+    if shards == 1:
+        return all_bytes
+    _, blocks = decoder_blocks(model)
+    spread = [_bytes_of(block) for block in blocks]
+    return all_bytes - sum(spread) + sum(spread) // shards + 2 * max(spread)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) -> Workload:
+    """What planning has to know of a model, real or of fake tensors.
+
+    Args:
+        shards: processes that the weights of its blocks will be spread over; ``model`` itself is
+            whole.
+
+    Raises:
+        InputError: its passes depend on the numbers in it.
+    """
+    with on_shapes(model):
+        cost = trace_pass(model, targets, work.shape, recompute=work.recompute)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    return Workload(targets, cost, model_bytes(model, shards), (vocabulary, width), shards)
+
+
+@contextlib.contextmanager
+def on_shapes(model: Any) -> Iterator[None]:
+    """For passes on fake tensors: where they fail, the user is told that there can be no plan."""
+    try:
+        yield
+    except RuntimeError as error:  # routed experts: how many rows each gets is not known
+        raise InputError(
+            f"{type(model).__name__} cannot be planned, its passes depend on its weights "
+            f"({str(error).splitlines()[0]}): fit it without --memory"
+        ) from error
+
+
+def curvature_budget(
+    total: int,
+    model: Any,
+    targets: Sequence[Target],
+    batch_tokens: int,
+    *,
+    sequence_length: int = 512,
+    estimator: str = "ekfac",
+    recompute: bool = False,
+    vectors: int = 0,
+    shards: int = 1,
+) -> int:
+    """What a device of ``total`` bytes leaves for the curvature beside a model and its passes.
+
+    Args:
+        vectors: gradients, directions and updates, float32 [O, I] of every target, that stay in
+            memory meanwhile: three where later steps are fitted anew.
+        shards: processes that the weights will be spread over; ``model`` is still whole.
+    """
+    work = Work(
+        estimator,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        recompute=recompute,
+    )
+    subject = examine(model, targets, work, shards)
+    return total - fit_overhead(subject, estimator) - vectors * subject.vector_bytes
+
+
+def fit_overhead(subject: Workload, estimator: str) -> int:
+    """Most bytes that a fit holds at a time beside the curvature."""
+    stages = {"kfac": ("covariance",), "identity": ()}.get(estimator, ("lambda",))
+    fixed = RUNTIME_BYTES + subject.model_bytes
+    return fixed + sum(_pass_bytes(subject, stage, subject.targets) for stage in stages)
+
+
+def peaks(
+    subject: Workload,
+    groups: Sequence[Sequence[Target]],
+    estimator: str,
+    *,
+    refine: bool = False,
+) -> dict[str, int]:
+    """Most bytes held at a time by each stage of a first step.
+
+    The fit holds one group of layers at a time, of a spread model the largest share of it. Finished
+    curvature lies on disk, as the commands keep it, and is read a layer at a time. What stays is
+    the gradient, the direction (for a moment twice) and, while a step's size is tried, an update
+    and the weights that it replaces. Refining holds four more vectors, and the best direction
+    besides the last; its products and solves make one more.
+    """
+    fixed = RUNTIME_BYTES + subject.model_bytes
+    found = {"load": fixed}
+    for group in groups:
+        share = largest_share(group, estimator, subject.shards)
+        for stage, curvature in fit_bytes(share, estimator).items():
+            passing = 0 if stage == "eigh" else _pass_bytes(subject, stage, group)
+            found[stage] = max(found.get(stage, 0), fixed + passing + curvature)
+    targets, cost, vector = subject.targets, subject.cost, subject.vector_bytes
+    largest = subject.size * max(t.shape[0] * t.shape[1] for t in targets)
+    read = max(stored_bytes([target], estimator) for target in targets)
+    found["gradient"] = fixed + _pass_bytes(subject, "gradient", targets) + vector + largest
+    solve = read + 3 * vector + 4 * largest
+    exact = 2 * vector + 2 * cost.forward_bytes + subject.head_bytes("step")
+    found["step"] = fixed + max(solve, exact)
+    held = 0
+    if refine:
+        held = 5 * vector
+        product = _pass_bytes(subject, "gradient", targets) + 2 * cost.forward_bytes
+        product += 7 * vector + largest
+        found["refine"] = fixed + max(product, read + 8 * vector + 4 * largest)
+    replaced = subject.targeted * targets[0].weight.dtype.itemsize
+    trial = cost.forward_bytes + subject.head_bytes("check")
+    found["check"] = fixed + 3 * vector + held + replaced + 2 * largest + trial
+    return found
+
+
+def _pass_bytes(subject: Workload, stage: str, group: Sequence[Target]) -> int:
+    """What a pass holds beside the model and its sums: most when the head runs, or just after.
+
+    Where products of inputs and gradients are made, the inputs of all layers wait for backward;
+    where blocks run again, those of one block do, and not before the head has run.
+    """
+    inputs = 0 if stage == "covariance" else subject.input_bytes(group)
+    head = subject.head_bytes("gradient" if stage == "gradient" else "fit")
+    cost = subject.cost
+    if cost.recompute:
+        most = max(cost.surplus_bytes + inputs, head)
+    else:
+        most = max(cost.surplus_bytes, head) + inputs
+    return cost.held_bytes[group[0].input_of] + most

@@ -1,0 +1,258 @@
+"""What one pass of a model costs, found without running it: flops, and bytes held on the way.
+
+The model runs on fake tensors, which have shapes, dtypes and a device but no numbers. So there is
+no formula for each model family: the operations are those of the real pass, attention kernels
+included, and what autograd keeps is what it would keep.
+
+Shapes: B sequences, T positions of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from kfade.curvature.capture import capture
+from kfade.curvature.recompute import recomputing
+from kfade.models.head import hidden_states
+from kfade.models.layers import Target, decoder_blocks
+from kfade.models.load import frozen
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Flops and bytes of one batch [B, T] through the blocks of a model, its head left out.
+
+    "Input of targets" is ``Target.input_of``: a pass goes back to the outputs of those that read
+    it.
+    """
+
+    shape: tuple[int, int]
+    """(B, T)."""
+    recompute: bool
+    """Whether blocks run again in the backward pass."""
+    forward_flops: float
+    repeated_flops: dict[str, float]
+    """Input of targets -> flops of the blocks that run again for going back that far."""
+    backward_flops: dict[str, float]
+    """Input of targets -> flops of going back, by activations only, from the final hidden
+    states."""
+    held_bytes: dict[str, int]
+    """Input of targets -> what the forward pass keeps for going back that far."""
+    forward_bytes: int
+    """Most held at a time by a forward pass that keeps nothing."""
+    surplus_bytes: int
+    """Most held at a time by forward and backward, beyond the largest ``held_bytes``."""
+
+    @property
+    def positions(self) -> int:
+        """B · T."""
+        return self.shape[0] * self.shape[1]
+
+
+def trace_pass(
+    model: Any, targets: Sequence[Target], shape: tuple[int, int], *, recompute: bool = False
+) -> PassCost:
+    """The cost of a pass over a batch of that shape, as ``passes.backward`` makes it.
+
+    Args:
+        model: a real model, which nothing is asked of but shapes, or one of fake tensors.
+        targets: in the order of the forward pass.
+        recompute: as for :func:`~kfade.curvature.fit.fit_ekfac`.
+    """
+    base = model.base_model
+    tensors = [*base.named_parameters(), *base.named_buffers()]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = {
+        n: t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()) for n, t in tensors
+    }
+    # The numbers of the tokens are real: whether a mask is needed depends on their positions.
+    input_BT = torch.zeros(shape, dtype=torch.long, device=targets[0].weight.device)
+    trace = _Trace(model, targets, input_BT, list(fakes.values()), recompute)
+    stand_ins: dict[str, Tensor] = {f"inner.{name}": fake for name, fake in fakes.items()}
+    with frozen(model), recomputing(model, targets, recompute):
+        return functional_call(_Around(base), stand_ins, (trace.cost,))
+
+
+class _Around(nn.Module):
+    """Runs anything while other weights stand in for a model's: blocks that run again in the
+    backward pass find them too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, work: Callable[[], PassCost]) -> PassCost:
+        return work()
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Measures a model that runs on fake tensors."""
+
+    model: Any
+    targets: Sequence[Target]
+    input_BT: Tensor
+    weights: Sequence[Tensor]
+    recompute: bool
+
+    def cost(self) -> PassCost:
+        """Of a forward pass alone, then of forward and backward."""
+        forward_flops, above, forward_bytes = self._forward()
+        flops, live = _Flops(), _Live(self.weights)
+        before: dict[str, tuple[int, int]] = {}
+        backward_flops: dict[str, float] = {}
+        repeated = {t.input_of: above[t.block] * self.recompute for t in self.targets}
+
+        def about_to_run(target: Target) -> Hook:
+            def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+                own = sum(x.untyped_storage().nbytes() for x in args[:1] if self.recompute)
+                before.setdefault(target.input_of, (live.made, own))
+
+            return note
+
+        def on_gradient(target: Target, g_BTO: Tensor) -> None:
+            # By the first of them: going on below the others comes only where it must go lower.
+            done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
+            backward_flops.setdefault(target.input_of, done)
+
+        _, blocks = decoder_blocks(self.model)
+        with contextlib.ExitStack() as entered:
+            for target in self.targets:
+                # What runs again is kept by its block's input, which was made before it.
+                module = blocks[target.block] if self.recompute else target.module
+                entered.enter_context(module.register_forward_pre_hook(about_to_run(target)))
+            entered.enter_context(capture(self.targets, on_gradient=on_gradient))
+            entered.enter_context(flops)
+            entered.enter_context(live)
+            with torch.enable_grad():
+                hidden_BTD = hidden_states(self.model, self.input_BT)
+            held = {name: live.made_since(number) + own for name, (number, own) in before.items()}
+            hidden_BTD.backward(torch.empty_like(hidden_BTD))
+        surplus = live.peak - max(held.values())
+        sequences, positions = self.input_BT.shape
+        return PassCost(
+            (sequences, positions),
+            self.recompute,
+            forward_flops,
+            repeated,
+            backward_flops,
+            held,
+            forward_bytes,
+            surplus,
+        )
+
+    def _forward(self) -> tuple[float, dict[int, float], int]:
+        """(flops, flops from each block upwards, most bytes) of a forward pass without a graph."""
+        flops, live = _Flops(), _Live(self.weights)
+        below: dict[int, float] = {}
+
+        def about_to_run(index: int) -> Hook:
+            return lambda module, args: below.update({index: flops.get_total_flops()})
+
+        with contextlib.ExitStack() as entered:
+            for index, block in enumerate(decoder_blocks(self.model)[1]):
+                entered.enter_context(block.register_forward_pre_hook(about_to_run(index)))
+            entered.enter_context(torch.no_grad())
+            entered.enter_context(flops)
+            entered.enter_context(live)
+            hidden_states(self.model, self.input_BT)
+        total = flops.get_total_flops()
+        return total, {index: total - done for index, done in below.items()}, live.peak
+
+
+class _Flops(FlopCounterMode):
+    """Multiplications and additions of matrix products; attention counted whole, not its half."""
+
+    def __init__(self) -> None:
+        aten = torch.ops.aten
+        # torch has no formula for the CPU's kernel, and before 2.11 none for grouped queries.
+        forward = (
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_cudnn_attention,
+        )
+        backward = (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+            aten._scaled_dot_product_flash_attention_backward,
+            aten._scaled_dot_product_efficient_attention_backward,
+            aten._scaled_dot_product_cudnn_attention_backward,
+        )
+        super().__init__(
+            display=False,
+            custom_mapping={
+                **dict.fromkeys(forward, _attention_flops),
+                **dict.fromkeys(backward, _attention_back_flops),
+            },
+        )
+
+
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any
+) -> int:
+    """Of q·kᵀ and p·v by their shapes [B, heads, positions, width]; the heads are the query's."""
+    b, heads, asking, width = query
+    return 2 * b * heads * asking * key[-2] * (width + value[-1])
+
+
+def _attention_back_flops(
+    gradient: Any,
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *rest: Any,
+    **options: Any,
+) -> int:
+    """Of q·kᵀ once more, and of two products for each of the two that went forward."""
+    b, heads, asking, width = query
+    again = 2 * b * heads * asking * key[-2] * width
+    return again + 2 * _attention_flops(query, key, value)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and their peak; those of ``apart`` do not count."""
+
+    def __init__(self, apart: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = self.made = 0
+        self._apart = [tensor.untyped_storage() for tensor in apart]
+        self._ignored = {id(storage) for storage in self._apart}
+        self._alive: dict[int, tuple[int, int]] = {}
+        """Address -> (how many were made before it, its bytes)."""
+
+    def made_since(self, number: int) -> int:
+        """Bytes that are alive of all but the first ``number`` tensors that were made."""
+        return sum(size for order, size in self._alive.values() if order >= number)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, FakeTensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._ignored and key not in self._alive:
+            self._alive[key] = (self.made, size)
+            self.made += 1
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._alive.pop(key)[1]

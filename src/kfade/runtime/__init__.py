@@ -1,0 +1,1 @@
+"""What every room uses: processes, stages, progress, output folders."""

@@ -1,0 +1,177 @@
+"""Output folders: a folder's existence means that its run is whole.
+
+A run works in ``DIR.part`` and is renamed to ``DIR`` at its end. What an interrupted run has
+finished lies in ``DIR.part/state``, each file written aside and renamed, so that ``--resume`` goes
+on from there. A run that fails before it has anything worth keeping leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kfade.errors import InputError
+from kfade.runtime import distributed
+
+INPUTS = "inputs.json"  # digests of what an unfinished run reads
+
+
+def check_free(path: Path) -> None:
+    """Raises InputError where ``path`` is a file, or a folder that holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{path}: already exists and is not empty; choose another --out or remove it"
+        )
+
+
+def interrupted(path: Path) -> dict[str, Any]:
+    """What an interrupted run into ``path`` was asked for; nothing where there is none."""
+    saved = path.with_name(path.name + ".part") / "config.json"
+    return json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+
+
+class RunDir:
+    """The output folder of one run; use it in a ``with``, and :meth:`finish` at the end.
+
+    With several processes all read it and the first one writes.
+
+    Args:
+        path: the folder to make.
+        config: everything that decides the result; a resumed run must ask for the same.
+        resume: go on with an interrupted run, where there is one.
+
+    Raises:
+        InputError: the folder exists, cannot be written, or holds an interrupted run that was not
+            asked to be resumed or that asked for something else.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.state = self.part / "state"
+        self._config = json.loads(json.dumps(config))
+        self._finished = False
+        self._writes = distributed.rank() == 0
+        if self._writes:
+            check_free(path)
+            if self.part.exists():
+                self._check_resume(resume)
+            try:
+                self.state.mkdir(parents=True, exist_ok=True)
+                self._write(self.part / "config.json", self._config)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        distributed.barrier()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._writes or self._finished:  # the first process may be removing the state now
+            return
+        if not self._has_state():
+            shutil.rmtree(self.part, ignore_errors=True)
+
+    def reads(self, digests: Mapping[str, str], *, resumed: bool | None = None) -> None:
+        """Note what the run reads.
+
+        Args:
+            digests: by what each is called in a message.
+            resumed: whether what was kept depends on them; None: if anything was kept.
+
+        Raises:
+            InputError: the interrupted run that is gone on with read something else.
+        """
+        path = self.part / INPUTS
+        if path.is_file() and (self._has_state() if resumed is None else resumed):
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
+            if changed:
+                raise InputError(
+                    f"{self.part}: changed since the run was interrupted: {', '.join(changed)}; "
+                    "restore what it was, or remove the folder"
+                )
+        elif self._writes:
+            self._write(path, digests)
+
+    def keep(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
+        if not self._writes:
+            return
+        aside = self.part / f"{name}.writing"
+        write(aside)
+        os.replace(aside, self.state / name)
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one line to ``log.jsonl``."""
+        if not self._writes:
+            return
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+        with (self.part / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """``write`` a file or folder that will lie in DIR."""
+        if self._writes:
+            write(self.part / name)
+
+    def publish(self, name: str) -> None:
+        """Move a file of the state, now whole, to where it will lie in DIR."""
+        if self._writes:
+            os.replace(self.state / name, self.part / name)
+
+    def finish(
+        self,
+        manifest: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        config_yaml: str | None = None,
+    ) -> None:
+        """Write manifest, metrics and configuration, drop the state, and give DIR its name."""
+        if self._writes:
+            self._finish(manifest, metrics, config_yaml)
+        self._finished = True
+
+    def _finish(
+        self, manifest: Mapping[str, Any], metrics: Mapping[str, Any], config_yaml: str | None
+    ) -> None:
+        self._write(self.part / "manifest.json", manifest)
+        self._write(self.part / "metrics.json", metrics)
+        if config_yaml is not None:
+            (self.part / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        (self.part / "config.json").unlink()
+        (self.part / INPUTS).unlink(missing_ok=True)
+        shutil.rmtree(self.state)
+        os.replace(self.part, self.path)
+
+    def _has_state(self) -> bool:
+        return any(path.is_file() for path in self.state.rglob("*"))
+
+    def _check_resume(self, resume: bool) -> None:
+        if not resume:
+            raise InputError(
+                f"{self.part}: an interrupted run lies there; pass --resume to go on with it, or "
+                "remove the folder"
+            )
+        asked = interrupted(self.path)
+        if asked and asked != self._config:
+            raise InputError(
+                f"{self.part}: the interrupted run asked for something else; repeat its options, "
+                "or remove the folder"
+            )
+
+    @staticmethod
+    def _write(path: Path, content: Mapping[str, Any]) -> None:
+        aside = path.with_name(path.name + ".writing")
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, path)
