@@ -637,7 +637,7 @@ def test_seconds_follow_speed_and_devices(tmp_path):
     assert slow["lambda"] - one["lambda"] == pytest.approx(6 * squares / 1e6)
 
 
-def test_deal_among_more_processes_than_there_are():
+def test_assigned_among_more_processes_than_there_are():
     assert assign_by_cost([1.0, 5.0, 3.0], among=2) == [1, 0, 1]
     assert assign_by_cost([1.0, 5.0, 3.0]) == [0, 0, 0]
 

@@ -58,7 +58,8 @@ def sweep(
     done: Mapping[Point, Outcome] | None = None,
     on_point: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Measure every point of a :func:`~kfade.method.grid.grid`; the model is left bit for bit as it was.
+    """Measure every point of a :func:`~kfade.method.grid.grid`. The model is left bit for bit as it
+    was.
 
     A point's update is what :func:`kfade.unlearn` makes in one step from the same curvature,
     forget set, damping and α. One that asks for a KL begins its search at what the point before it

@@ -100,8 +100,9 @@ def unlearn(
         recompute: passes with gradients run each block again in their backward pass instead of
             keeping what it made: the same result for less memory and more work.
         refine: iterations of conjugate gradients that improve the direction of each step
-            (:func:`~kfade.method.refine.refined_steps`). All directions on the way are tried, and the one
-            with the greatest rise of the forget loss for its KL is taken; with ``alpha`` the last.
+            (:func:`~kfade.method.refine.refined_steps`). All directions on the way are tried. The
+            one with the greatest rise of the forget loss for its KL is taken; with ``alpha`` the
+            last.
         refine_sequences: sequences of ``retain`` in the exact products of each step, drawn without
             replacement; all of them if there are fewer.
         start: the update after some steps of the same run, to go on from.
