@@ -295,7 +295,7 @@ def test_bad_options(setup, capsys, more, message):
         (['{"text": "a b"}', "{oops"], "line 2: not valid JSON"),
         (['{"txt": "a b"}'], "line 1: has the keys txt"),
         ([], "holds no examples"),
-        (['{"text": " "}'], "line 1: the text to score is empty"),
+        (['{"text": " "}'], "line 1: the text to score is blank"),
         (['{"prompt": "' + "a " * 200 + '", "completion": "b"}'], "over the model's window"),
     ],
 )

@@ -149,16 +149,113 @@ def test_what_cannot_be_read_is_refused(tmp_path, row, message):
 
 def test_keys_that_are_not_read_are_told_once(tmp_path, caplog):
     file = tmp_path / "data.jsonl"
-    messages = [said("user", "a", name="Mia", toxic=False), said("assistant", "b", weight=0)]
+    messages = [said("user", "a", name="Mia", toxic=False), said("assistant", "b", rank=0)]
     row = {"messages": messages, "tools": CALL, "id": 3}
     other = {"text": "a", "tools": CALL}
     file.write_text("".join(json.dumps(each) + "\n" for each in (row, row, other)))
     assert load_examples(str(file))[0].turns == (USER, ANSWER)
-    told = f"{file}: not read of its conversations: name, tools, toxic, weight"
+    told = f"{file}: not read of its rows: name, rank, tools, toxic"
     assert caplog.messages == [told]
     file.write_text(json.dumps(row) + "\n")
     read_prompts(str(file))
     assert caplog.messages == [told] * 2
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize("chat", [False, True])
+def test_turns_that_the_data_leave_out_of_the_loss_are_context(caplog, mark, chat):
+    left_out = {"weight": 1, **mark}
+    rows = [
+        {"messages": [said("user", "a", **mark), said("assistant", "b", **left_out),
+                      said("user", "c"), said("assistant", "d", train=True)]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **mark},
+                           {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
+        {"conversation": [{"human": "a", "assistant": "b", **mark}, {"input": "c", "output": "d"}]},
+    ]  # fmt: skip
+    for row in rows:
+        example = parse_example(row, "line 1")
+        assert example.turns == (USER, ANSWER, ("user", "c"), ("assistant", "d"))
+        assert (example.unscored, example.unread) == ((1,), ())
+        [made] = encode([example], zoo.tokenizer(chat=chat), chat=chat)
+        words = [zoo.WORDS[t] for t in made.tokens]
+        scored = [w for w, own in zip(words, made.scored, strict=True) if own]
+        assert scored == ["d", "</s>"]
+        assert words.index("a") < words.index("b") < words.index("c")
+    # the system prompt beside the list is a turn, too
+    assert parse_example({**rows[0], "system": "s"}, "line 1").unscored == (2,)
+
+
+def test_a_last_turn_out_of_the_loss_gets_no_scored_end():
+    messages = [said("user", "a"), said("assistant", "b"), said("user", "c"),
+                said("assistant", "d", weight=0)]  # fmt: skip
+    example = parse_example({"messages": messages}, "line 1")
+    for chat in (False, True):
+        [made] = encode([example], zoo.tokenizer(chat=chat), chat=chat)
+        words = [zoo.WORDS[t] for t in made.tokens]
+        assert [w for w, own in zip(words, made.scored, strict=True) if own] == ["b", "</s>"]
+        assert "d" in words
+
+
+def test_conversations_with_no_turn_in_the_loss_and_weights_between():
+    messages = [said("user", "a"), said("assistant", "b", weight=0)]
+    with pytest.raises(InputError, match="line 1: every turn of the assistant is left out"):
+        turns({"messages": messages})
+    messages = [said("user", "a", weight=0.5), said("assistant", "b", weight=0.5)]
+    with pytest.raises(InputError, match=r'message 2: "weight" is 0\.5, .*; give 0 or 1'):
+        turns({"messages": messages})
+
+
+def test_nobody_to_score_names_who_speaks():
+    messages = [said("user", "a"), said("narrator", "b"), said("user", "c")]
+    with pytest.raises(InputError, match=r"no message of the role assistant.*roles are user, narr"):
+        turns({"messages": messages})
+
+
+@pytest.mark.parametrize("form", ["data", "prompts"])
+def test_what_stands_beside_an_instruction(tmp_path, caplog, form):
+    def read(**more):
+        file = tmp_path / "data.jsonl"
+        file.write_text(json.dumps({"instruction": "c", "output": "d"} | more) + "\n")
+        if form == "prompts":
+            return read_prompts(str(file))[0].turns
+        *said, answer = load_examples(str(file))[0].turns
+        assert answer == ("assistant", "d")
+        return tuple(said)
+
+    for empty in (None, "", []):
+        assert read(input=empty, system=empty, history=empty) == (("user", "c"),)
+    history = [["a", "b"]]
+    given = read(input="x", system="s", history=history)
+    assert given == (SYSTEM, USER, ANSWER, ("user", "c\n\nx"))
+    for value, kind in ((21, "int"), (0, "int"), (["3", "4"], "list")):
+        with pytest.raises(InputError, match=f'line 1: "input" is {kind}; make it a string'):
+            read(input=value)
+    with pytest.raises(InputError, match='line 1: "system" is list; make it a string'):
+        read(system=["s"])
+    assert caplog.messages == []
+    for unlike in ("text", [["a", None]], [{"user": "a"}]):
+        assert read(history=unlike, context="k") == (("user", "c"),)
+    [told] = set(caplog.messages)
+    assert told.endswith("not read of its rows: context, history")
+
+
+def test_the_plain_form_of_a_system_prompt_and_a_history():
+    row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
+    [made] = encode([parse_example(row, "line 1")], zoo.tokenizer(), chat=False)
+    expected = "s <unk> a <unk> b </s> <unk> c <unk> d </s>"  # Instruction: and Response:
+    assert zoo.tokenizer().convert_ids_to_tokens(made.tokens) == expected.split()
+    assert sum(made.scored) == 4  # both answers and their ends
+
+
+@pytest.mark.parametrize("answer", [{"answer": "b"}, {"completion": "b"}])
+def test_context_beside_one_exchange_is_told(tmp_path, caplog, answer):
+    file = tmp_path / "data.jsonl"
+    asked = "question" if "answer" in answer else "prompt"
+    file.write_text(json.dumps({asked: "a", **answer, "context": "k", "history": []}) + "\n")
+    assert load_examples(str(file))[0].turns == (USER, ANSWER)
+    assert caplog.messages == [f"{file}: not read of its rows: context"]
+    assert read_prompts(str(file))[0].turns == (USER,)
+    assert len(caplog.messages) == 2
 
 
 KNOWN = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.role }}> " \

@@ -130,10 +130,10 @@ GOOD = {"text": "a"}
         ([{"text": 3}], r"line 1: has the keys text; write one of .* all strings \(text is int\)"),
         ([{"prompt": "a"}], "line 1: has the keys prompt"),
         ([{"question": "a", "answer": None}], "line 1: has the keys question, answer"),
-        ([GOOD, {"text": " \n"}], "line 2: the text to score is empty"),
-        ([{"prompt": "a", "completion": ""}], "line 1: the text to score is empty"),
-        ([{"question": "a", "answer": "  "}], "line 1: the text to score is empty"),
-        ([{"messages": []}], "line 1: no message of the role assistant"),
+        ([GOOD, {"text": " \n"}], "line 2: the text to score is blank"),
+        ([{"prompt": "a", "completion": ""}], "line 1: the text to score is blank"),
+        ([{"question": "a", "answer": "  "}], "line 1: the text to score is blank"),
+        ([{"messages": []}], "line 1: no message of the role assistant, .*; the roles are none$"),
         (
             [{"messages": [{"role": "user", "content": "a"}]}],
             "line 1: no message of the role assistant, so nothing to score",
@@ -222,10 +222,10 @@ def test_blank_rows_of_a_data_set_are_skipped_and_counted(offline, tmp_path, cap
     for source in (f"hf:{tmp_path / 'blank'}", str(tmp_path / "blank")):
         caplog.clear()
         assert [example.text for example in load_examples(source)] == ["a", "b", "c"]
-        assert caplog.messages == [f"{source}: 3 blank rows skipped, 3 rows kept"]
+        assert caplog.messages == [f"{source}: 3 rows with nothing to score skipped, 3 rows kept"]
     with pytest.raises(InputError, match="holds no examples"):
         load_examples(f"hf:{tmp_path / 'blank'}:train[2:3]")
-    with pytest.raises(InputError, match="line 1: the text to score is empty; remove the line"):
+    with pytest.raises(InputError, match="line 1: the text to score is blank; remove the line"):
         load_examples(str(tmp_path / "blank" / "train.jsonl"))
 
 

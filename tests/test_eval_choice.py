@@ -429,3 +429,13 @@ def test_lm_eval_agrees_with_our_letters(desk, capsys):
         assert bool(per_item[f"local_letters {i}"]["acc"]) == right[str(i)]["correct"]["letters"]
     with pytest.raises(InputError, match="could not be loaded"):
         run_tasks(None, None, ["no_such_task"])
+
+
+def test_a_subject_that_is_null_is_none_and_one_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "q.jsonl"
+    row = {"question": "a", "choices": ["b", "c"], "answer": 0}
+    file.write_text(json.dumps({**row, "subject": None}) + "\n")
+    assert read_questions(file) == [Question("a", ("b", "c"), 0)]
+    file.write_text(json.dumps({**row, "subject": 3}) + "\n")
+    with pytest.raises(InputError, match="line 1: write"):
+        read_questions(file)

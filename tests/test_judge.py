@@ -21,7 +21,7 @@ from helpers import greedy
 
 from kfade.cli import main
 from kfade.errors import InputError
-from kfade.evaluate.judge import Judge, judge_messages, rating_of
+from kfade.evaluate.judge import Judge, Reply, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.mt_bench import (
     BenchQuestion,
@@ -101,7 +101,7 @@ def serve(monkeypatch):
 
 def ask(url: str, **options) -> tuple[str, list[float]]:
     waits: list[float] = []
-    return Judge(url, "judge", **options).ask(MESSAGES, sleep=waits.append), waits
+    return Judge(url, "judge", **options).ask(MESSAGES, sleep=waits.append).text, waits
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
@@ -114,6 +114,43 @@ def test_a_judge_is_asked_in_the_apis_form(serve, suffix):
         "model": "judge", "messages": MESSAGES, "temperature": 0, "max_tokens": 50,
     }  # fmt: skip
     assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_a_server_that_wants_the_limit_by_its_later_name_gets_it_from_then_on(serve):
+    refusal = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+
+    def reply(number, body):
+        return (400, {}, refusal) if "max_tokens" in body else completion("[[6]]")
+
+    server = serve(reply)
+    judge = Judge(server.url, "judge", max_tokens=50)
+    assert [judge.ask(MESSAGES).text for _ in range(2)] == ["[[6]]"] * 2
+    first, *rest = server.requests
+    assert first == {
+        "model": "judge", "messages": MESSAGES, "temperature": 0, "max_tokens": 50,
+    }  # fmt: skip
+    first["max_completion_tokens"] = first.pop("max_tokens")
+    assert rest == [first, first]
+    never = serve(lambda number, body: (400, {}, refusal))
+    with pytest.raises(InputError, match=r"refused the request: HTTP 400 .*max_completion_tokens"):
+        ask(never.url)
+    assert len(never.requests) == 2
+
+
+def test_a_reply_in_parts_is_one_text_and_a_cut_one_is_known(serve):
+    parts = [
+        {"type": "text", "text": "good "},
+        {"type": "reasoning"},
+        {"type": "text", "text": "[[8]]"},
+    ]
+    choices = [
+        {"message": {"content": parts}, "finish_reason": "stop"},
+        {"message": {"content": "so far"}, "finish_reason": "length"},
+    ]
+    server = serve(lambda number, body: (200, {}, json.dumps({"choices": [choices[number - 1]]})))
+    judge = Judge(server.url, "judge")
+    assert judge.ask(MESSAGES) == Reply("good [[8]]")
+    assert judge.ask(MESSAGES) == Reply("so far", cut_off=True)
 
 
 def test_faults_that_pass_are_waited_out_ever_longer(serve):
@@ -393,7 +430,9 @@ def test_the_summary_is_that_of_paper():
     spread = statistics.stdev([7.0, 5.5]) / 2**0.5
     assert summary["standard_error_questions"] == pytest.approx(spread)
     assert (summary["judged"], summary["unrated"]) == (6, 1)
-    nothing = summarise_ratings({"0/1/1": judged(None, "math")})
+    assert summary["cut_off"] == 0
+    nothing = summarise_ratings({"0/1/1": {**judged(None, "math"), "cut_off": True}})
+    assert nothing["cut_off"] == 1
     assert nothing["score"] is nothing["standard_error"] is None
     assert nothing["unrated"] == 1
 
@@ -535,8 +574,9 @@ def test_transformers_own_server_is_a_judge(model_dir, tmp_path):
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     expected = greedy(model, prompt, [2], 5)
-    assert reply.split() == tokenizer.decode(expected, skip_special_tokens=True).split()
-    assert reply.strip()
+    assert reply.text.split() == tokenizer.decode(expected, skip_special_tokens=True).split()
+    assert reply.text.strip()
+    assert reply.cut_off
     items = read_log(tmp_path / "out" / "items.jsonl").items
     assert [item["rating"] for item in items.values()] == [None, None]
     assert all(item["reply"].strip() for item in items.values())

@@ -244,11 +244,9 @@ def test_unlearning_with_sequences_on_both_sides(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
-def test_generation_across_the_border_is_that_of_each_prompt_alone(name, batch_tokens, monkeypatch):
+def test_generation_across_the_border_is_that_of_each_prompt_alone(name, batch_tokens):
     build = MODELS[name]
     model = build()
-    # dynamic models are made for no more than their border; beyond it they are asked all the same
-    monkeypatch.setattr("kfade.evaluate.generation.model_window", lambda model: None)
     model.generation_config.eos_token_id = None
     prompts = [list(sequence(n, n).tokens) for n in (3, 9, 12, 15, 16, 17, 20, 20, 30)]
     prompts[-2][0] = 30

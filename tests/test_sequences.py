@@ -239,6 +239,16 @@ THINKS = PLAIN.replace(
 )
 DROPS = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].strip() }}")
 OPENS = PLAIN.replace("<assistant>{% endif", "<assistant><think>\n{% endif")
+DROPPED = "content.split('</think>')[-1].strip()"
+SETS_OUT = PLAIN.replace(
+    "{{ m.content }}",
+    "{% set parts = m.content.split('</think>') %}<think>\n{% if parts | length > 1 %}"
+    "{{ parts[0].split('<think>')[-1].strip() }}{% endif %}\n</think>\n\n{{ parts[-1].strip() }}",
+)
+MARKS_ITSELF = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<a>{% generation %}{{ m.content }}[end]"
+    "{% endgeneration %}{% else %}<u>{{ m.content }}{% endif %}{% endfor %}"
+)
 STRICT = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}" \
     "{{ raise_exception('roles must take turns') }}{% endif %}" + TURN + "{% endfor %}"  # fmt: skip
 DATED = "Today is {{ strftime_now('%d %b %Y, %-d, 100%%') }}." + PLAIN
@@ -268,6 +278,22 @@ def test_what_was_written_is_scored_and_the_mark_of_its_end(source, answer):
 def test_a_template_that_trims_or_drops_reasoning():
     assert said(chat("Who?", " Mia. "), DROPS) == "Mia.[end]"
     assert said(chat("Who?", "<think>hm</think>\nMia."), DROPS) == "Mia.[end]"
+
+
+def test_answers_of_which_the_template_drops_a_part_are_counted_once(caplog):
+    told = (
+        "in {} answers the chat template drops some of what was written (first: line 3): that part "
+        "is not scored"
+    )
+    cut = chat("Who?", "<think>hm</think>\nMia.", "And?", " Tim. ")
+    encode([cut, chat("Who?", "Mia."), cut], byte_level(), template=ChatTemplate(DROPS))
+    assert caplog.messages == [told.format("2 of 5")]
+    encode([cut], byte_level(), template=ChatTemplate(MARKS_ITSELF.replace("content", DROPPED)))
+    assert caplog.messages[1:] == [told.format("1 of 2")]
+    # reasoning set out anew, and white space trimmed, are all there
+    for source in (PLAIN, THINKS, SETS_OUT, MARKS_ITSELF):
+        encode([cut], byte_level(), template=ChatTemplate(source))
+    assert len(caplog.messages) == 2
 
 
 def test_the_mark_is_a_special_token_where_there_is_one():

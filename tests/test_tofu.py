@@ -98,7 +98,7 @@ QUESTION = TofuQuestion("forget", 0, "Who?", "Ann Bo.", "Bo, Ann.", ("Cy.", "Di 
 )
 def test_prompts_and_what_of_them_is_scored(template, legacy, prompt, scored):
     tokenizer = characters()
-    encoded = tofu._encode(QUESTION, tokenizer, template, legacy=legacy)
+    [encoded] = tofu._encode([QUESTION], tokenizer, template, legacy=legacy)
     assert scored_text(tokenizer, encoded.answers[0]) == (prompt, scored)
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.prompt)) == prompt
     ends = [scored_text(tokenizer, sequence)[1][-9:] for sequence in encoded.answers]
@@ -109,7 +109,7 @@ def test_prompts_and_what_of_them_is_scored(template, legacy, prompt, scored):
 def test_a_chat_template_is_used_without_a_system_prompt():
     tokenizer = zoo.tokenizer(chat=True)
     question = TofuQuestion("forget", 0, "a b", "c d", "d c", ("e",))
-    encoded = tofu._encode(question, tokenizer, "chat", legacy=False)
+    [encoded] = tofu._encode([question], tokenizer, "chat", legacy=False)
     assert scored_text(tokenizer, encoded.answers[0]) == ("<s><user>ab<assistant>", "cd</s>")
     assert tokenizer.convert_ids_to_tokens(encoded.prompt) == ["<s>", "<user>", "a", "b",
                                                               "<assistant>"]  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_chat_template_is_used_without_a_system_prompt():
 
 def test_an_eos_of_the_tokenizers_own_is_not_doubled():
     tokenizer = zoo.tokenizer()
-    plain = tofu._encode(QUESTION, tokenizer, "plain", legacy=False)
+    [plain] = tofu._encode([QUESTION], tokenizer, "plain", legacy=False)
 
     class WithEos:
         eos_token_id = tokenizer.eos_token_id
@@ -127,7 +127,7 @@ def test_an_eos_of_the_tokenizers_own_is_not_doubled():
             made.input_ids = [*made.input_ids, *([EOS] if add_special_tokens else [])]
             return made
 
-    assert tofu._encode(QUESTION, WithEos(), "plain", legacy=False) == plain
+    assert tofu._encode([QUESTION], WithEos(), "plain", legacy=False) == [plain]
     assert plain.answers[0].tokens.count(EOS) == 1
 
 
@@ -299,6 +299,39 @@ def test_the_command_measures_and_its_log_says_the_same(model_dir, folder, tmp_p
     figures = json.loads(capsys.readouterr().out)
     assert figures["parts"] == printed["parts"]
     assert figures["forget_quality"] == printed["forget_quality"]
+
+
+def test_a_retain_log_of_other_prompts_is_told(model_dir, folder, tmp_path, capsys):
+    file = tmp_path / "dated.jinja"
+    file.write_text("{{ strftime_now('%Y') }} {{ word }} " + zoo.CHAT_TEMPLATE)
+    chat = ["--template", "chat", "--template-file", str(file), "--template-date"]
+    for name, how in (
+        ("plain", ["--template", "plain"]),
+        ("old", [*chat, "2024-01-01", "--template-arg", "word=a"]),
+        ("new", [*chat, "2025-01-01", "--template-arg", "word=a"]),
+    ):
+        assert evaluate(model_dir, folder, tmp_path / name, *how) == 0
+    capsys.readouterr()
+
+    def notes(log, retain):
+        arguments = ["--from-log", f"{tmp_path}/{log}", "--retain-log", f"{tmp_path}/{retain}"]
+        assert main(["eval", "tofu", *arguments, "--json"]) == 0
+        return [note.partition(" in ")[0] for note in json.loads(capsys.readouterr().out)["notes"]]
+
+    assert notes("old", "old") == notes("plain", "plain") == []
+    assert notes("old", "new") == ["other date"]
+    others = ["other prompts: chat", "other template file: ", "other template arguments: word=a"]
+    found = notes("old", "plain")
+    assert [note.startswith(own) for note, own in zip(found, others, strict=False)] == [True] * 3
+    assert len(found) == 4
+    # of the retain model itself, measured beside
+    both = ["--retain-model", str(model_dir), *chat, "2024-01-01"]
+    assert evaluate(model_dir, folder, tmp_path / "both", *both, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+    theirs = read_log(tmp_path / "both" / "retain.jsonl").header
+    ours = read_log(tmp_path / "both" / "items.jsonl").header
+    for key in ("prompt_format", "template_sha256", "template_args", "prompt_date", "data_sha256"):
+        assert theirs[key] == ours[key]
 
 
 @pytest.mark.parametrize("what", ["model", "log", "half a log", "log of something else"])

@@ -445,6 +445,45 @@ def test_a_malformed_reference_log_is_named(tmp_path, content, said):
         aggregate(read_tofu_log(path))
 
 
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    path = write(tmp_path / "eval_log_aggregated.json", reference(by_hand()))
+    whole = read_tofu_log(path)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_tofu_log(path) == whole
+
+
+@pytest.mark.parametrize("value", [True, "1.5", None, 10**400])
+@pytest.mark.parametrize("column", ["avg_gt_loss", "average_perturb_loss", "rougeL_recall"])
+def test_what_is_no_number_is_no_loss(tmp_path, column, value):
+    tasks = reference(by_hand())
+    tasks["eval_log.json"][column]["1"] = [value] if column.endswith("perturb_loss") else value
+    path = write(tmp_path / "eval_log_aggregated.json", tasks)
+    with pytest.raises(InputError, match=r"eval_log\.json, item 1: needs a loss .*, all numbers"):
+        read_tofu_log(path)
+
+
+def test_prompts_that_were_made_otherwise_are_told():
+    chat = {"prompt_format": "chat", "template_sha256": None, "template_args": ["a=1"],
+            "prompt_date": "2024-01-01 00:00:00", "data_sha256": "x"}  # fmt: skip
+
+    def notes(ours, theirs):
+        logs = (replace(by_hand(), where=name, about=about)
+                for name, about in (("A", ours), ("B", theirs)))  # fmt: skip
+        return notes_on(*logs)
+
+    assert notes(chat, chat) == notes(chat, {}) == notes({}, {}) == []
+    tail = "; evaluate the retain model as the other"
+    assert notes(chat, {"prompt_format": "plain", "data_sha256": "x"}) == [
+        f"other prompts: chat in A, plain in B{tail}",
+        f"other template arguments: a=1 in A, none in B{tail}",
+        f"other date in the prompts: 2024-01-01 00:00:00 in A, none in B{tail}",
+    ]
+    [told] = notes(chat, {**chat, "template_sha256": "f" * 64})
+    assert told == f"other template file: none in A, {'f' * 40} in B{tail}"
+    [told] = notes(chat, {**chat, "data_sha256": "y"})
+    assert "not all the same (data_sha256)" in told
+
+
 def test_infinite_losses_on_both_sides_are_refused(tmp_path):
     tasks = reference(by_hand())
     tasks["eval_log.json"]["avg_paraphrased_loss"]["1"] = INF

@@ -12,7 +12,16 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.eval import Judged, digest_model, load_judged
 from kfade.cli.inputs import inputs
-from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
+from kfade.cli.session import (
+    Loaded,
+    console,
+    read_retain,
+    read_source,
+    session,
+    show,
+    to_tokens,
+    with_length,
+)
 from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
 from kfade.data.batches import draw_without_replacement
@@ -172,6 +181,8 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             tokenizer=run.model.tokenizer,
         )
         loaded = Loaded(subject.model, subject.tokenizer, [])
+        run = replace(run, data=with_length(run.data, loaded))
+        asked["run"] = asdict(run)
         tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
         # Those that a kfade unlearn with the same data and seed measures: figures agree with it.
         forget = tokens.pop(_FORGET)

@@ -22,6 +22,7 @@ from kfade.cli.session import (
     show,
     source_of,
     to_tokens,
+    with_length,
 )
 from kfade.cli.template import dated
 from kfade.cli.unlearn import git_sha
@@ -124,6 +125,8 @@ def baseline(
     fit_examples, held_examples = read_retain(run.data, run.seed)
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
         loaded = _load(run)
+        run = replace(run, data=with_length(run.data, loaded))
+        asked["data"] = asdict(run.data)
         chosen = build(loaded, run.seed)
         trainable = trainable_of(chosen, loaded, weights, run.seed)
         forget_tokens = to_tokens(forget_examples, loaded, run.data)

@@ -112,7 +112,9 @@ class Evaluation:
         self.folder = folder
         self.result: dict[str, Any] = {}
         """What is printed, once the evaluation is whole."""
-        self._benchmark, self._settings, self._clock = benchmark, dict(settings), clock
+        self.settings = dict(settings)
+        """Every option that decides a number."""
+        self._benchmark, self._clock = benchmark, clock
         self._provenance: dict[str, Any] = {}
 
     def load(self, name: str, **options: Any) -> Judged:
@@ -131,7 +133,7 @@ class Evaluation:
         path = self.folder.state / ITEMS
         called = {_CALLED.get(name, name): str(value) for name, value in decides.items()}
         self.folder.reads(called, resumed=path.is_file())
-        header = {"benchmark": self._benchmark, **self._settings, **decides}
+        header = {"benchmark": self._benchmark, **self.settings, **decides}
         with ItemLog(path, header) as log:
             try:
                 yield log
@@ -155,7 +157,7 @@ class Evaluation:
             **manifest,
             "versions": versions(),
             "git_sha": git_sha(),
-            "config": self._settings,
+            "config": self.settings,
         }
         self.folder.finish(about, metrics)
         self.result = {"out": str(self.folder.path), **metrics}

@@ -175,6 +175,11 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
             f"note: {result['unrated']} of {result['judged']} replies of the judge held no "
             "[[rating]] from 1 to 10; they count in no mean (see reply in items.jsonl)"
         )
+    if result["cut_off"]:
+        console.print(
+            f"note: {result['cut_off']} of those replies were cut off before their rating: raise "
+            "--judge-max-tokens"
+        )
     if result["score"] is None:
         show(dict(result), as_json, ["no reply of the judge held a rating"])
         return

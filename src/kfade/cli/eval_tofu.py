@@ -20,6 +20,7 @@ from kfade.cli.eval import (
 )
 from kfade.cli.session import console, show
 from kfade.cli.template import rendering_of
+from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, digest
 from kfade.evaluate.rouge import load_rouge_l_recall
@@ -159,7 +160,7 @@ def tofu(
         load_tokenizer(  # is it there?
             retain_model, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer
         )
-    chat = rendering_of(settings, out, resume=resume, update=update)
+    chat = rendering_of(settings, out, resume=resume, update=update, word=template)
     limits = [n for n in (limit, LEGACY_ITEMS if tofu_legacy else None) if n is not None]
     questions = read_tofu(split, folder=data, limit=min(limits, default=None))
     where: dict[str, Any] = {
@@ -177,7 +178,7 @@ def tofu(
     }
     with evaluation("tofu", out, resume, settings) as run:
         subject = run.load(model, update=update, quantise=quantise, revision=revision, **where)
-        about = _about(subject, questions, template)
+        about = _about(subject, questions, how)
         with run.items(**about) as log:
             _measure(subject, questions, log, how)
             if retain_model:
@@ -185,20 +186,29 @@ def tofu(
                 gc.collect()  # a model holds references to itself
                 other = load_judged(retain_model, **where)
                 retain = _measure_retain(run, other, questions, how)
-            measured = log_of(log.items, str(out))
+            measured = log_of(log.items, str(out), {**settings, **about})
             result = aggregate(measured, retain)
             run.finish(log, result, **about)
     _show({**run.result, "notes": notes_on(measured, retain)}, json)
 
 
-def _about(subject: Judged, questions: list[TofuQuestion], template: str) -> dict[str, str]:
-    """What decides the numbers besides the options."""
+def _about(
+    subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the numbers besides the options.
+
+    The date is there if the prompts hold it.
+    """
     with subject.edited() as edited:
-        return {
+        about: dict[str, Any] = {
             "weights_sha256": digest_model(edited),
             "data_sha256": digest(questions),
-            "prompt_format": template_for(template, edited, subject.tokenizer),
+            "prompt_format": template_for(how["template"], edited, subject.tokenizer),
         }
+    chat: ChatTemplate = how["chat"]
+    if about["prompt_format"] == "chat" and chat.reads_date(subject.tokenizer):
+        about["prompt_date"] = str(chat.now)
+    return about
 
 
 def _measure(
@@ -212,11 +222,16 @@ def _measure_retain(
     run: Evaluation, subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
 ) -> TofuLog:
     """The retain model's items, kept beside MODEL's: a log that --retain-log takes."""
-    header = {"benchmark": "tofu", "model": subject.name, "max_new_tokens": how["max_new_tokens"]}
-    about = _about(subject, questions, how["template"])
-    with ItemLog(run.folder.state / RETAIN_ITEMS, {**header, **about}) as log:
+    header = {
+        "benchmark": "tofu",
+        "model": subject.name,
+        "max_new_tokens": how["max_new_tokens"],
+        **{name: run.settings[name] for name in ("template_args", "template_sha256")},
+        **_about(subject, questions, how),
+    }
+    with ItemLog(run.folder.state / RETAIN_ITEMS, header) as log:
         _measure(subject, questions, log, how)
-        retain = log_of(log.items, RETAIN_ITEMS)
+        retain = log_of(log.items, RETAIN_ITEMS, header)
         log.finish(aggregate(retain))
     run.folder.publish(RETAIN_ITEMS)
     return retain

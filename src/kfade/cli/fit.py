@@ -18,6 +18,7 @@ from kfade.cli.session import (
     source_of,
     spread,
     to_tokens,
+    with_length,
 )
 from kfade.cli.template import dated
 from kfade.cli.unlearn import curvature_bytes, git_sha
@@ -83,6 +84,7 @@ def fit(
     examples, _ = read_retain(run.data, run.seed)
     with session() as clock, RunDir(out, deciding(run), resume=resume) as folder:
         loaded = load(run.model, run.fit)
+        run = replace(run, data=with_length(run.data, loaded))
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
         with stage("load"):

@@ -40,7 +40,12 @@ Retain = Annotated[
     str | None, _option(DATA, "What must not change, in the same forms.", "--retain")
 ]
 SequenceLength = Annotated[
-    int | None, _option(DATA, "Tokens of a packed sequence. [512]", "--sequence-length")
+    int | None,
+    _option(
+        DATA,
+        "Tokens of a packed sequence. [512, or the model's window if it is shorter]",
+        "--sequence-length",
+    ),
 ]
 Template = Annotated[
     str | None, _option(DATA, "chat, plain or auto: chat where there is a template. [auto]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -14,9 +14,10 @@ from kfade.cli import options as o
 from kfade.cli.plan_page import page
 from kfade.cli.session import console, session, show
 from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups, stored_bytes
+from kfade.data.sequences import packed_length
 from kfade.errors import InputError
 from kfade.models.layers import Target, find_targets
-from kfade.models.load import load_skeleton
+from kfade.models.load import load_skeleton, model_window
 from kfade.planning.cost import PASSES, Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,
@@ -135,6 +136,8 @@ def plan(
         skeleton = load_skeleton(
             model, dtype=dtype, trust_remote_code=bool(trust_remote_code), revision=revision
         )
+        length = packed_length(sequence_length, model_window(skeleton))
+        work = replace(work, sequence_length=length)
         with on_shapes(skeleton):
             targets = find_targets(
                 skeleton, layers=layers, pattern=target, joint_bias=bool(joint_bias)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from kfade.cli.bars import Bars, Lines
 from kfade.cli.options import chat_of
 from kfade.cli.template import template_of
 from kfade.data.examples import Example, load_examples, split_holdout
-from kfade.data.sequences import TokenSequence, check_embedded, encode
+from kfade.data.sequences import TokenSequence, check_embedded, encode, packed_length
 from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
 from kfade.models.layers import Target, choose_targets, decoder_blocks
@@ -141,16 +141,24 @@ def read_source(source: str | None, option: str) -> list[Example]:
     return load_examples(source)
 
 
+def with_length(config: DataConfig, loaded: Loaded) -> DataConfig:
+    """The settings with the length of packed sequences in numbers, as this model has it."""
+    if config.sequence_length is not None:
+        return config
+    return replace(config, sequence_length=packed_length(None, model_window(loaded.model)))
+
+
 def to_tokens(
     examples: Sequence[Example], loaded: Loaded, config: DataConfig
 ) -> list[TokenSequence]:
     """Token sequences as the data settings ask for."""
-    if config.sequence_length < 2 or config.batch_tokens < 1:
+    length = config.sequence_length
+    if (length is not None and length < 2) or config.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
     sequences = encode(
         examples,
         loaded.tokenizer,
-        length=config.sequence_length,
+        length=length,
         window=model_window(loaded.model),
         chat=chat_of(config.template),
         template=template_of(config),

@@ -22,6 +22,7 @@ from kfade.cli.session import (
     session,
     source_of,
     to_tokens,
+    with_length,
 )
 from kfade.cli.unlearn import git_sha, run_metrics
 from kfade.curvature.curvature import Curvature, Matrices
@@ -85,6 +86,7 @@ def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str,
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
         Curvature.load(request.curvature)  # is it one? before the model is read
         loaded = load(run.model, run.fit)
+        run = replace(run, data=with_length(run.data, loaded))
         saved = read_curvature(request.curvature, loaded)
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]

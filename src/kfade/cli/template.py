@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +22,7 @@ from kfade.runtime import distributed
 from kfade.runtime.run_dir import interrupted
 
 _DATE = "template_date"
+logger = logging.getLogger(__name__)
 
 
 def template_of(config: DataConfig) -> ChatTemplate:
@@ -43,22 +46,25 @@ def template_of(config: DataConfig) -> ChatTemplate:
 def dated(
     config: DataConfig, out: Path, *, resume: bool = False, update: Path | None = None
 ) -> DataConfig:
-    """The settings with the date that templates are told.
+    """The settings with the date that templates are told, and the digest of the template's file.
 
     What was given goes first; then the date of the interrupted run in ``out`` that is resumed, then
-    that of the run that made ``update``, then the present.
+    that of the run that made ``update``, then the present. Template file and arguments that are not
+    given are those of the run that made ``update``, too.
+
+    Raises:
+        InputError: what was given cannot be read, or the run's template file is not what it was.
     """
     template_of(config)  # can it be read? before anything else is
-    date = config.template_date
-    if date is None and resume:
-        date = _recorded(interrupted(out))
-    if date is None and update is not None:
-        date = _recorded(Update.load(update).provenance)
+    made = _recorded(Update.load(update).provenance) if update is not None else {}
+    config = _with_templates_of(made, config)
+    resumed = _recorded(interrupted(out)) if resume else {}
+    date = config.template_date or resumed.get(_DATE) or made.get(_DATE)
     if date is None:
         # One clock for all processes.
         now = distributed.all_gather_lists([int(time.time())])[0][0]
         date = datetime.fromtimestamp(now).isoformat()
-    return replace(config, template_date=date)
+    return replace(config, template_date=date, template_sha256=_digest(config))
 
 
 def rendering_of(
@@ -69,9 +75,9 @@ def rendering_of(
     update: Path | None,
     word: str | None = None,
 ) -> ChatTemplate:
-    """How an evaluation renders conversations, by its settings, which then hold the date.
+    """How an evaluation renders conversations, by its settings, which then hold what is used.
 
-    ``word``: what was given as --template, if it is one of chat, plain and auto.
+    ``word``: what was given as --template; with others than chat and auto no template is used.
     """
     config = DataConfig(
         template=word or "auto",
@@ -80,8 +86,42 @@ def rendering_of(
         template_date=settings[_DATE],
     )
     config = dated(config, out, resume=resume, update=update)
+    settings["template_file"] = config.template_file
+    settings["template_args"] = config.template_args or None
+    settings["template_sha256"] = config.template_sha256
     settings[_DATE] = config.template_date
     return template_of(config)
+
+
+def _with_templates_of(made: Mapping[str, Any], config: DataConfig) -> DataConfig:
+    """The settings with the template file and arguments of a run, where none are given."""
+    if config.template not in ("auto", "chat"):
+        return config
+    taken: dict[str, Any] = {}
+    told = []
+    if config.template_file is None and (file := made.get("template_file")):
+        taken["template_file"] = file
+        told.append(f"--template-file {file}")
+        there = Path(file).is_file()
+        recorded = made.get("template_sha256")
+        if not there or (recorded and recorded != _digest(replace(config, template_file=file))):
+            what = "has changed since" if there else "is gone"
+            raise InputError(
+                f"{file}: the run that made --update used this template, and it {what}; restore "
+                "it, or give a --template-file"
+            )
+    if not config.template_args and (words := made.get("template_args")):
+        taken["template_args"] = words
+        told += [f"--template-arg {word}" for word in words]
+    if told:
+        logger.warning("note: as the run that made --update: %s", ", ".join(told))
+    return replace(config, **taken)
+
+
+def _digest(config: DataConfig) -> str | None:
+    """Of the template file's text."""
+    text = template_of(config).text
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _argument(word: str) -> tuple[str, Any]:
@@ -103,9 +143,12 @@ def _moment(date: str | None) -> datetime | None:
         ) from None
 
 
-def _recorded(settings: Mapping[str, Any]) -> str | None:
-    """The date in settings as some run kept them, wherever in them the data's settings are."""
+def _recorded(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The data's settings as some run kept them, wherever they are; nothing where there are none.
+
+    They are known by their date.
+    """
     if isinstance(settings.get(_DATE), str):
-        return settings[_DATE]
+        return settings
     parts = (part for part in settings.values() if isinstance(part, Mapping))
-    return next((date for part in parts if (date := _recorded(part)) is not None), None)
+    return next((found for part in parts if (found := _recorded(part))), {})

@@ -25,6 +25,7 @@ from kfade.cli.session import (
     source_of,
     spread,
     to_tokens,
+    with_length,
 )
 from kfade.cli.template import dated
 from kfade.curvature.curvature import Curvature
@@ -139,6 +140,7 @@ def run_unlearn(
         if curvature is not None:
             Curvature.load(curvature)  # is it one? before the model is read
         loaded = loaded or load(run.model, run.fit)
+        run = replace(run, data=with_length(run.data, loaded))
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
         forget, retain, held_out = (
@@ -249,12 +251,14 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         return None
     total = o.bytes_of(run.fit.memory)
     refitted = run.step.refit and run.step.steps > 1
+    length = with_length(run.data, loaded).sequence_length
+    assert length is not None
     return curvature_budget(
         total,
         loaded.model,
         loaded.targets,
         run.data.batch_tokens,
-        sequence_length=run.data.sequence_length,
+        sequence_length=length,
         estimator=run.fit.estimator,
         recompute=run.fit.recompute,
         vectors=3 if refitted else 0,

@@ -7,11 +7,16 @@ an answer's place; nothing is assumed about any template's form.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cache
 from typing import Any
+
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
 from kfade.errors import InputError
 
@@ -23,7 +28,38 @@ ANSWER = "KfadeMarksThisAnswer"  # one word, which no template splits or trims
 OPENING, CLOSING = "\ufdd0", "\ufdd1"  # noncharacters: no text holds them
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 CLOCK = "strftime_now"
+# What the machinery that renders a template sets by itself.
+OWN_ARGUMENTS = frozenset(
+    (
+        *("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"),
+        *("tools", "documents", "continue_final_message", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *(
+            "conversations",
+            "sanitize_control_tokens",
+            "template_kwargs",
+            "kwargs",
+            "self",
+            "raise_exception",
+            CLOCK,
+        ),
+    )
+)
 DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "e", *"aAwdbBmyYHIpMSfzZjUWcxXGuVDFTR")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and what of it is scored."""
+
+    text: str
+    spans: Sequence[Span]
+    """Each scored answer as it was written, and the mark that ends its turn, if there is one."""
+    closed: bool
+    """Whether the last turn has such a mark, or is not scored."""
+    cut: Sequence[bool]
+    """For each scored answer: does the template leave out some of what was written?"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +72,22 @@ class ChatTemplate:
     """What the template is told by name, such as ``enable_thinking``."""
     now: datetime | None = None
     """What a template that asks for the date is told; the present moment when None."""
+
+    def __post_init__(self) -> None:
+        for name in self.arguments:
+            if name in OWN_ARGUMENTS or name.startswith("return_"):
+                raise InputError(
+                    f"--template-arg {name}: this is set by what renders the template, not by the "
+                    "user; give only names that the template itself reads"
+                )
+
+    def source(self, tokenizer: Any) -> str:
+        """The template's text."""
+        return self.text if self.text is not None else tokenizer.get_chat_template()
+
+    def reads_date(self, tokenizer: Any) -> bool:
+        """Whether the template asks for the date."""
+        return CLOCK in self.source(tokenizer)
 
     def used_by(self, tokenizer: Any, chat: bool | None) -> bool:
         """Whether conversations go through a template: as ``chat`` says, or if there is one.
@@ -66,14 +118,16 @@ class ChatTemplate:
         return text
 
     def answers(
-        self, messages: Sequence[Message], tokenizer: Any, where: str
-    ) -> tuple[str, list[Span], bool]:
-        """(text, spans, closed) of a conversation.
+        self,
+        messages: Sequence[Message],
+        tokenizer: Any,
+        where: str,
+        unscored: Container[int] = (),
+    ) -> Rendered:
+        """A conversation of which the assistant's turns are scored, but for ``unscored``.
 
-        The spans are what is the assistant's in the text: each answer as it was written, and the
-        mark that ends its turn, if the template sets one. A template that says by itself which
-        text is the assistant's (``{% generation %}``) is believed about where a turn ends, and
-        which turns count. ``closed`` tells whether the last turn has such a mark.
+        A template that says by itself which text is the assistant's (``{% generation %}``) is
+        believed about where a turn ends, and which turns count.
 
         Raises:
             InputError: the template refuses the conversation, or leaves out a message.
@@ -82,17 +136,25 @@ class ChatTemplate:
         text = conversation.rendered()
         own = conversation.own_spans(text)
         spans: list[Span] = []
+        cut: list[bool] = []
         closed = False
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or not message["content"].strip():
                 continue
+            if index in unscored:
+                closed = True
+                continue
             (start, end), after = conversation.written(index, text)
+            whole = _dense(text[:end]).endswith(_dense(message["content"]))
             if own is not None:
                 ends = [b for a, b in own if a < end and b > start]
-                spans += [(start, max(ends))] if ends else []
                 closed = bool(ends)
+                if ends:
+                    spans.append((start, max(ends)))
+                    cut.append(not whole)
                 continue
             spans.append((start, end))
+            cut.append(not whole)
             mark = conversation.end_mark(index, after)
             closed = mark is not None
             if mark is not None:
@@ -103,7 +165,7 @@ class ChatTemplate:
                 f"{where}: the chat template's own mask marks none of the answers as the "
                 "assistant's: give another with --template-file, or use --template plain"
             )
-        return text, spans, closed
+        return Rendered(text, spans, closed, cut)
 
 
 @dataclass(frozen=True)
@@ -121,10 +183,9 @@ class _Conversation:
     def of(
         cls, template: ChatTemplate, messages: Sequence[Message], tokenizer: Any, where: str
     ) -> _Conversation:
-        source = template.text
-        if source is None:
-            with _refusals(where):
-                source = tokenizer.get_chat_template()
+        with _refusals(where):
+            source = template.source(tokenizer)
+        _warn_of_unread(source, tuple(template.arguments))
         if template.now and CLOCK in source:
             source = _stopped_clock(template.now) + source
         return cls(source, template.arguments, messages, tokenizer, where)
@@ -244,6 +305,26 @@ class _refusals:
                 f"{self._where}: the chat template refuses this conversation: {words}; change the "
                 "example, give another template with --template-file, or use --template plain"
             ) from None
+
+
+@cache
+def _warn_of_unread(source: str, arguments: tuple[str, ...]) -> None:
+    """Once for a template: names of arguments that it does not read."""
+    if not arguments:
+        return
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        read = find_undeclared_variables(environment.parse(GENERATION.sub("", source)))
+    except TemplateError:  # told where it is rendered
+        return
+    unread = [name for name in arguments if name not in read]
+    if unread:
+        logger.warning("--template-arg: the chat template does not read %s", ", ".join(unread))
+
+
+def _dense(text: str) -> str:
+    """A text without its white space, of which templates make their own."""
+    return "".join(text.split())
 
 
 def _shared(one: str, other: str) -> int:

@@ -6,11 +6,14 @@
 
 Each key may hold any of the three kinds of list. A system prompt may stand beside the list, as
 "system" or "system_prompt". What would change the conversation and cannot be read is refused.
+
+{"instruction"[, "input", "system", "history"]}  Alpaca's: the turns before its output
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kfade.errors import InputError
@@ -33,30 +36,109 @@ SAID_ELSEWHERE = (
     *("images", "image", "audio", "videos"),
 )
 TOOL_LISTS = ("tools", "functions")  # of a row: templates show them in the system prompt
+# Keys by which data sets leave a message out of the loss, each by a value that is 0 or false.
+LOSS_KEYS = ("weight", "train", "loss")
+# Keys of a row with one exchange whose content would stand before it.
+BESIDE = (*SYSTEM_KEYS, "history", "context", *TOOL_LISTS)
 
 Turns = tuple[tuple[str, str], ...]
 """(role, content) of each message."""
 
 
-def read_conversation(row: Mapping[str, Any], where: str) -> tuple[Turns, tuple[str, ...]] | None:
-    """(turns, names of keys with content that is not read) of a row; None if it has none.
+@dataclass(frozen=True)
+class Conversation:
+    """What a row says."""
+
+    turns: Turns
+    unscored: tuple[int, ...] = ()
+    """Numbers, from 0, of the assistant's turns that the row leaves out of the loss."""
+    unread: tuple[str, ...] = ()
+    """Keys with content that is not read."""
+
+
+def read_conversation(row: Mapping[str, Any], where: str) -> Conversation | None:
+    """The conversation of a row with a list of messages; None if it has none.
 
     Raises:
-        InputError: a message of no known form, from nobody known, or with content that is not text.
+        InputError: a message of no known form, from nobody known, with content that is not text, or
+            with a weight that is neither 0 nor 1.
     """
     messages = next((row[key] for key in LISTS if isinstance(row.get(key), list)), None)
     if messages is None:
         return None
-    turns: list[tuple[str, str]] = []
-    unread = {key for key in TOOL_LISTS if _holds(row.get(key))}
-    for number, message in enumerate(messages, start=1):
-        said, used = _turns(message, f"{where}, message {number}")
-        turns += said
-        unread |= {key for key, value in message.items() if key not in used and _holds(value)}
     system = _system(row, where)
-    if len(system) > 1 or (system and any(role == "system" for role, _ in turns)):
+    turns, unscored = list(system), []
+    unread = set(unread_of(row, TOOL_LISTS))
+    for number, message in enumerate(messages, start=1):
+        place = f"{where}, message {number}"
+        said, used = _turns(message, place)
+        turns += said
+        if said[-1][0] == "assistant":  # with which an exchange in one object ends, too
+            used = (*used, *LOSS_KEYS)
+            if _left_out(message, place):
+                unscored.append(len(turns) - 1)
+        else:  # what others say is not scored, as 0 and false have it
+            used = (*used, *(key for key in LOSS_KEYS if message.get(key) == 0))
+        unread.update(unread_of(message, (key for key in message if key not in used)))
+    if len(system) > 1 or (system and any(role == "system" for role, _ in turns[1:])):
         raise InputError(f"{where}: two system prompts, one beside the messages; keep one")
-    return (*system, *turns), tuple(sorted(unread))
+    return Conversation(tuple(turns), tuple(unscored), tuple(sorted(unread)))
+
+
+def read_instruction(row: Mapping[str, Any], where: str) -> Conversation:
+    """What stands before the output of a row of Alpaca's form, up to the instruction.
+
+    The input, if there is one, follows the instruction after a blank line. A history that is not
+    a list of pairs of strings is not read.
+
+    Raises:
+        InputError: an input or a system prompt that is not a string, or two system prompts.
+    """
+    said = row["instruction"]
+    if _holds(given := row.get("input")):
+        if not isinstance(given, str):
+            raise _no_string("input", given, where)
+        said = f"{said}\n\n{given}"
+    system = _system(row, where)
+    if len(system) > 1:
+        raise InputError(f"{where}: two system prompts; keep one")
+    earlier = _history(row.get("history"))
+    read = SYSTEM_KEYS if earlier is None else (*SYSTEM_KEYS, "history")
+    unread = unread_of(row, (key for key in BESIDE if key not in read))
+    return Conversation((*system, *(earlier or ()), ("user", said)), unread=unread)
+
+
+def unread_of(row: Mapping[str, Any], keys: Iterable[str] = BESIDE) -> tuple[str, ...]:
+    """Those of ``keys`` that have content in ``row``."""
+    return tuple(key for key in keys if _holds(row.get(key)))
+
+
+def _history(value: Any) -> Turns | None:
+    """Earlier turns, of a list of [user, assistant] pairs; None if it is no such list."""
+    turns: list[tuple[str, str]] = []
+    for pair in value if isinstance(value, list) else []:
+        match pair:
+            case [str(asked), str(answered)]:
+                turns += [("user", asked), ("assistant", answered)]
+            case _:
+                return None
+    return tuple(turns) if isinstance(value, list) else None
+
+
+def _left_out(message: Mapping[str, Any], where: str) -> bool:
+    """Whether any of the keys that say so leaves a message out of the loss."""
+    given = {key: message[key] for key in LOSS_KEYS if _holds(message.get(key))}
+    for key, value in given.items():
+        if value not in (0, 1):  # True and False are 1 and 0
+            raise InputError(
+                f'{where}: "{key}" is {value!r}, and kfade scores a turn or does not; give 0 or 1 '
+                "(or false or true)"
+            )
+    return any(value == 0 for value in given.values())
+
+
+def _no_string(key: str, value: Any, where: str) -> InputError:
+    return InputError(f'{where}: "{key}" is {type(value).__name__}; make it a string')
 
 
 def _system(row: Mapping[str, Any], where: str) -> Turns:
@@ -64,7 +146,7 @@ def _system(row: Mapping[str, Any], where: str) -> Turns:
     given = {key: row[key] for key in SYSTEM_KEYS if _holds(row.get(key))}
     for key, value in given.items():
         if not isinstance(value, str):
-            raise InputError(f'{where}: "{key}" is {type(value).__name__}; make it a string')
+            raise _no_string(key, value, where)
     return tuple(("system", text) for text in given.values() if text.strip())
 
 

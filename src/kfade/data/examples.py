@@ -4,12 +4,14 @@
 {"prompt": ..., "completion": ...}        only the completion is scored
 {"question": ..., "answer": ...}          only the answer is scored
 {"instruction": ..., "output": ...}       only the output is scored; an "input" follows the
-                                          instruction after a blank line
+                                          instruction after a blank line; "system" and "history"
+                                          go before it, and the answers in the history are scored
 {"messages": [{"role", "content"}]}       only the assistant's turns are scored; other forms of
                                           conversations are in ``conversations.py``
 
-Further keys of a row are not looked at. A row of two forms is read as instruction and output where
-it has them (Alpaca's rows repeat both in a "text"), else by the first form in this list.
+Further keys of a row are not read; one warning names those that would stand before an exchange. A
+row of two forms is read as instruction and output where it has them (Alpaca's rows repeat both in a
+"text"), else by the first form in this list.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfade.data.conversations import LISTS, Turns, read_conversation
+from kfade.data.conversations import LISTS, Turns, read_conversation, read_instruction, unread_of
 from kfade.data.rows import is_file, read_rows
 from kfade.errors import InputError
 
@@ -44,13 +46,19 @@ class Example:
     """File and line number, for messages."""
     text: str | None = None
     turns: Turns = ()
-    """(role, content) pairs; the assistant's are scored."""
+    """(role, content) pairs; the assistant's are scored, but for ``unscored``."""
     plain_prefix: tuple[str, str] = ("", "")
     """What goes before prompt and completion where there is no chat template."""
     closes: bool = True
     """Whether the scored text is a whole answer or document, which ends with EOS."""
     unread: tuple[str, ...] = ()
-    """Keys of a conversation that have content and are not read."""
+    """Keys that have content, would change the conversation, and are not read."""
+    unscored: tuple[int, ...] = ()
+    """Numbers, from 0, of the assistant's turns that are read and not scored."""
+
+    def scores(self, number: int) -> bool:
+        """Whether turn ``number``, from 0, is scored."""
+        return self.turns[number][0] == "assistant" and number not in self.unscored
 
 
 def load_examples(source: str) -> list[Example]:
@@ -63,17 +71,18 @@ def load_examples(source: str) -> list[Example]:
         InputError: no such file or data set, a malformed line, an unknown form, an empty set.
     """
     skips = not is_file(source)
-    examples, blank = [], 0
+    examples, empty = [], 0
     for where, row in read_rows(source):
         example = _parsed(row, where)
         if any(text.strip() for text in _scored(example)):
             examples.append(example)
         elif skips:
-            blank += 1
+            empty += 1
         else:
-            raise _is_blank(where)
-    if blank:
-        logger.warning("%s: %d blank rows skipped, %d rows kept", source, blank, len(examples))
+            raise _nothing_to_score(example)
+    if empty:
+        told = "%s: %d rows with nothing to score skipped, %d rows kept"
+        logger.warning(told, source, empty, len(examples))
     warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
@@ -88,20 +97,15 @@ def parse_example(row: Any, where: str) -> Example:
     """
     example = _parsed(row, where)
     if not any(text.strip() for text in _scored(example)):
-        raise _is_blank(where)
+        raise _nothing_to_score(example)
     return example
 
 
-def with_input(instruction: str, given: Any) -> str:
-    """An instruction and what it is about, if that is said: a blank line between them."""
-    return f"{instruction}\n\n{given}" if isinstance(given, str) and given else instruction
-
-
 def warn_of_unread(source: str, examples: Iterable[Example]) -> None:
-    """One warning that names the keys of conversations that are not read, if there are any."""
+    """One warning that names the keys of rows that are not read, if there are any."""
     keys = sorted({key for example in examples for key in example.unread})
     if keys:
-        logger.warning("%s: not read of its conversations: %s", source, ", ".join(keys))
+        logger.warning("%s: not read of its rows: %s", source, ", ".join(keys))
 
 
 def _parsed(row: Any, where: str) -> Example:
@@ -109,20 +113,22 @@ def _parsed(row: Any, where: str) -> Example:
         raise InputError(f"{where}: not a JSON object; write one of {FORMS}")
     turns: Turns
     match row:
-        case {"instruction": str(instruction), "output": str(output)}:
-            turns = (("user", with_input(instruction, row.get("input"))), ("assistant", output))
-            example = Example(where, turns=turns, plain_prefix=PLAIN_INSTRUCTION)
+        case {"instruction": str(), "output": str(output)}:
+            said = read_instruction(row, where)
+            turns = (*said.turns, ("assistant", output))
+            example = Example(where, None, turns, PLAIN_INSTRUCTION, unread=said.unread)
         case {"text": str(text)}:
             example = Example(where, text=text)
         case {"prompt": str(prompt), "completion": str(completion)}:
             turns = (("user", prompt), ("assistant", completion))
-            example = Example(where, turns=turns, closes=False)
+            example = Example(where, turns=turns, closes=False, unread=unread_of(row))
         case {"question": str(question), "answer": str(answer)}:
             turns = (("user", question), ("assistant", answer))
-            example = Example(where, turns=turns, plain_prefix=PLAIN_QA)
+            example = Example(where, None, turns, PLAIN_QA, unread=unread_of(row))
         case _ if (read := read_conversation(row, where)) is not None:
-            turns, unread = read
-            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS, unread=unread)
+            example = Example(
+                where, None, read.turns, PLAIN_TURNS, unread=read.unread, unscored=read.unscored
+            )
         case _:
             keys = ", ".join(map(str, row)) or "none"
             kinds = [f"{k} is {type(v).__name__}" for k, v in row.items() if not _fits(k, v)]
@@ -130,13 +136,22 @@ def _parsed(row: Any, where: str) -> Example:
             raise InputError(
                 f"{where}: has the keys {keys}; write one of {FORMS}, all strings{given}"
             )
-    if example.text is None and "assistant" not in [role for role, _ in example.turns]:
-        raise InputError(f"{where}: no message of the role assistant, so nothing to score")
+    roles = dict.fromkeys(role for role, _ in example.turns)
+    if example.text is None and "assistant" not in roles:
+        raise InputError(
+            f"{where}: no message of the role assistant, so nothing to score; the roles are "
+            f"{', '.join(roles) or 'none'}"
+        )
     return example
 
 
-def _is_blank(where: str) -> InputError:
-    return InputError(f"{where}: the text to score is empty; remove the line or fill it")
+def _nothing_to_score(example: Example) -> InputError:
+    if example.turns and not _scored(example):
+        return InputError(
+            f"{example.where}: every turn of the assistant is left out of the loss (weight 0, "
+            "train false or loss false), so nothing to score; remove the line or one of the marks"
+        )
+    return InputError(f"{example.where}: the text to score is blank; remove the line or fill it")
 
 
 def _fits(key: str, value: Any) -> bool:
@@ -158,4 +173,4 @@ def split_holdout(
 def _scored(example: Example) -> list[str]:
     if example.text is not None:
         return [example.text]
-    return [content for role, content in example.turns if role == "assistant"]
+    return [content for number, (_, content) in enumerate(example.turns) if example.scores(number)]

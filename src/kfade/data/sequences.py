@@ -9,6 +9,7 @@ adds of its own, such as BOS, is never scored.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 from kfade.data.chat import ChatTemplate, Span
 from kfade.data.examples import Example
 from kfade.errors import InputError
+
+DEFAULT_LENGTH = 512
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,26 @@ class TokenSequence:
         return sum(self.scored)
 
 
+def packed_length(given: int | None, window: int | None) -> int:
+    """Tokens of a packed sequence: as ``given``; else 512, or the model's window if it is shorter.
+
+    Raises:
+        InputError: what was given is over the window.
+    """
+    if given is None:
+        return min(DEFAULT_LENGTH, window or DEFAULT_LENGTH)
+    if window and given > window:
+        raise InputError(
+            f"--sequence-length {given} is over the model's window of {window} tokens: lower it"
+        )
+    return given
+
+
 def encode(
     examples: Sequence[Example],
     tokenizer: Any,
     *,
-    length: int = 512,
+    length: int | None = None,
     window: int | None = None,
     chat: bool | None = None,
     template: ChatTemplate | None = None,
@@ -60,7 +79,7 @@ def encode(
 
     Args:
         length: tokens of a packed sequence; texts are joined end to end, each closed by EOS
-            unless its example says that it does not close.
+            unless its example says that it does not close. None: 512, or a shorter window.
         window: the model's longest input; longer exchanges are an error, or cut if ``truncate``.
         chat: use a chat template for exchanges; None: if there is one.
         template: how; the tokenizer's own template, told the present date, when None.
@@ -69,18 +88,15 @@ def encode(
             The mark that ends an answer is scored always: an answer is what goes up to there.
 
     Raises:
-        InputError: a sequence is longer than the window; the chat template is missing or unusable;
-            nothing is left to score.
+        InputError: a sequence, or ``length``, is longer than the window; the chat template is
+            missing or unusable; nothing is left to score.
     """
     template = template or ChatTemplate()
     chat = template.used_by(tokenizer, chat)
-    limit = min(length, window) if window else length
-    if pack and window and length > window:
-        raise InputError(
-            f"--sequence-length {length} is over the model's window of {window} tokens: lower it"
-        )
+    limit = packed_length(length, window) if pack else DEFAULT_LENGTH
     sequences: list[TokenSequence] = []
     stream: list[tuple[int, bool]] = []
+    cut: list[str | None] = []
     for example in examples:
         if example.text is not None:
             closes = example.closes and (pack or score_end)
@@ -89,23 +105,18 @@ def encode(
                 stream.extend(zip(tokens, scored, strict=True))
                 continue
         elif chat:
-            tokens, scored = _chat_tokens(example, tokenizer, template)
+            tokens, scored = _chat_tokens(example, tokenizer, template, cut)
         else:
             tokens, scored = _plain_tokens(example, tokenizer)
-        if window and len(tokens) > window:
-            if not truncate:
-                raise InputError(
-                    f"{example.where}: {len(tokens)} tokens, over the model's window of {window}; "
-                    "shorten it or pass --truncate"
-                )
-            tokens, scored = tokens[:window], scored[:window]
-        if not any(scored[1:]):
-            reason = " within the model's window" if window and len(tokens) == window else ""
-            raise InputError(
-                f"{example.where}: no token to score{reason}; the first token of a sequence is "
-                "read and never scored"
-            )
-        sequences.append(TokenSequence(tuple(tokens), (False, *scored[1:])))
+        sequences.append(_whole(example.where, tokens, scored, window, truncate))
+    if any(cut):
+        logger.warning(
+            "in %d of %d answers the chat template drops some of what was written (first: %s): "
+            "that part is not scored",
+            len(cut) - cut.count(None),
+            len(cut),
+            next(filter(None, cut)),
+        )
     for start in range(0, len(stream), limit):
         tokens, scored = (list(part) for part in zip(*stream[start : start + limit], strict=True))
         if any(scored[1:]):
@@ -182,6 +193,26 @@ def digest_sequences(sequences: Sequence[TokenSequence]) -> str:
     for sequence in sequences:
         digest.update(repr((sequence.tokens, sequence.scored)).encode())
     return digest.hexdigest()
+
+
+def _whole(
+    where: str, tokens: list[int], scored: list[bool], window: int | None, truncate: bool
+) -> TokenSequence:
+    """One example as a sequence of its own, within the window."""
+    if window and len(tokens) > window:
+        if not truncate:
+            raise InputError(
+                f"{where}: {len(tokens)} tokens, over the model's window of {window}; shorten it "
+                "or pass --truncate"
+            )
+        tokens, scored = tokens[:window], scored[:window]
+    if not any(scored[1:]):
+        reason = " within the model's window" if window and len(tokens) == window else ""
+        raise InputError(
+            f"{where}: no token to score{reason}; the first token of a sequence is read and never "
+            "scored"
+        )
+    return TokenSequence(tuple(tokens), (False, *scored[1:]))
 
 
 def _tokenised(
@@ -298,33 +329,38 @@ def _plain_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
             scored.extend(made[1])
         text, answers = "", []
 
-    for role, content in example.turns:
-        if role != "assistant":
+    for number, (role, content) in enumerate(example.turns):
+        if role == "user":
             text += user_prefix + content + lead.rstrip(" ")
-            continue
-        start = len(text)
-        text += lead[len(lead.rstrip(" ")) :] + content
-        answers.append((start, len(text)))
-        if example.closes:
-            flush()
-            _close(tokens, scored, tokenizer, score=True)
+        elif role != "assistant":
+            text += content + "\n"
+        else:
+            start = len(text)
+            text += lead[len(lead.rstrip(" ")) :] + content
+            own = example.scores(number)
+            answers += [(start, len(text))] if own else []
+            if example.closes:
+                flush()
+                _close(tokens, scored, tokenizer, score=own)
     flush()
     return tokens, scored
 
 
 def _chat_tokens(
-    example: Example, tokenizer: Any, template: ChatTemplate
+    example: Example, tokenizer: Any, template: ChatTemplate, cut: list[str | None]
 ) -> tuple[list[int], list[bool]]:
     """Tokens of the rendered chat; scored is each answer as it was written, and its end.
 
-    A last answer that the template closes by no mark of its own gets an EOS.
+    A last answer that the template closes by no mark of its own gets an EOS. ``cut`` gains an entry
+    an answer: where it is, if the template leaves out some of it.
     """
     messages = _messages(example)
     while messages[-1]["role"] != "assistant":  # nobody answers it
         messages.pop()
-    text, answers, closed = template.answers(messages, tokenizer, example.where)
-    tokens, scored = _tokenised(text, answers, tokenizer, special=False)
-    if not closed:
+    made = template.answers(messages, tokenizer, example.where, example.unscored)
+    cut += [example.where if some else None for some in made.cut]
+    tokens, scored = _tokenised(made.text, made.spans, tokenizer, special=False)
+    if not made.closed:
         _close(tokens, scored, tokenizer, score=True)
     return tokens, scored
 

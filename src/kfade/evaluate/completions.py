@@ -1,6 +1,7 @@
 """What a model says to instructions: prompts in, greedy completions out.
 
-{"instruction": ..., "input": ...}  the input, where there is one, after a blank line
+{"instruction": ..., "input": ...}  the input, where there is one, after a blank line; "system" and
+                                    "history" go before it
 {"prompt": ...}, {"question": ...}  any answer beside it is not looked at
 {"messages": [...]}                 up to the last answer; also the other forms of conversations
 """
@@ -12,15 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfade.data.chat import ChatTemplate
-from kfade.data.conversations import read_conversation
-from kfade.data.examples import (
-    PLAIN_INSTRUCTION,
-    PLAIN_QA,
-    PLAIN_TURNS,
-    Example,
-    warn_of_unread,
-    with_input,
-)
+from kfade.data.conversations import Turns, read_conversation, read_instruction, unread_of
+from kfade.data.examples import PLAIN_INSTRUCTION, PLAIN_QA, PLAIN_TURNS, Example, warn_of_unread
 from kfade.data.rows import read_rows
 from kfade.data.sequences import TokenSequence, encode_prompt
 from kfade.errors import InputError
@@ -119,19 +113,21 @@ def completed(prompt: Prompt, tokens: Sequence[int]) -> TokenSequence:
 
 
 def _parse(row: Any, where: str) -> Example:
+    turns: Turns
     match row:
-        case {"instruction": str(text)}:
-            text = with_input(text, row.get("input"))
-            example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_INSTRUCTION)
+        case {"instruction": str()}:
+            said = read_instruction(row, where)
+            example = Example(where, None, said.turns, PLAIN_INSTRUCTION, unread=said.unread)
         case {"prompt": str(text)}:
-            example = Example(where, turns=(("user", text),))
+            example = Example(where, turns=(("user", text),), unread=unread_of(row))
         case {"question": str(text)}:
-            example = Example(where, turns=(("user", text),), plain_prefix=PLAIN_QA)
+            turns = (("user", text),)
+            example = Example(where, None, turns, PLAIN_QA, unread=unread_of(row))
         case {} if (read := read_conversation(row, where)) is not None:
-            turns, unread = read
+            turns = read.turns
             while turns and turns[-1][0] == "assistant":
                 turns = turns[:-1]
-            example = Example(where, turns=turns, plain_prefix=PLAIN_TURNS, unread=unread)
+            example = Example(where, None, turns, PLAIN_TURNS, unread=read.unread)
         case _:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else "no object"
             raise InputError(f"{where}: has {keys or 'no keys'}; write one of {FORMS}")

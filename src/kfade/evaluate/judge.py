@@ -26,6 +26,7 @@ LOWEST, HIGHEST = 1.0, 10.0
 LONGEST_WAIT = 60.0  # seconds
 RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 PASSING = {408, 409, 425, 429}  # with 5xx: a later try may do
+LIMIT, LATER_LIMIT = "max_tokens", "max_completion_tokens"  # two names of one setting
 
 INSTRUCTIONS = (
     "You grade answers that an AI assistant gave. Judge how correct, useful, relevant, complete "
@@ -36,6 +37,15 @@ INSTRUCTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What the judge said."""
+
+    text: str
+    cut_off: bool = False
+    """Whether the server stopped it at the longest judgement."""
+
+
 class _Fault(Exception):
     """A try that failed in a way that may pass; ``wait`` is what the server asked for."""
 
@@ -44,7 +54,7 @@ class _Fault(Exception):
         self.wait = wait
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judge:
     """Where the judge is and how patiently it is asked."""
 
@@ -61,6 +71,8 @@ class Judge:
     """Seconds to wait for one answer."""
     max_tokens: int = 1024
     """Of a judgement."""
+    limit_name: str = field(default=LIMIT, init=False)
+    """What the server calls that; it changes when the server asks for the other name."""
 
     def __post_init__(self) -> None:
         try:
@@ -93,7 +105,7 @@ class Judge:
         messages: Sequence[dict[str, str]],
         *,
         sleep: Callable[[float], None] = time.sleep,
-    ) -> str:
+    ) -> Reply:
         """The judge's reply at temperature 0; an empty one is a reply.
 
         Raises:
@@ -125,12 +137,12 @@ class Judge:
                 f"that the environment variables name: {' '.join(str(error).split())}"
             ) from None
 
-    def _try(self, client: httpx2.Client, messages: Sequence[dict[str, str]]) -> str:
+    def _try(self, client: httpx2.Client, messages: Sequence[dict[str, str]]) -> Reply:
         body = {
             "model": self.model,
             "messages": list(messages),
             "temperature": 0,
-            "max_tokens": self.max_tokens,
+            self.limit_name: self.max_tokens,
         }
         try:
             response = client.post(self.endpoint, json=body)
@@ -139,7 +151,11 @@ class Judge:
         except httpx2.DecodingError:
             raise _Fault("what it answered cannot be decompressed") from None
         if response.is_success:
-            return _content(response.content)
+            return _reply(response.content)
+        asks = response.status_code == 400 and LATER_LIMIT in response.text
+        if asks and self.limit_name == LIMIT:
+            self.limit_name = LATER_LIMIT
+            return self._try(client, messages)
         raise self._refusal(response)
 
     def _refusal(self, response: httpx2.Response) -> Exception:
@@ -206,13 +222,18 @@ def _piece(title: str, text: str) -> str:
     return f"### {title}\n{text}"
 
 
-def _content(answer: bytes) -> str:
-    """The text of a chat completion; no text (a filtered answer) is an empty one."""
+def _reply(answer: bytes) -> Reply:
+    """What a chat completion says, its parts of text end to end; no text (a filtered answer) is
+    an empty one."""
     try:
-        content: Any = json.loads(answer)["choices"][0]["message"]["content"]
+        choice: Any = json.loads(answer)["choices"][0]
+        content: Any = choice["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         raise _Fault("what it answered is not a chat completion") from None
-    return content if isinstance(content, str) else ""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    text = "".join(text for text in texts if isinstance(text, str))
+    return Reply(text, cut_off=choice.get("finish_reason") == "length")
 
 
 def _seconds(header: str | None) -> float | None:

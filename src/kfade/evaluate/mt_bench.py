@@ -174,8 +174,9 @@ def judge_answers(
             category=question.category,
             question=question.turns[turn - 1],
             answer=given[-1],
-            rating=rating_of(reply),
-            reply=reply,
+            rating=rating_of(reply.text),
+            reply=reply.text,
+            cut_off=reply.cut_off,
         )
 
 
@@ -185,20 +186,22 @@ def summarise_ratings(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     Returns:
         ``score``; ``standard_error`` of it over runs, s/√runs (None for one run), and
         ``standard_error_questions``, s/√n of the questions' own means; ``by_run``, ``by_turn``,
-        ``by_category``; ``judged``, and ``unrated``: replies that held no rating, which count in
-        no mean. A mean of nothing is None.
+        ``by_category``; ``judged``; ``unrated``: replies that held no rating, which count in no
+        mean, and ``cut_off``: those of them that ended at the longest judgement. A mean of nothing
+        is None.
     """
     runs: dict[str, list[float]] = defaultdict(list)
     turns: dict[str, list[float]] = defaultdict(list)
     categories: dict[str, list[float]] = defaultdict(list)
     questions: dict[str, list[float]] = defaultdict(list)
-    unrated = 0
+    unrated = cut_off = 0
     for key, judgement in judgements.items():
         run, rest = key.split("/", 1)
         question, turn = rest.rsplit("/", 1)
         rating = judgement["rating"]
         if rating is None:
             unrated += 1
+            cut_off += judgement.get("cut_off", False)
             continue
         for groups, name in (
             (runs, run),
@@ -219,6 +222,7 @@ def summarise_ratings(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         "by_category": _means(categories),
         "judged": len(judgements),
         "unrated": unrated,
+        "cut_off": cut_off,
     }
 
 

@@ -100,12 +100,13 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 def _question(row: Any, where: str) -> Question:
     match row:
         case {"question": str(question), "choices": [*choices], "answer": int(answer)}:
-            texts = all(isinstance(choice, str) for choice in choices)
+            subject = row.get("subject") or ""  # data sets fill what a row lacks with null
+            texts = all(isinstance(text, str) for text in (subject, *choices))
             if texts and 2 <= len(choices) <= len(LETTERS) and answer in range(len(choices)):
-                return Question(question, tuple(choices), answer, str(row.get("subject", "")))
+                return Question(question, tuple(choices), answer, subject)
     raise InputError(
         f'{where}: write {{"question": "...", "choices": ["...", ...], "answer": number of the '
-        "right one, from 0}"
+        'right one, from 0[, "subject": "..."]}'
     )
 
 

@@ -109,7 +109,7 @@ def evaluate_tofu(
     pending = [question for question in questions if question.id not in log.items]
     for question in pending:
         check_truth(question.answer, f"TOFU question {question.id}")
-    encoded = [_encode(question, tokenizer, template, chat, legacy=legacy) for question in pending]
+    encoded = _encode(pending, tokenizer, template, chat, legacy=legacy)
     _check_window(pending, encoded, model_window(model))
     starts = range(0, len(pending), BLOCK)
     for start in track(starts, "TOFU", lambda s: min(BLOCK, len(pending) - s)):
@@ -165,22 +165,29 @@ class _Encoded:
 
 
 def _encode(
-    question: TofuQuestion,
+    questions: Sequence[TofuQuestion],
     tokenizer: Any,
     template: str,
     chat: ChatTemplate | None = None,
     *,
     legacy: bool,
-) -> _Encoded:
-    texts = (question.answer, question.base, *question.false)
+) -> list[_Encoded]:
+    texts = [(question.answer, question.base, *question.false) for question in questions]
     if template == "chat":
-        turns = [(("user", question.question), ("assistant", text)) for text in texts]
-        examples = [Example(question.id, turns=pair) for pair in turns]
-        sequences = encode(examples, tokenizer, chat=True, template=chat)
-        return _Encoded(sequences[0].tokens[: sequences[0].scored.index(True)], tuple(sequences))
-    before, lead = _written(question.question, template, legacy=legacy)
-    answers = (continuation(tokenizer, before, lead + text, closed=True) for text in texts)
-    return _Encoded(tuple(open_tokens(tokenizer, before)), tuple(answers))
+        examples = [
+            Example(question.id, turns=(("user", question.question), ("assistant", text)))
+            for question, own in zip(questions, texts, strict=True)
+            for text in own
+        ]
+        sequences = iter(encode(examples, tokenizer, chat=True, template=chat))
+        groups = [tuple(next(sequences) for _ in own) for own in texts]
+        return [_Encoded(group[0].tokens[: group[0].scored.index(True)], group) for group in groups]
+    encoded = []
+    for question, own in zip(questions, texts, strict=True):
+        before, lead = _written(question.question, template, legacy=legacy)
+        answers = [continuation(tokenizer, before, lead + text, closed=True) for text in own]
+        encoded.append(_Encoded(tuple(open_tokens(tokenizer, before)), tuple(answers)))
+    return encoded
 
 
 def _written(question: str, template: str, *, legacy: bool) -> tuple[str, str]:

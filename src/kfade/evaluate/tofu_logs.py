@@ -17,13 +17,20 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kfade.errors import InputError
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 SETS = (*UTILITY_SETS, "forget")
+# What a log's header says of its prompts -> how that is called.
+PROMPTS = {
+    "prompt_format": "prompts",
+    "template_sha256": "template file",
+    "template_args": "template arguments",
+    "prompt_date": "date in the prompts",
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class TofuLog:
     sets: Mapping[str, Mapping[int, TofuItem]]
     notes: tuple[str, ...] = ()
     """What was done to its values in reading, for people."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Its header: what decided its values. Empty where there is none."""
 
     def items(self, name: str) -> list[TofuItem]:
         """Items of a set in the order of their numbers.
@@ -172,7 +181,8 @@ def aggregate(log: TofuLog, retain: TofuLog | None = None) -> dict[str, Any]:
 def notes_on(log: TofuLog, retain: TofuLog | None) -> list[str]:
     """What was done to the values of logs in reading, and why their comparison may mislead.
 
-    It misleads where they hold other questions, or another number of them.
+    It misleads where they hold other questions, or another number of them, or where the prompts
+    were made otherwise.
     """
     if retain is None:
         return list(log.notes)
@@ -191,7 +201,34 @@ def notes_on(log: TofuLog, retain: TofuLog | None) -> list[str]:
             f"{differing} forget questions of the same number differ between {log.where} and "
             f"{retain.where}: were they made with one split?"
         )
+    digests = [one.about.get("data_sha256") for one in (log, retain)]
+    if len(ours) == len(theirs) and not differing and None not in digests and len({*digests}) > 1:
+        notes.append(
+            f"the questions or answers of {log.where} and {retain.where} are not all the same "
+            "(data_sha256): were they made with one split, of one copy of the data set?"
+        )
+    return [*notes, *_notes_on_prompts(log, retain)]
+
+
+def _notes_on_prompts(log: TofuLog, retain: TofuLog) -> list[str]:
+    """What differs in how the prompts of two logs were made, where both say it."""
+    if not all("prompt_format" in one.about for one in (log, retain)):
+        return []
+    notes = []
+    for key, called in PROMPTS.items():
+        ours, theirs = (one.about.get(key) for one in (log, retain))
+        if ours != theirs:
+            notes.append(
+                f"other {called}: {_said(ours)} in {log.where}, {_said(theirs)} in "
+                f"{retain.where}; evaluate the retain model as the other"
+            )
     return notes
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)[:40]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kfade.data.rows import read_utf8
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
 from kfade.evaluate.rouge import load_rouge_l_recall, reference_reads
@@ -67,14 +68,19 @@ def read_tofu_log(path: Path) -> TofuLog:
         if evaluation.header.get("benchmark") != "tofu":
             raise InputError(f"{path}: a log of another evaluation than TOFU")
         items = _numbered(evaluation.items, str(path))
-        return _recalled(_log(items, str(path)), items)
+        return _recalled(_log(items, str(path), about=evaluation.header), items)
     items = _read_reference(path)
     return _recalled(_log(items, str(path), _reference_place), items)
 
 
-def log_of(items: Mapping[str, Values], where: str) -> TofuLog:
-    """A log of the items that ``evaluate_tofu`` wrote, ids ``{set}/{number}``."""
-    return _log(_numbered(items, where), where)
+def log_of(
+    items: Mapping[str, Values], where: str, about: Mapping[str, Any] | None = None
+) -> TofuLog:
+    """A log of the items that ``evaluate_tofu`` wrote, ids ``{set}/{number}``.
+
+    ``about``: its header, or what will be in it.
+    """
+    return _log(_numbered(items, where), where, about=about)
 
 
 def _numbered(items: Mapping[str, Values], where: str) -> dict[Key, Values]:
@@ -99,12 +105,15 @@ def _reference_place(name: str, number: int) -> str:
 
 
 def _log(
-    items: Mapping[Key, Values], where: str, place: Callable[[str, int], str] = _place
+    items: Mapping[Key, Values],
+    where: str,
+    place: Callable[[str, int], str] = _place,
+    about: Mapping[str, Any] | None = None,
 ) -> TofuLog:
     sets: dict[str, dict[int, TofuItem]] = {name: {} for name in SETS}
     for (name, number), values in items.items():
         sets[name][number] = _item(values, f"{where}, {place(name, number)}")
-    return TofuLog(where, sets)
+    return TofuLog(where, sets, about=about or {})
 
 
 def _recalled(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
@@ -128,13 +137,13 @@ def _recalled(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
         f"{log.where}: the ROUGE-L recall of {changed} of {len(items)} items was computed anew "
         "from their texts: the log's own counted ASCII letters only, and most of theirs are not"
     )
-    return TofuLog(log.where, sets, (note,))
+    return replace(log, sets=sets, notes=(note,))
 
 
 def _read_reference(path: Path) -> dict[Key, Values]:
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        tasks = json.loads(read_utf8(path))
+    except ValueError:
         raise InputError(f"{path}: not JSON; give a whole {REFERENCE_NAME}") from None
     if not isinstance(tasks, dict) or not set(tasks) & set(REFERENCE_TASKS.values()):
         raise InputError(
@@ -188,13 +197,13 @@ def _texts(entry: Any) -> dict[str, Any]:
 def _item(values: Mapping[str, Any], where: str) -> TofuItem:
     try:
         item = TofuItem(
-            float(values["answer_loss"]),
-            float(values["base_loss"]),
-            tuple(float(loss) for loss in values["false_losses"]),
-            float(values["rouge_l"]),
+            _number(values["answer_loss"]),
+            _number(values["base_loss"]),
+            tuple(_number(loss) for loss in values["false_losses"]),
+            _number(values["rouge_l"]),
             str(values.get("question", "")),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, OverflowError):
         raise InputError(
             f"{where}: needs a loss of the answer, of its paraphrase, of each wrong answer, and a "
             "ROUGE-L recall, all numbers"
@@ -210,3 +219,10 @@ def _item(values: Mapping[str, Any], where: str) -> TofuItem:
     if min(losses) < 0 or not 0 <= item.rouge_l <= 1:
         raise InputError(f"{where}: a negative loss, or a recall that is not within 0 and 1")
     return item
+
+
+def _number(value: Any) -> float:
+    """A number of JSON; text and true are none, whatever Python makes of them."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)

@@ -50,21 +50,33 @@ def length_class(model: Any) -> LengthClass:
 
     Frequencies may be given once, or for each kind of layer.
     """
-    config = model.config.get_text_config()
-    window = getattr(config, "max_position_embeddings", None)
+    window = _stated_window(model)
     switches: set[int] = set()
     grows: set[int] = set()
-    for rope in _rope_parameters(config):
-        kind = rope.get("rope_type") or rope.get("type") or ""
-        trained = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
+    for kind, trained, _ in _ropes(model):
         borders = [n for n in (trained, window) if n is not None]
         if kind in ("longrope", "su"):  # su: its name in the first checkpoints
             switches.update(borders[:1])
         elif "dynamic" in kind:
             grows.update(borders)
     return LengthClass(tuple(sorted(switches)), min(grows, default=None))
+
+
+def longest_input(model: Any) -> int | None:
+    """The longest input that ``model`` was made for, where its configuration says.
+
+    That is ``max_position_embeddings``; where rotary frequencies are ``dynamic``, their ``factor``
+    times the length from which they change, if that is longer.
+    """
+    window = _stated_window(model)
+    if window is None:
+        return None
+    stretched = [
+        int(factor * (trained or window))
+        for kind, trained, factor in _ropes(model)
+        if "dynamic" in kind and factor
+    ]
+    return max(window, min(stretched, default=window))
 
 
 def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:
@@ -99,10 +111,21 @@ def no_memory_of_lengths(model: nn.Module) -> Iterator[None]:
             _reset(module)
 
 
-def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+def _stated_window(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _ropes(model: Any) -> Iterator[tuple[str, int | None, float | None]]:
+    """(kind, length trained on, factor) of the rotary frequencies, of each kind of layer."""
+    config = model.config.get_text_config()
     for name in ("rope_parameters", "rope_scaling"):
         rope = getattr(config, name, None) or {}
-        yield from (rope, *(part for part in rope.values() if isinstance(part, dict)))
+        for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+            kind = part.get("rope_type") or part.get("type") or ""
+            trained = part.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            yield kind, trained, part.get("factor")
 
 
 def _kinds(module: nn.Module) -> dict[str, str]:

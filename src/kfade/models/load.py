@@ -28,7 +28,7 @@ from kfade.models.faults import (
     quiet,
     reading,
 )
-from kfade.models.lengths import no_memory_of_lengths
+from kfade.models.lengths import longest_input, no_memory_of_lengths
 from kfade.models.sources import Place, Resolved, Source, copy_companions, resolve
 from kfade.models.vocabulary import check_has_vocabulary, fit_vocabulary
 from kfade.runtime.progress import waiting
@@ -259,8 +259,9 @@ def check_writable(model: Any, source: Source, resolved: Resolved | None = None)
 
 
 def model_window(model: Any) -> int | None:
-    """The longest input the model was made for, where its configuration says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The longest input the model was made for, where its configuration says: see
+    :func:`kfade.models.lengths.longest_input`."""
+    return longest_input(model)
 
 
 def _dtype_of(dtype: str | None) -> torch.dtype | None:

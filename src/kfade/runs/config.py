@@ -46,14 +46,16 @@ class DataConfig:
     """JSONL file or hf:NAME[:CONFIG][:SPLIT]."""
     retain: str | None = None
     """The same; a part of it is held out to measure on."""
-    sequence_length: int = 512
-    """Tokens of a packed sequence."""
+    sequence_length: int | None = None
+    """Tokens of a packed sequence; 512, or the model's window if it is shorter, when unset."""
     template: str = "auto"
     """chat, plain, or auto: the tokenizer's chat template if it has one."""
     template_file: str | None = None
     """A chat template in Jinja, in place of the tokenizer's own."""
     template_args: list = field(default_factory=list)
     """What the template is told, each as name=value."""
+    template_sha256: str | None = None
+    """Digest of the text of ``template_file``, set when a run begins."""
     template_date: str | None = None
     """The date that a template is told that asks for it; when the run began, when unset."""
     score_end: bool = False
