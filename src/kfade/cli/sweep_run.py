@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kfade.cli import options as o
@@ -28,6 +28,7 @@ from kfade.curvature.curvature import Curvature, Matrices
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.evaluate.log import ItemLog
+from kfade.files import write_tensors
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.method.objectives import Objective
@@ -185,7 +186,7 @@ def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
             return load_file(folder.state / name, str(targets[0].weight.device))
         matrices = forget_gradient(model, batches, targets, objective, **options)
         whole = {key: matrix.contiguous() for key, matrix in matrices.items()}
-        folder.keep(name, lambda path: save_file(whole, path))
+        folder.keep(name, lambda path: write_tensors(path, whole))
         return matrices
 
     return kept

@@ -44,6 +44,16 @@ class TokenSequence:
         return sum(self.scored)
 
 
+def check_sequences(given: Sequence[Any], name: str) -> None:
+    """Raises InputError where ``given``, called ``name``, holds something else, such as texts."""
+    wrong = next((item for item in given if not isinstance(item, TokenSequence)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{name}: holds {type(wrong).__name__}, not token sequences; make them with "
+            "kfade.encode(kfade.load_examples(path), tokenizer)"
+        )
+
+
 def encode(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -69,8 +79,8 @@ def encode(
             The mark that ends an answer is scored always: an answer is what goes up to there.
 
     Raises:
-        InputError: a sequence is longer than the window; the chat template is missing or unusable;
-            nothing is left to score.
+        InputError: not examples; a sequence is longer than the window; the chat template is
+            missing or unusable; nothing is left to score.
     """
     template = template or ChatTemplate()
     chat = template.used_by(tokenizer, chat)
@@ -82,6 +92,11 @@ def encode(
     sequences: list[TokenSequence] = []
     stream: list[tuple[int, bool]] = []
     for example in examples:
+        if not isinstance(example, Example):
+            raise InputError(
+                f"examples: hold {type(example).__name__}, not examples; read them with "
+                "kfade.load_examples(path)"
+            )
         if example.text is not None:
             closes = example.closes and (pack or score_end)
             tokens, scored = _text_tokens(example.text, tokenizer, closes, score_end)

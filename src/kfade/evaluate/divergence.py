@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kfade.data.batches import Batch
 from kfade.evaluate.tokens import by_sequence
 from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
+from kfade.files import write_tensors
 from kfade.method.measure import Reference, divergence, hidden_reference
 from kfade.models.head import Head, read_head
 from kfade.models.load import frozen
@@ -49,7 +50,7 @@ class Outputs:
     def save(self, path: Path) -> None:
         """Write the hidden states; the head stays with the caller."""
         hidden = enumerate(self.reference.hidden)
-        save_file({str(i): hidden_ND.contiguous() for i, hidden_ND in hidden}, path)
+        write_tensors(path, {str(i): hidden_ND.contiguous() for i, hidden_ND in hidden})
 
     @classmethod
     def load(cls, path: Path, head: Head, batches: Sequence[Batch]) -> Outputs:
