@@ -64,9 +64,9 @@ def test_no_prompts_and_too_long_prompts(tmp_path):
     with pytest.raises(InputError, match="holds no prompts"):
         read_prompts(write(tmp_path / "empty.jsonl"))
     examples = read_prompts(write(tmp_path / "p.jsonl", {"prompt": "a b c d"}))
-    assert len(encode_prompts(examples, zoo.tokenizer(), longest=4)) == 1
+    assert len(encode_prompts(examples, zoo.tokenizer(), window=6, max_new_tokens=2)) == 1
     with pytest.raises(InputError, match="line 1: 4 tokens"):
-        encode_prompts(examples, zoo.tokenizer(), longest=3)
+        encode_prompts(examples, zoo.tokenizer(), window=5, max_new_tokens=2)
 
 
 def test_complete_goes_on_where_a_log_ends(tmp_path):

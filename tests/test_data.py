@@ -10,11 +10,13 @@ import sys
 import pytest
 import torch
 import zoo
+from tqdm.std import tqdm
 
 from kfade.data.batches import draw_without_replacement, make_batches
 from kfade.data.examples import Example, load_examples, split_holdout
 from kfade.data.sequences import TokenSequence, digest_sequences, encode, encode_prompt, open_tokens
 from kfade.errors import InputError
+from kfade.runtime import progress
 
 EOS = zoo.WORDS.index("</s>")
 
@@ -213,6 +215,28 @@ def test_hf_from_a_local_folder(folder):
     assert train[1].where == f"hf:{folder}, row 1"
     for source in (f"hf:{folder}:test", f"hf:{folder}:default:test"):
         assert [e.turns[0] for e in load_examples(source)] == [("user", "e")]
+
+
+def test_loading_a_data_set_is_told_and_draws_no_bars(folder, capfd):
+    told = []
+
+    class Told:
+        def start(self, name, total):
+            told.append((name, total))
+            return 7
+
+        def received(self, task, done, total):
+            """Bytes."""
+
+        def stop(self, task):
+            told.append(task)
+
+    own = tqdm.__init__
+    with progress.reporting(Told()):
+        assert len(load_examples(f"hf:{folder}")) == 2
+    assert told == [(f"loading hf:{folder}", None), 7]
+    assert capfd.readouterr().err == ""  # datasets has bars for splits that it generates
+    assert tqdm.__init__ is own
 
 
 def test_blank_rows_of_a_data_set_are_skipped_and_counted(offline, tmp_path, caplog):

@@ -390,7 +390,10 @@ def test_command_refuses(desk, capsys):
         (("--edited", "none"), "could not be loaded"),
         (("--update", "none"), "no such update"),
         ((*UPDATE, "--quantise", "int2"), "give int8 or int4"),
-        ((*UPDATE, "--max-new-tokens", "32"), "over the model's window"),
+        (
+            (*UPDATE, "--max-new-tokens", "32"),
+            "and with 32 new ones over the model's window of 32; sh",
+        ),
         ((*UPDATE, "--template", "chat"), "no chat template"),
     ):
         assert kl(*more, out="refused") == 2, more

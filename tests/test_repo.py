@@ -29,7 +29,7 @@ LADDER = [
     {"cli"},
     {"__init__", "__main__"},  # the public names, and the way in
 ]
-ARROWS = 54  # pairs of rooms of which one imports from the other; 211 when files lay loose
+ARROWS = 50  # pairs of rooms of which one imports from the other; 211 when files lay loose
 
 
 def part(path: Path) -> str:
@@ -81,7 +81,8 @@ def test_import_ladder(path):
 
 
 def test_rooms_do_not_grow_together():
-    arrows = {(part(path), name) for path in FILES for name in kfade_modules(path) - {part(path)}}
+    inside = [path for path in FILES if path.parent != SOURCE]
+    arrows = {(part(path), name) for path in inside for name in kfade_modules(path) - {part(path)}}
     assert len(arrows) <= ARROWS, sorted(arrows)
 
 

@@ -24,10 +24,11 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+import kfade
 from kfade.cli import main
 from kfade.cli import unlearn as unlearn_command
 from kfade.data.chat import ChatTemplate
-from kfade.data.examples import parse_example
+from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import continuation, encode, encode_prompt, open_tokens
 from kfade.errors import InputError
 from kfade.method.update import Update
@@ -457,3 +458,21 @@ def test_options_of_templates_that_cannot_be_read(chat_folder, capsys):
     assert main([*base, "--kl", "0.01", *more]) == 0
     config = read_config(chat_folder / "o" / "config.yaml")
     assert config.data.template_args == ["word=z", "n=1"]
+
+
+# --- what a library call is given ------------------------------------------------------------
+
+
+def test_texts_where_token_sequences_are_wanted_are_refused_by_name():
+    model = zoo.tiny("llama", torch.float32)
+    good = zoo.sequences((6, 7, 8))
+    sets = {"forget": good, "retain": good, "held_out": good}
+    for name, said in (("forget", "forget set"), ("held_out", "held-out retain set")):
+        for wrong in (["a b"], "a b", [Example("here", text="a b")]):
+            kind = type(wrong[0]).__name__
+            with pytest.raises(InputError, match=rf"the {said}: holds {kind}, not token sequences"):
+                kfade.unlearn(model, **{**sets, name: wrong}, kl=0.01)
+    with pytest.raises(InputError, match=r"kfade\.encode\(kfade\.load_examples\(path\), tokeniz"):
+        kfade.make_batches(["a b"])
+    with pytest.raises(InputError, match=r"examples: hold str, .* kfade\.load_examples\(path\)"):
+        kfade.encode(["a b"], zoo.tokenizer())

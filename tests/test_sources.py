@@ -141,6 +141,44 @@ def test_a_tokenizer_from_elsewhere_is_used_and_written(base, tmp_path):
     assert again("a b </s>").input_ids == words("a b </s>").input_ids
 
 
+def test_weights_in_other_forms_are_left_out_and_named(base, tmp_path, caplog):
+    put(base, {"onnx/config.json": b"{}", "onnx/model.onnx": b"old", "onnx/model.onnx_data": b"o"})
+    put(base, {"tf_model.h5": b"old", "pytorch_model.bin": b"old", ".cache/x.bin": b"of the hub"})
+    model, words = kfade.load_model(str(base), device="cpu")
+    save_model(model, words, tmp_path / "out", Source(str(base)))
+    save_model(model, words, base / "out", Source(str(base)))
+    assert (tmp_path / "out" / "onnx" / "config.json").read_bytes() == b"{}"
+    assert [path.name for path in (tmp_path / "out" / "onnx").iterdir()] == ["config.json"]
+    said = (
+        f"note: {base}: not copied, since its weights are those before the edit: "
+        "onnx/model.onnx, onnx/model.onnx_data, tf_model.h5"
+    )
+    assert caplog.messages == [said, said]
+
+
+@pytest.mark.parametrize("word", ["apply", "revert"])
+def test_a_model_without_a_tokenizer_is_edited_all_the_same(base, tmp_path, word):
+    for path in base.glob("*token*"):
+        path.unlink()
+    put(base, {"LICENSE": b"free", "tokenizer_config.json": b'{"of": "no vocabulary"}'})
+    model = zoo.tiny("llama", torch.float32)
+    update = an_update(model)
+    update.save(tmp_path / "u.safetensors")
+    out = tmp_path / "edited"
+    run = [word, str(base), str(tmp_path / "u.safetensors"), "--device", "cpu"]
+    assert main([*run, "--out", str(out)]) == 0
+    (update if word == "apply" else -update).apply(model)
+    written = load_file(out / "model.safetensors")
+    for name in update.deltas:
+        assert torch.equal(written[name], model.get_parameter(name))
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in base.iterdir()}
+    assert (out / "tokenizer_config.json").read_bytes() == b'{"of": "no vocabulary"}'
+    assert main([*run, "--out", str(tmp_path / "x"), "--tokenizer", str(base)]) == 2
+    with pytest.raises(kfade.InputError, match="it has no tokenizer"):
+        kfade.load_model(str(base), device="cpu")
+
+
 # --- adapters --------------------------------------------------------------------------------
 
 

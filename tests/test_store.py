@@ -228,8 +228,7 @@ def test_sums_are_kept_every_so_many_seconds(model, targets, batches, tmp_path, 
     fit_kfac(model, batches, targets, draw=rest, store=Store(tmp_path, seconds=1000.0))
     assert rest.calls == len(batches)  # nothing was kept: from the beginning
     saved = []
-    monkeypatch.setattr(store_module, "save_file", lambda *a: saved.append(a[2]["batches"]))
-    monkeypatch.setattr(store_module.os, "replace", lambda *a: None)
+    monkeypatch.setattr(store_module, "write_tensors", lambda *a: saved.append(a[2]["batches"]))
     clock = itertools.count(0.0, 10.0)
     keeper = Store(tmp_path, seconds=25.0).keeper(0, {}, "covariance")  # looks once: 0
     for number in range(1, 9):  # 10, 20, 30 (saved, looks again: 40), 50, 60, 70 (saved) ...
@@ -369,13 +368,12 @@ def test_what_was_being_written_is_not_read(model, targets, batches, tmp_path):
     """A file is written aside; a kill leaves its half there."""
     store = Store(tmp_path, seconds=0.0)
     cut_short(fit_ekfac, model, batches, targets, 3, store=store)
-    for name in ("sums-000-covariance-000.writing", "sums-000-lambda-1-000.writing"):
-        (tmp_path / name).write_bytes(GARBAGE)
-    (tmp_path / "writing-000.safetensors").write_bytes(GARBAGE)
+    for name in ("sums-000-covariance-000", "sums-000-lambda-1-000", "curvature-000"):
+        (tmp_path / f"{name}.safetensors.writing").write_bytes(GARBAGE)
     resumed = fit_ekfac(model, batches, targets, store=store)
     assert differences(resumed, fit_ekfac(model, batches, targets)) == []
     assert files(tmp_path) == ["curvature-000.safetensors"]
-    (tmp_path / "writing-000.safetensors").write_bytes(GARBAGE)
+    (tmp_path / "curvature-001.safetensors.writing").write_bytes(GARBAGE)
     assert differences(Curvature.load(tmp_path), resumed) == []
 
 
@@ -404,7 +402,7 @@ def slow(p_NV, key_N):
     return square_root_draw(p_NV, key_N)
 
 slow.__name__ = "square_root_draw"
-store.os.replace = replace
+os.replace = replace
 model = tiny_llama()
 batches = make_batches(random_sequences(count), budget=budget)
 kept = store.Store(store.Path(folder), seconds=0.0)

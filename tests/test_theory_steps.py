@@ -451,7 +451,7 @@ def test_step_size_refuses_what_is_not_a_positive_number(name, value):
     ids=str,
 )
 def test_step_size_wants_exactly_one_way(sizes):
-    with pytest.raises(InputError, match="exactly one of --alpha, --kl and --until"):
+    with pytest.raises(InputError, match="exactly one of alpha, kl and until"):
         StepSize(**sizes)
 
 

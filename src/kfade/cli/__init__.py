@@ -34,6 +34,7 @@ from kfade.cli.eval import eval_app
 from kfade.cli.session import console
 from kfade.errors import InputError
 from kfade.runtime import distributed
+from kfade.runtime.files import FULL, unwritable
 
 app = typer.Typer(
     help="Make a language model unlearn: a few Gauss-Newton steps with K-FAC / EK-FAC curvature.",
@@ -82,6 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         if "allocate memory" in str(error):  # how PyTorch's CPU allocator says it
             return _out_of_memory()
         raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return _fail(str(unwritable(error.filename or "what it prints", error)), 2)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command with --resume goes on", 130)
     return 0

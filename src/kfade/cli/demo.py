@@ -16,6 +16,7 @@ from kfade.demo.data import data_file
 from kfade.demo.run import PROMPTS, demo_model, examine, table_rows
 from kfade.method.update import Update
 from kfade.runs.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
+from kfade.runtime.files import write_text
 from kfade.runtime.run_dir import check_free
 from kfade.runtime.stages import stage
 
@@ -66,7 +67,7 @@ def demo(
         total=clock.total,
     )
     result = {**metrics, "before": before, "after": after, "kl_budget": config.size.max_kl}
-    (out / "demo.json").write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "demo.json", json_module.dumps(result, indent=2) + "\n")
     if not json:
         answers = Table("prompt", "before", "after", title="What it says (greedy)")
         for prompt, old, new in zip(PROMPTS, before["answers"], after["answers"], strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import shutil
 from collections.abc import Sequence
 from functools import reduce
 from itertools import combinations
@@ -23,7 +22,8 @@ from kfade.method.unlearn import versions
 from kfade.method.update import DIGESTS, OTHER, Update
 from kfade.models.load import check_writable, load_model, load_skeleton, save_model
 from kfade.models.sources import Source
-from kfade.runtime.run_dir import RunDir, check_free
+from kfade.runtime.files import making, remove, write_text, writing
+from kfade.runtime.run_dir import RunDir, beside, check_free
 from kfade.runtime.stages import stage
 
 UpdatePath = Annotated[Path, typer.Argument(help="Folder of a kfade unlearn run, or its file.")]
@@ -84,26 +84,27 @@ def _edit(
     source: Source, path: Path, out: Path, where: dict[str, Any], as_json: bool, *, sign: int
 ) -> None:
     update = Update.load(path)
-    part = out.with_name(out.name + ".writing")  # not .part: an interrupted run may lie there
     check_free(out)
-    with session():
+    part = beside(out, ".writing")  # not .part: an interrupted run may lie there
+    with writing(out):
+        remove(part)  # of a run that was killed
+    with session(), making(part):
         with stage("load"):
             model, tokenizer = load_model(
-                source.name, revision=source.revision, tokenizer=source.tokenizer, **where
+                source.name,
+                revision=source.revision,
+                tokenizer=source.tokenizer,
+                needs_tokenizer=False,  # to add ΔW to weights takes none
+                **where,
             )
         check_writable(model, source)
         base = update.compare_base(model)
         change = update if sign > 0 else -update
         lost = change.lost_fraction(model)
         change.apply(model)
-        try:
-            part.mkdir(parents=True, exist_ok=True)
-            save_model(model, tokenizer, part, source)
+        save_model(model, tokenizer, part, source)
+        with writing(out):
             part.replace(out)
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     if sign > 0:
         for note in notes_on_base(update, base, "applied", source.revision, source.tokenizer):
             console.print(note)
@@ -234,7 +235,7 @@ def export_lora(
             lora = to_lora(loaded, skeleton, rank, base=name, device=device)
         lora.save(folder.part / "adapter_model.safetensors")
         config = json_text.dumps(lora.config, indent=2) + "\n"
-        (folder.part / "adapter_config.json").write_text(config, encoding="utf-8")
+        write_text(folder.part / "adapter_config.json", config)
         metrics = {
             "rank": rank,
             "relative_error": lora.error,

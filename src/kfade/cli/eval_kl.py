@@ -48,6 +48,7 @@ from kfade.evaluate.divergence import (
 from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models.lengths import length_class
 from kfade.models.load import load_skeleton, load_tokenizer, model_window
+from kfade.runtime.files import writing
 from kfade.runtime.stages import stage
 
 COMPLETIONS = "completions.jsonl"
@@ -135,9 +136,13 @@ def kl(
             _check_vocabulary(edited, base.tokenizer.get_vocab(), theirs.get_vocab())
             skeleton = load_skeleton(edited, trust_remote_code=bool(trust_remote_code))
             _check_vocabulary(edited, _outputs_of(base.model), _outputs_of(skeleton))
-        window = model_window(base.model)
-        longest = window - max_new_tokens if window else None
-        asked = encode_prompts(examples, base.tokenizer, longest=longest, **how)
+        asked = encode_prompts(
+            examples,
+            base.tokenizer,
+            window=model_window(base.model),
+            max_new_tokens=max_new_tokens,
+            **how,
+        )
         digests = {"base_sha256": digest_model(base.model)}
         folder = completions or run.folder.state
         answers = _completions(
@@ -186,10 +191,8 @@ def _completions(
         "decoding": "greedy",
     }
     path = folder / COMPLETIONS
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--completions {folder}: cannot be written ({error.strerror})") from None
     if path.is_file():
         found = read_log(path, partial=True)
         if found.header != {"format": found.header["format"], **header}:

@@ -9,11 +9,11 @@ import typer
 
 from kfade.cli import options as o
 from kfade.cli.session import show
-from kfade.errors import InputError
 from kfade.report.data import read_results
 from kfade.report.figures import all_charts
 from kfade.report.page import build_page
 from kfade.report.static import write_figures
+from kfade.runtime.files import write_text, writing
 
 Folders = Annotated[
     list[Path],
@@ -43,11 +43,9 @@ def report(
     results = read_results(folders)
     charts, missing = all_charts(results)
     page = build_page(results, charts, missing, title=title)
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+        write_text(out, page, errors="replace")
     drawn = write_figures(charts, figures) if figures else []
     result = {
         "out": str(out),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kfade.cli import options as o
@@ -38,6 +38,7 @@ from kfade.method.update import Update
 from kfade.models.layers import Target, digest_weights, parameter_names
 from kfade.models.load import provenance
 from kfade.runs.config import RunConfig, SizeConfig, deciding, write_config
+from kfade.runtime.files import write_tensors
 from kfade.runtime.run_dir import RunDir
 
 POINTS = "points.jsonl"
@@ -187,7 +188,7 @@ def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
             return load_file(folder.state / name, str(targets[0].weight.device))
         matrices = forget_gradient(model, batches, targets, objective, **options)
         whole = {key: matrix.contiguous() for key, matrix in matrices.items()}
-        folder.keep(name, lambda path: save_file(whole, path))
+        folder.keep(name, lambda path: write_tensors(path, whole))
         return matrices
 
     return kept

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kfade.curvature.block import EigenBlock
 from kfade.errors import InputError
 from kfade.runtime import distributed
+from kfade.runtime.files import write_tensors
 
 FORMAT = "kfade-curvature-1"
 PARTS = ("q_out", "q_in", "eigenvalues")
@@ -74,7 +73,11 @@ class StoredBlocks(Mapping[str, EigenBlock]):
 def write_blocks(
     path: Path, blocks: Mapping[str, EigenBlock], provenance: Mapping[str, Any]
 ) -> None:
-    """One safetensors file; bases that layers share are written once."""
+    """One safetensors file; bases that layers share are written once.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     stored: dict[int, str] = {}
     layout: dict[str, dict[str, str]] = {}
@@ -89,7 +92,7 @@ def write_blocks(
             tensors[key] = tensor  # held, so that no id is used twice
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     metadata = {"format": FORMAT, "layout": layout, "provenance": provenance}
-    save_file(tensors, path, {"kfade": json.dumps(metadata)})
+    write_tensors(path, tensors, {"kfade": json.dumps(metadata)})
 
 
 @dataclass
@@ -136,9 +139,7 @@ class Store:
         """Write ``blocks`` as file ``number``, if there are any, and drop the sums that led to
         them: those of ``group``."""
         if blocks:
-            aside = self.folder / f"writing-{distributed.rank():03}.safetensors"
-            write_blocks(aside, blocks, {**facts, **self.provenance})
-            os.replace(aside, self._finished_path(number))
+            write_blocks(self._finished_path(number), blocks, {**facts, **self.provenance})
         distributed.barrier()
         for path in self.folder.glob(f"sums-{group:03}-*-{distributed.rank():03}.*"):
             path.unlink()
@@ -220,10 +221,8 @@ class SumsKeeper:
             due = any(own for [own] in distributed.all_gather_lists([due]))
         if not due:
             return
-        aside = self._path.with_suffix(".writing")
         metadata = {"batches": str(batches), "made_for": self._made_for}
-        save_file(dict(tensors), aside, metadata)
-        os.replace(aside, self._path)
+        write_tensors(self._path, tensors, metadata)
         self._saved = time.monotonic()
 
 

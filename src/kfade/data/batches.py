@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kfade.data.sequences import TokenSequence
+from kfade.data.sequences import TokenSequence, check_sequences
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def make_batches(
     Args:
         group: live positions of a sequence -> what sequences of one batch have in common; of a
             model, :func:`~kfade.models.lengths.length_class`.
+
+    Raises:
+        InputError: they are not token sequences.
     """
+    check_sequences(sequences, "sequences")
     order = sorted(range(len(sequences)), key=lambda i: -sequences[i].live)
     batches = []
     for _, own in groupby(order, key=lambda i: group(sequences[i].live)):

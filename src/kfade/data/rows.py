@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError, first_line
+from kfade.runtime.progress import no_bars, waiting
 
 SOURCES = "a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT]"
 SPELLING = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with SPLIT as in train[:1000]"
@@ -120,23 +121,19 @@ def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
         raise InputError(
             f"{source}: reading data sets needs the package datasets: pip install 'kfade[hub]'"
         ) from None
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        config, split = _config_and_split(datasets, name, rest)
-        rows = _saved(datasets, name, split) if _is_saved(name) else None
-        if rows is None:
-            rows = _loaded(datasets, name, config, split)
-        for index, row in enumerate(rows):
-            yield f"{source}, row {index}", row
+        with no_bars(), waiting(f"loading {source}"):  # rows may come as they are asked for
+            config, split = _config_and_split(datasets, name, rest)
+            rows = _saved(datasets, name, split) if _is_saved(name) else None
+            if rows is None:
+                rows = _loaded(datasets, name, config, split)
+            for index, row in enumerate(rows):
+                yield f"{source}, row {index}", row
     except Exception as error:
         raise InputError(
             f"{source}: the data set could not be loaded ({first_line(error)}); check the name, "
             "the configuration and the split, or download it and give a JSONL file"
         ) from None
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _parts(source: str) -> tuple[str, list[str]]:

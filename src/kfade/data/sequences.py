@@ -63,6 +63,16 @@ def packed_length(given: int | None, window: int | None) -> int:
     return given
 
 
+def check_sequences(given: Sequence[Any], name: str) -> None:
+    """Raises InputError where ``given``, called ``name``, holds something else, such as texts."""
+    wrong = next((item for item in given if not isinstance(item, TokenSequence)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{name}: holds {type(wrong).__name__}, not token sequences; make them with "
+            "kfade.encode(kfade.load_examples(path), tokenizer)"
+        )
+
+
 def encode(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -88,8 +98,8 @@ def encode(
             The mark that ends an answer is scored always: an answer is what goes up to there.
 
     Raises:
-        InputError: a sequence, or ``length``, is longer than the window; the chat template is
-            missing or unusable; nothing is left to score.
+        InputError: not examples; a sequence, or ``length``, is longer than the window; the chat
+            template is missing or unusable; nothing is left to score.
     """
     template = template or ChatTemplate()
     chat = template.used_by(tokenizer, chat)
@@ -98,6 +108,11 @@ def encode(
     stream: list[tuple[int, bool]] = []
     cut: list[str | None] = []
     for example in examples:
+        if not isinstance(example, Example):
+            raise InputError(
+                f"examples: hold {type(example).__name__}, not examples; read them with "
+                "kfade.load_examples(path)"
+            )
         if example.text is not None:
             closes = example.closes and (pack or score_end)
             tokens, scored = _text_tokens(example.text, tokenizer, closes, score_end)

@@ -60,20 +60,21 @@ def encode_prompts(
     *,
     chat: bool | None = None,
     template: ChatTemplate | None = None,
-    longest: int | None = None,
+    window: int | None = None,
+    max_new_tokens: int = 0,
 ) -> list[Prompt]:
     """The prompts' tokens, through the chat template where there is one.
 
     Raises:
-        InputError: a prompt has more than ``longest`` tokens.
+        InputError: a prompt with ``max_new_tokens`` more is longer than the model's ``window``.
     """
     prompts = []
     for example in examples:
         tokens = encode_prompt(example, tokenizer, chat=chat, template=template)
-        if longest is not None and len(tokens) > longest:
+        if window is not None and len(tokens) + max_new_tokens > window:
             raise InputError(
-                f"{example.where}: {len(tokens)} tokens, and with the completion over the model's "
-                "window; shorten it, or lower --max-new-tokens"
+                f"{example.where}: {len(tokens)} tokens, and with {max_new_tokens} new ones over "
+                f"the model's window of {window}; shorten it, or lower --max-new-tokens"
             )
         prompts.append(Prompt(example.where, example.turns[-1][1], tokens))
     return prompts

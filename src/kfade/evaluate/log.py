@@ -20,6 +20,7 @@ from typing import Any
 
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
+from kfade.runtime.files import write_text, writing
 
 FORMAT = "kfade-eval-1"
 
@@ -60,13 +61,10 @@ class ItemLog:
                     "options, or remove it"
                 )
             self.items = found.items
-        aside = path.with_name(path.name + ".writing")
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(wanted) + "\n")
-            for item, values in self.items.items():
-                file.write(json.dumps({"item": item, **values}) + "\n")
-        aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        lines = [wanted, *({"item": item, **values} for item, values in self.items.items())]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> ItemLog:
         return self
@@ -77,7 +75,8 @@ class ItemLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
     def add(self, item: str, **values: Any) -> None:
         """One item's values, on disk at once."""
@@ -88,11 +87,13 @@ class ItemLog:
     def finish(self, aggregate: Mapping[str, Any]) -> None:
         """The figures over all items: the last line, after which the file is closed."""
         self._line({"aggregate": dict(aggregate)})
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
     def _line(self, content: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(content) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(content) + "\n")
+            self._file.flush()
 
 
 def read_log(path: Path, *, partial: bool = False) -> Evaluation:

@@ -12,15 +12,16 @@ error before using the adapter in place of the update.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
 from kfade.method.update import Update
+from kfade.runtime.files import write_tensors
 from kfade.runtime.progress import track
 
 PREFIX = "base_model.model."  # of every name in a peft adapter
@@ -39,9 +40,9 @@ class Lora:
     error: float
     """The same over all weights together."""
 
-    def save(self, path: Any) -> None:
+    def save(self, path: Path) -> None:
         """Write the tensors, ``adapter_model.safetensors``."""
-        save_file(self.tensors, path, {"format": "pt"})
+        write_tensors(path, self.tensors, {"format": "pt"})
 
 
 def to_lora(

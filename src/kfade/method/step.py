@@ -106,7 +106,7 @@ class StepSize:
             )
         ways = (self.alpha, self.kl, self.until, self.until_probability)
         if sum(value is not None for value in ways) != 1:
-            raise InputError("give exactly one of --alpha, --kl and --until")
+            raise InputError("give exactly one of alpha, kl and until (--alpha, --kl, --until)")
 
     @property
     def goal(self) -> float | None:

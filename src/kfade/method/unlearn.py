@@ -20,7 +20,7 @@ from kfade.curvature.fit import Fit, fit_ekfac
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.data.batches import Batch, draw_without_replacement, make_batches
-from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.data.sequences import TokenSequence, check_sequences, digest_sequences
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes, refuse_below
 from kfade.method.gradient import forget_gradient
@@ -330,6 +330,7 @@ def _check_data(
     for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
+        check_sequences(sequences, f"the {name}")
 
 
 def _check_numbers(

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kfade.errors import InputError
 from kfade.models.layers import digest_weights
 from kfade.runtime import distributed
+from kfade.runtime.files import write_tensors
 
 FORMAT = "kfade-update-1"
 DIGESTS = ("weights_sha256", "weights_bfloat16_sha256")  # as loaded; rounded to bfloat16
@@ -128,10 +128,14 @@ class Update:
         return (lost / size) ** 0.5 if size else 0.0
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, keyed by parameter names."""
+        """Write one safetensors file, keyed by parameter names.
+
+        Raises:
+            InputError: it cannot be written; nothing is left of it then.
+        """
         metadata = {"format": FORMAT, "provenance": self.provenance}
         tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
-        save_file(tensors, path, {"kfade": json.dumps(metadata)})
+        write_tensors(Path(path), tensors, {"kfade": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path | str) -> Update:

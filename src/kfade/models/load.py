@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfade.errors import InputError
-from kfade.models.adapters import merge_adapter
+from kfade.models.adapters import check_adapter, merge_adapter
 from kfade.models.faults import (
     CONFIG,
     TOKENIZER,
@@ -25,12 +25,15 @@ from kfade.models.faults import (
     check_report,
     check_stored,
     check_weights,
+    has_tokenizer,
+    listed,
     quiet,
     reading,
 )
 from kfade.models.lengths import longest_input, no_memory_of_lengths
-from kfade.models.sources import Place, Resolved, Source, copy_companions, resolve
+from kfade.models.sources import Place, Resolved, Source, copy_companions, other_weights, resolve
 from kfade.models.vocabulary import check_has_vocabulary, fit_vocabulary
+from kfade.runtime.files import making, writing
 from kfade.runtime.progress import waiting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,6 +48,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: str | None = None,
+    needs_tokenizer: bool = True,
 ) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a hub id, a local folder, a GGUF file, or a LoRA adapter.
 
@@ -55,6 +59,7 @@ def load_model(
         device: as PyTorch spells it; None: the GPU if there is one.
         revision: branch, tag or commit of the hub.
         tokenizer: where the tokenizer is (hub id or folder), if not with the model.
+        needs_tokenizer: False allows a folder without one; the tokenizer is then None.
 
     Raises:
         InputError: nothing there, files that are not whole, not a causal language model, quantised
@@ -64,24 +69,32 @@ def load_model(
     given = _dtype_of(dtype)
     with waiting(f"loading {name}") as download:
         resolved = resolve(Source(name, revision, tokenizer))
-        place = resolved.weights
-        config = _read_config(name, place, trust_remote_code)
-        words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
+        place, adapter = resolved.weights, resolved.adapter
+        called = name
+        if adapter is not None:
+            called = f"{name} on its base {place.location}"
+            with reading(name, CONFIG, adapter.folder):
+                check_adapter(name, adapter)
+        config = _read_config(called, place, trust_remote_code)
+        words = None
+        if needs_tokenizer or tokenizer is not None or _may_have_one(resolved.tokenizer):
+            words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
         gguf = "gguf_file" in place.options
         wanted: Any = given or (torch.float32 if gguf else "auto")
-        model = _read_weights(name, place, config, wanted, trust_remote_code, download)
+        model = _read_weights(called, place, config, wanted, trust_remote_code, download)
         if gguf:
             _forget_gguf(model)
         if "gguf_file" in resolved.tokenizer.options:
             _end_as_the_file(words, config)
-        if resolved.adapter is not None:
-            with reading(name, WEIGHTS, resolved.adapter.folder):
-                model = merge_adapter(name, model, resolved.adapter)
+        if adapter is not None:
+            with reading(called, WEIGHTS, adapter.folder):
+                model = merge_adapter(name, model, adapter, place.location)
         check_weights(name, model)
-        with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
-            rows = model.get_input_embeddings().weight.shape[0]
-            converted = "gguf_file" in resolved.tokenizer.options
-            fit_vocabulary(tokenizer or name, words, rows, converted=converted)
+        if words is not None:
+            with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
+                rows = model.get_input_embeddings().weight.shape[0]
+                converted = "gguf_file" in resolved.tokenizer.options
+                fit_vocabulary(tokenizer or name, words, rows, converted=converted)
         model.to(device or default_device())
     return model.eval(), words
 
@@ -103,6 +116,12 @@ def _read_config(name: str, place: Place, trust_remote_code: bool) -> Any:
             "version of transformers knows"
         )
     return config
+
+
+def _may_have_one(place: Place) -> bool:
+    """Whether a tokenizer may lie there: the hub and GGUF files tell only when it is read."""
+    folder = Path(place.location)
+    return "gguf_file" in place.options or not folder.is_dir() or has_tokenizer(folder)
 
 
 def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
@@ -219,20 +238,31 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
     """Write a folder of safetensors that ``from_pretrained`` loads.
 
     Args:
+        tokenizer: None where the model has none.
         source: where the model was loaded from. What lies there beside configuration and weights
             (processor, chat template, code, licence) is put beside them, byte for byte.
 
     Raises:
-        InputError: ``source`` holds more than the language model; see :func:`check_writable`.
+        InputError: ``source`` holds more than the language model (see :func:`check_writable`), or
+            ``folder`` cannot be written; it is removed then, unless it was there before.
     """
     resolved = resolve(source) if source is not None else None
     if source is not None and resolved is not None:
         check_writable(model, source, resolved)
-    with quiet():
-        model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-    if resolved is not None:
-        copy_companions(resolved, folder)
+    with making(folder), writing(folder):
+        with quiet():
+            model.save_pretrained(folder, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if resolved is not None:
+            copy_companions(resolved, folder)
+    left = other_weights(resolved, folder) if resolved is not None else []
+    if source is not None and left:
+        logger.warning(
+            "note: %s: not copied, since its weights are those before the edit: %s",
+            source.name,
+            listed(left),
+        )
 
 
 def check_writable(model: Any, source: Source, resolved: Resolved | None = None) -> None:

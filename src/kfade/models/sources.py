@@ -10,13 +10,17 @@ from typing import Any
 
 from kfade.errors import InputError
 from kfade.models.faults import CONFIG, VOCABULARIES, file_fault, has_tokenizer, reading
+from kfade.runtime.files import remove
 
 ADAPTER_CONFIG = "adapter_config.json"
 _FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_NOT_COPIED = (  # weights in any form, what is written anew, and what belongs to hub, git or peft
+_OWN_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # what is written anew
+_ANY_WEIGHTS = (
     *("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
-    *("*.ckpt*", "*.npz", "*.ot", "*.part", "*.writing", "adapter_*", ".*"),
+    *("*.ckpt*", "*.npz", "*.ot"),
 )
+# With them what belongs to hub, git or peft, or is half-written.
+_NOT_COPIED = (*_ANY_WEIGHTS, "*.part", "*.writing", "adapter_*", ".*")
 _TOKENIZER = (
     *VOCABULARIES,
     *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
@@ -203,7 +207,7 @@ def copy_companions(resolved: Resolved, folder: Path) -> None:
     if own is not None and not elsewhere and has_tokenizer(own):
         for path in sorted(folder.iterdir()):
             if _matches(path, _TOKENIZER):
-                _remove(path)
+                remove(path)
     if own is not None:
         for path in sorted(own.iterdir()):
             skipped = _matches(path, _NOT_COPIED) or path.name == "config.json"
@@ -215,15 +219,29 @@ def copy_companions(resolved: Resolved, folder: Path) -> None:
                 _copy(path, folder / path.name)
 
 
+def other_weights(resolved: Resolved, folder: Path) -> list[str]:
+    """Weights in further forms or folders beside the model's, which :func:`copy_companions` leaves
+    out: they are those from before the edit. None of ``folder``, if it lies there."""
+    own = resolved.weights.folder
+    if own is None:
+        return []
+    within = folder.resolve()
+    paths = [
+        path.relative_to(own)
+        for path in sorted(own.rglob("*"))
+        if path.is_file() and not path.resolve().is_relative_to(within)
+    ]
+    return [
+        str(path)
+        for path in paths
+        if _matches(path, _ANY_WEIGHTS)
+        and not any(part.startswith(".") for part in path.parts)
+        and not (path.parent == Path() and _matches(path, (*_OWN_WEIGHTS, "adapter_*")))
+    ]
+
+
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(path.match(pattern) for pattern in patterns)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _copy(source: Path, target: Path) -> None:

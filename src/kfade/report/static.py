@@ -8,6 +8,7 @@ from typing import Any
 
 from kfade.errors import InputError
 from kfade.report.charts import Axis, Chart, Series, drawable
+from kfade.runtime.files import writing
 
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "v", "*")
 SIZE = (5.2, 3.6)  # inches: a column and a half of a two-column paper
@@ -26,7 +27,7 @@ def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
     except ImportError:
         raise InputError("--figures needs matplotlib: pip install 'kfade[report]'") from None
     written = []
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Text stays text in the SVG, and its ids do not differ from one writing to the next.
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kfade", "font.size": 9}):
@@ -37,8 +38,6 @@ def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
                     undated = {"Date": None} if path.suffix == ".svg" else None
                     figure.savefig(path, dpi=DPI, metadata=undated)
                     written.append(path)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
     return written
 
 

@@ -7,6 +7,7 @@ on from there. A run that fails before it has anything worth keeping leaves noth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,21 +19,43 @@ from typing import Any
 
 from kfade.errors import InputError
 from kfade.runtime import distributed
+from kfade.runtime.files import unwritable, write_file, write_text, writing
 
 INPUTS = "inputs.json"  # digests of what an unfinished run reads
 
 
 def check_free(path: Path) -> None:
-    """Raises InputError where ``path`` is a file, or a folder that holds something."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(
-            f"{path}: already exists and is not empty; choose another --out or remove it"
-        )
+    """Raises InputError where ``path`` is no folder, one that holds something, or the folder that
+    one is in; or where it begins with a ~ that no shell has replaced."""
+    with contextlib.suppress(RuntimeError):  # a name after ~ that is nobody's
+        if path.expanduser() != path:
+            raise InputError(
+                f"{path}: a ~ that the shell did not replace; write {path.expanduser()}"
+            )
+    try:
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise InputError(f"{path}: is not a folder; choose another --out")
+        if any(path.iterdir()):
+            raise InputError(
+                f"{path}: already exists and is not empty; choose another --out or remove it"
+            )
+        if path.samefile("."):
+            raise InputError(f"{path}: the folder that you are in; choose a new one within it")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The path of the same name with ``ending`` added, also where ``path`` is . or .. or /."""
+    whole = path if path.name not in ("", "..") else Path(os.path.abspath(path))
+    return whole.parent / f"{whole.name}{ending}"
 
 
 def interrupted(path: Path) -> dict[str, Any]:
     """What an interrupted run into ``path`` was asked for; nothing where there is none."""
-    saved = path.with_name(path.name + ".part") / "config.json"
+    saved = beside(path, ".part") / "config.json"
     return json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
 
 
@@ -53,7 +76,7 @@ class RunDir:
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
-        self.part = path.with_name(path.name + ".part")
+        self.part = beside(path, ".part")
         self.state = self.part / "state"
         self._config = json.loads(json.dumps(config))
         self._finished = False
@@ -62,11 +85,9 @@ class RunDir:
             check_free(path)
             if self.part.exists():
                 self._check_resume(resume)
-            try:
+            with writing(path):
                 self.state.mkdir(parents=True, exist_ok=True)
-                self._write(self.part / "config.json", self._config)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+            self._write(self.part / "config.json", self._config)
         distributed.barrier()
 
     def __enter__(self) -> RunDir:
@@ -109,22 +130,21 @@ class RunDir:
         """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
         if not self._writes:
             return
-        aside = self.part / f"{name}.writing"
-        write(aside)
-        os.replace(aside, self.state / name)
+        write_file(self.state / name, write, self.part / f"{name}.writing")
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one line to ``log.jsonl``."""
         if not self._writes:
             return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-        with (self.part / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.part / "log.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
         """``write`` a file or folder that will lie in DIR."""
         if self._writes:
-            write(self.part / name)
+            write_file(self.part / name, write)
 
     def publish(self, name: str) -> None:
         """Move a file of the state, now whole, to where it will lie in DIR."""
@@ -148,11 +168,12 @@ class RunDir:
         self._write(self.part / "manifest.json", manifest)
         self._write(self.part / "metrics.json", metrics)
         if config_yaml is not None:
-            (self.part / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        (self.part / "config.json").unlink()
-        (self.part / INPUTS).unlink(missing_ok=True)
-        shutil.rmtree(self.state)
-        os.replace(self.part, self.path)
+            write_text(self.part / "config.yaml", config_yaml)
+        with writing(self.path):
+            (self.part / "config.json").unlink()
+            (self.part / INPUTS).unlink(missing_ok=True)
+            shutil.rmtree(self.state)
+            os.replace(self.part, self.path)
 
     def _has_state(self) -> bool:
         return any(path.is_file() for path in self.state.rglob("*"))
@@ -172,6 +193,4 @@ class RunDir:
 
     @staticmethod
     def _write(path: Path, content: Mapping[str, Any]) -> None:
-        aside = path.with_name(path.name + ".writing")
-        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,125 @@
+"""Files written whole or not at all; what stops one from being written, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kfade.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CODE = re.compile(r"\((?:os error|errno) (\d+)\)|\[Errno (\d+)\]")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what any library raises when ``path`` cannot be written into one line.
+
+    Raises:
+        InputError: the disk is full, the folder is read-only, or whatever the system says.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and _code_of(error) is None:
+            raise
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path | str, error: Exception) -> InputError:
+    """What to tell of a file or folder that cannot be written."""
+    code = _code_of(error)
+    reason = os.strerror(code) if code is not None else first_line(error)
+    about = getattr(error, "filename", None)
+    advice = ""
+    if about is not None and not Path(about).absolute().is_relative_to(Path(path).absolute()):
+        reason += f": {about}"  # what was to be copied, or a folder above
+    if code in FULL:
+        advice = "; free some space, or choose a place on another disk"
+    elif code in _CLOSED:
+        advice = "; choose a place that you may write to"
+    return InputError(f"{path}: cannot be written ({reason}){advice}")
+
+
+def _code_of(error: Exception) -> int | None:
+    """The system's number; libraries in Rust and copies of folders have it in their text only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _CODE.search(str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+def write_file(path: Path, write: Callable[[Path], object], aside: Path | None = None) -> None:
+    """``write`` a file aside, then give it its name; where that fails nothing is left.
+
+    Args:
+        aside: where to write it first, on the same disk; None: beside it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # what a link points to, not the link
+    aside = aside or target.with_name(f"{target.name}.writing")
+    with writing(path):
+        if target.exists() and not (target.is_file() and os.access(target, os.W_OK)):
+            write(target)  # a device takes it as it is; a folder or a closed file refuses it
+            return
+        try:
+            write(aside)
+            os.replace(aside, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove(aside)
+            raise
+
+
+def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write text in UTF-8, whole or not at all; see :func:`write_file`."""
+    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8", errors=errors))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; see :func:`write_file`."""
+    from safetensors.torch import save_file  # with torch, which reports do without
+
+    write_file(path, lambda aside: save_file(dict(tensors), aside, metadata))
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """``folder``, made if it is not there; if so, and the ``with`` fails, it is removed again.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    new = not folder.exists()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
