@@ -17,7 +17,7 @@ LONGEST = 400
 
 # A file imports from its own rung or a lower one. A folder stands for all that is in it.
 LADDER = [
-    {"config", "distributed", "run_dir", "errors", "progress", "stages"},
+    {"config", "distributed", "run_dir", "tensors", "errors", "progress", "stages"},
     {"models", "loading", "sources", "adapters", "layers", "targets", "probe", "head", "lengths"}
     | {
         "conversations",

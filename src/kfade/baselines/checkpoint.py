@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from kfade.baselines.weights import Trainable
+from kfade.tensors import write_tensors
 
 Row = dict[str, float]
 """One evaluation: ``step``, what :class:`~kfade.baselines.gauge.Measured` has, and after the first
@@ -68,12 +68,12 @@ class Checkpoint:
         """Write one safetensors file."""
         parts = {"kept": self.kept, "tensors": self.tensors, "state": self.state}
         tensors = {
-            f"{part}:{name}": tensor.detach().contiguous()
+            f"{part}:{name}": tensor.detach()
             for part, own in parts.items()
             for name, tensor in own.items()
         }
         about = {"curve": json.dumps(self.curve), "provenance": json.dumps(self.provenance)}
-        save_file(tensors, path, about)
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

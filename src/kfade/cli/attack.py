@@ -13,7 +13,7 @@ from kfade.cli import options as o
 from kfade.cli.eval import Judged, digest_model, load_judged
 from kfade.cli.inputs import inputs
 from kfade.cli.session import Loaded, console, read_retain, read_source, session, show, to_tokens
-from kfade.cli.template import dated
+from kfade.cli.template import as_used, dated
 from kfade.cli.unlearn import git_sha
 from kfade.data.batches import draw_without_replacement
 from kfade.data.examples import Example
@@ -172,6 +172,8 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             tokenizer=run.model.tokenizer,
         )
         loaded = Loaded(subject.model, subject.tokenizer, [])
+        run = replace(run, data=as_used(run.data, loaded.tokenizer))
+        asked["run"] = asdict(run)
         tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
         # Those that a kfade unlearn with the same data and seed measures: figures agree with it.
         forget = tokens.pop(_FORGET)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from kfade.cli.options import chat_of
 from kfade.data.chat import ChatTemplate
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
@@ -49,6 +50,8 @@ def dated(
     that of the run that made ``update``, then the present.
     """
     template_of(config)  # can it be read? before anything else is
+    if config.template == "plain":
+        return config
     date = config.template_date
     if date is None and resume:
         date = _recorded(interrupted(out))
@@ -59,6 +62,15 @@ def dated(
         now = distributed.all_gather_lists([int(time.time())])[0][0]
         date = datetime.fromtimestamp(now).isoformat()
     return replace(config, template_date=date)
+
+
+def as_used(config: DataConfig, tokenizer: Any) -> DataConfig:
+    """The settings for a manifest: without the date where conversations go through no template.
+
+    Two runs that differ in nothing else are then told alike.
+    """
+    used = template_of(config).used_by(tokenizer, chat_of(config.template))
+    return config if used else replace(config, template_date=None)
 
 
 def rendering_of(

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.runtime.progress import track
+from kfade.tensors import write_tensors
 
 PREFIX = "base_model.model."  # of every name in a peft adapter
 
@@ -41,7 +41,7 @@ class Lora:
 
     def save(self, path: Any) -> None:
         """Write the tensors, ``adapter_model.safetensors``."""
-        save_file(self.tensors, path, {"format": "pt"})
+        write_tensors(path, self.tensors, {"format": "pt"})
 
 
 def to_lora(

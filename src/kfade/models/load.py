@@ -230,6 +230,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
         check_writable(model, source, resolved)
     with quiet():
         model.save_pretrained(folder, safe_serialization=True)
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):  # safetensors may let nobody but the owner read
+        path.chmod(mode)
     tokenizer.save_pretrained(folder)
     if resolved is not None:
         copy_companions(resolved, folder)
