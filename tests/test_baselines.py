@@ -403,7 +403,7 @@ def test_updates_of_the_head_are_measured_by_two_heads(tmp_path):
 
     model, sequences = tiny_llama(), random_sequences(5)
     update = Update({"lm_head.weight": torch.randn(17, 8, dtype=torch.float64) * 0.3})
-    subject = Judged("model", model, None, update, None)
+    subject = Judged("model", model, None, update, None, {})
     groups, found = grouped(make_batches(sequences, budget=20)), {}
     divergences(groups, _in_memory(subject, groups), subject.edited, found.__setitem__)
     edited = tiny_llama()

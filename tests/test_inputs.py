@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from kfade.cli import main
 from kfade.data.examples import load_examples, split_holdout
 from kfade.evaluate.log import ItemLog
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights
+from kfade.models.layers import weight_digests
 from kfade.models.load import save_model
+from kfade.runs.config import read_config
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -23,10 +27,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 def recorded(model) -> Update:
     """An update with the digests that a run on ``model`` records."""
     deltas = {NAME: torch.zeros_like(model.get_parameter(NAME), dtype=torch.float32)}
-    digests = {
-        "weights_sha256": digest_weights(model, deltas),
-        "weights_bfloat16_sha256": digest_weights(model, deltas, torch.bfloat16),
-    }
+    digests = {**weight_digests(model, "weights", deltas), **weight_digests(model, "model")}
     return Update(deltas, digests)
 
 
@@ -51,6 +52,9 @@ FULL, HALF = torch.float32, torch.bfloat16
         ((HALF,), (FULL,), "rounded"),  # a float32 checkpoint, loaded in bfloat16 for the run
         ((FULL,), (HALF,), "rounded"),
         ((torch.float16,), (FULL,), "rounded"),
+        ((FULL,), (torch.float16,), "rounded"),
+        ((torch.float16, FULL), (torch.float16,), "equal"),
+        ((HALF,), (HALF, torch.float16), "equal"),  # whose range holds all of these values
     ],
 )
 def test_an_update_knows_its_base_in_any_dtype(computed_on, applied_to, base):
@@ -70,8 +74,22 @@ def test_an_update_of_before_the_second_digest_is_known_too():
         ((FULL,), (HALF,), "other"),  # it holds nothing to tell by
     ):
         update = recorded(tiny(*computed_on))
-        del update.provenance["weights_bfloat16_sha256"]
+        for name in list(update.provenance):
+            if name != "weights_sha256":
+                del update.provenance[name]
         assert update.compare_base(tiny(*applied_to)) == base
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF, torch.float16])
+def test_weights_that_an_update_does_not_change_tell_another_model(dtype):
+    """As a LoRA on the attention does."""
+    update, other = recorded(tiny()), tiny()
+    with torch.no_grad():
+        other.get_parameter("model.layers.0.self_attn.q_proj.weight").mul_(2)
+    other = other.to(dtype)
+    assert update.compare_weights(other) == ("same" if dtype == FULL else "rounded")
+    assert update.compare_base(other) == "other"
+    assert update.compare_base(tiny(dtype)) == update.compare_weights(other)  # control
 
 
 @pytest.fixture
@@ -115,6 +133,135 @@ def test_a_curvature_in_another_dtype_is_not_of_another_model(setup, tmp_path, c
     assert line in capsys.readouterr().err
     run = ("--curvature", setup["fit"], "--dtype", "float32")
     assert main(command(setup, "unlearn", *run)) == 0
+
+
+def fit(setup: dict[str, str], *more: str) -> None:
+    assert main(command({**setup, "out": setup["fit"]}, "fit", *more)) == 0
+
+
+@pytest.mark.parametrize("name", ["unlearn", "sweep"])
+def test_a_curvature_of_a_model_with_other_attention_is_refused(setup, capsys, name):
+    fit(setup)
+    run = command(setup, name, "--curvature", setup["fit"])
+    path = Path(setup["model"]) / "model.safetensors"
+    before = load_file(path)
+    other = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**before, other: 2 * before[other]}, path, {"format": "pt"})
+    capsys.readouterr()
+    assert main(run) == 2
+    line = "fitted on another model: weights that are not targeted differ; fit it"
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert not Path(setup["out"] + ".part").exists()
+    target = "model.layers.1.mlp.up_proj.weight"
+    save_file({**before, target: 2 * before[target]}, path, {"format": "pt"})
+    assert main(run) == 2
+    assert f"another model: {target} differs" in " ".join(capsys.readouterr().err.split())
+    save_file(before, path, {"format": "pt"})
+    assert main(run) == 0  # control
+
+
+def test_a_curvature_in_fewer_bits_is_of_this_model(setup, capsys):
+    fit(setup, "--dtype", "bfloat16")
+    capsys.readouterr()
+    assert main(command(setup, "unlearn", "--curvature", setup["fit"])) == 2
+    line = "fitted on this model in bfloat16, here it is in float32; give --dtype bfloat16"
+    assert line in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["unlearn", "sweep"])
+def test_texts_that_a_fit_has_seen_are_said_and_told(setup, capsys, name):
+    fit(setup)
+    told = json.loads((Path(setup["fit"]) / "manifest.json").read_text())
+    digest = hashlib.sha256((Path(setup["fit"]) / "curvature-000.safetensors").read_bytes())
+    for more, said in (((), False), (("--seed", "3"), True)):
+        capsys.readouterr()
+        assert main(command(setup, name, "--curvature", setup["fit"], *more)) == 0
+        error = " ".join(capsys.readouterr().err.split())
+        assert ("it may have seen the texts that KL is measured on" in error) == said
+        manifest = json.loads((Path(setup["out"]) / "manifest.json").read_text())
+        assert manifest["curvature_sha256"] == digest.hexdigest()
+        assert manifest["curvature_retain_sha256"] == told["retain_sha256"]
+        assert (manifest["retain_sha256"] != told["retain_sha256"]) == said
+        shutil.rmtree(setup["out"])
+
+
+OWN = ("--estimator", "kfac", "--labels", "sampled")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--estimator", "ekfac"), "with --estimator kfac, asked for is with --estimator ekfac"),
+        (("--estimator", "identity"), "asked for is with --estimator identity"),
+        (("--labels", "sqrt"), "with --labels sampled, asked for is with --labels sqrt"),
+        (("--joint-bias",), "without --joint-bias, asked for is with --joint-bias"),
+        (("--memory", "1GB"), "without --memory, asked for is with --memory 1GB"),
+    ],
+)
+def test_options_that_contradict_a_fit_are_refused(setup, capsys, more, message):
+    fit(setup, *OWN)
+    capsys.readouterr()
+    assert main(command(setup, "unlearn", "--curvature", setup["fit"], *more)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path(setup["out"] + ".part").exists()
+
+
+@pytest.mark.parametrize("more", [(), OWN, ("--steps", "2", "--memory", "1GB")])
+def test_a_run_tells_the_settings_of_its_fit(setup, more):
+    fit(setup, *OWN)
+    assert main(command(setup, "unlearn", "--curvature", setup["fit"], *more)) == 0
+    own = read_config(Path(setup["out"]) / "config.yaml").fit
+    assert (own.estimator, own.labels) == ("kfac", "sampled")
+    assert own.memory == ("1GB" if more and more[0] == "--steps" else None)  # of the second fit
+    manifest = json.loads((Path(setup["out"]) / "manifest.json").read_text())
+    assert manifest["config"]["fit"]["estimator"] == "kfac"
+
+
+def test_a_configuration_that_contradicts_a_fit_is_refused(setup, tmp_path, capsys):
+    fit(setup)
+    (tmp_path / "c.yaml").write_text("fit: {estimator: diagonal}")
+    more = ("--curvature", setup["fit"], "--config", str(tmp_path / "c.yaml"))
+    for name in ("unlearn", "sweep"):
+        capsys.readouterr()
+        assert main(command(setup, name, *more)) == 2
+        assert "asked for is with --estimator diagonal" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_changed_curvature_is_not_gone_on_with(setup, monkeypatch, capsys):
+    fit(setup)
+    run = command(setup, "unlearn", "--curvature", setup["fit"], "--steps", "2")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kfade.cli.unlearn.step_line", interrupt)
+        assert main(run) == 130
+    shutil.rmtree(setup["fit"])
+    fit(setup, "--seed", "1")
+    capsys.readouterr()
+    assert main([*run, "--resume"]) == 2
+    assert "was interrupted: the curvature;" in " ".join(capsys.readouterr().err.split())
+
+
+def test_equal_runs_without_a_chat_template_are_equal(setup, tmp_path, monkeypatch):
+    """Whatever the date: no template is told it."""
+    written = []
+    for day in (1, 2):
+        moment = datetime(2024, 2, day).timestamp()
+        monkeypatch.setattr("kfade.cli.template.time.time", lambda now=moment: now)
+        assert main(command(setup, "unlearn", "--alpha", "0.01")) == 0
+        out = Path(setup["out"])
+        evaluated = tmp_path / "kl"
+        words = ["eval", "memorisation", setup["model"], "--members", setup["forget"]]
+        assert main([*words, "--out", str(evaluated)]) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["config"]["data"]["template_date"] is None
+        files = [out / "manifest.json", out / "config.yaml", evaluated / "items.jsonl"]
+        written.append([path.read_bytes() for path in files])
+        shutil.rmtree(out)
+        shutil.rmtree(evaluated)
+    assert written[0] == written[1]
 
 
 def change_embedding(setup: dict[str, str]) -> None:

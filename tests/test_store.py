@@ -311,21 +311,31 @@ def test_a_finished_group_of_another_fit_is_refused(other, model, targets, tmp_p
     assert differences(fit_here(tmp_path, model, targets), whole) == []
 
 
-@pytest.mark.parametrize("what", [*(k for k in OTHER if k != "estimator"), "batches", "processes"])
+@pytest.mark.parametrize("what", [*(k for k in OTHER if k != "estimator"), "processes"])
 def test_sums_of_another_fit_are_refused(what, model, targets, batches, tmp_path, monkeypatch):
     store = Store(tmp_path, {"weights": "a"}, seconds=0.0)
     cut_short(fit_ekfac, model, batches, targets, 3, store=store)
     left = files(tmp_path)
     assert left == ["sums-000-covariance-000.safetensors"]
-    options = {"batches": {"budget": 30}, **OTHER}.get(what, {})
     with monkeypatch.context() as patch:
         if what == "processes":
             patch.setattr(store_module.distributed, "count", lambda: 2)
-        options = {"batches": {"budget": 30}, **OTHER}.get(what, {})
+        options = OTHER.get(what, {})
         with pytest.raises(kfade.InputError, match=r"sums of another fit .* differ"):
             fit_here(tmp_path, model, targets, **options)
     assert files(tmp_path) == left
     assert differences(fit_here(tmp_path, model, targets), fit_ekfac(model, batches, targets)) == []
+
+
+def test_sums_over_other_batches_are_begun_anew(model, targets, batches, tmp_path):
+    store = Store(tmp_path, {"weights": "a"}, seconds=0.0)
+    cut_short(fit_ekfac, model, batches, targets, 3, store=store)
+    draw = Counted()
+    small = make_batches(SEQUENCES, budget=BUDGET // 2)
+    assert len(small) > len(batches)
+    fitted = fit_here(tmp_path, model, targets, budget=BUDGET // 2, draw=draw)
+    assert draw.calls == 2 * len(small)
+    assert differences(fitted, fit_ekfac(model, small, targets)) == []
 
 
 def test_a_second_step_does_not_take_the_first_ones_curvature(model, tmp_path):
@@ -442,7 +452,8 @@ def test_a_killed_fit_goes_on_where_it_was(model, targets, tmp_path):
     resumed = fit_ekfac(model, batches, targets, draw=rest, store=Store(tmp_path, seconds=0.0))
     assert rest.calls == 2 * len(batches) - after_one - 3
     assert differences(resumed, fit_ekfac(model, batches, targets)) == []
-    assert files(tmp_path) == ["curvature-000.safetensors"]
+    whole = [name for name in files(tmp_path) if not name.startswith(".tmp")]  # of killed writes
+    assert whole == ["curvature-000.safetensors"]
 
 
 def batches_kept(folder: Path) -> int:

@@ -68,7 +68,7 @@ class Checkpoint:
         """Write one safetensors file."""
         parts = {"kept": self.kept, "tensors": self.tensors, "state": self.state}
         tensors = {
-            f"{part}:{name}": tensor.detach().contiguous()
+            f"{part}:{name}": tensor.detach()
             for part, own in parts.items()
             for name, tensor in own.items()
         }

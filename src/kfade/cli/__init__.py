@@ -8,6 +8,7 @@ goes to stderr.
 from __future__ import annotations
 
 import sys
+from inspect import signature
 
 import torch
 import typer
@@ -35,6 +36,8 @@ from kfade.cli.session import console
 from kfade.errors import InputError
 from kfade.runtime import distributed
 from kfade.runtime.files import FULL, unwritable
+
+INTERRUPTED = 130  # typer's exit code of a KeyboardInterrupt within a command
 
 app = typer.Typer(
     help="Make a language model unlearn: a few Gauss-Newton steps with K-FAC / EK-FAC curvature.",
@@ -67,14 +70,16 @@ eval_app.command("quantisation")(eval_quantisation.quantisation)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command, in each process that ``torchrun`` started; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         with distributed.processes():
             if distributed.count() > 1:
-                _check_several(sys.argv[1:] if arguments is None else arguments)
+                _check_several(given)
                 console.quiet = distributed.rank() > 0
             app(args=arguments)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else 1
+        return _interrupted(given) if code == INTERRUPTED else code
     except InputError as error:
         return _fail(str(error), 2)
     except (torch.OutOfMemoryError, MemoryError):
@@ -88,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(unwritable(error.filename or "what it prints", error)), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command with --resume goes on", 130)
+        return _interrupted(given)
     return 0
 
 
@@ -106,6 +111,15 @@ def _out_of_memory() -> int:
         "fit, unlearn and sweep hold less with --recompute",
         2,
     )
+
+
+def _interrupted(arguments: list[str]) -> int:
+    commands = [*app.registered_commands, *eval_app.registered_commands]
+    name = next((word for word in arguments if not word.startswith("-") and word != "eval"), None)
+    called = [c.callback for c in commands if c.name == name and c.callback is not None]
+    resumes = any("resume" in signature(callback).parameters for callback in called)
+    goes_on = "; the same command with --resume goes on" if resumes else ""
+    return _fail(f"interrupted{goes_on}", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

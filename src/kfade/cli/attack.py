@@ -22,7 +22,7 @@ from kfade.cli.session import (
     to_tokens,
     with_length,
 )
-from kfade.cli.template import dated
+from kfade.cli.template import as_used, dated
 from kfade.cli.unlearn import git_sha
 from kfade.data.batches import draw_without_replacement
 from kfade.data.examples import Example
@@ -181,7 +181,7 @@ def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
             tokenizer=run.model.tokenizer,
         )
         loaded = Loaded(subject.model, subject.tokenizer, [])
-        run = replace(run, data=with_length(run.data, loaded))
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         asked["run"] = asdict(run)
         tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
         # Those that a kfade unlearn with the same data and seed measures: figures agree with it.

@@ -24,14 +24,15 @@ from kfade.cli.session import (
     to_tokens,
     with_length,
 )
-from kfade.cli.template import dated
+from kfade.cli.template import as_used, dated
 from kfade.cli.unlearn import git_sha
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights
+from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, load_model, provenance, save_model
-from kfade.runs.config import RunConfig, override
+from kfade.runs.config import RunConfig, deciding, override
+from kfade.runtime.files import reading_kept
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage
 
@@ -123,9 +124,10 @@ def baseline(
     build, source = builder_of(method, loss), source_of(run.model)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
-    with session() as clock, RunDir(out, asked, resume=resume) as folder:
+    again = {**asked, **{part: deciding(run)[part] for part in ("model", "data")}}
+    with session() as clock, RunDir(out, again, resume=resume) as folder:
         loaded = _load(run)
-        run = replace(run, data=with_length(run.data, loaded))
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         asked["data"] = asdict(run.data)
         chosen = build(loaded, run.seed)
         trainable = trainable_of(chosen, loaded, weights, run.seed)
@@ -136,9 +138,9 @@ def baseline(
         if export_model:
             check_writable(loaded.model, source)
         sets = {"forget": forget_tokens, "retain": retain_tokens, "held_out": held_out}
-        model_digest = digest_weights(loaded.model)
+        digests = weight_digests(loaded.model, "model")
         called = dict(zip(("forget", "retain", "held-out retain"), sets.values(), strict=True))
-        folder.reads(inputs(model_digest, called))
+        folder.reads(inputs(digests["model_sha256"], called))
         every = max(1, settings.steps // 10) if evaluate_every is None else evaluate_every
         count = sum(tensor.numel() for tensor in trainable.tensors.values())
         console.print(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")
@@ -163,7 +165,8 @@ def baseline(
             raise
         made = {
             **update.provenance,
-            "model_sha256": model_digest,
+            **digests,
+            **update.edited_digest(loaded.model),
             "model": run.model.model,
             **provenance(source),
             "method": method,
@@ -260,7 +263,8 @@ def _resume_from(folder: RunDir) -> Checkpoint | None:
     path = folder.state / STATE
     if not path.is_file():
         return None
-    checkpoint = Checkpoint.load(path)
+    with reading_kept(path):
+        checkpoint = Checkpoint.load(path)
     console.print(f"resuming after step {checkpoint.curve[-1]['step']}")
     return checkpoint
 

@@ -19,9 +19,10 @@ from kfade.cli.unlearn import git_sha
 from kfade.errors import InputError
 from kfade.export.lora import to_lora
 from kfade.method.unlearn import versions
-from kfade.method.update import DIGESTS, OTHER, Update
+from kfade.method.update import OTHER, Update
+from kfade.models.layers import digest_names
 from kfade.models.load import check_writable, load_model, load_skeleton, save_model
-from kfade.models.sources import Source
+from kfade.models.sources import Source, resolve
 from kfade.runtime.files import making, remove, write_text, writing
 from kfade.runtime.run_dir import RunDir, beside, check_free
 from kfade.runtime.stages import stage
@@ -99,15 +100,27 @@ def _edit(
             )
         check_writable(model, source)
         base = update.compare_base(model)
+        there = update.is_in(model)
+        if sign < 0 and there is False:
+            raise InputError(
+                f"{source.name}: has the weights that {path} was computed on, so that there is no "
+                "such update to take away; give the model that it was added to"
+            )
         change = update if sign > 0 else -update
         lost = change.lost_fraction(model)
         change.apply(model)
         save_model(model, tokenizer, part, source)
         with writing(out):
             part.replace(out)
-    if sign > 0:
-        for note in notes_on_base(update, base, "applied", source.revision, source.tokenizer):
-            console.print(note)
+    notes = []
+    if sign > 0 and there:
+        notes = [f"note: {source.name} held this update already; it has been added once more"]
+    elif sign > 0:
+        notes = notes_on_base(update, base, "applied", source.revision, source.tokenizer)
+    elif there is None:
+        notes = [f"note: nothing shows that {source.name} held this update; taken away anyway"]
+    for note in notes:
+        console.print(note)
     result = {
         "out": str(out),
         "weights": len(update.deltas),
@@ -163,7 +176,8 @@ def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
     """What is to be said of the updates' bases.
 
     Raises:
-        InputError: they change one weight in different shapes.
+        InputError: they change one weight in different shapes, or are of architectures that have
+            none of the changed weights in common.
     """
     notes = []
     for (path, one), (other_path, other) in combinations(zip(paths, updates, strict=True), 2):
@@ -174,10 +188,18 @@ def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
                     f"{other_path} changes {name} of shape {shapes[1]}, {path} of {shapes[0]}: "
                     "they are of different models"
                 )
+        made = [update.provenance.get("architecture") for update in (one, other)]
+        apart = one.deltas.keys().isdisjoint(other.deltas.keys())
+        if apart and None not in made and made[0] != made[1]:
+            raise InputError(
+                f"{other_path} was computed on a {made[1]}, {path} on a {made[0]}, and they change "
+                "no weight in common: no model holds the weights of both"
+            )
         models = [update.provenance.get("model") for update in (one, other)]
-        digests = [[part.provenance.get(name) for name in DIGESTS] for part in (one, other)]
-        same_base = digests[0][0] == digests[1][0] or (
-            digests[0][1] is not None and digests[0][1] == digests[1][1]  # in another dtype
+        bases = [part.provenance for part in (one, other)]
+        first, *rounded = digest_names("weights")
+        same_base = bases[0].get(first) == bases[1].get(first) or any(
+            digest in bases[0] and bases[0][digest] == bases[1].get(digest) for digest in rounded
         )
         if one.deltas.keys() == other.deltas.keys() and not same_base:
             notes.append(
@@ -193,10 +215,12 @@ def _common(updates: Sequence[Update]) -> dict[str, Any]:
     """Provenance of a sum: that of all parts, and what they agree on about their base."""
     parts = [update.provenance for update in updates]
     common: dict[str, Any] = {"merged": parts}
-    if all(part.get("model") == parts[0].get("model") for part in parts):
-        common["model"] = parts[0].get("model")
+    for fact in ("model", "architecture"):
+        if all(part.get(fact) == parts[0].get(fact) for part in parts):
+            common[fact] = parts[0].get(fact)
     same_weights = all(update.deltas.keys() == updates[0].deltas.keys() for update in updates)
-    for digest in DIGESTS if same_weights else ():  # else none is over the sum's weights
+    own = digest_names("weights") if same_weights else []  # else none is over the sum's weights
+    for digest in [*own, *digest_names("model")]:
         if len({part.get(digest) for part in parts}) == 1 and digest in parts[0]:
             common[digest] = parts[0][digest]
     return common
@@ -225,10 +249,10 @@ def export_lora(
         raise InputError(f"{update}: does not say of which model it is; give --model")
     with session() as clock, RunDir(out, {"update": str(update), "rank": rank}) as folder:
         with stage("load"):
+            revision = revision or loaded.provenance.get("revision")
+            _refuse_no_base(Source(name, revision))
             skeleton = load_skeleton(
-                name,
-                trust_remote_code=bool(trust_remote_code),
-                revision=revision or loaded.provenance.get("revision"),
+                name, trust_remote_code=bool(trust_remote_code), revision=revision
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with stage("decompose"):
@@ -251,6 +275,11 @@ def export_lora(
             "git_sha": git_sha(),
         }
         folder.finish(manifest, metrics)
+    if "adapter_base" in loaded.provenance:
+        console.print(
+            f"note: the update was computed on the adapter {loaded.provenance['model']}; this one "
+            f"holds the update alone, for a model that has that adapter merged"
+        )
     worst = max(lora.errors, key=lambda weight: lora.errors[weight])
     lines = [
         f"adapter of rank {rank} for {len(lora.errors)} weights written to {out}",
@@ -258,6 +287,18 @@ def export_lora(
         f"{100 * lora.errors[worst]:.3g} %",
     ]
     show({"out": str(out), **metrics}, json, lines)
+
+
+def _refuse_no_base(source: Source) -> None:
+    """Raises InputError for a model that peft cannot put an adapter on."""
+    place = resolve(source)
+    what = "an adapter itself" if place.adapter is not None else "a GGUF file"
+    if place.adapter is not None or "gguf_file" in place.weights.options:
+        raise InputError(
+            f"{source.name}: is {what}, on which peft puts no adapter; write the whole edited "
+            "model with kfade apply, or save the model as a folder of its own (of an adapter after "
+            "peft's merge_and_unload) and name that folder as --model"
+        )
 
 
 def _norm(update: Update) -> float:

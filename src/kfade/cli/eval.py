@@ -121,6 +121,8 @@ class Evaluation:
         """:func:`load_judged`, of the model whose origin the manifest tells."""
         subject = load_judged(name, **options)
         self._provenance = subject.provenance
+        if not (self.settings.get("template_file") or subject.tokenizer.chat_template):
+            self.settings.pop("template_date", None)  # no template was told it
         return subject
 
     @contextlib.contextmanager

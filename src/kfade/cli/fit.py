@@ -20,14 +20,14 @@ from kfade.cli.session import (
     to_tokens,
     with_length,
 )
-from kfade.cli.template import dated
+from kfade.cli.template import as_used, dated
 from kfade.cli.unlearn import curvature_bytes, git_sha
 from kfade.curvature.store import Store
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.method.preflight import preflight
 from kfade.method.unlearn import versions
-from kfade.models.layers import digest_weights, parameter_names
+from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.models.load import provenance
 from kfade.runs.config import RunConfig, deciding, override, read_config, write_config
@@ -84,13 +84,14 @@ def fit(
     examples, _ = read_retain(run.data, run.seed)
     with session() as clock, RunDir(out, deciding(run), resume=resume) as folder:
         loaded = load(run.model, run.fit)
-        run = replace(run, data=with_length(run.data, loaded))
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
         with stage("load"):
             preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
-        folder.reads(inputs(digest_weights(loaded.model), {"retain": sequences}))
+        digests = weight_digests(loaded.model, "model")
+        folder.reads(inputs(digests["model_sha256"], {"retain": sequences}))
         weight = loaded.targets[0].weight
         batches = make_batches(
             sequences,
@@ -107,7 +108,7 @@ def fit(
                 seed=run.seed,
                 recompute=run.fit.recompute,
                 memory=budget,
-                store=Store(folder.state, _made_for(run, loaded, sequences)),
+                store=Store(folder.state, {**_made_for(run, loaded, sequences), **digests}),
             )
         files = sorted(folder.state.glob("curvature-*.safetensors"))
         metrics = _metrics(clock, sequences, files)
@@ -138,6 +139,8 @@ def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[TokenSequence]
     return {
         "model": run.model.model,
         **provenance(source_of(run.model)),
+        "dtype": str(loaded.targets[0].weight.dtype).removeprefix("torch."),
+        "settings": deciding(run)["fit"],
         "weights_sha256": {
             t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
         },

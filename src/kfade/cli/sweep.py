@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
+from kfade.cli.inputs import SavedFit
 from kfade.cli.session import show
 from kfade.cli.sweep_run import Request, point_line, run_sweep
 from kfade.cli.template import dated
@@ -112,9 +113,12 @@ def sweep(
     """
     given = {name: value for name, value in locals().items() if name in _SETTINGS}
     fitted = read_config(curvature / "config.yaml")
+    saved = SavedFit.read(curvature)
     run = override(read_config(config) if config else fitted, **given)
-    run = replace(run, fit=fitted.fit, step=replace(run.step, steps=1), size=SizeConfig())
-    run = override(run, recompute=recompute)
+    run = replace(run, step=replace(run.step, steps=1), size=SizeConfig())
+    run = saved.settled(override(run, recompute=recompute), {})
+    whole = {name: getattr(saved.settings, name) for name in ("layers", "target")}
+    run = replace(run, fit=replace(run.fit, **whole))  # points name blocks of their own
     run = replace(run, data=dated(run.data, out, resume=resume))
     dampings, relative = _dampings(damping, relative_damping, run)
     points = grid(
@@ -127,7 +131,7 @@ def sweep(
     )
     if not max_kl > 0:
         raise InputError(f"--max-kl {max_kl}: give a positive number")
-    result = run_sweep(Request(run, points, curvature, max_kl), out, resume=resume)
+    result = run_sweep(Request(run, points, saved, max_kl), out, resume=resume)
     show(result, json, _lines(result))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kfade.cli import options as o
-from kfade.cli.inputs import inputs, read_curvature
+from kfade.cli.inputs import SavedFit, inputs
 from kfade.cli.session import (
     Loaded,
     console,
@@ -24,6 +24,7 @@ from kfade.cli.session import (
     to_tokens,
     with_length,
 )
+from kfade.cli.template import as_used
 from kfade.cli.unlearn import git_sha, run_metrics
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.data.batches import Batch
@@ -35,10 +36,10 @@ from kfade.method.objectives import Objective
 from kfade.method.sweep import cut, sweep, targets_within
 from kfade.method.unlearn import unlearn, versions
 from kfade.method.update import Update
-from kfade.models.layers import Target, digest_weights, parameter_names
+from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.runs.config import RunConfig, SizeConfig, deciding, write_config
-from kfade.runtime.files import write_tensors
+from kfade.runtime.files import reading_kept, write_tensors
 from kfade.runtime.run_dir import RunDir
 
 POINTS = "points.jsonl"
@@ -51,8 +52,8 @@ class Request:
     run: RunConfig
     """Model, data, and the settings of the fit."""
     points: Sequence[Point]
-    curvature: Path
-    """Folder of a ``kfade fit``."""
+    saved: SavedFit
+    """The curvature."""
     max_kl: float
     """A point is picked within this measured KL."""
 
@@ -63,7 +64,7 @@ class _Ready:
 
     request: Request
     loaded: Loaded
-    model_digest: str
+    digests: dict[str, str]
     """Of all weights."""
     curvature: Curvature
     objectives: dict[str, Objective]
@@ -74,32 +75,29 @@ class _Ready:
 
 def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """From a request to its folder; returns what is told about it."""
-    run, max_kl = request.run, request.max_kl
+    run, saved, max_kl = request.run, request.saved, request.max_kl
     objectives = {name: o.objective_of(name) for name in {p.objective for p in request.points}}
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {
         **deciding(run),
-        "curvature": str(request.curvature),
+        "curvature": str(saved.path),
         "points": [point.id for point in request.points],
         "max_kl": max_kl,
     }
     with session() as clock, RunDir(out, asked, resume=resume) as folder:
-        Curvature.load(request.curvature)  # is it one? before the model is read
         loaded = load(run.model, run.fit)
-        run = replace(run, data=with_length(run.data, loaded))
-        saved = read_curvature(request.curvature, loaded)
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
+        request = replace(request, run=run)
+        asked = {**asked, "data": deciding(run)["data"]}
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
-        model_digest = digest_weights(loaded.model)
-        folder.reads(inputs(model_digest, sets_by_name))
-        ready = _Ready(request, loaded, model_digest, saved, objectives, *tokens)
-        if digest_sequences(ready.retain) != saved.provenance.get("retain_sha256"):
-            console.print(
-                "note: the curvature was not fitted on what is kept of --retain here, so it may "
-                "have seen the texts that KL is measured on"
-            )
+        digests = weight_digests(loaded.model, "model")
+        curvature = saved.of(loaded, digests["model_sha256"])
+        folder.reads(inputs(digests["model_sha256"], sets_by_name, saved))
+        ready = _Ready(request, loaded, digests, curvature, objectives, *tokens)
+        saved.note_other_texts(ready.retain)
         outcomes = _measure(ready, folder)
         best = pick(outcomes, max_kl)
         metrics: dict[str, Any] = {"sweep": _aggregate(outcomes, max_kl)}
@@ -128,7 +126,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
     header = {
         "benchmark": "sweep",
         "model": run.model.model,
-        "curvature": str(request.curvature),
+        "curvature": str(request.saved.path),
         "weights_sha256": digest_weights(model, parameter_names(ready.loaded.targets)),
         "forget_sha256": digest_sequences(ready.forget),
         "held_out_sha256": digest_sequences(ready.held_out),
@@ -161,7 +159,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
                 seed=run.seed,
                 retain=ready.retain,
                 refine_sequences=run.refinement.refine_sequences,
-                shared_seconds=_fit_seconds(request.curvature),
+                shared_seconds=_fit_seconds(request.saved.path),
                 done={point: _outcome(point, values) for point, values in known.items()},
                 on_point=note,
             )
@@ -185,10 +183,10 @@ def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
     ) -> Matrices:
         name = f"gradient-{objective.__name__}-{digest}.safetensors"
         if (folder.state / name).is_file():
-            return load_file(folder.state / name, str(targets[0].weight.device))
+            with reading_kept(folder.state / name):
+                return load_file(folder.state / name, str(targets[0].weight.device))
         matrices = forget_gradient(model, batches, targets, objective, **options)
-        whole = {key: matrix.contiguous() for key, matrix in matrices.items()}
-        folder.keep(name, lambda path: write_tensors(path, whole))
+        folder.keep(name, lambda path: write_tensors(path, matrices))
         return matrices
 
     return kept
@@ -217,7 +215,9 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         refine_sequences=run.refinement.refine_sequences,
     )
     about = {
-        "model_sha256": ready.model_digest,
+        **ready.digests,
+        **update.edited_digest(ready.loaded.model),
+        **ready.request.saved.facts(),
         "model": run.model.model,
         **provenance(source_of(run.model)),
         "config": asdict(run),

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from kfade.cli.options import chat_of
 from kfade.data.chat import ChatTemplate
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
@@ -58,6 +59,8 @@ def dated(
     template_of(config)  # can it be read? before anything else is
     made = _recorded(Update.load(update).provenance) if update is not None else {}
     config = _with_templates_of(made, config)
+    if config.template == "plain":
+        return config
     resumed = _recorded(interrupted(out)) if resume else {}
     date = config.template_date or resumed.get(_DATE) or made.get(_DATE)
     if date is None:
@@ -65,6 +68,15 @@ def dated(
         now = distributed.all_gather_lists([int(time.time())])[0][0]
         date = datetime.fromtimestamp(now).isoformat()
     return replace(config, template_date=date, template_sha256=_digest(config))
+
+
+def as_used(config: DataConfig, tokenizer: Any) -> DataConfig:
+    """The settings for a manifest: without the date where conversations go through no template.
+
+    Two runs that differ in nothing else are then told alike.
+    """
+    used = template_of(config).used_by(tokenizer, chat_of(config.template))
+    return config if used else replace(config, template_date=None)
 
 
 def rendering_of(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from kfade.cli import options as o
-from kfade.cli.inputs import inputs, read_curvature
+from kfade.cli.inputs import SavedFit, inputs
 from kfade.cli.session import (
     Loaded,
     console,
@@ -27,7 +27,7 @@ from kfade.cli.session import (
     to_tokens,
     with_length,
 )
-from kfade.cli.template import dated
+from kfade.cli.template import as_used, dated
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.fit import Fit
 from kfade.curvature.store import Store
@@ -39,11 +39,12 @@ from kfade.method.step import StepSize
 from kfade.method.unlearn import DEFAULT_DAMPING, DEFAULT_KL
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
-from kfade.models.layers import Target, digest_weights, parameter_names
+from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.planning.memory import curvature_budget
 from kfade.runs.config import RunConfig, deciding, override, read_config, write_config
 from kfade.runtime import distributed
+from kfade.runtime.files import reading_kept
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage
 
@@ -107,7 +108,9 @@ def unlearn(
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
     run = override(read_config(config) if config else RunConfig(), **given)
-    result = run_unlearn(run, out, curvature=curvature, resume=resume, export_model=export_model)
+    saved = SavedFit.read(curvature) if curvature is not None else None
+    run = saved.settled(run, given) if saved is not None else run
+    result = run_unlearn(run, out, saved=saved, resume=resume, export_model=export_model)
     show(result, json, summary(result))
 
 
@@ -119,14 +122,15 @@ def run_unlearn(
     run: RunConfig,
     out: Path,
     *,
-    curvature: Path | None = None,
+    saved: SavedFit | None = None,
     resume: bool = False,
     export_model: bool = False,
     loaded: Loaded | None = None,
 ) -> dict[str, Any]:
     """One run of the method from its configuration to its folder; returns the metrics.
 
-    ``loaded`` is the configuration's model, where the caller has it already.
+    ``saved``: the first step's curvature, whose settings are the configuration's. ``loaded`` is the
+    configuration's model, where the caller has it already.
     """
     if export_model and run.model.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
@@ -135,12 +139,10 @@ def run_unlearn(
     fit = o.fit_of(run.fit.estimator)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
-    saved = {"curvature": str(curvature) if curvature else None}
-    with session() as clock, RunDir(out, {**deciding(run), **saved}, resume=resume) as folder:
-        if curvature is not None:
-            Curvature.load(curvature)  # is it one? before the model is read
+    given = {"curvature": str(saved.path) if saved is not None else None}
+    with session() as clock, RunDir(out, {**deciding(run), **given}, resume=resume) as folder:
         loaded = loaded or load(run.model, run.fit)
-        run = replace(run, data=with_length(run.data, loaded))
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         budget = curvature_bytes(run, loaded)
         spread(run.model, loaded.model)
         forget, retain, held_out = (
@@ -149,11 +151,14 @@ def run_unlearn(
         )
         if export_model:
             check_writable(loaded.model, source)
-        model_digest = digest_weights(loaded.model)
+        digests = weight_digests(loaded.model, "model")
+        curvature = saved.of(loaded, digests["model_sha256"]) if saved is not None else None
         sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
-        folder.reads(inputs(model_digest, sets))
+        folder.reads(inputs(digests["model_sha256"], sets, saved))
+        if saved is not None:
+            saved.note_other_texts(retain)
         made_for = {
-            "model_sha256": model_digest,
+            "model_sha256": digests["model_sha256"],
             "retain_sha256": digest_sequences(retain),
             "config": deciding(run)["fit"],
         }
@@ -164,7 +169,7 @@ def run_unlearn(
             held_out=held_out,
             targets=loaded.targets,
             fit=_kept(fit, folder, budget, made_for),
-            curvature=read_curvature(curvature, loaded) if curvature is not None else None,
+            curvature=curvature,
             start=_resume_from(folder),
             on_step=partial(_keep_step, folder, run.step.steps),
             **method,
@@ -173,7 +178,9 @@ def run_unlearn(
             update.deltas,
             {
                 **update.provenance,
-                "model_sha256": model_digest,
+                **digests,
+                **update.edited_digest(loaded.model),
+                **(saved.facts() if saved is not None else {}),
                 "model": run.model.model,
                 **provenance(source),
                 "config": asdict(run),
@@ -190,7 +197,7 @@ def run_unlearn(
             **{k: v for k, v in update.provenance.items() if k not in ("steps", "config")},
             "seed": run.seed,
             "git_sha": git_sha(),
-            "config": {**asdict(run), **saved},
+            "config": {**asdict(run), **given},
         }
         folder.finish(manifest, metrics, write_config(run))
     return {"out": str(out), **metrics}
@@ -339,7 +346,8 @@ def _resume_from(folder: RunDir) -> Update | None:
     done = sorted(folder.state.glob("update-*.safetensors"))
     if not done:
         return None
-    update = Update.load(done[-1])
+    with reading_kept(done[-1]):
+        update = Update.load(done[-1])
     console.print(f"resuming after step {len(update.provenance['steps'])}")
     return update
 

@@ -65,11 +65,20 @@ class Curvature:
         Raises:
             InputError: no such file, or not a curvature file of this format.
         """
-        files = sorted(path.glob("curvature-*.safetensors")) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
-            raise InputError(f"{path}: no such curvature; make one with kfade fit")
         blocks = StoredBlocks(device)
         provenance: dict[str, Any] = {}
-        for file in files:
+        for file in curvature_files(path):
             provenance = blocks.include(file)
         return cls(blocks, provenance)
+
+
+def curvature_files(path: Path) -> list[Path]:
+    """The files of a curvature: a file, or a folder of them.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = sorted(path.glob("curvature-*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise InputError(f"{path}: no such curvature; make one with kfade fit")
+    return files

@@ -21,7 +21,7 @@ from torch import Tensor
 from kfade.curvature.block import EigenBlock
 from kfade.errors import InputError
 from kfade.runtime import distributed
-from kfade.runtime.files import write_tensors
+from kfade.runtime.files import reading_kept, write_tensors
 
 FORMAT = "kfade-curvature-1"
 PARTS = ("q_out", "q_in", "eigenvalues")
@@ -90,7 +90,6 @@ def write_blocks(
             key = stored.setdefault(id(tensor), f"{name}/{part}")
             layout[name][part] = key
             tensors[key] = tensor  # held, so that no id is used twice
-    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     metadata = {"format": FORMAT, "layout": layout, "provenance": provenance}
     write_tensors(path, tensors, {"kfade": json.dumps(metadata)})
 
@@ -121,7 +120,8 @@ class Store:
         if not path.is_file():
             return False
         blocks = StoredBlocks(self.device)
-        made = blocks.include(path)
+        with reading_kept(path):
+            made = blocks.include(path)
         if list(blocks) != list(names) or _text(made) != _text({**facts, **self.provenance}):
             raise InputError(
                 f"{path}: of another fit (model, data, settings or --memory differ); repeat it as "
@@ -154,11 +154,13 @@ class Store:
     def keeper(
         self, group: int, facts: Mapping[str, Any], stage: str, *, together: bool = False
     ) -> SumsKeeper:
-        """Keeps the sums of one pass over one group, in this process; ``facts`` decide them.
-        ``together``: processes save after the same batches, since each sums what others bring."""
+        """Keeps the sums of one pass over one group, in this process; ``facts`` decide them, of
+        which other ``batches``, as of another budget, only make it begin anew. ``together``:
+        processes save after the same batches, since each sums what others bring."""
         name = f"sums-{group:03}-{stage}-{distributed.rank():03}.safetensors"
         made_for = {**facts, **self.provenance, "processes": distributed.count()}
-        return SumsKeeper(self.folder / name, _text(made_for), self.seconds, together)
+        cut = str(made_for.pop("batches", None))
+        return SumsKeeper(self.folder / name, _text(made_for), cut, self.seconds, together)
 
     def _finished_path(self, number: int) -> Path:
         return self.folder / f"curvature-{number:03}.safetensors"
@@ -167,14 +169,15 @@ class Store:
 class SumsKeeper:
     """The sums of one pass, written every so many seconds; see ``passes.Keeper``."""
 
-    def __init__(self, path: Path, made_for: str, seconds: float, together: bool) -> None:
-        self._path, self._made_for, self._seconds = path, made_for, seconds
+    def __init__(self, path: Path, made_for: str, cut: str, seconds: float, together: bool) -> None:
+        self._path, self._made_for, self._cut, self._seconds = path, made_for, cut, seconds
         self._together = together
         self._saved = time.monotonic()
 
     def load(self, tensors: Mapping[str, Tensor]) -> int:
         """Fill ``tensors``; the number of batches in them. Where processes save together and were
-        interrupted in between, so that they have different numbers: 0, and nothing is filled.
+        interrupted in between, so that they have different numbers, or where the batches are cut
+        otherwise: 0, and nothing is filled.
 
         Raises:
             InputError: they were summed over other data, another model or by more processes; or
@@ -191,7 +194,8 @@ class SumsKeeper:
         if not self._path.is_file():
             return 0
         with self._opened() as file:
-            return int(file.metadata()["batches"])
+            metadata = file.metadata()
+            return int(metadata["batches"]) if metadata["cut"] == self._cut else 0
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -221,7 +225,7 @@ class SumsKeeper:
             due = any(own for [own] in distributed.all_gather_lists([due]))
         if not due:
             return
-        metadata = {"batches": str(batches), "made_for": self._made_for}
+        metadata = {"batches": str(batches), "cut": self._cut, "made_for": self._made_for}
         write_tensors(self._path, tensors, metadata)
         self._saved = time.monotonic()
 

@@ -32,7 +32,7 @@ from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
 from kfade.method.measure import Reference, divergence, hidden_reference
 from kfade.models.head import Head, read_head
 from kfade.models.load import frozen
-from kfade.runtime.files import write_tensors
+from kfade.runtime.files import reading_kept, write_tensors
 from kfade.runtime.progress import track
 
 GROUP_TOKENS = 32768  # 270 MB of hidden states at a width of 4096 in bfloat16
@@ -50,12 +50,13 @@ class Outputs:
     def save(self, path: Path) -> None:
         """Write the hidden states; the head stays with the caller."""
         hidden = enumerate(self.reference.hidden)
-        write_tensors(path, {str(i): hidden_ND.contiguous() for i, hidden_ND in hidden})
+        write_tensors(path, {str(i): hidden_ND for i, hidden_ND in hidden})
 
     @classmethod
     def load(cls, path: Path, head: Head, batches: Sequence[Batch]) -> Outputs:
         """What :meth:`save` wrote for the same batches."""
-        saved = load_file(path, str(batches[0].input_BT.device))
+        with reading_kept(path):
+            saved = load_file(path, str(batches[0].input_BT.device))
         return cls(head, Reference(batches, [saved[str(i)] for i in range(len(batches))]))
 
 

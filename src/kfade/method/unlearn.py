@@ -11,7 +11,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature, Matrices
@@ -33,8 +32,8 @@ from kfade.method.preflight import preflight
 from kfade.method.record import StepRecord, Try, best_try
 from kfade.method.refine import refined_steps
 from kfade.method.step import Probe, Step, StepSize, choose_alpha
-from kfade.method.update import DIGESTS, Update
-from kfade.models.layers import Target, digest_weights, find_targets, parameter_names
+from kfade.method.update import Update
+from kfade.models.layers import Target, find_targets, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
@@ -299,9 +298,9 @@ def base_facts(
     held_out: Sequence[TokenSequence],
 ) -> dict[str, Any]:
     """What an update of the parameters ``names`` was computed on, for its provenance."""
-    dtypes = (None, torch.bfloat16)
     return {
-        **{key: digest_weights(model, names, d) for key, d in zip(DIGESTS, dtypes, strict=True)},
+        "architecture": type(model).__name__,
+        **weight_digests(model, "weights", names),
         "forget_sha256": digest_sequences(forget),
         "retain_sha256": digest_sequences(retain),
         "held_out_sha256": digest_sequences(held_out),

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kfade.errors import InputError
-from kfade.models.layers import digest_weights
+from kfade.models.layers import digest_names, digest_weights, is_copy
 from kfade.runtime import distributed
 from kfade.runtime.files import write_tensors
 
 FORMAT = "kfade-update-1"
-DIGESTS = ("weights_sha256", "weights_bfloat16_sha256")  # as loaded; rounded to bfloat16
+EDITED = "edited_weights_sha256"
 SAME, EQUAL, ROUNDED, OTHER = "same", "equal", "rounded", "other"  # see Update.compare_base
 
 
@@ -96,11 +96,21 @@ class Update:
         """How ``model``'s weights relate to those that this update was computed on.
 
         ``same``: bit for bit. ``equal``: the same values in another dtype. ``rounded``: one is the
-        other rounded to a dtype of fewer bits. ``other``: none of these can be shown.
+        other rounded to a dtype of fewer bits. ``other``: none of these can be shown. Weights that
+        the update does not change are compared, too, where it has digests of the whole model.
 
         Raises:
             InputError: the model lacks a parameter or has it in another shape.
         """
+        found = self.compare_weights(model)
+        whole = digest_names("model")
+        told = whole[:1] if found == SAME else whole  # of one dtype the first says enough
+        if found == OTHER or any(key not in self.provenance for key in told):
+            return found
+        return found if is_copy(self.provenance, model, "model") else OTHER
+
+    def compare_weights(self, model: nn.Module) -> str:
+        """As :meth:`compare_base`, of the weights that this update changes alone."""
         parameters = self._parameters(model)
         recorded = self.provenance.get("weights_sha256")
         if digest_weights(model, self.deltas) == recorded:
@@ -110,10 +120,23 @@ class Update:
                 tensors = [parameters[name].detach() for name in self.deltas]
                 exact = all(torch.equal(t.to(dtype).to(t.dtype), t) for t in tensors)
                 return EQUAL if exact else ROUNDED
-        rounded = self.provenance.get("weights_bfloat16_sha256")
-        if rounded is not None and digest_weights(model, self.deltas, torch.bfloat16) == rounded:
-            return ROUNDED
-        return OTHER
+        return ROUNDED if is_copy(self.provenance, model, "weights", self.deltas) else OTHER
+
+    def edited_digest(self, model: nn.Module) -> dict[str, str]:
+        """For the provenance: what the changed weights of ``model`` are known by after
+        :meth:`apply`."""
+        with self.applied_to(model) as edited:
+            return {EDITED: digest_weights(edited, self.deltas)}
+
+    def is_in(self, model: nn.Module) -> bool | None:
+        """Whether ``model`` is what :meth:`apply` made of the base.
+
+        True and False where digests show it: the weights are, bit for bit, those after or before.
+        None otherwise, as in another dtype or after other changes.
+        """
+        if digest_weights(model, self.deltas) == self.provenance.get(EDITED):
+            return True
+        return False if self.compare_weights(model) in (SAME, EQUAL) else None
 
     def lost_fraction(self, model: nn.Module) -> float:
         """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ for W in the model's dtype: what rounding destroys."""
@@ -134,8 +157,7 @@ class Update:
             InputError: it cannot be written; nothing is left of it then.
         """
         metadata = {"format": FORMAT, "provenance": self.provenance}
-        tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
-        write_tensors(Path(path), tensors, {"kfade": json.dumps(metadata)})
+        write_tensors(Path(path), self.deltas, {"kfade": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path | str) -> Update:

@@ -9,10 +9,10 @@ can be changed is seen in a forward pass over a few tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from kfade.errors import InputError
 from kfade.models.probe import Seen, probe
 from kfade.models.targets import Choice, LeftOut, Target
 from kfade.runtime import distributed
+
+ROUNDINGS = (None, torch.bfloat16, torch.float16)  # of what digests are kept
 
 
 def find_targets(
@@ -160,6 +162,31 @@ def digest_weights(
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weight_digests(
+    model: nn.Module, kind: str, names: Collection[str] | None = None
+) -> dict[str, str]:
+    """:func:`digest_weights` as the values are, ``KIND_sha256``, and of them rounded:
+    ``KIND_bfloat16_sha256``, ``KIND_float16_sha256``. Copies in other dtypes share one of these."""
+    dtypes = zip(digest_names(kind), ROUNDINGS, strict=True)
+    return {key: digest_weights(model, names, dtype) for key, dtype in dtypes}
+
+
+def digest_names(kind: str) -> list[str]:
+    """What :func:`weight_digests` calls them."""
+    return [f"{kind}_sha256", f"{kind}_bfloat16_sha256", f"{kind}_float16_sha256"]
+
+
+def is_copy(
+    recorded: Mapping[str, Any], model: nn.Module, kind: str, names: Collection[str] | None = None
+) -> bool:
+    """Whether ``model`` has the weights that ``recorded`` has digests of, up to a rounding."""
+    dtypes = zip(digest_names(kind), ROUNDINGS, strict=True)
+    return any(
+        key in recorded and recorded[key] == digest_weights(model, names, dtype)
+        for key, dtype in dtypes
+    )
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

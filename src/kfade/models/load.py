@@ -252,6 +252,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
     with making(folder), writing(folder):
         with quiet():
             model.save_pretrained(folder, safe_serialization=True)
+        mode = (folder / "config.json").stat().st_mode
+        for path in folder.glob("*.safetensors"):  # the library may let nobody but the owner read
+            path.chmod(mode)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if resolved is not None:

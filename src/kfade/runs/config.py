@@ -178,9 +178,16 @@ def write_config(config: RunConfig) -> str:
 
 
 def deciding(config: RunConfig) -> dict[str, Any]:
-    """What a resumed run must ask for again: all of ``config`` but what changes no number."""
+    """What a resumed run must ask for again: all of ``config`` but what changes numbers by no more
+    than rounding, so that one that ran out of memory can go on with less."""
     values = asdict(config)
-    del values["fit"]["recompute"]
+    for stage, name in (
+        ("fit", "recompute"),
+        ("data", "batch_tokens"),
+        ("model", "device"),
+        ("model", "trust_remote_code"),
+    ):
+        del values[stage][name]
     return values
 
 

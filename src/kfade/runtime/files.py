@@ -9,12 +9,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from safetensors import SafetensorError
 
 from kfade.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -91,12 +90,36 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file, whole or not at all; see :func:`write_file`."""
     from safetensors.torch import save_file  # with torch, which reports do without
 
-    write_file(path, lambda aside: save_file(dict(tensors), aside, metadata))
+    def write(aside: Path) -> None:
+        aside.touch()
+        mode = aside.stat().st_mode  # of new files; the library may let nobody but the owner read
+        save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata)
+        aside.chmod(mode)
+
+    write_file(path, write)
+
+
+@contextlib.contextmanager
+def reading_kept(path: Path) -> Iterator[None]:
+    """Reading what an unfinished run has kept, the safetensors file ``path``.
+
+    Raises:
+        InputError: it is broken; says what to do.
+    """
+    try:
+        yield
+    except (SafetensorError, InputError) as error:
+        told = str(error)
+        told = told if str(path) in told else f"{path}: not a whole safetensors file ({told})"
+        raise InputError(
+            f"{told}; remove it, so that what it held is computed anew, or the folder of the "
+            "unfinished run"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +22,8 @@ from kfade.errors import InputError
 from kfade.runtime import distributed
 from kfade.runtime.files import unwritable, write_file, write_text, writing
 
-INPUTS = "inputs.json"  # digests of what an unfinished run reads
+CONFIG = "config.json"  # what an unfinished run was asked for
+INPUTS = "inputs.json"  # digests of what it reads
 
 
 def check_free(path: Path) -> None:
@@ -54,9 +56,44 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def interrupted(path: Path) -> dict[str, Any]:
-    """What an interrupted run into ``path`` was asked for; nothing where there is none."""
-    saved = beside(path, ".part") / "config.json"
-    return json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    """What an interrupted run into ``path`` was asked for; nothing where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    saved = beside(path, ".part") / CONFIG
+    return _read(saved) if saved.is_file() else {}
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Settings of two runs that differ, each as ``--option VALUE (here VALUE)``."""
+    found = []
+    for name in [*there, *(name for name in asked if name not in there)]:
+        one, other = there.get(name), asked.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other)
+        elif one != other:
+            called = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            told = (shorten(str(value), 60, placeholder=" ...") for value in (one, other))
+            found.append(f"{called} {next(told)} (here {next(told)})")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object that a run keeps of itself.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, dict)
+    except (ValueError, AssertionError):  # not UTF-8, not JSON, or something else in it
+        raise InputError(
+            f"{path}: not what the interrupted run wrote, so that it cannot be gone on with; "
+            f"remove {path.parent}"
+        ) from None
+    return content
 
 
 class RunDir:
@@ -85,9 +122,10 @@ class RunDir:
             check_free(path)
             if self.part.exists():
                 self._check_resume(resume)
+                self._remove_torn()
             with writing(path):
                 self.state.mkdir(parents=True, exist_ok=True)
-            self._write(self.part / "config.json", self._config)
+            self._write(self.part / CONFIG, self._config)
         distributed.barrier()
 
     def __enter__(self) -> RunDir:
@@ -112,11 +150,13 @@ class RunDir:
             resumed: whether what was kept depends on them; None: if anything was kept.
 
         Raises:
-            InputError: the interrupted run that is gone on with read something else.
+            InputError: the interrupted run that is gone on with read something else, or does not
+                tell.
         """
         path = self.part / INPUTS
-        if path.is_file() and (self._has_state() if resumed is None else resumed):
-            recorded = json.loads(path.read_text(encoding="utf-8"))
+        if self._has_state() if resumed is None else resumed:
+            self._check_told(path, "read")
+            recorded = _read(path)
             changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
             if changed:
                 raise InputError(
@@ -170,9 +210,9 @@ class RunDir:
         if config_yaml is not None:
             write_text(self.part / "config.yaml", config_yaml)
         with writing(self.path):
-            (self.part / "config.json").unlink()
+            shutil.rmtree(self.state)  # first: where there is a state, what it was made of is told
+            (self.part / CONFIG).unlink()
             (self.part / INPUTS).unlink(missing_ok=True)
-            shutil.rmtree(self.state)
             os.replace(self.part, self.path)
 
     def _has_state(self) -> bool:
@@ -184,11 +224,26 @@ class RunDir:
                 f"{self.part}: an interrupted run lies there; pass --resume to go on with it, or "
                 "remove the folder"
             )
+        if self._has_state():
+            self._check_told(self.part / CONFIG, "was asked for")
         asked = interrupted(self.path)
         if asked and asked != self._config:
+            told = ", ".join(differences(asked, self._config))
             raise InputError(
-                f"{self.part}: the interrupted run asked for something else; repeat its options, "
-                "or remove the folder"
+                f"{self.part}: the interrupted run was asked for {told}; repeat its options, or "
+                "remove the folder"
+            )
+
+    def _remove_torn(self) -> None:
+        """Drop what a killed write of safetensors has left, so that it is not published."""
+        for path in self.part.rglob(".tmp*"):
+            path.unlink()
+
+    def _check_told(self, path: Path, what: str) -> None:
+        if not path.is_file():
+            raise InputError(
+                f"{path}: is gone, so that nothing tells what the interrupted run {what}; remove "
+                f"{self.part}"
             )
 
     @staticmethod
