@@ -1,8 +1,14 @@
-"""What was read from files lies in the CPU's memory, the model perhaps not: a stand-in device."""
+"""What was read from files lies in the CPU's memory, the model perhaps not: stand-in devices."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import stand_in
 import torch
 import zoo
 
@@ -57,3 +63,71 @@ def test_unlearn_moves_them_to_the_model(monkeypatch):
     monkeypatch.setattr(Update, "to", lambda self, device: self)  # without the move it fails
     with pytest.raises((RuntimeError, NotImplementedError)):
         kfade.unlearn(model, **data, **options, start=away, curvature=fitted)
+
+
+TESTS = Path(__file__).parent
+ON_THE_DEVICE = (
+    "test_cli.py::test_a_run_writes_what_it_promises",
+    "test_cli.py::test_a_saved_curvature_gives_the_same_update",
+    "test_cli.py::test_a_killed_run_resumes_to_the_same_update",
+    "test_cli.py::test_check_passes_on_a_sound_model",
+    "test_refine.py::test_a_refined_run_is_told_and_replayed",
+    "test_sweep.py::test_an_interrupted_sweep_goes_on_to_the_same_end",
+    "test_baselines_cli.py::test_a_run_writes_what_it_promises",
+    "test_eval_choice.py::test_command",
+    "test_eval_kl.py::test_command_resumes_to_the_same",
+    "test_eval_memorisation.py::test_command_resumes",
+    "test_eval_quantisation.py::test_command",
+    "test_tofu.py::test_the_command_measures_and_its_log_says_the_same",
+    "test_relearning.py::test_an_attack_from_files",
+)
+"""Whole commands, and what is read back by ``--resume``."""
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: devices are made known before anything is computed."""
+    place = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": place},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+needs_stand_in = pytest.mark.skipif(
+    not stand_in.AVAILABLE, reason="this PyTorch has no such devices"
+)
+
+
+@needs_stand_in
+def test_whole_commands_run_on_a_device():
+    """Mixed devices fail there; that the tests pass on the CPU as well is the control."""
+    selected = [str(TESTS / name) for name in ON_THE_DEVICE]
+    done = python("-m", "pytest", "-q", "-p", "stand_in", "-p", "no:cacheprovider", *selected)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+MIXED = """
+import torch, stand_in
+device = stand_in.register()
+x = torch.arange(6.0).reshape(2, 3)
+y = x.to(device).requires_grad_()
+(y.T @ y).sum().backward()
+assert y.grad.device == device
+assert torch.equal(y.grad.cpu(), 2 * x.sum(dim=1, keepdim=True).expand(2, 3))
+assert (y + 1.0).device == device
+for mixed in (lambda: y + x, lambda: x @ y.T, lambda: torch.cat([x, y]), lambda: y.add_(x)):
+    try:
+        mixed()
+    except RuntimeError:
+        continue
+    raise SystemExit("mixed devices passed")
+"""
+
+
+@needs_stand_in
+def test_the_stand_in_computes_and_refuses_mixed_devices():
+    done = python("-c", MIXED)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -131,6 +131,8 @@ def test_report_needs_no_torch():
         "kfade.errors",
         "kfade.data.examples",
         "kfade.data.rows",
+        "kfade.runtime.files",
+        "kfade.runtime.progress",
         *(f"kfade.evaluate.{name}" for name in evaluate),
     }
     own = [folder.parents[1] / f"{name.replace('.', '/')}.py" for name in allowed]
