@@ -37,9 +37,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
-from kfade.method.unlearn import unlearn, versions
+from kfade.method.unlearn import unlearn
 from kfade.models.layers import choose_targets
 from kfade.models.load import frozen
+from kfade.runtime.provenance import versions
 
 ROOT = Path(__file__).parent
 RESULT, PAGE = ROOT / "results" / "families.json", ROOT.parent / "docs" / "models.md"

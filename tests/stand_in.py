@@ -169,15 +169,15 @@ if AVAILABLE:
     def by_default(stand_in):
         """Whatever a test loads, it loads onto the stand-in."""
         import kfade.cli.session
-        import kfade.cli.sweep_run
         import kfade.curvature.store
         import kfade.evaluate.divergence
         import kfade.models.load
+        import kfade.runs.sweeping
 
         with pytest.MonkeyPatch.context() as patch, ByWayOfTheCPU():
             for module in (kfade.models, kfade.cli.session):
                 patch.setattr(module, "default_device", lambda: str(stand_in))
-            for module in (kfade.cli.sweep_run, kfade.evaluate.divergence):
+            for module in (kfade.runs.sweeping, kfade.evaluate.divergence):
                 patch.setattr(module, "load_file", load_file)
             patch.setattr(kfade.curvature.store, "safe_open", SafeOpen)
             patch.setattr(torch, "Generator", generator)

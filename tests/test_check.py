@@ -10,9 +10,9 @@ from test_lengths import MODELS
 
 import kfade
 from kfade.cli.check import _generation, _lengths, _padding
-from kfade.cli.session import Loaded
 from kfade.errors import InputError
 from kfade.models.lengths import LengthClass, no_memory_of_lengths
+from kfade.runs.session import Loaded
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
 

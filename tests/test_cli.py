@@ -178,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch, r
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kfade.cli.unlearn.step_line", interrupted)
+    monkeypatch.setattr("kfade.runs.unlearning.step_line", interrupted)
     assert unlearn(setup, *arguments) == 130
     monkeypatch.undo()
     assert leftovers(setup) == ["out.part"]
@@ -374,7 +374,7 @@ def test_out_of_memory_says_what_to_lower(setup, capsys, monkeypatch):
     def full(*arguments, **named):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
 
-    monkeypatch.setattr("kfade.cli.unlearn.unlearn_model", full)
+    monkeypatch.setattr("kfade.runs.unlearning.unlearn_model", full)
     assert unlearn(setup) == 2
     assert "lower --batch-tokens" in capsys.readouterr().err
     assert leftovers(setup) == []

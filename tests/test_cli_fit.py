@@ -14,12 +14,12 @@ import zoo
 from safetensors.torch import load_file
 
 from kfade.cli import main
-from kfade.cli.options import bytes_of
-from kfade.cli.session import load
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.store import SumsKeeper
 from kfade.errors import InputError
 from kfade.runs.config import FitConfig, ModelConfig, read_config
+from kfade.runs.session import load
+from kfade.runs.words import bytes_of
 
 RETAIN = [{"text": f"line {i} of some text to keep"} for i in range(12)]
 

@@ -235,7 +235,7 @@ def test_a_changed_curvature_is_not_gone_on_with(setup, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfade.cli.unlearn.step_line", interrupt)
+        patch.setattr("kfade.runs.unlearning.step_line", interrupt)
         assert main(run) == 130
     shutil.rmtree(setup["fit"])
     fit(setup, "--seed", "1")
@@ -249,7 +249,7 @@ def test_equal_runs_without_a_chat_template_are_equal(setup, tmp_path, monkeypat
     written = []
     for day in (1, 2):
         moment = datetime(2024, 2, day).timestamp()
-        monkeypatch.setattr("kfade.cli.template.time.time", lambda now=moment: now)
+        monkeypatch.setattr("kfade.runs.template.time.time", lambda now=moment: now)
         assert main(command(setup, "unlearn", "--alpha", "0.01")) == 0
         out = Path(setup["out"])
         evaluated = tmp_path / "kl"
@@ -292,9 +292,12 @@ CHANGES = {
     "the forget set": change_forget,
 }
 INTERRUPTED = {
-    "unlearn": ("kfade.cli.unlearn.step_line", ("--steps", "2", "--no-refit", "--alpha", "0.01")),
+    "unlearn": (
+        "kfade.runs.unlearning.step_line",
+        ("--steps", "2", "--no-refit", "--alpha", "0.01"),
+    ),
     "baseline": ("kfade.cli.baseline.curve_line", ("--steps", "4", "--evaluate-every", "1")),
-    "fit": ("kfade.cli.fit._metrics", ()),
+    "fit": ("kfade.runs.fitting._metrics", ()),
 }
 
 

@@ -443,7 +443,7 @@ def test_a_killed_refined_run_resumes_to_the_same_update(command, tmp_path, monk
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main([*command, *more, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("kfade.cli.unlearn.step_line", lambda *line: (_ for _ in ()).throw(
+        patch.setattr("kfade.runs.unlearning.step_line", lambda *line: (_ for _ in ()).throw(
             KeyboardInterrupt))  # fmt: skip
         assert main([*command, *more, "--out", str(out)]) == 130
     assert main([*command, *more, "--out", str(out), "--refine", "2", "--resume"]) == 2

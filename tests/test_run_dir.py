@@ -71,7 +71,7 @@ def cut(setup, monkeypatch, capsys) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfade.cli.unlearn.step_line", interrupt)
+        patch.setattr("kfade.runs.unlearning.step_line", interrupt)
         assert main(command(setup)) == 130
     assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
     part = Path(setup["out"] + ".part")

@@ -401,7 +401,7 @@ def test_a_resumed_run_and_its_evaluations_are_told_the_date_of_its_beginning(
 ):
     def at(day):
         moment = datetime(2024, 2, day, 12).timestamp()
-        monkeypatch.setattr("kfade.cli.template.time.time", lambda: moment)
+        monkeypatch.setattr("kfade.runs.template.time.time", lambda: moment)
 
     def run(out, *more):
         arguments = [str(chat_folder / "model"), "--out", str(chat_folder / out)]

@@ -187,7 +187,7 @@ def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature
         products.append(arguments)
         return gauss_newton_product(*arguments, **options)
 
-    monkeypatch.setattr(kfade.sweep, "gauss_newton_product", counted)
+    monkeypatch.setattr(kfade.method.sweep, "gauss_newton_product", counted)
     sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
     points = grid(["margin"], ["all", "1"], [0.1], sizes, relative=True, refine=[3, 0, 1])
     assert [p.refine for p in points] == 2 * [0, 0, 1, 1, 3, 3]
@@ -414,7 +414,7 @@ def test_a_sweep_out_of_budget_writes_no_update(fitted, tmp_path, capsys):
 def test_an_interrupted_sweep_goes_on_to_the_same_end(
     fitted, tmp_path, monkeypatch, capsys, trial, gradients
 ):
-    import kfade.cli.sweep_run as sweep_run
+    import kfade.runs.sweeping as sweep_run
 
     grid = ("--kl", "0.001,0.01,0.1", "--objective", "margin,ce")
     assert main(command(fitted, tmp_path / "whole", *grid)) == 0

@@ -403,7 +403,7 @@ def test_the_command_resumes(model_dir, folder, tmp_path, monkeypatch, capsys):
     assert evaluate(model_dir, folder, out) == 2
     assert "--resume" in capsys.readouterr().err
     assert evaluate(model_dir, folder, out, "--resume", "--limit", "2") == 2
-    assert "asked for something else" in capsys.readouterr().err
+    assert "asked for --limit None (here 2);" in capsys.readouterr().err
     assert evaluate(model_dir, folder, out, "--resume", "--json") == 0
     assert json.loads(capsys.readouterr().out)["items"] == dict.fromkeys(SETS, 3)
     assert len(calls) == 4

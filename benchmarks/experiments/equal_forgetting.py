@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 import kfade
-from kfade.cli.options import draw_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
@@ -34,6 +33,7 @@ from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head
 from kfade.models.layers import Target
+from kfade.runs.words import draw_of
 
 Curve = list[dict[str, float]]
 OBJECTIVES = {"margin": kfade.margin, "ce": kfade.cross_entropy}

@@ -36,7 +36,6 @@ from tuning import VARIANTS, chosen, lowest, rates
 import kfade
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense
-from kfade.cli.options import draw_of, fit_of
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
@@ -49,6 +48,7 @@ from kfade.method.gradient import forget_gradient
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.layers import Target
+from kfade.runs.words import draw_of, fit_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue

@@ -11,19 +11,7 @@ import typer
 
 from kfade.cli import options as o
 from kfade.cli.eval import Judged, digest_model, load_judged
-from kfade.cli.inputs import inputs
-from kfade.cli.session import (
-    Loaded,
-    console,
-    read_retain,
-    read_source,
-    session,
-    show,
-    to_tokens,
-    with_length,
-)
-from kfade.cli.template import as_used, dated
-from kfade.cli.unlearn import git_sha
+from kfade.cli.session import console, session, show
 from kfade.data.batches import draw_without_replacement
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence, digest_sequences
@@ -40,8 +28,12 @@ from kfade.evaluate.relearning import (
     Tuning,
 )
 from kfade.evaluate.relearning import attack as attack_model
-from kfade.method.unlearn import MEASURED_SEQUENCES, versions
+from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.runs.config import RunConfig, override
+from kfade.runs.inputs import inputs
+from kfade.runs.session import Loaded, read_retain, read_source, to_tokens, with_length
+from kfade.runs.template import as_used, dated
+from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import stage
 

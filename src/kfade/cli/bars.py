@@ -62,6 +62,10 @@ class Bars:
         """It goes away."""
         self._progress.remove_task(TaskID(task))
 
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        self._progress.console.print(line)
+
 
 @dataclass
 class _Task:
@@ -146,6 +150,10 @@ class Lines:
             seconds = self._clock() - own.begun
             if seconds >= PATIENCE and not self._tasks:
                 self._say(own.end(seconds))
+
+    def say(self, line: str) -> None:
+        """A line at once."""
+        self._say(line)
 
     def tick(self) -> None:
         """Tell of the outermost task, if it is time to."""

@@ -12,27 +12,18 @@ from kfade.baselines.loop import train
 from kfade.cli import baseline_options as b
 from kfade.cli import options as o
 from kfade.cli.baseline_words import builder_of, settings_of, trainable_of
-from kfade.cli.inputs import inputs
-from kfade.cli.session import (
-    Loaded,
-    console,
-    read_retain,
-    read_source,
-    session,
-    show,
-    source_of,
-    to_tokens,
-    with_length,
-)
-from kfade.cli.template import as_used, dated
-from kfade.cli.unlearn import git_sha
+from kfade.cli.session import console, session, show
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, load_model, provenance, save_model
 from kfade.runs.config import RunConfig, deciding, override
+from kfade.runs.inputs import inputs
+from kfade.runs.session import Loaded, read_retain, read_source, source_of, to_tokens, with_length
+from kfade.runs.template import as_used, dated
 from kfade.runtime.files import reading_kept
+from kfade.runtime.provenance import git_sha
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage
 

@@ -12,11 +12,11 @@ from kfade.baselines.loop import Settings, steps_per_epoch
 from kfade.baselines.methods import Defaults, Method
 from kfade.baselines.weights import Dense, LowRank, Trainable
 from kfade.cli.baseline_options import METHODS
-from kfade.cli.session import Loaded
 from kfade.data.sequences import continuation, open_tokens
 from kfade.errors import InputError
 from kfade.models.layers import Target, find_targets
 from kfade.models.load import model_window
+from kfade.runs.session import Loaded
 
 
 def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], Method]:

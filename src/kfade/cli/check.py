@@ -11,7 +11,7 @@ import typer
 from torch import nn
 
 from kfade.cli import options as o
-from kfade.cli.session import Loaded, console, load, read_source, session, show, to_tokens
+from kfade.cli.session import console, session, show
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
@@ -30,6 +30,8 @@ from kfade.models.layers import find_targets
 from kfade.models.lengths import length_class
 from kfade.models.load import model_window
 from kfade.runs.config import RunConfig, override
+from kfade.runs.session import Loaded, load, read_source, to_tokens
+from kfade.runs.words import draw_of, fit_of
 from kfade.runtime.stages import stage
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
@@ -73,7 +75,7 @@ def check(
     """
     given = {name: value for name, value in locals().items() if name != "json"}
     run = override(RunConfig(), **given, template="plain")
-    fit, draw = o.fit_of(run.fit.estimator), o.draw_of(run.fit.labels)
+    fit, draw = fit_of(run.fit.estimator), draw_of(run.fit.labels)
     with session() as clock:
         examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
         loaded = load(run.model, run.fit)

@@ -10,12 +10,14 @@ import typer
 from rich.table import Table
 
 from kfade.cli import options as o
-from kfade.cli.session import console, load, session, show
-from kfade.cli.unlearn import run_unlearn, summary
+from kfade.cli.session import console, session, show
+from kfade.cli.unlearn import summary
 from kfade.demo.data import data_file
 from kfade.demo.run import PROMPTS, demo_model, examine, table_rows
 from kfade.method.update import Update
 from kfade.runs.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
+from kfade.runs.session import load
+from kfade.runs.unlearning import unlearn
 from kfade.runtime.files import write_text
 from kfade.runtime.run_dir import check_free
 from kfade.runtime.stages import stage
@@ -57,7 +59,8 @@ def demo(
         loaded = load(config.model, config.fit)
         with stage("questions"):
             before = examine(loaded.model, loaded.tokenizer)
-    metrics = run_unlearn(config, out, loaded=loaded)
+    with session():
+        metrics = unlearn(config, out, loaded=loaded)
     update = Update.load(out)
     with session() as after_clock, stage("questions"), update.applied_to(loaded.model) as edited:
         after = examine(edited, loaded.tokenizer)

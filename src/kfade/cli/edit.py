@@ -14,16 +14,16 @@ import torch
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.session import console, notes_on_base, session, show
-from kfade.cli.unlearn import git_sha
+from kfade.cli.session import console, session, show
 from kfade.errors import InputError
 from kfade.export.lora import to_lora
-from kfade.method.unlearn import versions
 from kfade.method.update import OTHER, Update
 from kfade.models.layers import digest_names
 from kfade.models.load import check_writable, load_model, load_skeleton, save_model
 from kfade.models.sources import Source, resolve
+from kfade.runs.session import notes_on_base
 from kfade.runtime.files import making, remove, write_text, writing
+from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir, beside, check_free
 from kfade.runtime.stages import stage
 

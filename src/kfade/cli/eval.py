@@ -16,15 +16,15 @@ from typing import Any
 import typer
 from torch import nn
 
-from kfade.cli.session import console, notes_on_base, session
-from kfade.cli.unlearn import git_sha
+from kfade.cli.session import console, session
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
-from kfade.method.unlearn import versions
 from kfade.method.update import Update
 from kfade.models.layers import digest_weights
 from kfade.models.load import load_model, provenance
 from kfade.models.sources import Source
+from kfade.runs.session import notes_on_base
+from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage
 

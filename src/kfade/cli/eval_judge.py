@@ -12,7 +12,6 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.eval import digest_model, evaluation, settings_of
 from kfade.cli.session import console, show
-from kfade.cli.template import rendering_of
 from kfade.errors import InputError
 from kfade.evaluate.judge import Judge
 from kfade.evaluate.log import ItemLog, digest
@@ -22,6 +21,8 @@ from kfade.evaluate.mt_bench import (
     read_bench,
     summarise_ratings,
 )
+from kfade.runs.template import rendering_of
+from kfade.runs.words import chat_of
 from kfade.runtime.stages import stage
 
 ANSWERS = "answers.jsonl"
@@ -126,7 +127,7 @@ def mt_bench(
     )
     how: dict[str, Any] = {
         "template": rendering_of(settings, out, resume=resume, update=update, word=template),
-        "chat": o.chat_of(template or "auto"),
+        "chat": chat_of(template or "auto"),
     }
     asked = read_bench(questions, references)[:limit]
     with evaluation("mt-bench", out, resume, settings) as run:

@@ -25,7 +25,6 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import show
-from kfade.cli.template import rendering_of
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -48,6 +47,8 @@ from kfade.evaluate.divergence import (
 from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models.lengths import length_class
 from kfade.models.load import load_skeleton, load_tokenizer, model_window
+from kfade.runs.template import rendering_of
+from kfade.runs.words import chat_of
 from kfade.runtime.files import writing
 from kfade.runtime.stages import stage
 
@@ -117,7 +118,7 @@ def kl(
         raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
     how: dict[str, Any] = {
         "template": rendering_of(settings, out, resume=resume, update=update, word=template),
-        "chat": o.chat_of(template or "auto"),
+        "chat": chat_of(template or "auto"),
     }
     examples = read_prompts(prompts, limit)
     where: dict[str, Any] = {

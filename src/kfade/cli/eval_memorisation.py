@@ -18,7 +18,6 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import show
-from kfade.cli.template import rendering_of
 from kfade.data.examples import Example, load_examples
 from kfade.data.sequences import TokenSequence, digest_sequences, encode
 from kfade.errors import InputError
@@ -32,6 +31,8 @@ from kfade.evaluate.memorisation import (
 )
 from kfade.evaluate.tokens import token_values
 from kfade.models.load import model_window
+from kfade.runs.template import rendering_of
+from kfade.runs.words import chat_of
 from kfade.runtime.stages import stage
 
 Members = Annotated[
@@ -100,7 +101,7 @@ def memorisation(
     settings = settings_of(locals())
     how: dict[str, Any] = {
         "template": rendering_of(settings, out, resume=resume, update=update, word=template),
-        "chat": o.chat_of(template or "auto"),
+        "chat": chat_of(template or "auto"),
     }
     sources = {"member": members} | ({"non-member": non_members} if non_members else {})
     examples = {name: load_examples(source)[:limit] for name, source in sources.items()}

@@ -19,7 +19,6 @@ from kfade.cli.eval import (
     settings_of,
 )
 from kfade.cli.session import console, show
-from kfade.cli.template import rendering_of
 from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, digest
@@ -39,6 +38,7 @@ from kfade.evaluate.tofu_logs import (
 )
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
 from kfade.models.load import load_tokenizer
+from kfade.runs.template import rendering_of
 from kfade.runtime.stages import stage
 
 RETAIN_ITEMS = "retain.jsonl"

@@ -1,17 +1,11 @@
-"""Options that several commands share, and the words that they turn into functions."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
-from kfade.curvature.fit import Fit, fit_diagonal, fit_ekfac, fit_identity, fit_kfac
-from kfade.errors import InputError
-from kfade.method.objectives import Objective, cross_entropy, margin
 
 DATA, FIT, STEP, SIZE, RUN = "Data", "Curvature", "Step", "Step size (give one)", "Run"
 JUDGED = "What is judged"
@@ -228,81 +222,3 @@ ResamplingSeed = Annotated[int, _option(RUN, "Seed of what is resampled. [0]", "
 Limit = Annotated[
     int | None, _option(DATA, "Take the first so many items only. [all]", "--limit", min=1)
 ]
-
-
-def fit_of(word: str) -> Fit:
-    """The estimator of that name."""
-    match word:
-        case "ekfac":
-            return fit_ekfac
-        case "kfac":
-            return fit_kfac
-        case "diagonal":
-            return fit_diagonal
-        case "identity":
-            return fit_identity
-    raise InputError(f"--estimator {word}: give ekfac, kfac, diagonal or identity")
-
-
-def draw_of(word: str) -> Draw:
-    """The pseudo-label draw of that name."""
-    match word:
-        case "sqrt":
-            return square_root_draw
-        case "sampled":
-            return sampled_labels
-    raise InputError(f"--labels {word}: give sqrt or sampled")
-
-
-def objective_of(word: str, flag: str = "--objective") -> Objective:
-    """The forgetting objective of that name; ``flag`` is what gave it."""
-    match word:
-        case "margin":
-            return margin
-        case "ce":
-            return cross_entropy
-    raise InputError(f"{flag} {word}: give margin or ce")
-
-
-def chat_of(word: str) -> bool | None:
-    """What ``encode`` calls ``chat``."""
-    match word:
-        case "auto":
-            return None
-        case "chat":
-            return True
-        case "plain":
-            return False
-    raise InputError(f"--template {word}: give auto, chat or plain")
-
-
-def until_of(word: str | None) -> dict[str, float]:
-    """``forget_loss=2.7`` or ``forget_probability=0.1`` as ``unlearn`` calls it."""
-    if word is None:
-        return {}
-    names = {"forget_loss": "until", "forget_probability": "until_probability"}
-    name, _, value = word.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if name not in names or not math.isfinite(number):
-        raise InputError(
-            f"--until {word}: write forget_loss=NUMBER, in nats per token, or "
-            "forget_probability=NUMBER, the mean over the forget texts"
-        )
-    return {names[name]: number}
-
-
-def bytes_of(size: str, option: str = "--memory") -> int:
-    """Bytes of ``20GB``, ``800MB`` or a plain number; powers of 1000."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number = size.strip().rstrip("BGKMTbgkmt")
-    unit = size.strip()[len(number) :].upper()
-    try:
-        value = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise InputError(f"{option} {size}: write a size as 20GB or 800MB")
-    return value

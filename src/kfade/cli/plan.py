@@ -28,6 +28,7 @@ from kfade.planning.memory import (
     on_shapes,
     peaks,
 )
+from kfade.runs.words import bytes_of, fit_of
 
 DEVICE = "Device"
 
@@ -165,7 +166,7 @@ class _Machines:
 
 
 def _machines(memory: Sequence[str] | None, devices: int | None) -> _Machines:
-    sizes = [o.bytes_of(size) for given in memory or () for size in given.split(",")]
+    sizes = [bytes_of(size) for given in memory or () for size in given.split(",")]
     count = max(1, len(sizes)) if devices is None else devices
     if count < 1:
         raise InputError(f"--devices {devices}: give 1 or more")
@@ -178,7 +179,7 @@ def _machines(memory: Sequence[str] | None, devices: int | None) -> _Machines:
 
 
 def _check(work: Work) -> None:
-    o.fit_of(work.estimator)
+    fit_of(work.estimator)
     if work.sequence_length < 2 or work.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
     if work.retain_tokens < 1 or work.forget_tokens < 1:

@@ -10,15 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.inputs import SavedFit
-from kfade.cli.session import show
-from kfade.cli.sweep_run import Request, point_line, run_sweep
-from kfade.cli.template import dated
+from kfade.cli.session import session, show
 from kfade.errors import InputError
 from kfade.method.grid import ALL, grid
 from kfade.method.step import StepSize
 from kfade.method.unlearn import DEFAULT_DAMPING
 from kfade.runs.config import RunConfig, SizeConfig, override, read_config
+from kfade.runs.inputs import SavedFit
+from kfade.runs.sweeping import Request, point_line
+from kfade.runs.sweeping import sweep as run_sweep
+from kfade.runs.template import dated
 
 DEFAULT_KLS = "0.001,0.003,0.01,0.03"
 DEFAULT_MAX_KL = 0.02  # twice what an unlearn that is told nothing aims at
@@ -131,7 +132,8 @@ def sweep(
     )
     if not max_kl > 0:
         raise InputError(f"--max-kl {max_kl}: give a positive number")
-    result = run_sweep(Request(run, points, saved, max_kl), out, resume=resume)
+    with session():
+        result = run_sweep(Request(run, points, saved, max_kl), out, resume=resume)
     show(result, json, _lines(result))
 
 

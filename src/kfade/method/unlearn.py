@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +34,7 @@ from kfade.method.update import Update
 from kfade.models.layers import Target, find_targets, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.runtime import distributed
+from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage
 
 MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
@@ -282,12 +281,6 @@ def _tries(
             )
         taken.append(record.exact_kl)
         yield record, changes
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that the numbers depend on."""
-    packages = ("kfade", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def base_facts(

@@ -31,6 +31,10 @@ class Reporter(Protocol):
         """It is over, or was cut short."""
         ...
 
+    def say(self, line: str) -> None:
+        """Something that whoever watches wants to know."""
+        ...
+
 
 _reporter: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar(
     "kfade_progress", default=None
@@ -45,6 +49,13 @@ def reporting(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         _reporter.reset(token)
+
+
+def say(line: str) -> None:
+    """Tell whoever watches; nobody does in a library call."""
+    reporter = _reporter.get()
+    if reporter is not None:
+        reporter.say(line)
 
 
 @contextlib.contextmanager

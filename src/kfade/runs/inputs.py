@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kfade.cli.session import Loaded, console
 from kfade.curvature.curvature import Curvature, curvature_files
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.models.layers import digest_weights, is_copy, parameter_names
 from kfade.models.load import DTYPES
 from kfade.runs.config import FitConfig, RunConfig
+from kfade.runs.session import Loaded
+from kfade.runtime import progress
 
 
 def inputs(
@@ -103,7 +104,7 @@ class SavedFit:
     def note_other_texts(self, retain: Sequence[TokenSequence]) -> None:
         """Say so where it was fitted on other texts than the run's own ``retain``."""
         if digest_sequences(retain) != self.curvature.provenance.get("retain_sha256"):
-            console.print(
+            progress.say(
                 "note: the curvature was not fitted on what is kept of --retain here, so it may "
                 "have seen the texts that KL is measured on"
             )

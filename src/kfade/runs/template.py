@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from kfade.cli.options import chat_of
 from kfade.data.chat import ChatTemplate
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.runs.config import DataConfig
+from kfade.runs.words import chat_of
 from kfade.runtime import distributed
 from kfade.runtime.run_dir import interrupted
 

@@ -11,21 +11,6 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from kfade.cli import options as o
-from kfade.cli.inputs import SavedFit, inputs
-from kfade.cli.session import (
-    Loaded,
-    console,
-    load,
-    read_retain,
-    read_source,
-    session,
-    source_of,
-    to_tokens,
-    with_length,
-)
-from kfade.cli.template import as_used
-from kfade.cli.unlearn import git_sha, run_metrics
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
@@ -33,14 +18,31 @@ from kfade.evaluate.log import ItemLog
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.method.objectives import Objective
-from kfade.method.sweep import cut, sweep, targets_within
-from kfade.method.unlearn import unlearn, versions
+from kfade.method.sweep import cut, targets_within
+from kfade.method.sweep import sweep as sweep_model
+from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
 from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.runs.config import RunConfig, SizeConfig, deciding, write_config
+from kfade.runs.inputs import SavedFit, inputs
+from kfade.runs.session import (
+    Loaded,
+    load,
+    read_retain,
+    read_source,
+    source_of,
+    to_tokens,
+    with_length,
+)
+from kfade.runs.template import as_used
+from kfade.runs.unlearning import run_metrics
+from kfade.runs.words import objective_of
+from kfade.runtime import progress
 from kfade.runtime.files import reading_kept, write_tensors
+from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, timing
 
 POINTS = "points.jsonl"
 
@@ -73,10 +75,10 @@ class _Ready:
     held_out: list[TokenSequence]
 
 
-def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any]:
+def sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """From a request to its folder; returns what is told about it."""
     run, saved, max_kl = request.run, request.saved, request.max_kl
-    objectives = {name: o.objective_of(name) for name in {p.objective for p in request.points}}
+    objectives = {name: objective_of(name) for name in {p.objective for p in request.points}}
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {
@@ -85,7 +87,8 @@ def run_sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str,
         "points": [point.id for point in request.points],
         "max_kl": max_kl,
     }
-    with session() as clock, RunDir(out, asked, resume=resume) as folder:
+    clock = Clock()
+    with timing(clock), RunDir(out, asked, resume=resume) as folder:
         loaded = load(run.model, run.fit)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         request = replace(request, run=run)
@@ -137,14 +140,14 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
     with ItemLog(path, header) as log:
         known = {point: log.items[point.id] for point in points if point.id in log.items}
         if known:
-            console.print(f"resuming after {len(known)} of {len(points)} points")
+            progress.say(f"resuming after {len(known)} of {len(points)} points")
 
         def note(outcome: Outcome) -> None:
             log.add(outcome.point.id, **label, **outcome.values)
-            console.print(point_line(outcome.point.id, outcome.values))
+            progress.say(point_line(outcome.point.id, outcome.values))
 
         try:
-            outcomes = sweep(
+            outcomes = sweep_model(
                 model,
                 points,
                 forget=ready.forget,

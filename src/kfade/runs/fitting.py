@@ -1,0 +1,107 @@
+"""The curvature of a model on a retain set, from a configuration to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from kfade.curvature.store import Store
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.method.preflight import preflight
+from kfade.models.layers import digest_weights, parameter_names, weight_digests
+from kfade.models.lengths import length_class
+from kfade.models.load import provenance
+from kfade.runs.config import RunConfig, deciding, write_config
+from kfade.runs.inputs import inputs
+from kfade.runs.session import Loaded, load, read_retain, source_of, spread, to_tokens, with_length
+from kfade.runs.template import as_used, dated
+from kfade.runs.unlearning import curvature_bytes
+from kfade.runs.words import draw_of, fit_of
+from kfade.runtime import distributed
+from kfade.runtime.provenance import git_sha, versions
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, stage, timing
+
+
+def fit(run: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Fit the curvature of the configuration's model on its retain set; returns the metrics."""
+    run = replace(run, data=dated(run.data, out, resume=resume))
+    fit_function, draw = fit_of(run.fit.estimator), draw_of(run.fit.labels)
+    examples, _ = read_retain(run.data, run.seed)
+    clock = Clock()
+    with timing(clock), RunDir(out, deciding(run), resume=resume) as folder:
+        loaded = load(run.model, run.fit)
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
+        budget = curvature_bytes(run, loaded)
+        spread(run.model, loaded.model)
+        with stage("load"):
+            preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
+        sequences = to_tokens(examples, loaded, run.data)
+        digests = weight_digests(loaded.model, "model")
+        folder.reads(inputs(digests["model_sha256"], {"retain": sequences}))
+        weight = loaded.targets[0].weight
+        batches = make_batches(
+            sequences,
+            budget=run.data.batch_tokens,
+            device=weight.device,
+            group=length_class(loaded.model),
+        )
+        with stage("fit"):
+            curvature = fit_function(
+                loaded.model,
+                batches,
+                loaded.targets,
+                draw=draw,
+                seed=run.seed,
+                recompute=run.fit.recompute,
+                memory=budget,
+                store=Store(folder.state, {**_made_for(run, loaded, sequences), **digests}),
+            )
+        files = sorted(folder.state.glob("curvature-*.safetensors"))
+        metrics = _metrics(clock, sequences, files)
+        distributed.barrier()
+        for path in files:
+            folder.publish(path.name)
+        manifest = {
+            "kind": "fit",
+            **curvature.provenance,
+            "git_sha": git_sha(),
+            "config": asdict(run),
+        }
+        folder.finish(manifest, metrics, write_config(run))
+    return {"out": str(out), **metrics}
+
+
+def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+    """What the curvature belongs to, kept with it."""
+    return {
+        "model": run.model.model,
+        **provenance(source_of(run.model)),
+        "dtype": str(loaded.targets[0].weight.dtype).removeprefix("torch."),
+        "settings": deciding(run)["fit"],
+        "weights_sha256": {
+            t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
+        },
+        "retain_sha256": digest_sequences(sequences),
+        "versions": versions(),
+    }
+
+
+def _metrics(
+    clock: Clock, sequences: Sequence[TokenSequence], files: Sequence[Path]
+) -> dict[str, Any]:
+    """What ``metrics.json`` tells of a fit that is written to ``files``."""
+    stages = ("load", "covariance", "eigh", "lambda", "save")
+    seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
+    return {
+        "seconds": {**seconds, "total": clock.total},
+        "peak_bytes": max(clock.peak_bytes.values()),
+        "peak_bytes_by_stage": clock.peak_bytes,
+        "tokens": sum(s.loss_tokens for s in sequences),
+        "curvature_bytes": sum(path.stat().st_size for path in files),
+        "groups": len(files),
+        "processes": distributed.count(),
+    }

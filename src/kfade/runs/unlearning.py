@@ -1,0 +1,269 @@
+"""The whole method, from a configuration to a folder with its update."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.fit import Fit
+from kfade.curvature.store import Store
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.errors import InputError
+from kfade.method.unlearn import unlearn as unlearn_model
+from kfade.method.update import Update
+from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
+from kfade.models.load import check_writable, provenance, save_model
+from kfade.planning.memory import curvature_budget
+from kfade.runs.config import RunConfig, deciding, write_config
+from kfade.runs.inputs import SavedFit, inputs
+from kfade.runs.session import (
+    Loaded,
+    load,
+    read_retain,
+    read_source,
+    source_of,
+    spread,
+    to_tokens,
+    with_length,
+)
+from kfade.runs.template import as_used, dated
+from kfade.runs.words import (
+    bytes_of,
+    damping_of,
+    draw_of,
+    fit_of,
+    later_objective_of,
+    objective_of,
+    step_size,
+)
+from kfade.runtime import distributed, progress
+from kfade.runtime.files import reading_kept
+from kfade.runtime.provenance import git_sha
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import Clock, stage, timing
+
+_UNLOGGED = {"relative_change", "probes"}  # too long for a line
+
+
+def unlearn(
+    run: RunConfig,
+    out: Path,
+    *,
+    saved: SavedFit | None = None,
+    resume: bool = False,
+    export_model: bool = False,
+    loaded: Loaded | None = None,
+) -> dict[str, Any]:
+    """One run of the method from its configuration to its folder; returns the metrics.
+
+    ``saved``: the first step's curvature, whose settings are the configuration's. ``loaded`` is the
+    configuration's model, where the caller has it already.
+    """
+    if export_model and run.model.shard:
+        raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
+    run = replace(run, data=dated(run.data, out, resume=resume))
+    method, source = _method(run), source_of(run.model)
+    fit = fit_of(run.fit.estimator)
+    forget_examples = read_source(run.data.forget, "--forget")
+    fit_examples, held_examples = read_retain(run.data, run.seed)
+    given = {"curvature": str(saved.path) if saved is not None else None}
+    clock = Clock()
+    with timing(clock), RunDir(out, {**deciding(run), **given}, resume=resume) as folder:
+        loaded = loaded or load(run.model, run.fit)
+        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
+        budget = curvature_bytes(run, loaded)
+        spread(run.model, loaded.model)
+        forget, retain, held_out = (
+            to_tokens(examples, loaded, run.data)
+            for examples in (forget_examples, fit_examples, held_examples)
+        )
+        if export_model:
+            check_writable(loaded.model, source)
+        digests = weight_digests(loaded.model, "model")
+        curvature = saved.of(loaded, digests["model_sha256"]) if saved is not None else None
+        sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
+        folder.reads(inputs(digests["model_sha256"], sets, saved))
+        if saved is not None:
+            saved.note_other_texts(retain)
+        made_for = {
+            "model_sha256": digests["model_sha256"],
+            "retain_sha256": digest_sequences(retain),
+            "config": deciding(run)["fit"],
+        }
+        update = unlearn_model(
+            loaded.model,
+            forget=forget,
+            retain=retain,
+            held_out=held_out,
+            targets=loaded.targets,
+            fit=_kept(fit, folder, budget, made_for),
+            curvature=curvature,
+            start=_resume_from(folder),
+            on_step=partial(_keep_step, folder, run.step.steps),
+            **method,
+        )
+        update = Update(
+            update.deltas,
+            {
+                **update.provenance,
+                **digests,
+                **update.edited_digest(loaded.model),
+                **(saved.facts() if saved is not None else {}),
+                "model": run.model.model,
+                **provenance(source),
+                "config": asdict(run),
+            },
+        )
+        folder.put("update.safetensors", update.save)
+        lost = update.lost_fraction(loaded.model)
+        if export_model:
+            with stage("export"), update.applied_to(loaded.model) as edited:
+                folder.put("model", lambda path: save_model(edited, loaded.tokenizer, path, source))
+        metrics = {**run_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
+        manifest = {
+            "kind": "unlearn",
+            **{k: v for k, v in update.provenance.items() if k not in ("steps", "config")},
+            "seed": run.seed,
+            "git_sha": git_sha(),
+            "config": {**asdict(run), **given},
+        }
+        folder.finish(manifest, metrics, write_config(run))
+    return {"out": str(out), **metrics}
+
+
+def _method(run: RunConfig) -> dict[str, Any]:
+    """What :func:`kfade.unlearn` is told of the method.
+
+    Raises:
+        InputError: settings that do not go together, or that there are not.
+    """
+    damping, relative = damping_of(run)
+    return {
+        **asdict(step_size(run)),
+        **asdict(run.refinement),
+        "objective": objective_of(run.step.objective),
+        "later_objective": later_objective_of(run),
+        "draw": draw_of(run.fit.labels),
+        "damping": damping,
+        "relative": relative,
+        "exact_norm": run.step.exact_norm,
+        "steps": run.step.steps,
+        "forget_batch": run.step.forget_batch,
+        "refit": run.step.refit,
+        "batch_tokens": run.data.batch_tokens,
+        "recompute": run.fit.recompute,
+        "seed": run.seed,
+    }
+
+
+def _keep_step(folder: RunDir, total: int, update: Update) -> None:
+    """Write the update after a step, for a resumed run to go on from, and tell of the step."""
+    steps = update.provenance["steps"]
+    folder.keep(f"update-{len(steps):03}.safetensors", update.save)
+    folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
+    progress.say(step_line(len(steps), total, steps[-1]))
+
+
+def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
+    """What ``--memory`` leaves for the curvature beside the model, still whole, and a pass."""
+    if run.fit.memory is None:
+        return None
+    total = bytes_of(run.fit.memory)
+    refitted = run.step.refit and run.step.steps > 1
+    length = with_length(run.data, loaded).sequence_length
+    assert length is not None
+    return curvature_budget(
+        total,
+        loaded.model,
+        loaded.targets,
+        run.data.batch_tokens,
+        sequence_length=length,
+        estimator=run.fit.estimator,
+        recompute=run.fit.recompute,
+        vectors=3 if refitted else 0,
+        shards=distributed.count() if run.model.shard else 1,
+    )
+
+
+def step_line(number: int, total: int, record: dict[str, Any]) -> str:
+    """One step in a line."""
+    refined = f", refined {record['refined']}" if record["refined"] else ""
+    return (
+        f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
+        f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl']:.2e} nats/token "
+        f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
+        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined})"
+    )
+
+
+def _kept(fit: Fit, folder: RunDir, memory: int | None, made_for: dict[str, Any]) -> Fit:
+    """``fit``, kept in the run's state, finished or not, so that a resumed run goes on from it."""
+
+    def kept(
+        model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], **arguments: Any
+    ) -> Curvature:
+        digest = digest_weights(model, parameter_names(targets))
+        place = folder.state / f"curvature-{digest[:16]}"
+        if distributed.rank() == 0:
+            for old in folder.state.glob("curvature-*"):
+                if old != place:
+                    shutil.rmtree(old)
+            place.mkdir(exist_ok=True)
+        distributed.barrier()
+        store = Store(
+            place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device
+        )
+        return fit(model, batches, targets, memory=memory, store=store, **arguments)
+
+    return kept
+
+
+def _resume_from(folder: RunDir) -> Update | None:
+    done = sorted(folder.state.glob("update-*.safetensors"))
+    if not done:
+        return None
+    with reading_kept(done[-1]):
+        update = Update.load(done[-1])
+    progress.say(f"resuming after step {len(update.provenance['steps'])}")
+    return update
+
+
+def run_metrics(
+    update: Update,
+    clock: Clock,
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+) -> dict[str, Any]:
+    """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
+    steps = update.provenance["steps"]
+    stages = ["load", "fit", "gradient", "step", "check"]
+    if "refine" in clock.seconds:
+        stages.insert(4, "refine")
+    seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
+    sets = {"forget": forget, "retain": retain, "held_out": held_out}
+    return {
+        "steps": steps,
+        "retain_kl": steps[-1]["retain_kl"],
+        "forget_loss": {
+            "before": steps[0]["forget_loss_before"],
+            "after": steps[-1]["forget_loss_after"],
+        },
+        "forget_probability": {
+            "before": steps[0]["forget_probability_before"],
+            "after": steps[-1]["forget_probability_after"],
+        },
+        "seconds": {**seconds, "total": clock.total},
+        "fit_seconds": {k: clock.seconds.get(k, 0.0) for k in ("covariance", "eigh", "lambda")},
+        "peak_bytes": max(clock.peak_bytes.values()),
+        "peak_bytes_by_stage": clock.peak_bytes,
+        "tokens": {name: sum(s.loss_tokens for s in data) for name, data in sets.items()},
+    }

@@ -1,0 +1,118 @@
+"""The words and numbers of a configuration as what the library takes: functions and values."""
+
+from __future__ import annotations
+
+import math
+
+from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
+from kfade.curvature.fit import Fit, fit_diagonal, fit_ekfac, fit_identity, fit_kfac
+from kfade.errors import InputError
+from kfade.method.objectives import Objective, cross_entropy, margin
+from kfade.method.step import StepSize
+from kfade.method.unlearn import DEFAULT_DAMPING, DEFAULT_KL
+from kfade.runs.config import RunConfig
+
+
+def fit_of(word: str) -> Fit:
+    """The estimator of that name."""
+    match word:
+        case "ekfac":
+            return fit_ekfac
+        case "kfac":
+            return fit_kfac
+        case "diagonal":
+            return fit_diagonal
+        case "identity":
+            return fit_identity
+    raise InputError(f"--estimator {word}: give ekfac, kfac, diagonal or identity")
+
+
+def draw_of(word: str) -> Draw:
+    """The pseudo-label draw of that name."""
+    match word:
+        case "sqrt":
+            return square_root_draw
+        case "sampled":
+            return sampled_labels
+    raise InputError(f"--labels {word}: give sqrt or sampled")
+
+
+def objective_of(word: str, flag: str = "--objective") -> Objective:
+    """The forgetting objective of that name; ``flag`` is what gave it."""
+    match word:
+        case "margin":
+            return margin
+        case "ce":
+            return cross_entropy
+    raise InputError(f"{flag} {word}: give margin or ce")
+
+
+def chat_of(word: str) -> bool | None:
+    """What ``encode`` calls ``chat``."""
+    match word:
+        case "auto":
+            return None
+        case "chat":
+            return True
+        case "plain":
+            return False
+    raise InputError(f"--template {word}: give auto, chat or plain")
+
+
+def until_of(word: str | None) -> dict[str, float]:
+    """``forget_loss=2.7`` or ``forget_probability=0.1`` as ``unlearn`` calls it."""
+    if word is None:
+        return {}
+    names = {"forget_loss": "until", "forget_probability": "until_probability"}
+    name, _, value = word.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if name not in names or not math.isfinite(number):
+        raise InputError(
+            f"--until {word}: write forget_loss=NUMBER, in nats per token, or "
+            "forget_probability=NUMBER, the mean over the forget texts"
+        )
+    return {names[name]: number}
+
+
+def bytes_of(size: str, option: str = "--memory") -> int:
+    """Bytes of ``20GB``, ``800MB`` or a plain number; powers of 1000."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = size.strip().rstrip("BGKMTbgkmt")
+    unit = size.strip()[len(number) :].upper()
+    try:
+        value = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise InputError(f"{option} {size}: write a size as 20GB or 800MB")
+    return value
+
+
+def step_size(run: RunConfig) -> StepSize:
+    """The step's size as asked; a measured KL of ``DEFAULT_KL`` where nothing is said."""
+    until = until_of(run.size.until)
+    kl = run.size.kl
+    if run.size.alpha is None and kl is None and not until:
+        kl = DEFAULT_KL
+    return StepSize(run.size.alpha, kl, **until, max_kl=run.size.max_kl)
+
+
+def damping_of(run: RunConfig) -> tuple[float, bool]:
+    """(damping, relative)."""
+    absolute, relative = run.step.damping, run.step.relative_damping
+    if absolute is not None and relative is not None:
+        raise InputError("give --damping or --relative-damping, not both")
+    if absolute is not None:
+        return absolute, False
+    return (DEFAULT_DAMPING if relative is None else relative), True
+
+
+def later_objective_of(run: RunConfig) -> Objective | None:
+    """The objective of all steps after the first, where it is another one."""
+    word = run.step.later_objective
+    if word is not None and run.step.steps == 1:
+        raise InputError(f"--later-objective {word} with one step: give --steps 2 or more")
+    return objective_of(word, "--later-objective") if word is not None else None
