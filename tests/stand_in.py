@@ -168,14 +168,14 @@ if AVAILABLE:
     @pytest.fixture(autouse=True)
     def by_default(stand_in):
         """Whatever a test loads, it loads onto the stand-in."""
-        import kfade.cli.session
         import kfade.curvature.store
         import kfade.evaluate.divergence
         import kfade.models.load
+        import kfade.runs.session
         import kfade.runs.sweeping
 
         with pytest.MonkeyPatch.context() as patch, ByWayOfTheCPU():
-            for module in (kfade.models, kfade.cli.session):
+            for module in (kfade.models.load, kfade.runs.session):
                 patch.setattr(module, "default_device", lambda: str(stand_in))
             for module in (kfade.runs.sweeping, kfade.evaluate.divergence):
                 patch.setattr(module, "load_file", load_file)

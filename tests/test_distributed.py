@@ -41,7 +41,7 @@ MATRICES = {
     "update": EIGENVECTORS,
     "edited": EIGENVECTORS,
 }
-SOURCE = Path(distributed.__file__).parents[1]
+SOURCE = Path(distributed.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
