@@ -37,6 +37,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.generation import generate
+from kfade.method.settings import Run
+from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.models.layers import choose_targets
 from kfade.models.load import frozen
@@ -323,7 +325,7 @@ def unlearned(model: nn.Module) -> dict[str, Any]:
     """One step at a KL at which predictions must hold; (measured / predicted) of both."""
     chosen = choose_targets(model)
     for kl in KL_EXPERTS if has_experts(model) else (KL,):
-        update = unlearn(model, targets=chosen.targets, **data(), kl=kl)
+        update = unlearn(model, **data(), size=StepSize(kl=kl), run=Run(targets=chosen.targets))
         [step] = update.provenance["steps"]
         objective = step["measured_objective_change"] / step["predicted_objective_change"]
         if abs(objective - 1) <= TOLERANCE:
@@ -342,7 +344,7 @@ def unlearned(model: nn.Module) -> dict[str, Any]:
 def applied(model: Any) -> bool:
     """An update moves the logits; reverting brings them back to rounding; within a ``with``,
     exactly."""
-    update = unlearn(model, **data(), alpha=ALPHA)
+    update = unlearn(model, **data(), size=StepSize(alpha=ALPHA))
     before = logits(model)
     with update.applied_to(model):
         inside = logits(model)
@@ -379,7 +381,7 @@ def in_bfloat16(model: Any) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         low = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
-    [step] = unlearn(low, **data(), alpha=ALPHA).provenance["steps"]
+    [step] = unlearn(low, **data(), size=StepSize(alpha=ALPHA)).provenance["steps"]
     return 0 < step["measured_kl"] < math.inf and step["measured_objective_change"] > 0
 
 

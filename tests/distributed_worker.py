@@ -15,7 +15,7 @@ import unittest.mock
 from pathlib import Path
 
 import torch
-from helpers import random_sequences, tiny_llama
+from helpers import flat, random_sequences, tiny_llama
 
 import kfade
 from kfade import (
@@ -139,9 +139,12 @@ def compute(folder: Path, sharded: bool) -> dict:
     found["quadratic form"] = quadratic_form(model, measured, targets, gradient)
     found["product"] = gauss_newton_product(model, measured, targets, gradient)
     update = kfade.unlearn(
-        model, forget=FORGET, retain=RETAIN, held_out=HELD_OUT, targets=targets,
-        kl=0.02, steps=2, batch_tokens=20, refine=1, refine_sequences=9,
-    )  # fmt: skip
+        model,
+        forget=FORGET,
+        retain=RETAIN,
+        held_out=HELD_OUT,
+        **flat(targets=targets, kl=0.02, steps=2, batch_tokens=20, refine=1, refine_sequences=9),
+    )
     found["update"], found["provenance"] = update.deltas, update.provenance
     base = hidden_reference(model, measured, "base")
     found["references"] = len(base.hidden)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import kfade
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.method.measure import hidden_reference, mean_divergence
@@ -79,6 +81,19 @@ def random_sequences(
         last = length - 2 if index % 2 and length - 2 >= first else length - 1
         made.append(TokenSequence(tuple(tokens), tuple(first <= t <= last for t in range(length))))
     return made
+
+
+def flat(**options: Any) -> dict[str, Any]:
+    """Options of ``kfade.unlearn`` with those of its settings sorted into them, where there are
+    some: ``flat(targets=t, kl=0.01, fit=f)`` is run=Run(targets=t), size=StepSize(kl=0.01), fit=f.
+    """
+    kinds = {"direction": kfade.Direction, "size": kfade.StepSize, "run": kfade.Run}
+    sorted_options = {}
+    for name, kind in kinds.items():
+        own = {f.name: options.pop(f.name) for f in fields(kind) if f.name in options}
+        if own:
+            sorted_options[name] = kind(**own)
+    return {**sorted_options, **options}
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

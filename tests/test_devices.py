@@ -11,6 +11,7 @@ import pytest
 import stand_in
 import torch
 import zoo
+from helpers import flat
 
 import kfade
 from kfade.curvature.curvature import Curvature
@@ -36,10 +37,10 @@ def test_unlearn_moves_them_to_the_model(monkeypatch):
     data = {name: zoo.sequences((6, 5, 7), seed=i) for i, name in enumerate(("forget", "retain"))}
     data["held_out"] = zoo.sequences((8,), seed=5)
     targets = kfade.find_targets(model)
-    first = kfade.unlearn(model, **data, kl=0.01)
+    first = kfade.unlearn(model, **data, **flat(kl=0.01))
     fitted = kfade.fit_kfac(model, kfade.make_batches(data["retain"]), targets)
     options = {"steps": 2, "refit": False, "kl": 0.01}
-    expected = kfade.unlearn(model, **data, **options, start=first, curvature=fitted)
+    expected = kfade.unlearn(model, **data, **flat(**options, start=first, curvature=fitted))
     away = Update({n: d.to("meta") for n, d in first.deltas.items()}, first.provenance)
     with monkeypatch.context() as patch:
         moved = []
@@ -57,12 +58,12 @@ def test_unlearn_moves_them_to_the_model(monkeypatch):
                 moved.append(("Curvature", torch.device(device).type)) or own(self, names, device)
             ),
         )
-        found = kfade.unlearn(model, **data, **options, start=away, curvature=fitted)
+        found = kfade.unlearn(model, **data, **flat(**options, start=away, curvature=fitted))
     assert moved == [("Update", "cpu"), ("Curvature", "cpu")]
     assert all(torch.equal(found.deltas[n], d) for n, d in expected.deltas.items())
     monkeypatch.setattr(Update, "to", lambda self, device: self)  # without the move it fails
     with pytest.raises((RuntimeError, NotImplementedError)):
-        kfade.unlearn(model, **data, **options, start=away, curvature=fitted)
+        kfade.unlearn(model, **data, **flat(**options, start=away, curvature=fitted))
 
 
 TESTS = Path(__file__).parent

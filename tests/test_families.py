@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import zoo
-from helpers import relative_error, same_bits, tiny_llama
+from helpers import flat, relative_error, same_bits, tiny_llama
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -160,7 +160,7 @@ def test_the_default_takes_what_it_can_change_and_says_what_it_cannot(family):
 @every_family
 def test_a_small_step_does_what_is_predicted(family):
     model = built(family)
-    update = unlearn(model, **data(), kl=FAMILIES[family][1])
+    update = unlearn(model, **data(), **flat(kl=FAMILIES[family][1]))
     [step] = update.provenance["steps"]
     assert step["measured_kl"] == pytest.approx(step["exact_kl"], rel=0.05)
     change = step["measured_objective_change"]
@@ -190,7 +190,7 @@ def test_attention_of_a_mixture_by_a_glob():
     model = built("qwen3_moe")
     targets = find_targets(model, pattern="*self_attn*")
     assert len(targets) == 8
-    update = unlearn(model, targets=targets, **data(), kl=1e-7, refine=1)
+    update = unlearn(model, **data(), **flat(targets=targets, kl=1e-7, refine=1))
     assert set(update.deltas) == {target.name for target in targets}
 
 
@@ -289,9 +289,9 @@ def test_a_model_that_looks_ahead_is_refused_before_any_fit():
     causal = zoo.tiny("gemma3", torch.float32)
     targets = find_targets(causal)  # of the same shape: only attention differs
     with pytest.raises(InputError, match=message):
-        unlearn(looks_ahead(), targets=targets, **data(), kl=1e-3, fit=fit)
+        unlearn(looks_ahead(), **data(), fit=fit, **flat(targets=targets, kl=1e-3))
     with pytest.raises(AssertionError, match="fitted"):
-        unlearn(causal, targets=targets, **data(), kl=1e-3, fit=fit)
+        unlearn(causal, **data(), fit=fit, **flat(targets=targets, kl=1e-3))
 
 
 class NoBackward(torch.autograd.Function):
@@ -343,9 +343,9 @@ def test_a_layer_behind_a_zero_weight_does_not_change_and_the_others_do_as_witho
         mlp.up_proj.weight.zero_()
     sets = {name: list(data_of_17()) for name in ("forget", "retain", "held_out")}
     options = {"damping": 0.1 if relative else 1e-3, "relative": relative, "refine": refine}
-    whole = unlearn(model, **sets, kl=1e-3, **options)
+    whole = unlearn(model, **sets, **flat(kl=1e-3, **options))
     kept = find_targets(model, layers="0")
-    without = unlearn(model, targets=kept, **sets, kl=1e-3, **options)
+    without = unlearn(model, **sets, **flat(targets=kept, kl=1e-3, **options))
     for name, delta in whole.deltas.items():
         if name in without.deltas:
             assert relative_error(delta, without.deltas[name]) < 1e-6

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from helpers import greedy
+from helpers import flat, greedy
 from packaging.version import Version
 from transformers import (
     Gemma3ForCausalLM,
@@ -236,7 +236,7 @@ def test_a_dynamic_model_is_left_as_it_was_made():
 def test_unlearning_with_sequences_on_both_sides(name):
     model = MODELS[name]()
     update = kfade.unlearn(
-        model, forget=SEQUENCES[:4], retain=SEQUENCES[2:], held_out=SEQUENCES[:2], kl=1e-3
+        model, forget=SEQUENCES[:4], retain=SEQUENCES[2:], held_out=SEQUENCES[:2], **flat(kl=1e-3)
     )
     (step,) = update.provenance["steps"]
     assert step["measured_kl"] == pytest.approx(1e-3, rel=0.1)

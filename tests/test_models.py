@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from helpers import flat
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -246,7 +247,7 @@ HELD_OUT = zoo.sequences((11, 7), seed=3)
 def unlearn(model, targets=None, **options):
     options = {"kl": 0.01, **options}
     return kfade.unlearn(
-        model, forget=FORGET, retain=RETAIN, held_out=HELD_OUT, targets=targets, **options
+        model, forget=FORGET, retain=RETAIN, held_out=HELD_OUT, **flat(targets=targets, **options)
     )
 
 

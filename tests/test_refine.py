@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, measured_kl, random_sequences, relative_error, same_bits, tiny_llama
+from helpers import (
+    Snapshot,
+    flat,
+    measured_kl,
+    random_sequences,
+    relative_error,
+    same_bits,
+    tiny_llama,
+)
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -242,7 +250,7 @@ def run(model, **changes) -> Update:
         "retain": random_sequences(12, seed=8),
         "held_out": random_sequences(6, seed=9),
     }
-    return kfade.unlearn(model, **{**data, "kl": 0.01, "batch_tokens": 20, **changes})
+    return kfade.unlearn(model, **flat(**{**data, "kl": 0.01, "batch_tokens": 20, **changes}))
 
 
 def only_step(update: Update) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, Tripwire, random_sequences, tiny_llama
+from helpers import Snapshot, Tripwire, flat, random_sequences, tiny_llama
 
 from kfade.cli import main
 from kfade.data.batches import draw_without_replacement
@@ -125,8 +125,7 @@ def update(model, targets):
         forget=random_sequences(5, seed=1),
         held_out=random_sequences(3, seed=2),
         retain=random_sequences(6),
-        targets=targets,
-        kl=0.05,
+        **flat(targets=targets, kl=0.05),
     )
 
 
@@ -204,9 +203,12 @@ def test_fine_tuning_on_the_forgotten_brings_it_back(model, targets):
     known = slow_loss(model, text).item()
     assert known < 0.5
     update = unlearn(
-        model, forget=text, retain=retain[1:], held_out=retain[:1], targets=targets,
-        until=known + 3.0,
-    )  # fmt: skip
+        model,
+        forget=text,
+        retain=retain[1:],
+        held_out=retain[:1],
+        **flat(targets=targets, until=known + 3.0),
+    )
     examine = Examination(model, forget=text)
     tuning = Tuning(25, 2e-3)
     on = {

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import zoo
-from helpers import measured_kl, random_sequences, tiny_llama
+from helpers import flat, measured_kl, random_sequences, tiny_llama
 
 import kfade
 from kfade.cli import main
@@ -18,7 +18,7 @@ from kfade.method.gauge import Gauge
 from kfade.method.grid import Point
 from kfade.method.measure import rounding_changes
 from kfade.method.step import StepSize
-from kfade.method.sweep import sweep
+from kfade.method.sweep import Shared, sweep
 from kfade.method.update import Update
 from kfade.models.layers import find_targets, parameter_names
 
@@ -87,20 +87,20 @@ def test_a_kl_below_the_floor_is_refused_before_the_fit(data):
     for size in ({"kl": 0.9 * floor}, {"until": 9.0, "max_kl": 0.9 * floor}):
         flag = "--max-kl" if "max_kl" in size else "--kl"
         with pytest.raises(InputError, match=f"{flag} [0-9.e-]+: {told}"):
-            kfade.unlearn(model, **data, fit=fit, **size)
+            kfade.unlearn(model, **data, fit=fit, **flat(**size))
     with pytest.raises(InputError, match=f"in --steps 3: the first step aims at .*{told}"):
-        kfade.unlearn(model, **data, fit=fit, kl=5 * floor, steps=3)
+        kfade.unlearn(model, **data, fit=fit, **flat(kl=5 * floor, steps=3))
     # Negative controls: a KL above it, and the same KL in float32.
     with pytest.raises(AssertionError, match="the fit began"):
-        kfade.unlearn(model, **data, fit=fit, kl=1.1 * floor)
+        kfade.unlearn(model, **data, fit=fit, **flat(kl=1.1 * floor))
     with pytest.raises(AssertionError, match="the fit began"):
-        kfade.unlearn(model.float(), **data, fit=fit, kl=0.9 * floor)
+        kfade.unlearn(model.float(), **data, fit=fit, **flat(kl=0.9 * floor))
 
 
 def test_a_run_in_low_precision_meets_a_kl_above_the_floor(data):
     model = tiny_llama(torch.bfloat16)
     asked = 30 * floor_of(model, data)
-    update = kfade.unlearn(model, **data, kl=asked)
+    update = kfade.unlearn(model, **data, **flat(kl=asked))
     assert update.provenance["steps"][-1]["retain_kl"] == pytest.approx(asked, rel=0.1)
 
 
@@ -110,15 +110,9 @@ def test_points_of_a_sweep_below_the_floor_fail_and_say_why(data):
     points = [
         Point("margin", "all", 0.1, True, StepSize(kl=times * floor)) for times in (0.5, 30.0)
     ]
-    low, high = sweep(
-        model,
-        points,
-        forget=data["forget"],
-        held_out=data["held_out"],
-        curvature=kfade.fit_kfac(model, make_batches(data["retain"]), targets),
-        targets=targets,
-        objectives={"margin": kfade.margin},
-    )
+    curvature = kfade.fit_kfac(model, make_batches(data["retain"]), targets)
+    shared = Shared(curvature, targets, {"margin": kfade.margin})
+    low, high = sweep(model, points, shared, forget=data["forget"], held_out=data["held_out"])
     assert "rounding to bfloat16 alone measures as" in low.failure
     assert high.failure is None
 
@@ -143,7 +137,7 @@ def test_float16_is_refused_where_gradients_are_computed(data):
     targets, batches = find_targets(model), make_batches(data["retain"])
     told = "is float16, whose range is too small.*--dtype bfloat16"
     with pytest.raises(InputError, match=told):
-        kfade.unlearn(model, **data, kl=0.1)
+        kfade.unlearn(model, **data, **flat(kl=0.1))
     with pytest.raises(InputError, match=told):
         kfade.fit_kfac(model, batches, targets)
     assert floor_of(model, data) > 0  # forward passes are not

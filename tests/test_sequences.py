@@ -13,6 +13,7 @@ from itertools import accumulate, compress
 import pytest
 import torch
 import zoo
+from helpers import flat
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -26,12 +27,12 @@ from transformers import PreTrainedTokenizerFast
 
 import kfade
 from kfade.cli import main
-from kfade.cli import unlearn as unlearn_command
 from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import continuation, encode, encode_prompt, open_tokens
 from kfade.errors import InputError
 from kfade.method.update import Update
+from kfade.runs import unlearning
 from kfade.runs.config import read_config
 
 TEXT = [
@@ -416,10 +417,10 @@ def test_a_resumed_run_and_its_evaluations_are_told_the_date_of_its_beginning(
 
     at(2)
     assert run("whole") == 0
-    keep = unlearn_command._keep_step
-    monkeypatch.setattr(unlearn_command, "_keep_step", stop)
+    keep = unlearning._keep_step
+    monkeypatch.setattr(unlearning, "_keep_step", stop)
     assert run("cut") == 130
-    monkeypatch.setattr(unlearn_command, "_keep_step", keep)
+    monkeypatch.setattr(unlearning, "_keep_step", keep)
     at(3)
     assert run("other") == 0
     assert run("cut", "--resume") == 0
@@ -471,7 +472,7 @@ def test_texts_where_token_sequences_are_wanted_are_refused_by_name():
         for wrong in (["a b"], "a b", [Example("here", text="a b")]):
             kind = type(wrong[0]).__name__
             with pytest.raises(InputError, match=rf"the {said}: holds {kind}, not token sequences"):
-                kfade.unlearn(model, **{**sets, name: wrong}, kl=0.01)
+                kfade.unlearn(model, **flat(**{**sets, name: wrong}, kl=0.01))
     with pytest.raises(InputError, match=r"kfade\.encode\(kfade\.load_examples\(path\), tokeniz"):
         kfade.make_batches(["a b"])
     with pytest.raises(InputError, match=r"examples: hold str, .* kfade\.load_examples\(path\)"):

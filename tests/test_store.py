@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_sequences, same_bits, tiny_llama
+from helpers import flat, random_sequences, same_bits, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -343,9 +343,9 @@ def test_a_second_step_does_not_take_the_first_ones_curvature(model, tmp_path):
     data = {"retain": SEQUENCES, "held_out": random_sequences(3, seed=1)}
     fit = functools.partial(fit_kfac, store=Store(tmp_path))
     options = {"forget": random_sequences(3, seed=2), "alpha": 0.1, "fit": fit}
-    kfade.unlearn(model, **data, **options)
+    kfade.unlearn(model, **data, **flat(**options))
     with pytest.raises(kfade.InputError, match="of another fit"):
-        kfade.unlearn(model, steps=2, **data, **options)
+        kfade.unlearn(model, **data, **flat(steps=2, **options))
 
 
 # --- Files that are not whole -------------------------------------------------------------------

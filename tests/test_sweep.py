@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, random_sequences
+from helpers import Snapshot, flat, random_sequences
 from safetensors.torch import load_file
 
 from kfade.cli import main
@@ -23,7 +23,7 @@ from kfade.method.gradient import forget_gradient
 from kfade.method.grid import Outcome, Point, grid, pareto, pick
 from kfade.method.objectives import cross_entropy, margin
 from kfade.method.step import StepSize
-from kfade.method.sweep import cut, sweep, targets_within
+from kfade.method.sweep import Shared, cut, sweep, targets_within
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
 from kfade.models.head import hidden_states
@@ -103,18 +103,9 @@ def curvature(model, targets, sets):
     return fit_ekfac(model, make_batches(sets["retain"]), targets, seed=0)
 
 
-def run(model, points, sets, targets, curvature, **more):
-    return sweep(
-        model,
-        points,
-        forget=sets["forget"],
-        held_out=sets["held_out"],
-        retain=sets["retain"],
-        curvature=curvature,
-        targets=targets,
-        objectives=OBJECTIVES,
-        **more,
-    )
+def run(model, points, sets, targets, curvature, *, done=None, on_point=None, **more):
+    shared = Shared(curvature, targets, OBJECTIVES, **more)
+    return sweep(model, points, shared, **sets, done=done, on_point=on_point)
 
 
 def slow_answers(model, sequences) -> tuple[float, float]:
@@ -154,11 +145,13 @@ def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkey
         update = unlearn(
             model,
             **sets,
-            targets=own,
-            curvature=cut(curvature, own),
-            objective=OBJECTIVES[point.objective],
-            damping=point.damping,
-            alpha=point.size.alpha,
+            **flat(
+                targets=own,
+                curvature=cut(curvature, own),
+                objective=OBJECTIVES[point.objective],
+                damping=point.damping,
+                alpha=point.size.alpha,
+            ),
         )
         assert update.deltas.keys() == edit.deltas.keys()
         for name, delta in update.deltas.items():
@@ -202,9 +195,18 @@ def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature
     for found in outcomes[1::2]:
         own = targets_within(targets, found.point.layers)
         update = unlearn(
-            model, **sets, targets=own, curvature=cut(curvature, own), damping=0.1, seed=5,
-            alpha=found.point.size.alpha, refine=found.point.refine, refine_sequences=3,
-        )  # fmt: skip
+            model,
+            **sets,
+            **flat(
+                targets=own,
+                curvature=cut(curvature, own),
+                damping=0.1,
+                seed=5,
+                alpha=found.point.size.alpha,
+                refine=found.point.refine,
+                refine_sequences=3,
+            ),
+        )
         step = update.provenance["steps"][0]
         assert step["refined"] == found.point.refine
         assert found.retain_kl == pytest.approx(step["retain_kl"], rel=1e-9)
@@ -265,7 +267,7 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
     done, told = {o.point: o for o in outcomes[:9]}, []
     again = run(
         model, points, sets, targets, curvature, done=done, on_point=told.append,
-        gradient=counted_gradient, shared_seconds=1200.0,
+        gradient=counted_gradient, seconds=1200.0,
     )  # fmt: skip
     assert gradients[2:] == [cross_entropy]
     assert solves[4:] == [1.0]

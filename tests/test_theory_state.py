@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import Snapshot, Tripwire, random_sequences, same_bits, tiny_llama
+from helpers import Snapshot, Tripwire, flat, random_sequences, same_bits, tiny_llama
 from safetensors import safe_open
 
 import kfade
@@ -42,7 +42,7 @@ def run(model, batches, targets, **options):
     data = {"retain": random_sequences(3), "held_out": random_sequences(2, seed=1)}
     options = {"batch_tokens": 10, "targets": targets, **options}
     options = {"alpha": 0.1, "steps": 2, "refine": 1, **options}
-    return kfade.unlearn(model, forget=random_sequences(2, seed=2), **data, **options)
+    return kfade.unlearn(model, forget=random_sequences(2, seed=2), **data, **flat(**options))
 
 
 COMPUTATIONS = {

@@ -6,13 +6,14 @@ As in test_theory.py, each test also shows the wrong version failing.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
 import oracles
 import pytest
 import torch
-from helpers import measured_kl, random_sequences, relative_error, same_bits, tiny_llama
+from helpers import flat, measured_kl, random_sequences, relative_error, same_bits, tiny_llama
 
 import kfade
 from kfade import (
@@ -176,7 +177,7 @@ def run(model, **changes):
         "retain": random_sequences(6, seed=8),
         "held_out": random_sequences(3, seed=9),
     }
-    return kfade.unlearn(model, **{**data, "kl": 0.01, "batch_tokens": 20, **changes})
+    return kfade.unlearn(model, **flat(**{**data, "kl": 0.01, "batch_tokens": 20, **changes}))
 
 
 def same_update(one: Update, other: Update) -> bool:
@@ -240,6 +241,34 @@ def test_a_run_meets_its_kl_and_records_what_it_did(model):
     assert measured_kl(model, held_out, Update({})) == 0.0
     assert last["forget_loss_after"] > first["forget_loss_before"]
     assert run(model, kl=0.01, max_kl=0.005).provenance["steps"][0]["retain_kl"] <= 0.005
+
+
+def test_settings_left_out_are_a_step_by_the_margin_to_a_hundredth_of_a_nat(model):
+    sets = {name: random_sequences(4, seed=i) for i, name in enumerate(("forget", "retain"))}
+    sets["held_out"] = random_sequences(3, seed=9)
+    update = kfade.unlearn(model, **sets)
+    [step] = update.provenance["steps"]
+    assert step["retain_kl"] == pytest.approx(0.01, rel=0.1)
+    told = flat(objective=margin, damping=0.1, relative=True, kl=0.01, steps=1, seed=0)
+    assert same_update(update, kfade.unlearn(model, **sets, **told))
+    assert not same_update(update, kfade.unlearn(model, **sets, **flat(damping=0.2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: kfade.Run(steps=0), "--steps 0: give 1 or more"),
+        (lambda: kfade.Direction(refine=-1), "--refine -1: give 0 or more"),
+        (lambda: kfade.Direction(refine_sequences=0), "--refine-sequences 0: give 1 or more"),
+        (lambda: kfade.Direction(damping=-1.0), "--damping -1.0: give a finite number, 0 or more"),
+        (lambda: kfade.Direction(damping=math.nan), "--damping nan: give a finite number"),
+        (lambda: kfade.StepSize(), "give exactly one of alpha, kl and until"),
+    ],
+)
+def test_settings_check_themselves(make, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        make()
+    assert (kfade.Run(), kfade.Direction()) == (kfade.Run(steps=1), kfade.Direction(damping=0.1))
 
 
 def test_a_later_step_tries_first_how_far_the_last_one_went(model):

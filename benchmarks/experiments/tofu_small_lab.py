@@ -36,6 +36,8 @@ from kfade.evaluate.generation import generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.method.gradient import forget_gradient
+from kfade.method.settings import Direction, Run
+from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.layers import Target
@@ -220,11 +222,12 @@ class Lab:
         damping: float,
         keep: str | None = None,
         *,
+        direction: Direction = Direction(),
         refit: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
         """``kfade.unlearn`` to the report group's target, the last step then brought to it as rows
-        of one step are; ``options`` are its own."""
+        of one step are; ``options`` are those of ``kfade.Run``."""
         start = time.perf_counter()
         group, states = self.group("report"), [Update({})]
         try:
@@ -233,13 +236,15 @@ class Lab:
                 forget=group.forget,
                 retain=self.slices["fit"],
                 held_out=self.slices["held_out"],
-                curvature=curvature,
-                damping=damping,
-                refit=refit,
-                until_probability=group.target,
-                batch_tokens=BUDGET,
-                on_step=states.append,
-                **options,
+                direction=replace(direction, damping=damping),
+                size=StepSize(until_probability=group.target),
+                run=Run(
+                    curvature=curvature,
+                    refit=refit,
+                    batch_tokens=BUDGET,
+                    on_step=states.append,
+                    **options,
+                ),
             )
         except kfade.InputError as error:  # the target cannot be reached
             return {"failure": str(error), "curve": []}

@@ -45,6 +45,8 @@ from kfade.evaluate.divergence import divergences, grouped, outputs, rounded, su
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.questions import Question
 from kfade.method.gradient import forget_gradient
+from kfade.method.settings import Direction, Run
+from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.layers import Target
@@ -160,8 +162,10 @@ class Lab:
         *,
         estimator: str,
         layers: str = "all",
+        relative: bool = True,
+        direction: Direction = Direction(),
         refit: bool = False,
-        **options: Any,
+        steps: int = 1,
     ) -> dict[str, Any]:
         """``kfade.unlearn``, as far as the one step ``like`` went, then to the target."""
         targets = targets_within(self.targets, layers)
@@ -173,15 +177,17 @@ class Lab:
             forget=self.data.forget,
             retain=self.data.fit,
             held_out=self.data.held_out,
-            targets=targets,
             fit=fit_of(word),
-            draw=draw_of(labels or "sqrt"),
-            curvature=curvature,
-            refit=refit,
-            damping=damping,
-            kl=self._results[f"tune {like}"]["kl"],
-            batch_tokens=BUDGET,
-            **options,
+            direction=replace(direction, damping=damping, relative=relative),
+            size=StepSize(kl=self._results[f"tune {like}"]["kl"]),
+            run=Run(
+                targets=targets,
+                curvature=curvature,
+                draw=draw_of(labels or "sqrt"),
+                steps=steps,
+                refit=refit,
+                batch_tokens=BUDGET,
+            ),
         )
         seconds = time.perf_counter() - start
         told, found = self._along(update)

@@ -8,14 +8,14 @@ from typing import Any
 
 from pieces import Results
 
-from kfade import cross_entropy
+from kfade import Direction, cross_entropy
 
 VARIANTS: dict[str, dict[str, Any]] = {  # what may better K-FADE's step; all by one fit
     "steps 3": {"steps": 3},
-    "steps 3 then ce": {"steps": 3, "later_objective": cross_entropy},
-    "refine 1": {"refine": 1},
-    "refine 3": {"refine": 3},
-    "steps 3 refine 1": {"steps": 3, "refine": 1},
+    "steps 3 then ce": {"steps": 3, "direction": Direction(later_objective=cross_entropy)},
+    "refine 1": {"direction": Direction(refine=1)},
+    "refine 3": {"direction": Direction(refine=3)},
+    "steps 3 refine 1": {"steps": 3, "direction": Direction(refine=1)},
 }
 
 

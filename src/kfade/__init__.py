@@ -3,7 +3,8 @@
 model, tokenizer = kfade.load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
 forget = kfade.encode(kfade.load_examples("forget.jsonl"), tokenizer)
 retain = kfade.encode(kfade.load_examples("retain.jsonl"), tokenizer)
-update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[:8], kl=0.02)
+update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[:8],
+                       size=kfade.StepSize(kl=0.02))
 update.apply(model)
 """
 
@@ -16,6 +17,8 @@ from kfade.data.examples import load_examples
 from kfade.data.sequences import encode
 from kfade.errors import InputError
 from kfade.method.objectives import cross_entropy, margin
+from kfade.method.settings import Direction, Run
+from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
 from kfade.models.layers import find_targets
@@ -30,5 +33,5 @@ __all__ = [
     "fit_identity", "fit_diagonal", "fit_kfac", "fit_ekfac", "Curvature", "EigenBlock",
     "sampled_labels", "square_root_draw",
     # unlearning
-    "unlearn", "margin", "cross_entropy", "Update", "InputError",
+    "unlearn", "Direction", "StepSize", "Run", "margin", "cross_entropy", "Update", "InputError",
 ]  # fmt: skip

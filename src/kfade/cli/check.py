@@ -23,8 +23,8 @@ from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import margin
 from kfade.method.preflight import preflight
+from kfade.method.settings import DEFAULT_DAMPING
 from kfade.method.step import gauss_newton_step
-from kfade.method.unlearn import DEFAULT_DAMPING
 from kfade.method.update import Update
 from kfade.models.layers import find_targets
 from kfade.models.lengths import length_class

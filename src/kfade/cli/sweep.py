@@ -13,8 +13,8 @@ from kfade.cli import options as o
 from kfade.cli.session import session, show
 from kfade.errors import InputError
 from kfade.method.grid import ALL, grid
+from kfade.method.settings import DEFAULT_DAMPING
 from kfade.method.step import StepSize
-from kfade.method.unlearn import DEFAULT_DAMPING
 from kfade.runs.config import RunConfig, SizeConfig, override, read_config
 from kfade.runs.inputs import SavedFit
 from kfade.runs.sweeping import Request, point_line

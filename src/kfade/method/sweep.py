@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -29,8 +29,9 @@ from kfade.method.grid import ALL, Outcome, Point
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.method.preflight import preflight
 from kfade.method.refine import refined_steps
+from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
-from kfade.method.unlearn import MEASURED_SEQUENCES, REFINE_SEQUENCES
+from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.update import Update
 from kfade.models.layers import Target, parse_layers
 from kfade.models.lengths import length_class
@@ -38,23 +39,39 @@ from kfade.runtime.progress import track
 from kfade.runtime.stages import stage
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all points of a sweep have in common."""
+
+    curvature: Curvature
+    targets: Sequence[Target]
+    """The weights that the curvature covers, in the order of the forward pass."""
+    objectives: Mapping[str, Objective]
+    """By the names that the points use."""
+    forget_batch: int | None = None
+    """Forget sequences of a gradient; all of them when None."""
+    refine_sequences: int = Direction.refine_sequences
+    """As :class:`~kfade.method.settings.Direction` has it, of all points that refine."""
+    batch_tokens: int = Run.batch_tokens
+    """Positions in one forward pass."""
+    recompute: bool = Run.recompute
+    """Of gradients and exact products, as :class:`~kfade.method.settings.Run` has it."""
+    seed: int = Run.seed
+    """Keys the draws of sequences."""
+    gradient: Callable[..., Matrices] = forget_gradient
+    """Computes, or has kept, the gradient of an objective."""
+    seconds: float = 0.0
+    """Spent before on what all points share, such as the fit."""
+
+
 def sweep(
     model: nn.Module,
     points: Sequence[Point],
+    shared: Shared,
     *,
     forget: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
-    curvature: Curvature,
-    targets: Sequence[Target],
-    objectives: Mapping[str, Objective],
-    gradient: Callable[..., Matrices] = forget_gradient,
-    forget_batch: int | None = None,
-    batch_tokens: int = 4096,
-    recompute: bool = False,
-    seed: int = 0,
     retain: Sequence[TokenSequence] = (),
-    refine_sequences: int = REFINE_SEQUENCES,
-    shared_seconds: float = 0.0,
     done: Mapping[Point, Outcome] | None = None,
     on_point: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
@@ -67,14 +84,7 @@ def sweep(
 
     Args:
         held_out: retain sequences that the fit has not seen; KL is measured on them.
-        targets: the weights that the curvature covers, in the order of the forward pass.
-        objectives: by the names that the points use.
-        gradient: computes, or has kept, the gradient of an objective.
-        forget_batch: forget sequences of the gradient; all of them when None.
-        recompute: of gradients and exact products, as for :func:`kfade.unlearn`.
-        retain, refine_sequences: what exact products run on, where directions are refined, as for
-            :func:`kfade.unlearn`.
-        shared_seconds: spent before on what all points share, such as the fit.
+        retain: what exact products run on, where directions are refined.
         done: outcomes of before, not measured again.
         on_point: called with every new outcome.
 
@@ -88,22 +98,23 @@ def sweep(
     for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
+    targets, curvature = shared.targets, shared.curvature
     device = targets[0].weight.device
     chosen = {point.layers: targets_within(targets, point.layers) for point in points}
     drawn = [
-        [sequences[i] for i in draw_without_replacement(len(sequences), size, 0, seed)]
+        [sequences[i] for i in draw_without_replacement(len(sequences), size, 0, shared.seed)]
         for sequences, size in (
-            (forget, forget_batch),
+            (forget, shared.forget_batch),
             (forget, MEASURED_SEQUENCES),
-            (retain, refine_sequences),
+            (retain, shared.refine_sequences),
         )
     ]
     forget_batches, measured, refining, held = (
-        make_batches(s, budget=batch_tokens, device=device, group=length_class(model))
+        make_batches(s, budget=shared.batch_tokens, device=device, group=length_class(model))
         for s in (*drawn, held_out)
     )
     with stage("check"):
-        preflight(model, targets, recompute=recompute)
+        preflight(model, targets, recompute=shared.recompute)
         scale = _Scale(model, held, measured, targets)
     outcomes = dict(done or {})
     for name, own in _grouped(points, lambda p: p.objective):
@@ -112,15 +123,18 @@ def sweep(
             continue
         start = time.perf_counter()
         with stage("gradient"):
-            matrices = gradient(
-                model, forget_batches, targets, objectives[name], recompute=recompute
+            objective = shared.objectives[name]
+            matrices = shared.gradient(
+                model, forget_batches, targets, objective, recompute=shared.recompute
             )
-        share = shared_seconds / len(points) + (time.perf_counter() - start) / len(own)
+        share = shared.seconds / len(points) + (time.perf_counter() - start) / len(own)
         for (layers, _, _), line in track(list(_grouped(own, lambda p: p.direction)), name):
             if all(point in outcomes for point in line):
                 continue
             own_targets = chosen[layers]
-            exact = partial(gauss_newton_product, model, refining, own_targets, recompute=recompute)
+            exact = partial(
+                gauss_newton_product, model, refining, own_targets, recompute=shared.recompute
+            )
             for outcome in _along(
                 scale, line, own_targets, curvature, matrices, exact, outcomes, share
             ):

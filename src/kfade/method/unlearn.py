@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.draws import Draw, square_root_draw
+from kfade.curvature.curvature import Matrices
 from kfade.curvature.fit import Fit, fit_ekfac
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product, quadratic_form
@@ -25,10 +24,11 @@ from kfade.method.measure import (
     Reference,
     mean_divergence,
 )
-from kfade.method.objectives import Objective, margin
+from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
 from kfade.method.record import StepRecord, Try, best_try
 from kfade.method.refine import refined_steps
+from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import Probe, Step, StepSize, choose_alpha
 from kfade.method.update import Update
 from kfade.models.layers import Target, find_targets, parameter_names, weight_digests
@@ -38,9 +38,6 @@ from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage
 
 MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
-REFINE_SEQUENCES = 64  # retain sequences of the exact products that refine a direction
-DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
-DEFAULT_KL = 0.01  # nats per token, where nothing is said, and where a search begins
 
 
 def unlearn(
@@ -49,30 +46,10 @@ def unlearn(
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
-    targets: Sequence[Target] | None = None,
     fit: Fit = fit_ekfac,
-    objective: Objective = margin,
-    later_objective: Objective | None = None,
-    draw: Draw = square_root_draw,
-    curvature: Curvature | None = None,
-    damping: float = DEFAULT_DAMPING,
-    relative: bool = True,
-    exact_norm: bool = False,
-    steps: int = 1,
-    forget_batch: int | None = None,
-    refit: bool = True,
-    alpha: float | None = None,
-    kl: float | None = None,
-    until: float | None = None,
-    until_probability: float | None = None,
-    max_kl: float | None = None,
-    batch_tokens: int = 4096,
-    recompute: bool = False,
-    seed: int = 0,
-    refine: int = 0,
-    refine_sequences: int = REFINE_SEQUENCES,
-    start: Update | None = None,
-    on_step: Callable[[Update], None] | None = None,
+    direction: Direction = Direction(),
+    size: StepSize = StepSize(kl=DEFAULT_KL),
+    run: Run = Run(),
 ) -> Update:
     """K-FADE: a few uphill Gauss-Newton steps on the forget set (paper §3).
 
@@ -82,94 +59,75 @@ def unlearn(
 
     Args:
         held_out: retain sequences that no fit sees; KL is measured on them.
-        targets: weights to change; every feed-forward weight when None.
-        later_objective: of all steps after the first; ``objective`` when None. Cross-entropy pulls
-            at a token by 1 − p_y: where the first step's margin has made answers unlikely, the
-            tokens that stay certain, which other text needs most, are then let alone.
-        curvature: a fit made before, used for the first step (for all if not ``refit``).
-        damping: λ, times each layer's mean eigenvalue if ``relative``.
-        exact_norm: measure the length of r by the exact Gauss-Newton form on ``held_out``
-            instead of by G̃.
-        forget_batch: forget sequences a step, without replacement; all of them when None.
-        refit: fit anew at each step.
-        alpha, kl, until, until_probability, max_kl: how far to go, see
-            :class:`~kfade.method.step.StepSize`.
-        batch_tokens: positions in one forward pass.
-        recompute: passes with gradients run each block again in their backward pass instead of
-            keeping what it made: the same result for less memory and more work.
-        refine: iterations of conjugate gradients that improve the direction of each step
-            (:func:`~kfade.method.refine.refined_steps`). All directions on the way are tried. The
-            one with the greatest rise of the forget loss for its KL is taken; with ``alpha`` the
-            last.
-        refine_sequences: sequences of ``retain`` in the exact products of each step, drawn without
-            replacement; all of them if there are fewer.
-        start: the update after some steps of the same run, to go on from.
-        on_step: called with the update after every step.
+        fit: the estimator of the curvature.
+        direction: objective, damping and refinement of each step, see
+            :class:`~kfade.method.settings.Direction`.
+        size: how far to go, see :class:`~kfade.method.step.StepSize`.
+        run: targets, number of steps, memory, seed, see :class:`~kfade.method.settings.Run`.
 
     Raises:
-        InputError: an empty set, an impossible size or target, a KL that the model's dtype cannot
-            tell from rounding, numbers that are not finite.
+        InputError: an empty set, an impossible target, a KL that the model's dtype cannot tell from
+            rounding, numbers that are not finite.
     """
-    size = StepSize(alpha, kl, until, until_probability, max_kl)
-    _check_data(forget, retain, held_out)
-    _check_numbers(steps, forget_batch, len(forget), damping, refine, refine_sequences)
-    targets = list(targets) if targets is not None else find_targets(model)
+    _check_data(forget, retain, held_out, run.forget_batch)
+    targets = list(run.targets) if run.targets is not None else find_targets(model)
     refuse_float16(targets)
     device = targets[0].weight.device
     batches_of = partial(
-        make_batches, budget=batch_tokens, device=device, group=length_class(model)
+        make_batches, budget=run.batch_tokens, device=device, group=length_class(model)
     )
 
     def drawn(sequences: Sequence[TokenSequence], count: int | None, index: int) -> list[Batch]:
-        chosen = draw_without_replacement(len(sequences), count, index, seed)
+        chosen = draw_without_replacement(len(sequences), count, index, run.seed)
         return batches_of([sequences[i] for i in chosen])
 
     retain_batches = batches_of(retain)
     with stage("check"):
-        preflight(model, targets, recompute=recompute)
+        preflight(model, targets, recompute=run.recompute)
         measured = drawn(forget, MEASURED_SEQUENCES, 0)
         gauge = Gauge(model, batches_of(held_out), measured)
-        floor = gauge.rounding_kl(targets)
-        refuse_below(floor, size, targets, steps)
-    update = start or Update(
+        refuse_below(gauge.rounding_kl(targets), size, targets, run.steps)
+    update = run.start or Update(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
     )
     update = update.to(device)  # what was read from files lies in the CPU's memory
+    curvature = run.curvature
     if curvature is not None:
         curvature = curvature.only([target.name for target in targets], device)
-    for index in range(len(update.provenance["steps"]), steps):
-        aim = objective if index == 0 else later_objective or objective
+    for index in range(len(update.provenance["steps"]), run.steps):
+        aim = direction.objective_of(index)
         with stage("check"):
             state = _State(update, aim, gauge.measure(update, aim), gauge.latest)
         if _is_reached(size, state.probe, first=index == 0):
             break
-        if curvature is None or (refit and index > 0):
-            at, key = (update, seed + index) if refit else (Update({}), seed)
+        if curvature is None or (run.refit and index > 0):
+            at, key = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), at.applied_to(model):
                 curvature = fit(
-                    model, retain_batches, targets, draw=draw, seed=key, recompute=recompute
+                    model, retain_batches, targets, draw=run.draw, seed=key, recompute=run.recompute
                 )
         with stage("gradient"), update.applied_to(model):
-            forget_batches = drawn(forget, forget_batch, index)
-            gradient = forget_gradient(model, forget_batches, targets, aim, recompute=recompute)
+            forget_batches = drawn(forget, run.forget_batch, index)
+            gradient = forget_gradient(model, forget_batches, targets, aim, recompute=run.recompute)
+        refining = drawn(retain, direction.refine_sequences, index)
         directions = refined_steps(
             curvature,
             gradient,
-            _exact_product(
-                model, update, targets, drawn(retain, refine_sequences, index), recompute
-            ),
-            damping=damping,
-            relative=relative,
-            iterations=refine,
+            _exact_product(model, update, targets, refining, run.recompute),
+            damping=direction.damping,
+            relative=direction.relative,
+            iterations=direction.refine,
         )
-        tries = _tries(gauge, targets, state, directions, size, steps, exact_norm=exact_norm)
+        tries = _tries(
+            gauge, targets, state, directions, size, run.steps, exact_norm=direction.exact_norm
+        )
         record, changes = best_try(tries, state.first_loss)
         records = [*update.provenance["steps"], asdict(record)]
         update = update.plus(changes, record.alpha)
         update = Update(update.deltas, {**update.provenance, "steps": records})
-        if on_step is not None:
-            on_step(update)
+        if run.on_step is not None:
+            run.on_step(update)
     return update
 
 
@@ -317,30 +275,12 @@ def _check_data(
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
+    forget_batch: int | None,
 ) -> None:
     sets = {"forget set": forget, "retain set": retain, "held-out retain set": held_out}
     for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
         check_sequences(sequences, f"the {name}")
-
-
-def _check_numbers(
-    steps: int,
-    forget_batch: int | None,
-    forget: int,
-    damping: float,
-    refine: int,
-    refine_sequences: int,
-) -> None:
-    for flag, value, least in (
-        ("--steps", steps, 1),
-        ("--refine", refine, 0),
-        ("--refine-sequences", refine_sequences, 1),
-    ):
-        if value < least:
-            raise InputError(f"{flag} {value}: give {least} or more")
-    if forget_batch is not None and not 1 <= forget_batch <= forget:
-        raise InputError(f"--forget-batch {forget_batch}: the forget set has {forget}")
-    if not (math.isfinite(damping) and damping >= 0):
-        raise InputError(f"--damping {damping}: give a finite number, 0 or more")
+    if forget_batch is not None and not 1 <= forget_batch <= len(forget):
+        raise InputError(f"--forget-batch {forget_batch}: the forget set has {len(forget)}")

@@ -18,7 +18,9 @@ from kfade.evaluate.log import ItemLog
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.method.objectives import Objective
-from kfade.method.sweep import cut, targets_within
+from kfade.method.settings import Direction, Run
+from kfade.method.step import StepSize
+from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
@@ -150,19 +152,21 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
             outcomes = sweep_model(
                 model,
                 points,
+                Shared(
+                    ready.curvature,
+                    ready.loaded.targets,
+                    ready.objectives,
+                    forget_batch=run.step.forget_batch,
+                    refine_sequences=run.refinement.refine_sequences,
+                    batch_tokens=run.data.batch_tokens,
+                    recompute=run.fit.recompute,
+                    seed=run.seed,
+                    gradient=_kept(folder, header),
+                    seconds=_fit_seconds(request.saved.path),
+                ),
                 forget=ready.forget,
                 held_out=ready.held_out,
-                curvature=ready.curvature,
-                targets=ready.loaded.targets,
-                objectives=ready.objectives,
-                gradient=_kept(folder, header),
-                forget_batch=run.step.forget_batch,
-                batch_tokens=run.data.batch_tokens,
-                recompute=run.fit.recompute,
-                seed=run.seed,
                 retain=ready.retain,
-                refine_sequences=run.refinement.refine_sequences,
-                shared_seconds=_fit_seconds(request.saved.path),
                 done={point: _outcome(point, values) for point, values in known.items()},
                 on_point=note,
             )
@@ -204,18 +208,22 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         forget=ready.forget,
         retain=ready.retain,
         held_out=ready.held_out,
-        targets=targets,
-        objective=ready.objectives[point.objective],
-        curvature=cut(ready.curvature, targets),
-        damping=point.damping,
-        relative=point.relative,
-        forget_batch=run.step.forget_batch,
-        alpha=best.alpha,
-        batch_tokens=run.data.batch_tokens,
-        recompute=run.fit.recompute,
-        seed=run.seed,
-        refine=point.refine,
-        refine_sequences=run.refinement.refine_sequences,
+        direction=Direction(
+            objective=ready.objectives[point.objective],
+            damping=point.damping,
+            relative=point.relative,
+            refine=point.refine,
+            refine_sequences=run.refinement.refine_sequences,
+        ),
+        size=StepSize(alpha=best.alpha),
+        run=Run(
+            targets=targets,
+            curvature=cut(ready.curvature, targets),
+            forget_batch=run.step.forget_batch,
+            batch_tokens=run.data.batch_tokens,
+            recompute=run.fit.recompute,
+            seed=run.seed,
+        ),
     )
     about = {
         **ready.digests,

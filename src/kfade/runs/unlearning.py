@@ -37,11 +37,9 @@ from kfade.runs.session import (
 from kfade.runs.template import as_used, dated
 from kfade.runs.words import (
     bytes_of,
-    damping_of,
-    draw_of,
+    direction_of,
     fit_of,
-    later_objective_of,
-    objective_of,
+    going_of,
     step_size,
 )
 from kfade.runtime import distributed, progress
@@ -70,8 +68,8 @@ def unlearn(
     if export_model and run.model.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     run = replace(run, data=dated(run.data, out, resume=resume))
-    method, source = _method(run), source_of(run.model)
-    fit = fit_of(run.fit.estimator)
+    source, fit = source_of(run.model), fit_of(run.fit.estimator)
+    direction, size, going = direction_of(run), step_size(run), going_of(run)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     given = {"curvature": str(saved.path) if saved is not None else None}
@@ -103,12 +101,16 @@ def unlearn(
             forget=forget,
             retain=retain,
             held_out=held_out,
-            targets=loaded.targets,
             fit=_kept(fit, folder, budget, made_for),
-            curvature=curvature,
-            start=_resume_from(folder),
-            on_step=partial(_keep_step, folder, run.step.steps),
-            **method,
+            direction=direction,
+            size=size,
+            run=replace(
+                going,
+                targets=loaded.targets,
+                curvature=curvature,
+                start=_resume_from(folder),
+                on_step=partial(_keep_step, folder, run.step.steps),
+            ),
         )
         update = Update(
             update.deltas,
@@ -137,31 +139,6 @@ def unlearn(
         }
         folder.finish(manifest, metrics, write_config(run))
     return {"out": str(out), **metrics}
-
-
-def _method(run: RunConfig) -> dict[str, Any]:
-    """What :func:`kfade.unlearn` is told of the method.
-
-    Raises:
-        InputError: settings that do not go together, or that there are not.
-    """
-    damping, relative = damping_of(run)
-    return {
-        **asdict(step_size(run)),
-        **asdict(run.refinement),
-        "objective": objective_of(run.step.objective),
-        "later_objective": later_objective_of(run),
-        "draw": draw_of(run.fit.labels),
-        "damping": damping,
-        "relative": relative,
-        "exact_norm": run.step.exact_norm,
-        "steps": run.step.steps,
-        "forget_batch": run.step.forget_batch,
-        "refit": run.step.refit,
-        "batch_tokens": run.data.batch_tokens,
-        "recompute": run.fit.recompute,
-        "seed": run.seed,
-    }
 
 
 def _keep_step(folder: RunDir, total: int, update: Update) -> None:

@@ -8,8 +8,8 @@ from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
 from kfade.curvature.fit import Fit, fit_diagonal, fit_ekfac, fit_identity, fit_kfac
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
+from kfade.method.settings import DEFAULT_DAMPING, DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
-from kfade.method.unlearn import DEFAULT_DAMPING, DEFAULT_KL
 from kfade.runs.config import RunConfig
 
 
@@ -110,7 +110,38 @@ def damping_of(run: RunConfig) -> tuple[float, bool]:
     return (DEFAULT_DAMPING if relative is None else relative), True
 
 
-def later_objective_of(run: RunConfig) -> Objective | None:
+def direction_of(run: RunConfig) -> Direction:
+    """The direction of each step as asked.
+
+    Raises:
+        InputError: a word or a number that is none, or settings that do not go together.
+    """
+    damping, relative = damping_of(run)
+    return Direction(
+        objective_of(run.step.objective),
+        _later_objective_of(run),
+        damping,
+        relative,
+        run.step.exact_norm,
+        run.refinement.refine,
+        run.refinement.refine_sequences,
+    )
+
+
+def going_of(run: RunConfig) -> Run:
+    """How the run goes about its steps, as far as a configuration says it."""
+    return Run(
+        draw=draw_of(run.fit.labels),
+        steps=run.step.steps,
+        forget_batch=run.step.forget_batch,
+        refit=run.step.refit,
+        batch_tokens=run.data.batch_tokens,
+        recompute=run.fit.recompute,
+        seed=run.seed,
+    )
+
+
+def _later_objective_of(run: RunConfig) -> Objective | None:
     """The objective of all steps after the first, where it is another one."""
     word = run.step.later_objective
     if word is not None and run.step.steps == 1:

@@ -1,0 +1,101 @@
+"""What a run of the method is told beside its data: its directions, and how it goes about them.
+
+How far a step goes is :class:`~kfade.method.step.StepSize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.draws import Draw, square_root_draw
+from kfade.errors import InputError
+from kfade.method.objectives import Objective, margin
+from kfade.method.update import Update
+from kfade.models.layers import Target
+
+DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
+DEFAULT_KL = 0.01  # nats per token, where nothing is said, and where a search begins
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The direction of each step: (G̃ + λI)⁻¹g, scaled to unit length, and what improves it.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    objective: Objective = margin
+    """Goes up along the direction, on the forget set."""
+    later_objective: Objective | None = None
+    """Of all steps after the first; ``objective`` when None. Cross-entropy pulls at a token by
+    1 − p_y: where the first step's margin has made answers unlikely, the tokens that stay certain,
+    which other text needs most, are then let alone."""
+    damping: float = DEFAULT_DAMPING
+    """λ, times each layer's mean eigenvalue if ``relative``."""
+    relative: bool = True
+    """Whether the damping is a multiple of each layer's mean eigenvalue."""
+    exact_norm: bool = False
+    """Measure the length of a direction by the exact Gauss-Newton form on held-out retain data
+    instead of by G̃."""
+    refine: int = 0
+    """Iterations of conjugate gradients that improve the direction
+    (:func:`~kfade.method.refine.refined_steps`). All directions on the way are tried. The one with
+    the greatest rise of the forget loss for its KL is taken; with ``StepSize.alpha`` the last."""
+    refine_sequences: int = 64
+    """Retain sequences in the exact products of each step, drawn without replacement; all of them
+    if there are fewer."""
+
+    def __post_init__(self) -> None:
+        _at_least("--refine", self.refine, 0)
+        _at_least("--refine-sequences", self.refine_sequences, 1)
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InputError(f"--damping {self.damping}: give a finite number, 0 or more")
+
+    def objective_of(self, step: int) -> Objective:
+        """The objective of a step, counted from 0."""
+        return self.objective if step == 0 else self.later_objective or self.objective
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run goes about its steps.
+
+    Raises:
+        InputError: no step at all.
+    """
+
+    targets: Sequence[Target] | None = None
+    """Weights to change; every feed-forward weight when None."""
+    curvature: Curvature | None = None
+    """A fit made before, used for the first step (for all if not ``refit``)."""
+    draw: Draw = square_root_draw
+    """Makes the pseudo-labels of fits."""
+    steps: int = 1
+    """Gauss-Newton steps in all."""
+    forget_batch: int | None = None
+    """Forget sequences a step, without replacement; all of them when None."""
+    refit: bool = True
+    """Fit anew at each step."""
+    batch_tokens: int = 4096
+    """Positions in one forward pass."""
+    recompute: bool = False
+    """Passes with gradients run each block again in their backward pass instead of keeping what it
+    made: the same result for less memory and more work."""
+    seed: int = 0
+    """Keys pseudo-labels and draws of sequences."""
+    start: Update | None = None
+    """The update after some steps of the same run, to go on from."""
+    on_step: Callable[[Update], None] | None = None
+    """Called with the update after every step."""
+
+    def __post_init__(self) -> None:
+        _at_least("--steps", self.steps, 1)
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{flag} {value}: give {least} or more")
