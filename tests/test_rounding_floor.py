@@ -97,6 +97,40 @@ def test_a_kl_below_the_floor_is_refused_before_the_fit(data):
         kfade.unlearn(model.float(), **data, fit=fit, **flat(kl=0.9 * floor))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_float32_a_kl_near_rounding_is_refused_too(data, dtype):
+    model = tiny_llama(torch.float32).to(dtype)
+
+    def fit(*args, **options):
+        raise AssertionError("the fit began")
+
+    targets = find_targets(model)
+    gauge = Gauge(model, make_batches(data["held_out"]), make_batches(data["forget"]))
+    floor = gauge.rounding_kl(targets, 1e-30)
+    changes = rounding_changes(model, parameter_names(targets))
+    assert floor == measured_kl(model, make_batches(data["held_out"]), Update(changes))
+    eps = torch.finfo(dtype).eps
+    assert (0.01 * eps) ** 2 < floor < 1e-11
+    told = (
+        rf"--kl [0-9.e-]+: rounding to {str(dtype)[6:]} alone measures as {floor:.1e} .*data; ask"
+    )
+    for size in ({"kl": 0.9 * floor}, {"alpha": 1.0, "max_kl": 0.9 * floor}):
+        with pytest.raises(
+            InputError, match=told.replace("kl", next(reversed(size))).replace("_", "-")
+        ) as refused:
+            kfade.unlearn(model, **data, fit=fit, **size)
+        assert "--dtype" not in str(refused.value)  # there is none that is finer
+    with pytest.raises(AssertionError, match="the fit began"):
+        kfade.unlearn(model, **data, fit=fit, kl=1.1 * floor)
+
+
+def test_in_float32_a_kl_far_above_rounding_costs_no_pass(data, monkeypatch):
+    model = tiny_llama(torch.float32)
+    gauge = Gauge(model, make_batches(data["held_out"]), make_batches(data["forget"]))
+    monkeypatch.setattr("kfade.method.gauge.rounding_changes", None)
+    assert gauge.rounding_kl(find_targets(model), 1e-8) == 0
+
+
 def test_a_run_in_low_precision_meets_a_kl_above_the_floor(data):
     model = tiny_llama(torch.bfloat16)
     asked = 30 * floor_of(model, data)

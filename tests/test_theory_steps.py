@@ -428,34 +428,85 @@ def test_a_cap_that_is_kept_changes_nothing():
     assert len(free) == 1
 
 
-@pytest.mark.parametrize(
-    ("shape", "loss", "size", "message"),
-    [
-        (lambda a: 0.01 * math.tanh(a), rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
-        (lambda a: 0.0, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
-        (lambda a: 0.0 if a < 1 else 1.0, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
-        (lambda a: math.nan, rising, {"kl": 0.02}, "--kl: 0.02 cannot be reached"),
-        (lambda a: a**2, lambda a: 1.5, {"until": 3.0}, "--until: 2 cannot be reached"),
-        (lambda a: a**2, lambda a: 1 - a, {"until": 3.0}, "--until: 2 cannot be reached"),
-        (lambda a: a**2, lambda a: 1.5, {"until_probability": 0.1}, "--until: 1.8.* cannot be"),
-        (lambda a: a**2, lambda a: 1.5, {"until_probability": 0.1}, "rise .*_probability=0.1 asks"),
-        (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}, "--max-kl: 0.019 cannot be"),
-    ],
-    ids=[
-        "saturates",
-        "flat",
-        "jumps",
-        "never finite",
-        "loss stays",
-        "loss falls",
-        "probability stays",
-        "and its target is named",
-        "cap below all",
-    ],
-)
-def test_what_cannot_be_reached_is_an_error(shape, loss, size, message):
+UNREACHED = {
+    "saturates": (
+        (lambda a: 0.01 * math.tanh(a), rising, {"kl": 0.02}),
+        r"--kl 0.02 cannot be reached in one step \(at alpha [^ ]+: KL 0.01\): ask for less, or "
+        r"take more --steps",
+    ),
+    "flat": ((lambda a: 0.0, rising, {"kl": 0.02}), r"\(at alpha [^ ]+: KL 0\): ask for less, or"),
+    "jumps": (
+        (lambda a: 0.001 if a < 1 else 1.0, rising, {"kl": 0.02}),
+        r"\(at alpha 0.99999[0-9]+: KL 0.001, at alpha 1[.0-9]*: KL 1; nothing between\): ask for "
+        r"about one of these$",
+    ),
+    "too much at once": (
+        (lambda a: 1.0, rising, {"kl": 0.02}),
+        r"\(at alpha [^ ]+: KL 1\): ask for more$",
+    ),
+    "breaks": (
+        (lambda a: 1e-3 * a if a < 1 else math.nan, rising, {"kl": 0.02}),
+        r"\(at alpha 0.99999[0-9]+: KL 0.001, from alpha 1 on the model's outputs are not "
+        r"finite\): ask for less$",
+    ),
+    "never finite": (
+        (lambda a: math.nan, rising, {"kl": 0.02}),
+        r"\(from alpha [^ ]+ on the model's outputs are not finite\): look at the model",
+    ),
+    "loss stays": (
+        (lambda a: a**2, lambda a: 1.5, {"until": 3.0}),
+        r"--until forget_loss=3 \(a rise of 2 nats in this step\) cannot be reached in one step "
+        r"\(at alpha [^ ]+: rise 0.5\)",
+    ),
+    "loss falls": ((lambda a: a**2, lambda a: 1 - a, {"until": 3.0}), "rise -"),
+    "loss rises and falls": (  # the last trial is not the nearest
+        (lambda a: a**2, lambda a: 1 + a * math.exp(-a), {"until": 3.0}),
+        r"\(at alpha 0.47[^ ]+: rise 0.29",
+    ),
+    "probability stays": (
+        (lambda a: a**2, lambda a: 1.5, {"until_probability": 0.1}),
+        r"--until forget_probability=0.1 \(a rise of 1.80. nats in this step\)",
+    ),
+    "cap below all": (
+        (lambda a: 1.0, rising, {"alpha": 1.0, "max_kl": 0.02}),
+        r"--max-kl 0.02 cannot be reached in one step \(at alpha [^ ]+: KL 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("run", "message"), UNREACHED.values(), ids=UNREACHED)
+def test_what_cannot_be_reached_is_an_error_that_tells_the_nearest(run, message):
+    shape, loss, size = run
     with pytest.raises(InputError, match=message):
         search(shape, StepSize(**size), loss=loss)
+
+
+def test_a_share_of_the_way_that_cannot_be_reached_is_told_with_the_whole():
+    with pytest.raises(InputError, match=r"--kl 0.5 \(0.125 nats after this step\) cannot be"):
+        search(lambda a: 0.01, StepSize(kl=0.5), share=0.5)
+    with pytest.raises(InputError, match=r"--until forget_loss=3 \(a rise of 1 nats in this step"):
+        search(lambda a: a**2, StepSize(until=3.0), share=0.5, loss=lambda a: 1.1)
+
+
+def jump(alpha: float) -> float:
+    """The KL of a mixture of experts: at 0.3 the first token changes its experts."""
+    return alpha**2 if alpha < 0.3 else 0.5 + alpha
+
+
+@pytest.mark.parametrize("size", [{"alpha": 2.0}, {"kl": 1.0}, {"until": 2.0}], ids=str)
+def test_a_cap_that_lies_in_a_jump_takes_the_longest_step_below_it(size):
+    probes = search(jump, StepSize(**size, max_kl=0.4))
+    assert probes[-1].alpha == pytest.approx(0.3, rel=1e-5)
+    assert probes[-1].retain_kl == pytest.approx(0.09, rel=1e-4)
+    assert probes[-1].alpha == max(p.alpha for p in probes if p.retain_kl <= 0.4)
+
+
+def test_a_capped_step_is_shorter_than_the_one_without_a_cap():
+    tried = [
+        p.alpha for p in search(lambda a: 0.1 - 0.05 * (a < 0.01), StepSize(alpha=1.0, max_kl=0.09))
+    ]
+    assert tried[0] == 1.0 == max(tried)
+    assert tried[-1] == pytest.approx(0.01, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["alpha", "kl", "until", "max_kl"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ from kfade.method.update import Update
 from kfade.models.head import read_head
 from kfade.models.layers import Target, parameter_names
 from kfade.models.load import frozen
+
+FLOAT32_SAFE = 1e-8  # nats per token: far above what rounding to float32 makes
 
 
 class Gauge:
@@ -48,16 +52,26 @@ class Gauge:
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
         return Probe(alpha, kl, loss, losses.mean_probability(self._forget), value)
 
-    def rounding_kl(self, targets: Sequence[Target]) -> float:
+    def rounding_kl(self, targets: Sequence[Target], asked: float = math.inf) -> float:
         """KL that rounding alone makes, of weights and of what is computed from them: that of
-        changes like the rounding of edited weights. 0 in float32, where it was 3e-11 on a real
-        model: not worth a pass."""
-        if targets[0].weight.dtype.itemsize >= 4:
+        changes like the rounding of edited weights.
+
+        Args:
+            asked: the least KL that is aimed at. In float32 rounding made 3e-11 on a real model:
+                from ``FLOAT32_SAFE`` on it is not worth a pass, and taken for 0.
+        """
+        if targets[0].weight.dtype.itemsize >= 4 and asked >= FLOAT32_SAFE:
             return 0.0
         changes = rounding_changes(self.model, parameter_names(targets))
         with Update(changes).applied_to(self.model) as model:
             moved = hidden_reference(model, self.base.batches, "KL of rounding")
         return mean_divergence(self.head, self.base, moved)
+
+
+def least_kl(size: StepSize, steps: int = 1) -> float:
+    """The least KL that a run aims at: that after the first of ``steps``, or the cap; ∞ for none."""
+    first = math.inf if size.kl is None else size.kl / steps**2
+    return min(first, math.inf if size.max_kl is None else size.max_kl)
 
 
 def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps: int = 1) -> None:
@@ -66,20 +80,23 @@ def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps:
     Raises:
         InputError: one is; or the first of ``steps`` would aim at one.
     """
-    dtype = str(targets[0].weight.dtype).removeprefix("torch.")
+    if least_kl(size, steps) >= floor:
+        return
+    weight = targets[0].weight
+    dtype = str(weight.dtype).removeprefix("torch.")
     means = (
         f"rounding to {dtype} alone measures as {floor:.1e} nats per token on the held-out "
         "retain data"
     )
+    finer = ", or use --dtype float32" if weight.dtype.itemsize < 4 else ""
     for flag, asked in (("--kl", size.kl), ("--max-kl", size.max_kl)):
         if asked is not None and asked < floor:
-            raise InputError(f"{flag} {asked:g}: {means}; ask for more, or use --dtype float32")
-    if size.kl is not None and size.kl / steps**2 < floor:
-        raise InputError(
-            f"--kl {size.kl:g} in --steps {steps}: the first step aims at "
-            f"{size.kl / steps**2:.1e}, but {means}; ask for more or take fewer steps, or use "
-            "--dtype float32"
-        )
+            raise InputError(f"{flag} {asked:g}: {means}; ask for more{finer}")
+    first = least_kl(replace(size, max_kl=None), steps)
+    raise InputError(
+        f"--kl {size.kl:g} in --steps {steps}: the first step aims at {first:.1e}, but {means}; "
+        f"ask for more or take fewer steps{finer}"
+    )
 
 
 def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, Tensor]:

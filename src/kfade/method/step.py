@@ -144,6 +144,20 @@ class Probe:
     """Mean of the forgetting objective on the forget set."""
 
 
+@dataclass(frozen=True)
+class _Aim:
+    """What a search looks for."""
+
+    measure: Callable[[Probe], float]
+    value: float
+    accept: tuple[float, float]
+    """Least and greatest measure that will do."""
+    asked: str
+    """As the user said it, with this step's share of it."""
+    name: str
+    """What is measured."""
+
+
 def choose_alpha(
     probe: Callable[[float], Probe],
     size: StepSize,
@@ -163,13 +177,9 @@ def choose_alpha(
         guess: an α to begin with where none is given.
 
     Raises:
-        InputError: the target cannot be reached along this direction.
+        InputError: the target cannot be reached along this direction; no step is below the cap.
     """
     probes: list[Probe] = []
-
-    def around(aim: float, tolerance: float) -> tuple[float, float]:
-        within = tolerance if share == 1 else MIDWAY_TOLERANCE
-        return aim * (1 - within), aim * (1 + within)
 
     def seen(alpha: float) -> Probe:
         probes.append(probe(alpha))
@@ -177,77 +187,115 @@ def choose_alpha(
 
     if size.alpha is not None:
         chosen = seen(size.alpha)
-    elif size.kl is not None:
-        aim = size.kl * share**2
-        accept = around(aim, KL_TOLERANCE)
-        chosen = _search(seen, lambda p: p.retain_kl, aim, accept, guess, "--kl")
     else:
-        assert size.goal is not None
-        begin = size.forgotten(start)
-        rise = (size.goal - begin) * share
-        accept = around(rise, LOSS_TOLERANCE)
-        chosen = _search(
-            seen,
-            lambda p: size.forgotten(p) - begin,
-            rise,
-            accept,
-            guess,
-            "--until",
-            unit=f"; in nats, the rise that {size.target} asks of this step",
-        )
+        aim = _aim(size, share, start)
+        found = _search(seen, aim, guess)
+        if found is None:
+            raise InputError(_unreached(aim, probes))
+        chosen = found
     if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
-        cap = size.max_kl
-        aim, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
-        scale = math.sqrt(aim / chosen.retain_kl) if math.isfinite(chosen.retain_kl) else 0.1
-        first = chosen.alpha * scale
-        chosen = _search(seen, lambda p: p.retain_kl, aim, accept, first, "--max-kl")
+        chosen = _capped(seen, probes, chosen, size.max_kl)
     assert probes[-1] is chosen
     return probes
 
 
-def _search(
-    seen: Callable[[float], Probe],
-    measure: Callable[[Probe], float],
-    aim: float,
-    accept: tuple[float, float],
-    guess: float,
-    flag: str,
-    unit: str = "",
+def _aim(size: StepSize, share: float, start: Probe) -> _Aim:
+    """What a step is to measure that makes ``share`` of the run whole."""
+
+    def around(value: float, tolerance: float) -> tuple[float, float]:
+        within = tolerance if share == 1 else MIDWAY_TOLERANCE
+        return value * (1 - within), value * (1 + within)
+
+    if size.kl is not None:
+        value = size.kl * share**2
+        asked = f"--kl {size.kl:.4g}"
+        if share < 1:
+            asked += f" ({value:.4g} nats after this step)"
+        accept = around(value, KL_TOLERANCE)
+        return _Aim(lambda p: p.retain_kl, value, accept, asked, "KL")
+    assert size.goal is not None
+    begin = size.forgotten(start)
+    value = (size.goal - begin) * share
+    asked = f"{size.target} (a rise of {value:.4g} nats in this step)"
+    accept = around(value, LOSS_TOLERANCE)
+    return _Aim(lambda p: size.forgotten(p) - begin, value, accept, asked, "rise")
+
+
+def _capped(
+    seen: Callable[[float], Probe], probes: Sequence[Probe], over: Probe, cap: float
 ) -> Probe:
-    """Bracketed search for an α whose measure lies in ``accept``; ``flag`` asked for that, and
-    ``unit`` says of what the numbers in an error are where the flag does not.
+    """A step that is shorter than ``over``, with a KL just below the cap.
+
+    Where the KL jumps over what is just below, as where a mixture's tokens change their experts:
+    the longest of all trials below the cap, made once more.
+
+    Raises:
+        InputError: there is none.
+    """
+    value, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
+    aim = _Aim(lambda p: p.retain_kl, value, accept, f"--max-kl {cap:.4g}", "KL")
+    scale = math.sqrt(value / over.retain_kl) if math.isfinite(over.retain_kl) else 0.1
+    found = _search(seen, aim, over.alpha * scale, limit=over.alpha)
+    if found is not None:
+        return found
+    within = [p.alpha for p in probes if p.retain_kl <= cap and p.alpha < over.alpha]
+    if not within:
+        raise InputError(_unreached(aim, probes))
+    return seen(max(within))
+
+
+def _search(
+    seen: Callable[[float], Probe], aim: _Aim, guess: float, limit: float = math.inf
+) -> Probe | None:
+    """Bracketed search below ``limit`` for an α whose measure will do; None where there is none.
 
     A measure is taken for a power of α: α² at first, then the power that two trials tell, those
-    on both sides of ``aim`` where there are such. Where that would leave the bracket or does not
+    on both sides of the aim where there are such. Where that would leave the bracket or does not
     close in, its geometric middle is tried.
     """
-    low, high, alpha = 0.0, math.inf, guess
+    low, high, alpha = 0.0, limit, guess
     usable: dict[float, float] = {}
-    last = None
     for trial in range(40):
-        last = seen(alpha)
-        value = measure(last)
-        if accept[0] <= value <= accept[1]:
-            return last
-        if value < accept[0]:
+        made = seen(alpha)
+        value = aim.measure(made)
+        if aim.accept[0] <= value <= aim.accept[1]:
+            return made
+        if value < aim.accept[0]:
             low = alpha
         else:  # too far, or not finite
             high = alpha
         if math.isfinite(value) and value > 0:
             usable[alpha] = value
         around = [low, high] if low in usable and high in usable else list(usable)[-2:]
-        proposal = _power_law([(a, usable[a]) for a in around], aim) if around else alpha
-        slow = trial % 4 == 3 and (high < math.inf or value < 0.5 * aim)
+        proposal = _power_law([(a, usable[a]) for a in around], aim.value) if around else alpha
+        slow = trial % 4 == 3 and (high < math.inf or value < 0.5 * aim.value)
         if slow or not low < proposal < high:
             proposal = low * 4 if high == math.inf else math.sqrt(max(low, high / 100) * high)
         alpha = proposal
         if alpha > 1e12 or (high < math.inf and high - low <= 1e-6 * high):
-            break
-    reached = "nothing" if last is None else f"{measure(last):.4g}"
-    raise InputError(
-        f"{flag}: {aim:.4g} cannot be reached in one step (nearest {reached}{unit}): ask for "
-        "less, or take more --steps"
-    )
+            return None
+    return None
+
+
+def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
+    """That no trial will do: the nearest on each side, and what to do about it."""
+    measured = [(aim.measure(p), p.alpha) for p in probes]
+    finite = [(value, alpha) for value, alpha in measured if math.isfinite(value)]
+    below = max((trial for trial in finite if trial[0] < aim.accept[0]), default=None)
+    above = min((trial for trial in finite if trial[0] > aim.accept[1]), default=None)
+    said = [f"at alpha {t[1]:.8g}: {aim.name} {t[0]:.4g}" for t in (below, above) if t is not None]
+    broken = [alpha for value, alpha in measured if not math.isfinite(value)]
+    advice = "ask for less, or take more --steps"
+    if above is not None:
+        advice = "ask for more"
+        if below is not None:
+            said.append("nothing between")
+            advice = "ask for about one of these"
+    elif broken:
+        said.append(f"from alpha {min(broken):.4g} on the model's outputs are not finite")
+        advice = "ask for less" if finite else "look at the model and the forget set"
+    tried = ", ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
+    return f"{aim.asked} cannot be reached in one step ({tried}): {advice}"
 
 
 def _power_law(trials: Sequence[tuple[float, float]], aim: float) -> float:

@@ -23,7 +23,7 @@ from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.data.batches import Batch, draw_without_replacement, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.method.gauge import Gauge, parameter_changes, refuse_below
+from kfade.method.gauge import Gauge, least_kl, parameter_changes, refuse_below
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, Outcome, Point
 from kfade.method.objectives import Objective, cross_entropy
@@ -115,7 +115,8 @@ def sweep(
     )
     with stage("check"):
         preflight(model, targets, recompute=shared.recompute)
-        scale = _Scale(model, held, measured, targets)
+        least = min((least_kl(point.size) for point in points), default=math.inf)
+        scale = _Scale(model, held, measured, targets, least)
     outcomes = dict(done or {})
     for name, own in _grouped(points, lambda p: p.objective):
         missing = [point for point in own if point not in outcomes]
@@ -232,10 +233,12 @@ class _Scale:
         held_out: list[Batch],
         forget: list[Batch],
         targets: Sequence[Target],
+        least: float,
     ) -> None:
+        """``least``: the least KL that a point asks for."""
         self._model = model
         self._gauge = Gauge(model, held_out, forget)
-        self._floor = self._gauge.rounding_kl(targets)
+        self._floor = self._gauge.rounding_kl(targets, least)
 
     def weigh(
         self,

@@ -18,7 +18,7 @@ from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.data.batches import Batch, draw_without_replacement, make_batches
 from kfade.data.sequences import TokenSequence, check_sequences, digest_sequences
 from kfade.errors import InputError
-from kfade.method.gauge import Gauge, parameter_changes, refuse_below
+from kfade.method.gauge import Gauge, least_kl, parameter_changes, refuse_below
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import (
     Reference,
@@ -86,7 +86,8 @@ def unlearn(
         preflight(model, targets, recompute=run.recompute)
         measured = drawn(forget, MEASURED_SEQUENCES, 0)
         gauge = Gauge(model, batches_of(held_out), measured)
-        refuse_below(gauge.rounding_kl(targets), size, targets, run.steps)
+        floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
+        refuse_below(floor, size, targets, run.steps)
     update = run.start or Update(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
