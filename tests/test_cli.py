@@ -191,6 +191,52 @@ def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch, r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_refused_size_keeps_the_fit_and_another_size_goes_on_from_it(
+    setup, tmp_path, monkeypatch, capsys
+):
+    assert unlearn(setup, "--kl", "1e6") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--kl 1e+06 cannot be reached in one step" in said
+    kept = f"what was finished is kept in {setup['out']}.part: go on from it with --resume, also"
+    assert f"{kept} with another size, or remove the folder" in said
+    assert unlearn(setup, "--kl", "0.01") == 2  # not without being told to
+    assert unlearn(setup, "--kl", "0.01", "--seed", "1", "--resume") == 2  # nor another fit
+
+    def fits_again(*arguments, **options):
+        raise AssertionError("the fit began anew")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kfade.curvature.fit.run_pass", fits_again)
+        assert unlearn(setup, "--kl", "0.01", "--resume") == 0
+        whole = {**setup, "out": str(tmp_path / "whole")}
+        with pytest.raises(AssertionError, match="began anew"):  # control
+            unlearn(whole, "--kl", "0.01")
+    assert unlearn(whole, "--kl", "0.01") == 0
+    first, second = (load_file(Path(s["out"]) / "update.safetensors") for s in (setup, whole))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_size_cannot_change_once_a_step_is_kept(setup, monkeypatch, capsys):
+    def interrupted(*line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kfade.cli.unlearn.step_line", interrupted)
+    assert unlearn(setup, "--alpha", "0.02", "--steps", "2") == 130
+    monkeypatch.undo()
+    assert unlearn(setup, "--alpha", "0.01", "--steps", "2", "--resume") == 2
+    assert "asked for something else" in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_before_it_kept_anything_leaves_nothing(setup, tmp_path, capsys):
+    fitted = str(tmp_path / "fit")
+    arguments = ["--retain", setup["retain"], "--sequence-length", "8"]
+    assert main(["fit", setup["model"], *arguments, "--out", fitted]) == 0
+    capsys.readouterr()
+    assert unlearn(setup, "--kl", "1e6", "--curvature", fitted) == 2
+    assert "kept" not in capsys.readouterr().err
+    assert leftovers(setup) == []
+
+
 def test_sigkill_leaves_something_to_resume_or_nothing(setup):
     """Killed for real at some moment: the folder DIR never exists half-written."""
     command = [sys.executable, "-m", "kfade", "unlearn", setup["model"], "--out", setup["out"]]

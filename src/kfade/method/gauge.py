@@ -69,7 +69,7 @@ class Gauge:
 
 
 def least_kl(size: StepSize, steps: int = 1) -> float:
-    """The least KL that a run aims at: that after the first of ``steps``, or the cap; ∞ for none."""
+    """The least KL that a run aims at: after the first of ``steps``, or the cap; ∞ for none."""
     first = math.inf if size.kl is None else size.kl / steps**2
     return min(first, math.inf if size.max_kl is None else size.max_kl)
 

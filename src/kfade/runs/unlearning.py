@@ -74,7 +74,8 @@ def unlearn(
     fit_examples, held_examples = read_retain(run.data, run.seed)
     given = {"curvature": str(saved.path) if saved is not None else None}
     clock = Clock()
-    with timing(clock), RunDir(out, {**deciding(run), **given}, resume=resume) as folder:
+    asked, free = {**deciding(run), **given}, {"size": "update-*"}  # no fit depends on the size
+    with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
         loaded = loaded or load(run.model, run.fit)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         budget = curvature_bytes(run, loaded)

@@ -2,7 +2,8 @@
 
 A run works in ``DIR.part`` and is renamed to ``DIR`` at its end. What an interrupted run has
 finished lies in ``DIR.part/state``, each file written aside and renamed, so that ``--resume`` goes
-on from there. A run that fails before it has anything worth keeping leaves nothing.
+on from there. A run that fails before it has anything worth keeping leaves nothing; one that is
+refused after that says what it leaves.
 """
 
 from __future__ import annotations
@@ -105,17 +106,27 @@ class RunDir:
         path: the folder to make.
         config: everything that decides the result; a resumed run must ask for the same.
         resume: go on with an interrupted run, where there is one.
+        free: settings of ``config`` that a resumed run may ask for anew, each by its name, as long
+            as no file of the state matches the glob that is given with it.
 
     Raises:
         InputError: the folder exists, cannot be written, or holds an interrupted run that was not
             asked to be resumed or that asked for something else.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        free: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.part = beside(path, ".part")
         self.state = self.part / "state"
         self._config = json.loads(json.dumps(config))
+        self._free = free or {}
         self._finished = False
         self._writes = distributed.rank() == 0
         if self._writes:
@@ -126,6 +137,7 @@ class RunDir:
             with writing(path):
                 self.state.mkdir(parents=True, exist_ok=True)
             self._write(self.part / CONFIG, self._config)
+        self._found = self._files()
         distributed.barrier()
 
     def __enter__(self) -> RunDir:
@@ -139,8 +151,15 @@ class RunDir:
     ) -> None:
         if not self._writes or self._finished:  # the first process may be removing the state now
             return
-        if not self._has_state():
+        kept = self._files()
+        if not kept:
             shutil.rmtree(self.part, ignore_errors=True)
+        elif isinstance(error, InputError) and kept - self._found:
+            other = "".join(f", also with another {name}" for name in self._free_now())
+            raise InputError(
+                f"{error} (what was finished is kept in {self.part}: go on from it with "
+                f"--resume{other}, or remove the folder)"
+            ) from error
 
     def reads(self, digests: Mapping[str, str], *, resumed: bool | None = None) -> None:
         """Note what the run reads.
@@ -154,7 +173,7 @@ class RunDir:
                 tell.
         """
         path = self.part / INPUTS
-        if self._has_state() if resumed is None else resumed:
+        if bool(self._files()) if resumed is None else resumed:
             self._check_told(path, "read")
             recorded = _read(path)
             changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
@@ -215,8 +234,15 @@ class RunDir:
             (self.part / INPUTS).unlink(missing_ok=True)
             os.replace(self.part, self.path)
 
-    def _has_state(self) -> bool:
-        return any(path.is_file() for path in self.state.rglob("*"))
+    def _files(self) -> set[Path]:
+        """All that is kept; of a process that does not write, nothing."""
+        if not self._writes:
+            return set()
+        return {path for path in self.state.rglob("*") if path.is_file()}
+
+    def _free_now(self) -> list[str]:
+        """Settings that a resumed run may ask for anew."""
+        return [name for name, files in self._free.items() if not list(self.state.glob(files))]
 
     def _check_resume(self, resume: bool) -> None:
         if not resume:
@@ -224,11 +250,12 @@ class RunDir:
                 f"{self.part}: an interrupted run lies there; pass --resume to go on with it, or "
                 "remove the folder"
             )
-        if self._has_state():
+        if self._files():
             self._check_told(self.part / CONFIG, "was asked for")
-        asked = interrupted(self.path)
-        if asked and asked != self._config:
-            told = ", ".join(differences(asked, self._config))
+        asked, free = interrupted(self.path), self._free_now()
+        there, here = ({k: v for k, v in c.items() if k not in free} for c in (asked, self._config))
+        if asked and there != here:
+            told = ", ".join(differences(there, here))
             raise InputError(
                 f"{self.part}: the interrupted run was asked for {told}; repeat its options, or "
                 "remove the folder"
