@@ -55,6 +55,12 @@ def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
             isinstance(parameter, FakeTensor) for parameter in model.parameters()
         ):
             raise  # a plan has its own words
+        if isinstance(error, AttributeError) and "last_hidden_state" in str(error):
+            raise InputError(
+                f"{type(model).__name__} has no part that ends before the vocabulary head and "
+                "gives hidden states (base_model_prefix names it, and it returns "
+                "last_hidden_state): this model is not supported"
+            ) from error
         raise InputError(
             f"{type(model).__name__} does not run on tokens alone "
             f"({type(error).__name__}: {first_line(error)}): this model is not supported"
