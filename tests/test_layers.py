@@ -6,7 +6,18 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from kfade.errors import InputError
 from kfade.models.layers import (
@@ -381,9 +392,46 @@ def test_a_linear_map_that_takes_no_part():
     assert "mlp.spare.weight" in choose_targets(model).summary
 
 
+def rwkv():
+    return RwkvForCausalLM(
+        RwkvConfig(vocab_size=17, hidden_size=8, attention_hidden_size=8, num_hidden_layers=2)
+    )
+
+
+def recurrent_gemma():
+    return RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**zoo.SHAPE, lru_width=16, attention_window_size=4)
+    )
+
+
+def granite_moe():
+    return GraniteMoeForCausalLM(GraniteMoeConfig(**zoo.SHAPE, num_local_experts=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "name"),
+    [
+        (rwkv, "parameters that no linear map holds", "time_mix_key"),
+        (recurrent_gemma, "parameters that no linear map holds", "rg_lru.input_gate_weight"),
+        (granite_moe, "fused expert weights", "block_sparse_moe.input_linear.weight"),
+    ],
+)
+def test_what_is_left_out_is_called_what_it_is(build, kind, name):
+    left_out = {w.name: w for w in choose_targets(build().eval()).left_out}
+    of_three = [w for n, w in left_out.items() if n.endswith(name)]
+    assert of_three
+    assert all(weight.kind == kind for weight in of_three)
+    if kind.startswith("parameters"):
+        assert not any("expert" in w.kind or "expert" in w.reason for w in of_three)
+        assert "is a parameter that no linear map holds, of shape (" in of_three[0].reason
+
+
 def test_a_model_without_blocks():
-    with pytest.raises(InputError, match="Linear has no list of decoder blocks: not supported"):
-        find_targets(nn.Linear(3, 3))
+    model = zoo.tiny("llama")
+    model.model.layers = nn.ModuleList()
+    told = "LlamaForCausalLM has no list of decoder blocks: not supported"
+    with pytest.raises(InputError, match=told):
+        find_targets(model)
 
 
 # --- names and digests -----------------------------------------------------------------------

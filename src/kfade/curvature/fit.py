@@ -45,6 +45,7 @@ from kfade.curvature.sums import (
 )
 from kfade.data.batches import Batch, digest_batches
 from kfade.models.head import Head
+from kfade.models.interface import check_batches, check_model
 from kfade.models.layers import Target
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
@@ -152,7 +153,8 @@ def fit_ekfac(
     whose weights are spread over them each keeps the sums of some layers, see ``owners``.
 
     Raises:
-        InputError: NaN or Inf in activations, gradients or factors; a group over ``memory``.
+        InputError: NaN or Inf in activations, gradients or factors; a group over ``memory``; a
+            token or a length that the model does not read.
     """
 
     def fit_group(owners: Owners, keeper_of: KeeperOf) -> Blocks:
@@ -220,6 +222,8 @@ def _in_groups(
     store: Store | None,
 ) -> Curvature:
     """Fit group after group, each stored before the next where there is a store."""
+    check_model(model, targets)
+    check_batches(model, batches)
     estimator, spread = facts["estimator"], distributed.is_sharded(model)
     processes = distributed.count() if spread else 1
     groups = group_targets(targets, estimator, memory, processes)

@@ -104,12 +104,17 @@ def group_targets(
         processes: over which each group is dealt out; the budget is that of one of them.
 
     Raises:
-        InputError: the layers of one input alone are over the budget.
+        InputError: the layers of one input alone are over the budget, or nothing is left of it.
     """
     if budget is None:
         return [list(targets)]
     groups: list[list[Target]] = []
     for unit in smallest_groups(targets):
+        if budget < 0:
+            raise InputError(
+                f"--memory: the model and a pass alone are over it by {-budget / 1e9:.2f} GB, "
+                "without any curvature: raise it, lower --batch-tokens, or give --recompute"
+            )
         if group_bytes(unit, estimator) > budget:
             raise InputError(
                 f"--memory leaves {budget / 1e9:.2f} GB for the curvature, and {unit[0].name} with "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kfade.curvature.capture import capture
 from kfade.data.batches import Batch
 from kfade.errors import InputError
+from kfade.models.faults import check_weights
 from kfade.models.head import Head, hidden_states, read_head
 from kfade.models.layers import Target
 from kfade.models.lengths import refuse_mixed
@@ -88,7 +89,8 @@ def run_pass(
     """Add this process's share of ``batches`` to ``sums``.
 
     Raises:
-        InputError: NaN or Inf in what a layer reads or passes back; names the layer. A batch of
+        InputError: NaN or Inf in what a layer reads or passes back; names the weight that
+            holds them, else the layer. A batch of
             sequences that the model treats unlike when alone. A model in float16.
     """
     refuse_float16(targets)
@@ -115,7 +117,7 @@ def run_pass(
             sums.begin(batch)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):
                 backward(model, head, batch, from_outputs)
-            _refuse_broken(seen)
+            _refuse_broken(model, seen)
             if keeper is not None:
                 keeper.save(number, sums.tensors())
 
@@ -164,11 +166,13 @@ def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
     return x_BT if batch.full else x_BT[batch.live_BT.flatten()]
 
 
-def _refuse_broken(seen: list[tuple[str, str, Tensor]]) -> None:
+def _refuse_broken(model: nn.Module, seen: list[tuple[str, str, Tensor]]) -> None:
     """Asks the device once a batch, not once a layer."""
     fine = torch.stack([torch.isfinite(total) for _, _, total in seen]).tolist()
     broken = [(what, name) for (what, name, _), good in zip(seen, fine, strict=True) if not good]
     seen.clear()
+    if broken:
+        check_weights(type(model).__name__, model)  # the weight at fault may be another layer's
     for what, name in broken:
         raise InputError(
             f"NaN or Inf in the {what} of {name}: look at the model's weights there, or "

@@ -27,15 +27,27 @@ class TokenSequence:
     """Tokens and, for each, whether it is scored (the first never is).
 
     A sequence of n + 1 tokens has n positions: position t is scored on token t + 1.
+
+    Raises:
+        InputError: not one mark for each token, none that is scored, or the first is.
     """
 
     tokens: tuple[int, ...]
     scored: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.tokens) == len(self.scored)
-        assert any(self.scored)
-        assert not self.scored[0]
+        if len(self.tokens) != len(self.scored):
+            raise InputError(
+                f"a sequence of {len(self.tokens)} tokens with {len(self.scored)} marks of what is "
+                "scored: give one for each token"
+            )
+        if not any(self.scored):
+            raise InputError("a sequence without a scored token: leave it out")
+        if self.scored[0]:
+            raise InputError(
+                "a sequence whose first token is scored: nothing before it predicts it; mark it "
+                "False"
+            )
 
     @property
     def live(self) -> int:
@@ -188,18 +200,6 @@ def continuation(
 def open_tokens(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text that goes on: with what the tokenizer puts before it, not behind it."""
     return _tokenised(text, [], tokenizer)[0]
-
-
-def check_embedded(model: Any, sequences: Sequence[TokenSequence]) -> None:
-    """Raises InputError where a sequence holds a token that ``model`` has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    beyond = max((token for s in sequences for token in s.tokens), default=0)
-    if beyond >= rows:
-        raise InputError(
-            f"a text holds the token {beyond}, but the model's embedding has {rows} rows: the "
-            "tokenizer is another model's, or the text holds a mark (of an image, say) that this "
-            "model cannot read"
-        )
 
 
 def digest_sequences(sequences: Sequence[TokenSequence]) -> str:

@@ -33,6 +33,7 @@ from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
 from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.update import Update
+from kfade.models.interface import check_model, check_readable
 from kfade.models.layers import Target, parse_layers
 from kfade.models.lengths import length_class
 from kfade.runtime.progress import track
@@ -99,6 +100,8 @@ def sweep(
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
     targets, curvature = shared.targets, shared.curvature
+    check_model(model, targets)
+    check_readable(model, [*forget, *retain, *held_out])
     device = targets[0].weight.device
     chosen = {point.layers: targets_within(targets, point.layers) for point in points}
     drawn = [

@@ -31,6 +31,7 @@ from kfade.method.refine import refined_steps
 from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import Probe, Step, StepSize, choose_alpha
 from kfade.method.update import Update
+from kfade.models.interface import check_model, check_readable
 from kfade.models.layers import Target, find_targets, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.runtime import distributed
@@ -66,11 +67,14 @@ def unlearn(
         run: targets, number of steps, memory, seed, see :class:`~kfade.method.settings.Run`.
 
     Raises:
-        InputError: an empty set, an impossible target, a KL that the model's dtype cannot tell from
-            rounding, numbers that are not finite.
+        InputError: an empty set, an impossible target, a model of an unknown kind, a token or a
+            length that it does not read, a KL that the model's dtype cannot tell from rounding,
+            numbers that are not finite.
     """
     _check_data(forget, retain, held_out, run.forget_batch)
     targets = list(run.targets) if run.targets is not None else find_targets(model)
+    check_model(model, targets)
+    check_readable(model, [*forget, *retain, *held_out])
     refuse_float16(targets)
     device = targets[0].weight.device
     batches_of = partial(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
+from kfade.models.interface import check_interface
 from kfade.models.probe import Seen, probe
 from kfade.models.targets import Choice, LeftOut, Target
 from kfade.runtime import distributed
@@ -50,7 +51,8 @@ def choose_targets(
     Without ``pattern`` every linear map of the blocks outside their attention is taken: the
     feed-forward maps, those of shared experts, and in blocks without attention those of the mixer.
     Left out are convolutions, fused and routed experts, their routers, tied maps, and maps that
-    are not run, or not once, with one vector for each position. Where nothing else is left
+    are not run, or not once, with one vector for each position, or whose weight is made of other
+    parameters. Where nothing else is left
     (all feed-forward maps are experts) attention's maps are taken.
 
     Args:
@@ -65,6 +67,7 @@ def choose_targets(
             blocks; a weight is quantised; later tokens change earlier hidden states; the model does
             not run on tokens alone.
     """
+    check_interface(model)
     blocks_name, blocks = decoder_blocks(model)
     wanted = sorted(parse_layers(layers, len(blocks)))
     owners: dict[int, list[str]] = {}
@@ -91,6 +94,12 @@ def choose_targets(
             if id(module) in routers:
                 reason = "is a router: which experts run depends on it, not only what they give"
                 left_out.append(LeftOut(name, "routers", reason))
+            elif id(module.weight) not in owners:
+                reason = (
+                    "is made of other parameters in each pass (parametrised, normalised or "
+                    "pruned): make it permanent first (remove_parametrizations, prune.remove)"
+                )
+                left_out.append(LeftOut(name, "weights made of other parameters", reason))
             elif len(owners[id(module.weight)]) > 1:
                 first, second = owners[id(module.weight)][:2]
                 reason = f"is tied to {second}: changing one would change both"
@@ -112,8 +121,9 @@ def choose_targets(
     prefix = f"{blocks_name}."
     inside = {
         name
-        for name in [target.name for target in found] + [weight.name for weight in unfit]
-        if _inside_attention(blocks, name.removeprefix(prefix).removesuffix(".weight"))
+        for name in [target.name for target in found] + [weight.name for weight in left_out]
+        if name.startswith(prefix)
+        and _inside_attention(blocks, name.removeprefix(prefix).rpartition(".")[0])
     }
     feed_forward = [target for target in found if target.name not in inside]
     if not attention and feed_forward:
@@ -232,17 +242,21 @@ def _matches(module_name: str, module: nn.Module, pattern: str) -> bool:
 
 
 def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
-    """Convolutions and fused experts among a module's own parameters."""
+    """A module's own parameters of three dimensions: convolutions, fused experts, others."""
     found = []
     for own_name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 3:
-            is_filter = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            kind = "convolution's" if is_filter else "fused mixture-of-experts"
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                kind, plural = "a convolution's weight", "convolutions"
+            elif "expert" in f"{name}.{own_name} {type(module).__name__}".lower():
+                kind, plural = "a fused mixture-of-experts weight", "fused expert weights"
+            else:
+                kind = "a parameter that no linear map holds,"
+                plural = "parameters that no linear map holds"
             reason = (
-                f"is a {kind} weight of shape {tuple(parameter.shape)}: kfade changes plain linear "
-                "maps [O, I]"
+                f"is {kind} of shape {tuple(parameter.shape)}: kfade changes plain linear maps "
+                "[O, I]"
             )
-            plural = "convolutions" if is_filter else "fused expert weights"
             found.append(LeftOut(f"{name}.{own_name}", plural, reason))
     return found
 
@@ -278,7 +292,7 @@ def _refuse_if_none(
     what = f"no weight matches '{pattern}'" if pattern else "no linear map found"
     some = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)][:3]
     raise InputError(
-        f"{what} in blocks {layers or 'all'} of {type(model).__name__}: "
+        f"{what} in {f'blocks {layers}' if layers else 'any block'} of {type(model).__name__}: "
         f"give --target a glob over parameter names such as '{some[0] if some else '*'}.weight'"
     )
 

@@ -219,10 +219,24 @@ def provenance(source: Source) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter requiring gradients, both as before on leaving."""
+    """Evaluation mode, no parameter requiring gradients and outputs with names, all three as before
+    on leaving.
+
+    Raises:
+        InputError: weights that were made in ``torch.inference_mode``.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__}: its weights were made within torch.inference_mode, where "
+            "nothing can be differentiated: load the model outside of it"
+        )
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    configs = [vars(module)["config"] for module in modes if "config" in vars(module)]
+    tuples = {id(c): c for c in configs if getattr(c, "return_dict", None) is False}.values()
     try:
+        for config in tuples:
+            config.return_dict = True
         model.eval()
         model.requires_grad_(False)
         with no_memory_of_lengths(model):
@@ -232,6 +246,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        for config in tuples:
+            config.return_dict = False
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None = None) -> None:

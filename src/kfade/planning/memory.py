@@ -20,6 +20,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import fit_bytes, largest_share, stored_bytes
 from kfade.errors import InputError
 from kfade.models.head import CHUNK
+from kfade.models.interface import check_length
 from kfade.models.layers import Target, decoder_blocks
 from kfade.planning.trace import PassCost, trace_pass
 
@@ -132,9 +133,10 @@ def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) 
             whole.
 
     Raises:
-        InputError: its passes depend on the numbers in it.
+        InputError: its passes depend on the numbers in it; it cannot read sequences so long.
     """
     with on_shapes(model):
+        check_length(model, work.length)
         cost = trace_pass(model, targets, work.shape, recompute=work.recompute)
     vocabulary, width = model.get_output_embeddings().weight.shape
     return Workload(targets, cost, model_bytes(model, shards), (vocabulary, width), shards)

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from kfade.data.examples import Example, load_examples, split_holdout
-from kfade.data.sequences import TokenSequence, check_embedded, encode, packed_length
+from kfade.data.sequences import TokenSequence, encode, packed_length
 from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
+from kfade.models.interface import check_readable
 from kfade.models.layers import Target, choose_targets, decoder_blocks
 from kfade.models.load import default_device, load_model, model_window
 from kfade.models.sources import Source
@@ -150,5 +151,5 @@ def to_tokens(
         truncate=config.truncate,
         score_end=config.score_end,
     )
-    check_embedded(loaded.model, sequences)
+    check_readable(loaded.model, sequences)
     return sequences
