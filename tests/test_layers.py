@@ -7,8 +7,6 @@ import torch
 import zoo
 from torch import nn
 from transformers import (
-    GraniteMoeConfig,
-    GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -404,16 +402,12 @@ def recurrent_gemma():
     )
 
 
-def granite_moe():
-    return GraniteMoeForCausalLM(GraniteMoeConfig(**zoo.SHAPE, num_local_experts=2))
-
-
 @pytest.mark.parametrize(
     ("build", "kind", "name"),
     [
         (rwkv, "parameters that no linear map holds", "time_mix_key"),
         (recurrent_gemma, "parameters that no linear map holds", "rg_lru.input_gate_weight"),
-        (granite_moe, "fused expert weights", "block_sparse_moe.input_linear.weight"),
+        (mixtral, "fused expert weights", "mlp.experts.gate_up_proj"),
     ],
 )
 def test_what_is_left_out_is_called_what_it_is(build, kind, name):
