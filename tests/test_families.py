@@ -283,7 +283,7 @@ def test_a_model_that_looks_ahead_is_refused_before_any_fit():
     def fit(*args, **kwargs):
         raise AssertionError("fitted")
 
-    message = "Gemma3ForCausalLM looks ahead: changing the last of 8 tokens moves the hidden states"
+    message = "Gemma3ForCausalLM looks ahead: changing the last 24 of 32 tokens moves the"
     with pytest.raises(InputError, match=message):
         find_targets(looks_ahead())
     causal = zoo.tiny("gemma3", torch.float32)
@@ -373,7 +373,7 @@ def test_a_gradient_where_there_is_no_curvature_at_all():
     with pytest.raises(InputError, match="no curvature where the forget gradient lies"):
         gauss_newton_step(Curvature({"flat": flat}), gradient, damping=0.1, relative=True)
     nothing = {name: torch.zeros(2, 2) for name in blocks}
-    with pytest.raises(InputError, match="the forget gradient is zero: look at the forget set"):
+    with pytest.raises(InputError, match="the forget gradient is zero in all targeted"):
         gauss_newton_step(Curvature(blocks), nothing, damping=0.1, relative=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -29,6 +29,7 @@ from kfade.method.unlearn import MEASURED_SEQUENCES, base_facts
 from kfade.method.update import Update
 from kfade.models.head import read_head
 from kfade.models.lengths import length_class
+from kfade.models.targets import memory_of
 from kfade.runtime.progress import track
 from kfade.runtime.stages import stage
 
@@ -243,10 +244,10 @@ def _optimizer(trainable: Trainable, settings: Settings) -> Optimizer:
 def _net(model: nn.Module, trainable: Trainable) -> Net:
     """The model, its head, and a copy of the head where training would change it."""
     head = read_head(model)
-    owners: dict[int, set[str]] = {}
+    owners: dict[Hashable, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name)
-    trained = any(owners[id(p)] & set(trainable.names) for p in head.linear.parameters())
+        owners.setdefault(memory_of(parameter), set()).add(name)
+    trained = any(owners[memory_of(p)] & set(trainable.names) for p in head.linear.parameters())
     base_head = replace(head, linear=copy.deepcopy(head.linear)) if trained else head
     return Net(model, head, base_head)
 

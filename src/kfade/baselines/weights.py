@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kfade.models.layers import Target
 from kfade.models.load import frozen
+from kfade.models.targets import refuse_shared_memory
 
 
 class Trainable(Protocol):
@@ -60,6 +61,7 @@ class Dense:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         own = dict(model.named_parameters(remove_duplicate=False))
+        refuse_shared_memory(model, names)
         self.names = list(names)
         self._model = model
         self._parameters = {name: own[name] for name in names}

@@ -108,7 +108,7 @@ def tangents(
     mode. Which experts run counts as fixed.
     """
     primal_BTD, tangent_BTD = _dual_states(model, batch.input_BT, targets, delta)
-    assert tangent_BTD is not None
+    assert tangent_BTD is not None  # see tangents_of
     return batch.at_loss(primal_BTD), batch.at_loss(tangent_BTD)
 
 

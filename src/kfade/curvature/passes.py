@@ -9,7 +9,7 @@ Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -101,6 +101,7 @@ def run_pass(
     )  # in step with others
     done = keeper.load(sums.tensors()) if keeper is not None else 0
     seen: list[tuple[str, str, Tensor]] = []
+    reached: set[str] = set()
 
     # A sum shows NaN and Inf at a third of the cost of asking every entry.
     def on_input(target: Target, a_BTI: Tensor) -> None:
@@ -108,6 +109,7 @@ def run_pass(
         sums.on_input(target, a_BTI)
 
     def on_gradient(target: Target, g_BTO: Tensor) -> None:
+        reached.add(target.name)
         seen.append(("gradients", target.name, g_BTO.sum()))
         sums.on_gradient(target, g_BTO)
 
@@ -118,8 +120,19 @@ def run_pass(
             with capture(targets, on_input=on_input, on_gradient=on_gradient):
                 backward(model, head, batch, from_outputs)
             _refuse_broken(model, seen)
+            refuse_unreached(targets, reached)
             if keeper is not None:
                 keeper.save(number, sums.tensors())
+
+
+def refuse_unreached(targets: Sequence[Target], reached: Collection[str]) -> None:
+    """Raises InputError where a backward pass has not come back to a target."""
+    for target in targets:
+        if target.name not in reached:
+            raise InputError(
+                f"no gradient comes back to {target.name} from the model's outputs: leave it out "
+                "with --target or --layers"
+            )
 
 
 def refuse_float16(targets: Sequence[Target]) -> None:
@@ -143,6 +156,11 @@ def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutpu
     """Forward, then backward with u [N, D] at the loss positions and zero elsewhere."""
     with torch.enable_grad():
         hidden_BTD = hidden_states(model, batch.input_BT)
+    if not hidden_BTD.requires_grad:
+        raise InputError(
+            "no gradient comes back to any target from the model's outputs: find the targets in "
+            "this very model, or others with --target or --layers"
+        )
     u_BTD = torch.zeros_like(hidden_BTD)
     u_BTD[batch.loss_BT] = from_outputs(head, batch, batch.at_loss(hidden_BTD.detach()))
     hidden_BTD.backward(u_BTD)

@@ -6,7 +6,10 @@ and keeps its input; when the gradient of its output has come it runs again, wit
 gradient goes through that. The same operations in the same order give the same bits, for one more
 forward pass through those blocks.
 
-Shapes: B batch, T positions, D hidden width.
+What a block hands on by another way than its output is lost, and with it the gradients that come
+back by that way. Each use is therefore tried on a few tokens first, against a plain pass.
+
+Shapes: B batch, T positions, D hidden width, O outputs of a layer.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from kfade.errors import InputError
+from kfade.curvature.capture import capture
+from kfade.errors import InputError, first_line
+from kfade.models.head import FEW, hidden_states, trial_tokens
 from kfade.models.layers import Target, decoder_blocks
+from kfade.models.load import frozen
 
 
 @contextlib.contextmanager
@@ -33,9 +40,16 @@ def recomputing(model: nn.Module, targets: Sequence[Target], wanted: bool = True
     see both runs, and tell them apart by ``torch.is_grad_enabled()``.
 
     Raises:
-        InputError: in a pass, if gradients go from block to block by other ways than the block's
-            first argument.
+        InputError: gradients with and without differ on a few tokens, or blocks cannot run twice.
     """
+    if wanted and not isinstance(targets[0].weight, FakeTensor):
+        _refuse_other_gradients(model, targets)
+    with _running_twice(model, targets, wanted):
+        yield
+
+
+@contextlib.contextmanager
+def _running_twice(model: nn.Module, targets: Sequence[Target], wanted: bool) -> Iterator[None]:
     blocks: list[nn.Module] = []
     if wanted:
         lowest = min(target.block for target in targets)
@@ -51,6 +65,56 @@ def recomputing(model: nn.Module, targets: Sequence[Target], wanted: bool = True
             vars(block).pop("forward", None)
             if forward is not None:
                 block.forward = forward
+
+
+def _refuse_other_gradients(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Compare the gradients of all targets' outputs on a few tokens with those of a plain pass.
+
+    The bits are the same where a device computes the first run of a block and the second in the
+    same kernels, adding in the same order. Elsewhere each rounds for itself, by some units in the
+    last place, and as much is allowed for: 4 eps, and 1e-4 at least, which no use of a gradient
+    notices. A way that is lost takes its whole share of the gradient with it.
+    """
+    with frozen(model):
+        plain = _trial_gradients(model, targets)
+        try:
+            with _running_twice(model, targets, True):
+                twice = _trial_gradients(model, targets)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"--recompute: the blocks of {type(model).__name__} cannot run twice "
+                f"({type(error).__name__}: {first_line(error)}); leave it out"
+            ) from error
+    for name, g_BTO in plain.items():
+        other_BTO = twice.get(name, torch.zeros_like(g_BTO))
+        apart = (other_BTO.double() - g_BTO.double()).norm()
+        limit = max(1e-4, 4 * torch.finfo(g_BTO.dtype).eps) * g_BTO.double().norm()
+        if apart > limit:
+            raise InputError(
+                f"--recompute: it changes the gradient at {name} by "
+                f"{apart / g_BTO.double().norm():.1e} of its size on {FEW} tokens: blocks of "
+                f"{type(model).__name__} hand on more than their output (keys and values, say); "
+                "leave it out"
+            )
+
+
+def _trial_gradients(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """By target, the gradient of its output for uneven weights of the final hidden states."""
+    found: dict[str, Tensor] = {}
+    with capture(targets, on_gradient=lambda target, g_BTO: found.update({target.name: g_BTO})):
+        with torch.enable_grad():
+            hidden_BTD = hidden_states(model, trial_tokens(model, FEW))
+        hidden_BTD.backward(uneven_like(hidden_BTD))
+    return found
+
+
+def uneven_like(x: Tensor) -> Tensor:
+    """Numbers between -1 and 1 that do not add up to zero anywhere: a norm's derivative along
+    equal ones is zero."""
+    steps = torch.arange(x.numel(), device=x.device, dtype=torch.float32)
+    return steps.cos().to(x.dtype).view(x.shape)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
 from kfade.method.update import Update
+from kfade.models.targets import memory_of
 
 GROUP = 128  # inputs that share a scale in 4 bits
 
@@ -78,14 +79,14 @@ def quantised(model: nn.Module, rounding: Rounding | None) -> Iterator[nn.Module
 
 def linear_weights(model: Any) -> dict[str, tuple[Tensor, bool]]:
     """(weight, whether it is stored as [I, O]) of every linear map but the vocabulary head."""
-    kept = {id(model.get_input_embeddings().weight)}
+    kept = {memory_of(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
     if head is not None:
-        kept.add(id(head.weight))
+        kept.add(memory_of(head.weight))
     return {
         f"{name}.weight": (module.weight, isinstance(module, Conv1D))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
+        if isinstance(module, nn.Linear | Conv1D) and memory_of(module.weight) not in kept
     }
 
 

@@ -34,6 +34,7 @@ from kfade.method.update import Update
 from kfade.models.head import Head, hidden_states, read_head
 from kfade.models.lengths import length_class
 from kfade.models.load import frozen, model_window
+from kfade.models.targets import refuse_shared_memory
 from kfade.runtime.progress import track
 
 AT = (0, 25, 50, 100, 200)
@@ -254,6 +255,7 @@ def fine_tune(
     """
     if not sequences:
         raise InputError("there is nothing to fine-tune on: give at least one sequence")
+    refuse_shared_memory(model, [name for name, _ in model.named_parameters()])
     device = next(model.parameters()).device
     batches_of = partial(
         make_batches, budget=tuning.batch_tokens, device=device, group=length_class(model)

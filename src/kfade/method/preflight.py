@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from kfade.curvature.capture import capture
-from kfade.curvature.passes import backward
+from kfade.curvature.passes import backward, refuse_unreached
 from kfade.curvature.product import quadratic_form
-from kfade.curvature.recompute import recomputing
+from kfade.curvature.recompute import recomputing, uneven_like
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError, first_line
 from kfade.models.head import Head, read_head
 from kfade.models.layers import Target
 from kfade.models.load import frozen
+from kfade.models.targets import named, refuse_compiled
 
 
 def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = False) -> None:
@@ -27,27 +28,38 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
         recompute: blocks run again in the backward pass, as the run will ask for.
 
     Raises:
-        InputError: a later token moves earlier hidden states; logits are made in an unknown way; no
-            gradient comes back to a target; an operation has no derivative (in the library's
-            words).
+        InputError: a later token moves earlier hidden states, or the same tokens do when they come
+            again; logits are made in an unknown way; a module is compiled; no gradient comes back
+            to a target, or a gradient of zero to all; an operation has no derivative (in the
+            library's words); gradients are others with ``recompute``.
     """
+    refuse_compiled(model)
     device = targets[0].weight.device
     batches = make_batches([TokenSequence((0, 1, 2), (False, True, True))], device=device)
-    reached: set[str] = set()
+    reached: dict[str, bool] = {}
+    head_passes = True
 
     def on_gradient(target: Target, g_BTO: Tensor) -> None:
-        reached.add(target.name)
+        reached[target.name] = bool(g_BTO.any())
 
-    def ones(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
-        return torch.ones_like(hidden_ND)
+    def through_head(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        nonlocal head_passes
+        with torch.enable_grad():
+            h = hidden_ND.requires_grad_()
+            logits = head(h)
+        [u_ND] = torch.autograd.grad(logits, h, uneven_like(logits))
+        head_passes = bool(u_ND.any())
+        return u_ND
 
     try:
-        with frozen(model), recomputing(model, targets, recompute):
+        with frozen(model):
             head = read_head(model)
             with capture(targets, on_gradient=on_gradient):
-                backward(model, head, batches[0], ones)
+                backward(model, head, batches[0], through_head)
         along = {t.name: torch.ones(t.shape, dtype=t.weight.dtype, device=device) for t in targets}
         quadratic_form(model, batches, targets, along)
+        with recomputing(model, targets, recompute):
+            pass  # tried on entering
     except InputError:
         raise
     except Exception as error:
@@ -55,9 +67,16 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
             f"{type(model).__name__} cannot be differentiated ({type(error).__name__}: "
             f"{first_line(error)}): narrow --target or --layers, or use another model"
         ) from error
-    for target in targets:
-        if target.name not in reached:
-            raise InputError(
-                f"no gradient comes back to {target.name} from the model's outputs: leave it out "
-                "with --target or --layers"
-            )
+    refuse_unreached(targets, reached)
+    if not head_passes:
+        raise InputError(
+            f"the vocabulary head of {type(model).__name__} passes no gradient back: its weights "
+            "are zero, and so would be every change; use a model whose head is not"
+        )
+    if not any(reached.values()):
+        names = [target.name for target in targets]
+        raise InputError(
+            f"the gradient is zero in all targeted weights ({named(names)}): weights of zero, or "
+            "a saturated activation, lie between them and the outputs; target others with "
+            "--target or --layers"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.errors import InputError
+from kfade.models.targets import named
 
 KL_TOLERANCE = 0.1  # a measured KL is met within 10 %: a held-out sample says no more than that
 LOSS_TOLERANCE = 0.03  # a forgetting target is met within 3 % of the rise asked for
@@ -45,7 +46,8 @@ def gauss_newton_step(
         damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
 
     Raises:
-        InputError: the direction has no length: the gradient is zero or the curvature is broken.
+        InputError: the direction has no length: the gradient is zero in all layers, or the
+            curvature is broken.
     """
     direction: Matrices = {}
     square = slope = gradient_square = 0.0
@@ -56,7 +58,13 @@ def gauss_newton_step(
         slope += (g * r).sum().double().item()
         direction[name] = block.rotate_back(r)
         gradient_square += g.square().sum().double().item()
-    if square == 0 and gradient_square > 0:
+    if gradient_square == 0:
+        raise InputError(
+            f"the forget gradient is zero in all targeted weights ({named(direction)}): no "
+            "gradient of the forget set reaches them; look at the forget set (is all of it certain "
+            "already?), or target others"
+        )
+    if square == 0:
         raise InputError(
             "the retain set has no curvature where the forget gradient lies: a step there cannot "
             "be measured; add retain text that uses the targeted weights, or target others"
@@ -71,10 +79,10 @@ def unit_step(direction: Matrices, slope: float, square: float) -> Step:
         InputError: r has no length.
     """
     if not (math.isfinite(square) and square > 0):
-        cause = "the forget gradient is zero: look at the forget set"
-        if square != 0:
-            cause = "the damping is too small for this curvature: raise it"
-        raise InputError(f"the step's squared length in the G-norm is {square}: {cause}")
+        raise InputError(
+            f"the step's squared length in the G-norm is {square}: the damping is too small for "
+            "this curvature; raise it"
+        )
     return Step(direction, slope, 0.5 * square).scaled(square**-0.5)
 
 

@@ -25,6 +25,9 @@ from kfade.errors import InputError, first_line
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call the soft cap of the logits."""
 CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
+WINDOWS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "block_size")
+"""What configurations call the longest input."""
+TRIAL, FEW = 64, 8  # tokens that a model is tried on; those before where most of them change
 PIECE = 2**21  # numbers of a weight that are in float32 at a time: 8 MB, what a cache holds
 
 
@@ -67,27 +70,65 @@ def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
         ) from error
 
 
-def refuse_looking_ahead(model: Any) -> None:
-    """Change the last of a few tokens: no earlier hidden state may move.
+def trial_tokens(model: Any, most: int) -> Tensor:
+    """Token numbers [1, T] on the model's device, T ``most`` or what its window holds."""
+    weight = model.get_input_embeddings().weight
+    config = model.config.get_text_config()
+    length = min([most, *(getattr(config, name, None) or most for name in WINDOWS)])
+    return torch.arange(3, 3 + length, device=weight.device)[None] % weight.shape[0]
+
+
+def refuse_looking_ahead(model: Any) -> Tensor:
+    """Change the last of some tokens, one or all but a few: no earlier hidden state may move.
+
+    Returns:
+        The tokens [1, T]: ``TRIAL`` of them, or ``FEW`` where the model does not take so many.
 
     Raises:
         InputError: one does. Scores of a token would then depend on those that follow it, and on
-            padding.
+            padding. Or the same tokens give other hidden states when they come again.
     """
-    weight = model.get_input_embeddings().weight
-    tokens_BT = torch.arange(3, 11, device=weight.device)[None] % weight.shape[0]
-    other_BT = tokens_BT.clone()
-    other_BT[0, -1] = 1
+    tokens_BT = trial_tokens(model, TRIAL)
+    length, vocabulary = tokens_BT.shape[1], model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        before, after = (run_on_tokens(model, x)[0].float() for x in (tokens_BT, other_BT))
-    moved, size = (after - before)[:-1].norm(), before[:-1].norm()
+        try:
+            before_TD = run_on_tokens(model, tokens_BT)[0]
+        except InputError:
+            if length <= FEW:
+                raise
+            tokens_BT, length = tokens_BT[:, :FEW], FEW
+            before_TD = run_on_tokens(model, tokens_BT)[0]
+        moved = _moved(before_TD, run_on_tokens(model, tokens_BT)[0])
+        if moved is not None:
+            raise InputError(
+                f"{type(model).__name__} gives other outputs for the same tokens when they come "
+                f"again, by {moved:.1e} of their size: it draws random numbers (noise, dropout "
+                "that is on in evaluation) or keeps a state between calls; kfade needs outputs "
+                "that follow from the tokens alone"
+            )
+        for last in sorted({1, max(1, length - FEW)}, reverse=True):
+            other_BT = tokens_BT.clone()
+            other_BT[0, -last:] = (other_BT[0, -last:] + 1) % vocabulary
+            after_TD = run_on_tokens(model, other_BT)[0]
+            moved = _moved(before_TD[:-last], after_TD[:-last])
+            if moved is not None:
+                which, them = ("the last", "it") if last == 1 else (f"the last {last}", "them")
+                raise InputError(
+                    f"{type(model).__name__} looks ahead: changing {which} of {length} tokens "
+                    f"moves the hidden states before {them} by {moved:.1e} of their size; kfade "
+                    "needs causal attention (a configuration with bidirectional attention is not "
+                    "supported)"
+                )
+    return tokens_BT
+
+
+def _moved(before_TD: Tensor, after_TD: Tensor) -> float | None:
+    """By what part of their size hidden states moved, where it is more than rounding."""
+    moved = (after_TD.float() - before_TD.float()).norm().item()
+    size = before_TD.float().norm().item()
     # Rounding that grows with depth, far below what attention to a later token does.
-    if moved > min(1000 * torch.finfo(weight.dtype).eps, 0.05) * size:
-        raise InputError(
-            f"{type(model).__name__} looks ahead: changing the last of {tokens_BT.shape[1]} tokens "
-            f"moves the hidden states before it by {moved / size:.1e} of their size; kfade needs "
-            "causal attention (a configuration with bidirectional attention is not supported)"
-        )
+    limit = min(1000 * torch.finfo(before_TD.dtype).eps, 0.05)
+    return moved / size if moved > limit * size else None
 
 
 @dataclass(frozen=True)
@@ -187,16 +228,20 @@ def read_head(model: Any) -> Head:
         scale /= getattr(config, name, None) or 1.0
     caps = [getattr(config, name, None) for name in SOFT_CAPS]
     head = Head(linear, float(scale), next((cap for cap in caps if cap), None))
-    tokens_BT = torch.arange(1, 9, device=linear.weight.device)[None] % linear.weight.shape[0]
-    refuse_looking_ahead(model)
+    tokens_BT = refuse_looking_ahead(model)
     with torch.no_grad():
         ours = head(hidden_states(model, tokens_BT)[0])
-        theirs = model(input_ids=tokens_BT, use_cache=False).logits[0].to(ours.dtype)
-    if not torch.isfinite(theirs).all():
-        return head  # a broken weight: the layer that holds it is named where it is used
-    # The soft cap runs in float32 here and in the model's own dtype there: allow its rounding.
-    tolerance = 8 * torch.finfo(linear.weight.dtype).eps * theirs.abs().max()
-    if (ours - theirs).abs().max() > tolerance:
+        theirs = model(input_ids=tokens_BT, use_cache=False).logits[0]
+    # A number that is not finite on both sides is a broken weight: the layer that holds it is named
+    # where it is used.
+    finite = torch.isfinite(theirs)
+    same = torch.equal(finite, torch.isfinite(ours))
+    if same and finite.any():
+        # Each side rounds in its own dtypes, the model also what it does after the product.
+        eps = max(torch.finfo(dtype).eps for dtype in (linear.weight.dtype, theirs.dtype))
+        ours, theirs = ours[finite], theirs[finite].to(ours.dtype)
+        same = bool((ours - theirs).abs().max() <= 8 * eps * theirs.abs().max())
+    if not same:
         raise InputError(
             f"{type(model).__name__} turns hidden states into logits in a way that kfade does not "
             "know (not a linear map, scale or soft cap): this model is not supported"

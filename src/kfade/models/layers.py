@@ -9,7 +9,7 @@ can be changed is seen in a forward pass over a few tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from kfade.errors import InputError
 from kfade.models.interface import check_interface
 from kfade.models.probe import Seen, probe
-from kfade.models.targets import Choice, LeftOut, Target
+from kfade.models.targets import Choice, LeftOut, Target, memory_of, refuse_compiled
 from kfade.runtime import distributed
 
 ROUNDINGS = (None, torch.bfloat16, torch.float16)  # of what digests are kept
@@ -64,15 +64,16 @@ def choose_targets(
 
     Raises:
         InputError: nothing is left; a match of ``pattern`` cannot be changed or lies outside the
-            blocks; a weight is quantised; later tokens change earlier hidden states; the model does
-            not run on tokens alone.
+            blocks; a weight is quantised; a module is compiled; later tokens change earlier hidden
+            states; the model does not run on tokens alone.
     """
+    refuse_compiled(model)
     check_interface(model)
     blocks_name, blocks = decoder_blocks(model)
     wanted = sorted(parse_layers(layers, len(blocks)))
-    owners: dict[int, list[str]] = {}
+    owners: dict[Hashable, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(memory_of(parameter), []).append(name)
     found: list[Target] = []
     left_out: list[LeftOut] = []
     for index in wanted:
@@ -94,16 +95,16 @@ def choose_targets(
             if id(module) in routers:
                 reason = "is a router: which experts run depends on it, not only what they give"
                 left_out.append(LeftOut(name, "routers", reason))
-            elif id(module.weight) not in owners:
+            elif memory_of(module.weight) not in owners:
                 reason = (
                     "is made of other parameters in each pass (parametrised, normalised or "
                     "pruned): make it permanent first (remove_parametrizations, prune.remove)"
                 )
                 left_out.append(LeftOut(name, "weights made of other parameters", reason))
-            elif len(owners[id(module.weight)]) > 1:
-                first, second = owners[id(module.weight)][:2]
-                reason = f"is tied to {second}: changing one would change both"
-                left_out.append(LeftOut(first, "tied weights", reason))
+            elif len(tied := owners[memory_of(module.weight)]) > 1:
+                other = next(own for own in tied if own != name)
+                reason = f"is tied to {other}: changing one would change both"
+                left_out.append(LeftOut(name, "tied weights", reason))
             else:
                 found.append(_target(module_name, module, index, joint_bias))
     if pattern is not None:
@@ -321,6 +322,19 @@ def _routers(block: nn.Module) -> set[int]:
     return found
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether some block chooses which of its weights run."""
+    for block in decoder_blocks(model)[1]:
+        fused = any(
+            left_out.kind == "fused expert weights"
+            for module in block.modules()
+            for left_out in _not_linear("", module)
+        )
+        if fused or _routers(block):
+            return True
+    return False
+
+
 def _refuse_tied(names: list[str]) -> None:
     if len(names) > 1:
         raise InputError(
@@ -330,7 +344,7 @@ def _refuse_tied(names: list[str]) -> None:
 
 
 def _refuse_outside(
-    model: nn.Module, pattern: str, blocks_name: str, owners: Mapping[int, list[str]]
+    model: nn.Module, pattern: str, blocks_name: str, owners: Mapping[Hashable, list[str]]
 ) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -338,7 +352,7 @@ def _refuse_outside(
         if inside or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
             continue
         if fnmatchcase(f"{name}.weight", pattern):
-            _refuse_tied(owners[id(weight)])
+            _refuse_tied(owners[memory_of(weight)])
             raise InputError(
                 f"--target {pattern} matches {name}.weight, which is outside the decoder's blocks "
                 f"({blocks_name}.*): only linear maps within them can be targeted"

@@ -223,13 +223,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
     on leaving.
 
     Raises:
-        InputError: weights that were made in ``torch.inference_mode``.
+        InputError: weights that were made in ``torch.inference_mode``; within ``torch.autocast``,
+            which rounds every product behind kfade's back.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise InputError(
             f"{type(model).__name__}: its weights were made within torch.inference_mode, where "
             "nothing can be differentiated: load the model outside of it"
         )
+    for kind in {parameter.device.type for parameter in model.parameters()}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            raise InputError(
+                f"torch.autocast is on for {kind}: its rounding changes every number; leave the "
+                "with-block, and load the model in the dtype that it is to have"
+            )
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     configs = [vars(module)["config"] for module in modes if "config" in vars(module)]

@@ -28,7 +28,7 @@ class Seen:
         """In the order of the forward pass; held, so that no address is used twice."""
         self.linear: dict[str, bool] = {}
         """Whether the output is W a + b; not asked of fake tensors."""
-        with hooked(targets, self._note, with_kwargs=True), torch.no_grad():
+        with hooked(targets, self._note, every=False, with_kwargs=True), torch.no_grad():
             run_on_tokens(model, input_BT)
 
     def _note(self, target: Target):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from kfade.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,95 @@ class Target:
 
 @contextlib.contextmanager
 def hooked(
-    targets: Sequence[Target], hook: Callable[[Target], Callable[..., Any]], **options: bool
+    targets: Sequence[Target],
+    hook: Callable[[Target], Callable[..., Any]],
+    *,
+    every: bool = True,
+    **options: bool,
 ) -> Iterator[None]:
     """Within the ``with``, ``hook(target)`` is called after each forward pass of a target.
 
-    ``options``: as of :meth:`torch.nn.Module.register_forward_hook`.
+    Args:
+        every: each target has to run; else what is made of what was seen would lack a part.
+        options: as of :meth:`torch.nn.Module.register_forward_hook`.
+
+    Raises:
+        InputError: on leaving, a target has not run.
     """
-    handles = [target.module.register_forward_hook(hook(target), **options) for target in targets]
+    ran: set[str] = set()
+
+    def noting(target: Target) -> Callable[..., Any]:
+        own = hook(target)
+
+        def forward_hook(*seen: Any) -> Any:
+            ran.add(target.name)
+            return own(*seen)
+
+        return forward_hook
+
+    handles = [target.module.register_forward_hook(noting(target), **options) for target in targets]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    for target in targets if every else ():
+        if target.name not in ran:
+            raise InputError(
+                f"{target.name} did not run as a layer of its own in a forward pass: find the "
+                "targets in this very model, as it is now, or leave it out with --target or "
+                "--layers"
+            )
+
+
+def named(names: Iterable[str]) -> str:
+    """The first of them, and how many there are more."""
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises InputError where ``model`` or a module in it is compiled.
+
+    Compiled code does not call the hooks on the modules within it that came later.
+    """
+    for name, module in model.named_modules():
+        whole = "_orig_mod" in dict(module.named_children())  # torch.compile's wrapper
+        if not (whole or getattr(module, "_compiled_call_impl", None) is not None):
+            continue
+        way = "compile it after unlearning"
+        if whole and not name:
+            way = "give the model that was compiled, model._orig_mod, or compile after unlearning"
+        raise InputError(
+            f"{name or type(module).__name__} is compiled (torch.compile), and compiled code does "
+            f"not show what its layers read: {way}"
+        )
+
+
+def refuse_shared_memory(model: nn.Module, names: Collection[str]) -> None:
+    """See to it that a gradient of each named parameter is all of that of its numbers.
+
+    Raises:
+        InputError: another parameter lies on the same storage.
+    """
+    first: dict[Hashable, str] = {}
+    for name, parameter in model.named_parameters():
+        other = first.setdefault(memory_of(parameter), name)
+        if other != name and (name in names or other in names):
+            raise InputError(
+                f"{name} and {other} are two parameters on one memory: make them one, as in "
+                "b.weight = a.weight"
+            )
+
+
+def memory_of(tensor: Tensor) -> Hashable:
+    """The same for tensors whose first number lies at one place: tied weights are one parameter, or
+    several on one storage.
+
+    A tensor without a storage of its own here (fake, spread over processes) is itself alone.
+    """
+    own = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel()
+    return (tensor.device, tensor.data_ptr()) if own else id(tensor)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from kfade.errors import InputError
 from kfade.models.head import CHUNK
 from kfade.models.interface import check_length
 from kfade.models.layers import Target, decoder_blocks
+from kfade.models.targets import memory_of
 from kfade.planning.trace import PassCost, trace_pass
 
 RUNTIME_BYTES = 450_000_000
@@ -121,8 +122,8 @@ def model_bytes(model: Any, shards: int = 1) -> int:
 
 
 def _bytes_of(module: nn.Module) -> int:
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = {memory_of(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) -> Workload:
