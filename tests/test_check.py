@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from test_families import built
 from test_generation import OTHERS
 from test_lengths import MODELS
 
 import kfade
-from kfade.cli.check import _generation, _lengths, _padding
+from kfade.cli.check import _generation, _lengths, _padding, _small_step, _unequal
 from kfade.errors import InputError
 from kfade.models.lengths import LengthClass, no_memory_of_lengths
 from kfade.runs.session import Loaded
@@ -53,6 +54,80 @@ def test_a_block_that_sees_the_whole_batch_fails():
     padding = _padding(found, TOKENS)
     assert not padding.passed
     assert "alone and in one padded batch differ" in padding.text
+
+
+def of_the_others(module, args, output):
+    """Half the mean over the batch is taken away, where there is more than one."""
+    return output - 0.5 * output.mean(0, keepdim=True) * (len(output) > 1)
+
+
+def of_the_width(module, args, output):
+    """A scale by the number of positions, padding included."""
+    return output * (1 + 0.1 * output.shape[1])
+
+
+def of_the_row(module, args, output):
+    """A scale by the place in the batch."""
+    return output * (1 + 0.1 * torch.arange(len(output))[:, None, None])
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[:1], zoo.sequences((2,))], ids=["one", "two tokens"])
+@pytest.mark.parametrize("fault", [of_the_others, of_the_width, of_the_row])
+def test_one_sequence_is_enough_to_see_padding_and_company(fault, tokens):
+    assert len({len(s.tokens) for s in _unequal(tokens, zoo.WINDOW)}) == 8
+    model = zoo.tiny("llama", dtype=torch.float32)
+    found = loaded(model)
+    assert _padding(found, tokens).passed
+    model.model.layers[0].mlp.register_forward_hook(fault)
+    assert not _padding(found, tokens).passed
+
+
+def test_unequal_sequences_stay_within_a_small_window():
+    assert [len(s.tokens) for s in _unequal(zoo.sequences((4,)), 6)] == [6, 5, 4, 4, 3, 2, 2, 2]
+
+
+def test_a_gradient_of_zero_is_told_in_one_line():
+    model = zoo.tiny("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    targets = kfade.find_targets(model, pattern="*layers.1.mlp.gate_proj.weight")
+    with pytest.raises(InputError, match=r"the gradient is zero .*1\.mlp\.gate_proj\.weight"):
+        _padding(Loaded(model, zoo.tokenizer(), targets), TOKENS)
+
+
+def small_step(model):
+    """What is found of the exact form."""
+    return _small_step(loaded(model), TOKENS, kfade.fit_ekfac, kfade.square_root_draw, 0)[0]
+
+
+def test_a_step_that_holds_at_first_is_the_only_one():
+    found = small_step(zoo.tiny("llama", dtype=torch.float32))
+    assert found.passed
+    assert "it predicts 1.0e-04 nats" in found.text
+    assert "larger steps" not in found.text
+
+
+def test_a_model_that_routes_passes_by_a_step_that_leaves_its_routes():
+    found = small_step(built("qwen3_moe"))
+    assert found.passed
+    assert "of larger steps the ratio is" in found.text
+    assert "beyond it other experts run" in found.text
+
+
+def test_curvature_of_higher_order_passes_by_a_smaller_step():
+    model = zoo.tiny("llama", dtype=torch.float64)
+    model.model.layers[1].mlp.register_forward_hook(lambda m, a, out: out + (300 * out).sin() / 300)
+    found = small_step(model)
+    assert found.passed
+    assert "curvature of higher order counts beyond it" in found.text
+
+
+def test_a_wrong_form_fails_at_any_size(monkeypatch):
+    own = kfade.cli.check.quadratic_form
+    monkeypatch.setattr("kfade.cli.check.quadratic_form", lambda *args: 1.5 * own(*args))
+    found = small_step(zoo.tiny("llama", dtype=torch.float32))
+    assert not found.passed
+    assert "it predicts 1.0e-08 nats" in found.text
 
 
 @pytest.mark.parametrize("name", MODELS)
