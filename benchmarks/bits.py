@@ -46,7 +46,10 @@ TOFU = [
     }
     for x in "abc"
 ]
-VOLATILE = ("versions", "git_sha", "config", "template_date", "time", "python", "platform")
+VOLATILE = (
+    *("versions", "git_sha", "config", "template_date", "time", "python", "platform"),
+    "curvature_sha256",  # of files that tell when they were made
+)
 
 
 def volatile(key: str) -> bool:
