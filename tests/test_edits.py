@@ -109,7 +109,7 @@ def test_an_adapter_is_not_put_on_an_adapter(desk, tmp_path, capsys):
 
 def test_an_adapter_is_not_put_on_a_gguf_file(desk, monkeypatch, capsys):
     place = Place("folder", {"gguf_file": "m.gguf"})
-    monkeypatch.setattr("kfade.cli.edit.resolve", lambda source: Resolved(place, place))
+    monkeypatch.setattr("kfade.runs.editing.resolve", lambda source: Resolved(place, place))
     capsys.readouterr()
     assert main(["export-lora", desk["run"], "--rank", "4", "--model", "m.gguf"]) == 2
     assert "m.gguf: is a GGUF file, on which peft puts no adapter" in said(capsys)

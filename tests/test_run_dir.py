@@ -194,6 +194,6 @@ def test_a_command_that_does_not_resume_promises_nothing(setup, monkeypatch, cap
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kfade.cli.edit.Update.load", interrupt)
+    monkeypatch.setattr("kfade.runs.editing.Update.load", interrupt)
     assert main(["apply", setup["model"], "x", "--out", setup["out"]]) == 130
     assert capsys.readouterr().err == "kfade: interrupted\n"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+T = TypeVar("T")
 
 DATA, FIT, STEP, SIZE, RUN = "Data", "Curvature", "Step", "Step size (give one)", "Run"
 JUDGED = "What is judged"
@@ -222,3 +227,19 @@ ResamplingSeed = Annotated[int, _option(RUN, "Seed of what is resampled. [0]", "
 Limit = Annotated[
     int | None, _option(DATA, "Take the first so many items only. [all]", "--limit", min=1)
 ]
+
+
+def request_of(kind: type[T], options: Mapping[str, Any]) -> T:
+    """What a command asks for: its ``options`` by name, each put where its name belongs.
+
+    An option that is None was not given, and keeps the default of ``kind``; so does a field of
+    which there is no option.
+    """
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if is_dataclass(hints[field.name]):
+            values[field.name] = request_of(hints[field.name], options)
+        elif options.get(field.name) is not None:
+            values[field.name] = options[field.name]
+    return kind(**values)

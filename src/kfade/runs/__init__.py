@@ -18,12 +18,13 @@ from kfade.runs.config import (
     StepConfig,
     read_config,
 )
+from kfade.runs.editing import LoraRequest, apply, export_lora, merge, revert
 from kfade.runs.fitting import fit
 from kfade.runs.sweeping import sweep
 from kfade.runs.unlearning import unlearn
 
 __all__ = [
-    "unlearn", "fit", "sweep",
+    "unlearn", "fit", "sweep", "apply", "revert", "merge", "export_lora", "LoraRequest",
     "RunConfig", "ModelConfig", "DataConfig", "FitConfig", "StepConfig", "RefinementConfig",
     "SizeConfig", "read_config",
 ]  # fmt: skip

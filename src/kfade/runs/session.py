@@ -42,15 +42,7 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
             "unlearn, or leave shard out"
         )
     with stage("load"):  # with all that is tried before data are read
-        model, tokenizer = load_model(
-            config.model,
-            dtype=config.dtype,
-            # A model to be spread may be larger than a device.
-            device="cpu" if config.shard else config.device,
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-            tokenizer=config.tokenizer,
-        )
+        model, tokenizer = open_model(config)
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
@@ -59,6 +51,20 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
     if chosen.summary:
         progress.say(chosen.summary)
     return Loaded(model, tokenizer, chosen.targets)
+
+
+def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) that the configuration names."""
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        # A model to be spread may be larger than a device.
+        device="cpu" if config.shard else config.device,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        tokenizer=config.tokenizer,
+        needs_tokenizer=needs_tokenizer,
+    )
 
 
 def source_of(config: ModelConfig) -> Source:
