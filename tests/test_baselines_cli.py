@@ -10,7 +10,6 @@ import torch
 import zoo
 from safetensors.torch import load_file
 
-from kfade.cli import baseline as command
 from kfade.cli import main
 from kfade.method.update import Update
 from kfade.runtime.run_dir import RunDir
@@ -115,7 +114,7 @@ def test_defaults_are_the_methods_own(baseline, tmp_path):
 def test_an_interrupted_run_goes_on(baseline, tmp_path, capsys, monkeypatch, method):
     options = ("--lr", "0.01", "--batch", "2", "--steps", "4")[: 4 if method == "elm" else 6]
     assert baseline(method, *options, "--evaluate-every", "1", out="whole") == 0
-    monkeypatch.setattr(command, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("kfade.runs.baselines.SAVE_SECONDS", 0.0)
     log = RunDir.log
 
     def cut(self, event, **facts):

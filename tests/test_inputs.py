@@ -296,7 +296,7 @@ INTERRUPTED = {
         "kfade.runs.unlearning.step_line",
         ("--steps", "2", "--no-refit", "--alpha", "0.01"),
     ),
-    "baseline": ("kfade.cli.baseline.curve_line", ("--steps", "4", "--evaluate-every", "1")),
+    "baseline": ("kfade.runs.baselines.curve_line", ("--steps", "4", "--evaluate-every", "1")),
     "fit": ("kfade.runs.fitting._metrics", ()),
 }
 
@@ -319,7 +319,7 @@ def test_a_resumed_run_names_what_has_changed(setup, monkeypatch, capsys, name, 
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr("kfade.cli.baseline.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("kfade.runs.baselines.SAVE_SECONDS", 0.0)
     monkeypatch.setattr(place, interrupt)
     assert main(command(setup, name, *options)) == 130
     monkeypatch.undo()

@@ -10,10 +10,10 @@ from equal_forgetting import BUDGET
 
 from kfade.baselines import rmu
 from kfade.baselines.methods import Method
-from kfade.cli.baseline_words import builder_of
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.models.layers import decoder_blocks
+from kfade.runs.baseline_words import builder_of
 from kfade.runs.session import Loaded
 
 RMU_LENGTH = 3.0  # of the control vector, times the median length of hidden states at its block

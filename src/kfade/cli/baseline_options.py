@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from kfade.runs.baseline_words import METHODS
+
 LOSS, TRAINING, WEIGHTS = "Loss", "Training", "Which weights"
-METHODS = "ga, gd, kl-min, npo, simnpo, rmu, elm or soul"
 
 
 def _option(panel: str, text: str, *names: str, **checks: Any):

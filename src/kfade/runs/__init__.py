@@ -8,6 +8,13 @@ config = RunConfig(
 metrics = kfade.runs.unlearn(config, Path("out/run"))
 """
 
+from kfade.runs.baselines import (
+    BaselineRequest,
+    LossConfig,
+    TrainingConfig,
+    WeightsConfig,
+    baseline,
+)
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
@@ -25,6 +32,7 @@ from kfade.runs.unlearning import unlearn
 
 __all__ = [
     "unlearn", "fit", "sweep", "apply", "revert", "merge", "export_lora", "LoraRequest",
+    "baseline", "BaselineRequest", "LossConfig", "TrainingConfig", "WeightsConfig",
     "RunConfig", "ModelConfig", "DataConfig", "FitConfig", "StepConfig", "RefinementConfig",
     "SizeConfig", "read_config",
 ]  # fmt: skip

@@ -11,12 +11,14 @@ from kfade.baselines.elm import Guidance
 from kfade.baselines.loop import Settings, steps_per_epoch
 from kfade.baselines.methods import Defaults, Method
 from kfade.baselines.weights import Dense, LowRank, Trainable
-from kfade.cli.baseline_options import METHODS
 from kfade.data.sequences import continuation, open_tokens
 from kfade.errors import InputError
 from kfade.models.layers import Target, find_targets
 from kfade.models.load import model_window
 from kfade.runs.session import Loaded
+
+METHODS = "ga, gd, kl-min, npo, simnpo, rmu, elm or soul"
+LORA_ALPHA, LORA_DROPOUT = 16.0, 0.05
 
 
 def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], Method]:
@@ -94,7 +96,7 @@ def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed:
         InputError: nothing matches, an impossible rank, or a block that the method never runs.
     """
     model, pattern = loaded.model, given.get("target")
-    rank, dropout = given.get("lora", method.defaults.lora), given["lora_dropout"]
+    rank, dropout = given.get("lora", method.defaults.lora), given.get("lora_dropout", LORA_DROPOUT)
     if rank < 0 or not 0 <= dropout < 1:
         raise InputError("--lora must be 0 or more, --lora-dropout 0 or more and below 1")
     layers = given.get("layers", None if pattern else method.defaults.layers)
@@ -113,7 +115,7 @@ def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed:
         return Dense(model, names or [name for name, _ in model.named_parameters()])
     targets = methods.block_targets(model, None)
     own = [target for target in targets if names is None or target.name in names]
-    alpha = given["lora_alpha"]
+    alpha = given.get("lora_alpha", LORA_ALPHA)
     return LowRank(model, own, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
 
 
