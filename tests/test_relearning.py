@@ -359,7 +359,7 @@ def test_an_attack_from_files(files, tmp_path, capsys):
 def test_an_interrupted_attack_goes_on_after_its_finished_kinds(
     files, tmp_path, monkeypatch, capsys
 ):
-    import kfade.cli.attack as module
+    import kfade.runs.attacking as module
 
     assert main(command(files, tmp_path / "whole", *both(files))) == 0
     whole = read_log(tmp_path / "whole" / "attack.jsonl")

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.eval import Judged, digest_model, load_judged
-from kfade.cli.session import console, session, show
-from kfade.data.batches import draw_without_replacement
-from kfade.data.examples import Example
-from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.cli.session import session, show
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog, read_log
-from kfade.evaluate.questions import read_questions
-from kfade.evaluate.relearning import (
-    AT,
-    BATCH,
-    LEARNING_RATE,
-    STEPS,
-    WEIGHT_DECAY,
-    Examination,
-    Tuning,
-)
-from kfade.evaluate.relearning import attack as attack_model
-from kfade.method.unlearn import MEASURED_SEQUENCES
+from kfade.evaluate.relearning import AT, BATCH, LEARNING_RATE, STEPS, WEIGHT_DECAY, Tuning
+from kfade.runs.attacking import ATTACK, AttackRequest, told
+from kfade.runs.attacking import attack as run_attack
 from kfade.runs.config import RunConfig, override
-from kfade.runs.inputs import inputs
-from kfade.runs.session import Loaded, read_retain, read_source, to_tokens, with_length
-from kfade.runs.template import as_used, dated
-from kfade.runtime.provenance import git_sha, versions
-from kfade.runtime.run_dir import RunDir
-from kfade.runtime.stages import stage
 
-ATTACK = "attack.jsonl"
 KINDS = ("benign", "related", "forget")
 TUNING = "Fine-tuning"
-_FORGET, _HELD_OUT = "measured forget set", "held-out retain set"  # beside kinds of data
 DEFAULT_AT = ",".join(map(str, AT))
 
 
@@ -86,20 +63,6 @@ _SETTINGS = {
     *("batch_tokens", "dtype", "device", "trust_remote_code", "revision", "tokenizer"),
     "seed",
 }
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is asked for."""
-
-    run: RunConfig
-    """Model and data."""
-    update: Path | None
-    sources: dict[str, str]
-    """What to fine-tune on, by kind."""
-    questions: Path | None
-    tuning: Tuning
-    at: list[int]
 
 
 def attack(
@@ -148,143 +111,11 @@ def attack(
     given = {name: value for name, value in locals().items() if name in _SETTINGS}
     run = override(RunConfig(), **given)
     tuning = Tuning(steps, lr, batch, warmup, weight_decay, run.data.batch_tokens, run.seed)
-    request = _Request(run, update, _by_kind(data, kind), questions, tuning, _steps(at, steps))
-    result = _run(request, out, resume)
+    kinds = _by_kind(data, kind)
+    request = AttackRequest(run, kinds, update, questions, tuning, _steps(at, steps))
+    with session():
+        result = run_attack(request, out, resume=resume)
     show(result, json, _lines(result))
-
-
-def _run(request: _Request, out: Path, resume: bool) -> dict[str, Any]:
-    run = request.run
-    dates = dated(run.data, out, resume=resume, update=request.update)
-    run = replace(run, data=dates)
-    request = replace(request, run=run)
-    examples = _read(request)
-    questions = read_questions(request.questions) if request.questions else []
-    asked = {**asdict(request), "update": _text(request.update)}
-    asked["questions"] = _text(request.questions)
-    with session() as clock, RunDir(out, asked, resume=resume) as folder:
-        subject = load_judged(
-            run.model.model,
-            update=request.update,
-            dtype=run.model.dtype,
-            device=run.model.device,
-            trust_remote_code=run.model.trust_remote_code,
-            revision=run.model.revision,
-            tokenizer=run.model.tokenizer,
-        )
-        loaded = Loaded(subject.model, subject.tokenizer, [])
-        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        asked["run"] = asdict(run)
-        tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
-        # Those that a kfade unlearn with the same data and seed measures: figures agree with it.
-        forget = tokens.pop(_FORGET)
-        chosen = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, run.seed)
-        forget, held_out = [forget[i] for i in chosen], tokens.pop(_HELD_OUT)
-        with stage("check"):
-            examine = Examination(
-                subject.model,
-                forget=forget,
-                held_out=held_out,
-                questions=questions,
-                tokenizer=subject.tokenizer,
-                batch_tokens=run.data.batch_tokens,
-                seed=run.seed,
-            )
-            base = examine(subject.model).values
-        with subject.edited() as edited:
-            edited_digest = digest_model(edited)
-        sets = {**tokens, _FORGET: forget, _HELD_OUT: held_out}
-        header = {
-            "benchmark": "attack",
-            "model": run.model.model,
-            "update": asked["update"],
-            "base_sha256": digest_model(subject.model),
-            "edited_sha256": edited_digest,
-            "data_sha256": {name: digest_sequences(some) for name, some in sets.items()},
-            "questions": asked["questions"],
-            "sources": request.sources,
-            "tuning": asdict(request.tuning),
-            "at": request.at,
-        }
-        read = inputs(header["base_sha256"], sets)
-        folder.reads({**read, "the weights with --update": edited_digest})
-        rows = _measure(request, subject, tokens, examine, folder, {**header, "base": base})
-        folder.publish(ATTACK)
-        metrics = {
-            "base": base,
-            "last": _last(rows),
-            "seconds": {**clock.seconds, "total": clock.total},
-            "peak_bytes": max(clock.peak_bytes.values()),
-        }
-        manifest = {
-            "kind": "attack",
-            **header,
-            **subject.provenance,
-            "versions": versions(),
-            "git_sha": git_sha(),
-            "config": asked,
-        }
-        folder.finish(manifest, metrics)
-    return {"out": str(out), "measurements": rows, **metrics}
-
-
-def _read(request: _Request) -> dict[str, list[Example]]:
-    """Everything to be read, before any long work: by kind what is trained on, then the rest."""
-    run = request.run
-    return {
-        **{kind: read_source(source, "--data") for kind, source in request.sources.items()},
-        _FORGET: read_source(run.data.forget, "--forget"),
-        _HELD_OUT: read_retain(run.data, run.seed)[1] if run.data.retain else [],
-    }
-
-
-def _measure(
-    request: _Request,
-    subject: Judged,
-    tokens: Mapping[str, Sequence[TokenSequence]],
-    examine: Examination,
-    folder: RunDir,
-    header: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """All measurements, those of a kind in the log as soon as it is done."""
-    path = folder.state / ATTACK
-    if path.is_file():  # measured by the interrupted run, perhaps on another device
-        header["base"] = read_log(path, partial=True).header["base"]
-    again = bool(subject.update.deltas) and max(request.at) > 0
-    with ItemLog(path, header) as log:
-        try:
-            for kind, sequences in tokens.items():
-                if f"{kind}/{'reapplied' if again else 'attacked'}/{max(request.at)}" in log.items:
-                    continue
-                with stage(kind):
-                    found = attack_model(
-                        subject.model,
-                        subject.update,
-                        sequences,
-                        examine,
-                        tuning=request.tuning,
-                        at=request.at,
-                    )
-                for one in found:
-                    name = f"{kind}/{one.state}/{one.step}"
-                    console.print(f"{name}: {_told(one.figures.values)}")
-                    if name not in log.items:  # cut off in writing
-                        row = {"data": kind, "state": one.state, "step": one.step}
-                        log.add(name, **row, **asdict(one.figures))
-            rows = list(log.items.values())
-            log.finish({"last": _last(rows)})
-        finally:
-            if not log.items:  # nothing worth keeping
-                path.unlink(missing_ok=True)
-    return rows
-
-
-def _last(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Values after the last step, by kind and state."""
-    last: dict[str, dict[str, dict[str, float]]] = {}
-    for row in sorted(rows, key=lambda row: row["step"]):
-        last.setdefault(row["data"], {})[row["state"]] = row["values"]
-    return last
 
 
 def _by_kind(data: Sequence[str], kinds: Sequence[str] | None) -> dict[str, str]:
@@ -306,16 +137,8 @@ def _steps(at: str, most: int) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _told(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-
-
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    lines = [f"before unlearning: {_told(result['base'])}"]
+    lines = [f"before unlearning: {told(result['base'])}"]
     for kind, states in result["last"].items():
-        lines += [f"{kind}, {state}: {_told(values)}" for state, values in states.items()]
+        lines += [f"{kind}, {state}: {told(values)}" for state, values in states.items()]
     return [*lines, f"every measurement in {result['out']}/{ATTACK}"]

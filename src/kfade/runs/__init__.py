@@ -8,6 +8,7 @@ config = RunConfig(
 metrics = kfade.runs.unlearn(config, Path("out/run"))
 """
 
+from kfade.runs.attacking import AttackRequest, attack
 from kfade.runs.baselines import (
     BaselineRequest,
     LossConfig,
@@ -33,6 +34,7 @@ from kfade.runs.unlearning import unlearn
 __all__ = [
     "unlearn", "fit", "sweep", "apply", "revert", "merge", "export_lora", "LoraRequest",
     "baseline", "BaselineRequest", "LossConfig", "TrainingConfig", "WeightsConfig",
+    "attack", "AttackRequest",
     "RunConfig", "ModelConfig", "DataConfig", "FitConfig", "StepConfig", "RefinementConfig",
     "SizeConfig", "read_config",
 ]  # fmt: skip
