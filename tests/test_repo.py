@@ -115,6 +115,57 @@ def test_no_file_is_too_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
+# Functions of the library (all but ``cli/``) that are longer than 60 lines without their docstring,
+# or take more than 8 arguments, and why.
+LONG = {
+    "runs/unlearning.py:unlearn": "a run from its first check to its last file, in order",
+    "method/unlearn.py:unlearn": "the whole method on one page",
+    "method/sweep.py:sweep": "the same for a grid",
+    "models/layers.py:choose_targets": "one reason after the other why a weight is left out",
+    "baselines/loop.py:train": "one training loop for eight methods",
+}
+MANY = {
+    "baselines/loop.py:train": "to become an object of settings, as those of unlearn",
+    "evaluate/mt_bench.py:answer_questions": "what the benchmark fixes, each by its name",
+    "evaluate/tofu.py:evaluate_tofu": "what the benchmark fixes, each by its name",
+    "planning/memory.py:curvature_budget": "the settings that bytes depend on",
+    "data/sequences.py:encode": "how text is encoded, each by its name",
+}
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    """The library's functions, by file and name."""
+    found = []
+    for path in FILES:
+        if part(path) in ("cli", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                found.append((f"{path.relative_to(SOURCE).as_posix()}:{node.name}", node))
+    return found
+
+
+def lines_of(node: ast.FunctionDef) -> int:
+    """Lines without the docstring."""
+    first = node.body[0]
+    has_text = ast.get_docstring(node) is not None
+    text = (first.end_lineno or 0) - first.lineno + 1 if has_text else 0
+    return (node.end_lineno or 0) - node.lineno + 1 - text
+
+
+def arguments_of(node: ast.FunctionDef) -> int:
+    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def test_functions_are_short():
+    assert {name for name, node in functions() if lines_of(node) > 60} == set(LONG)
+
+
+def test_signatures_are_short():
+    assert {name for name, node in functions() if arguments_of(node) > 8} == set(MANY)
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_print_is_for_the_command_line(path):
     if part(path) in ("cli", "demo"):
