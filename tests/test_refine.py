@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -37,9 +38,10 @@ from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.fit import fit_identity
 from kfade.curvature.product import gauss_newton_product
 from kfade.method.gradient import forget_gradient
-from kfade.method.record import StepRecord, best_try
-from kfade.method.refine import refined_steps
+from kfade.method.record import Best, StepRecord
+from kfade.method.refine import Directions
 from kfade.method.step import gauss_newton_step
+from kfade.method.trial import Trial
 
 UNLEARN = sys.modules["kfade.method.unlearn"]  # kfade.unlearn itself is the function
 DAMPINGS = [{"damping": 0.1, "relative": True}, {"damping": 3e-3, "relative": False}]
@@ -85,10 +87,10 @@ class System:
 
     def steps(self, iterations: int, product=None, curvature: Curvature | None = None, **options):
         chosen = curvature or self.curvature
-        found = refined_steps(
+        found = Directions(
             chosen, self.gradient, product or self.product, iterations=iterations, **options
         )
-        return list(found)
+        return list(iter(found.next, None))
 
     def vector(self, step) -> NDArray:
         return flatten(step.direction, self.targets).numpy()
@@ -197,12 +199,12 @@ def test_an_exact_fit_leaves_nothing_to_refine(system):
 
 def test_nothing_given_is_written_to(system):
     kept = {name: matrix.clone() for name, matrix in system.gradient.items()}
-    steps = refined_steps(
+    steps = Directions(
         system.curvature, system.gradient, system.product, iterations=2, **DAMPINGS[0]
     )
-    first = next(steps)
+    first = steps.next()
     direction = {name: matrix.clone() for name, matrix in first.direction.items()}
-    list(steps)
+    assert list(iter(steps.next, None))
     for name, matrix in kept.items():
         assert same_bits(system.gradient[name], matrix)
         assert same_bits(first.direction[name], direction[name])
@@ -229,14 +231,19 @@ def record(refined: int, kl: float, loss: float) -> StepRecord:
 )
 def test_the_best_is_the_greatest_rise_for_its_kl(measured, best):
     records = [record(k, *pair) for k, pair in enumerate(measured)]
-    chosen, changes = best_try(((r, {"w": torch.tensor(r.refined)}) for r in records), 1.0)
+    best_so_far = Best(1.0)
+    for one in records:
+        best_so_far.see(one, {"w": torch.tensor(one.refined)})
+    chosen, changes = best_so_far.taken
     assert chosen.refined == best == changes["w"]
     assert [r["refined"] for r in chosen.refinements] == list(range(len(records)))
     assert replace(chosen, refinements=[]) == records[best]
 
 
 def test_what_is_alone_is_taken_and_not_listed():
-    chosen, _ = best_try([(record(3, 0.01, 2.0), {})], 1.0)
+    alone = Best(1.0)
+    alone.see(record(3, 0.01, 2.0), {})
+    chosen, _ = alone.taken
     assert chosen.refined == 3
     assert chosen.refinements == []
 
@@ -296,11 +303,7 @@ def test_a_run_takes_the_best_direction_on_held_out_data(model, size):
 def test_what_was_measured_is_the_taken_direction_not_the_last_tried(model, monkeypatch):
     """... also where they are not the same."""
     update = run(model, refine=2)
-
-    def second(tries, first_loss):
-        return list(tries)[1]
-
-    monkeypatch.setattr(UNLEARN, "best_try", second)
+    monkeypatch.setattr(StepRecord, "beats", lambda self, *_: self.refined == 1)
     step = only_step(other := run(model, refine=2))
     assert step["refined"] == 1
     tried = only_step(update)["refinements"][1]
@@ -308,6 +311,32 @@ def test_what_was_measured_is_the_taken_direction_not_the_last_tried(model, monk
     assert step["measured_kl"] == pytest.approx(step["retain_kl"])  # one step: the same figure
     held_out = make_batches(random_sequences(6, seed=9))
     assert measured_kl(model, held_out, other) == pytest.approx(step["retain_kl"])
+
+
+@pytest.mark.parametrize("hoard", [False, True])
+def test_of_the_directions_tried_only_the_best_is_there_at_the_next_product(
+    model, monkeypatch, hoard
+):
+    """The control keeps them all."""
+    tried, alive, kept = [], [], []
+    along = Trial._along
+
+    def noted(self, step, exact, refined):
+        record, changes = along(self, step, exact, refined)
+        tried.append(weakref.ref(next(iter(changes.values()))))
+        if hoard:
+            kept.append(changes)
+        return record, changes
+
+    def product(*arguments, **options):
+        alive.append(sum(one() is not None for one in tried))
+        return gauss_newton_product(*arguments, **options)
+
+    monkeypatch.setattr(Trial, "_along", noted)
+    monkeypatch.setattr(UNLEARN, "gauss_newton_product", product)
+    run(model, refine=3)
+    assert len(tried) == len(alive) == 4
+    assert alive == ([1, 1, 2, 3] if hoard else [1, 1, 1, 1])
 
 
 def test_a_norm_takes_the_last_direction(model, targets):
@@ -322,9 +351,7 @@ def test_a_norm_takes_the_last_direction(model, targets):
     forget = make_batches(random_sequences(4, seed=7), budget=20)
     gradient = forget_gradient(model, forget, targets, margin)
     product = partial(gauss_newton_product, model, retain, targets)
-    *_, last = refined_steps(
-        curvature, gradient, product, iterations=2, damping=0.1, relative=True
-    )  # fmt: skip
+    last = Directions(curvature, gradient, product, iterations=2, damping=0.1, relative=True).last()
     for name, delta in update.deltas.items():
         assert relative_error(delta, 0.1 * last.direction[name]) < 1e-9
     with_norm = only_step(

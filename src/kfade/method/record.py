@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -60,18 +59,29 @@ Try = tuple[StepRecord, dict[str, Tensor]]
 """What a step along some direction did, and the direction by parameter: the change is α of it."""
 
 
-def best_try(tries: Iterable[Try], first_loss: float) -> Try:
-    """The one that no other :meth:`~StepRecord.beats`, the first of equals; holds two at a time.
+class Best:
+    """Of tries seen one after another the one that no other :meth:`~StepRecord.beats`, the first of
+    equals; the directions of the others are not kept.
 
     Args:
         first_loss: forget loss at the start of the run, in nats per token.
     """
-    measured: list[dict[str, float]] = []
-    best: Try | None = None
-    for record, changes in tries:
-        measured.append(record.measured)
-        if best is None or record.beats(best[0], first_loss):
-            best = record, changes
-    assert best is not None
-    record, changes = best
-    return replace(record, refinements=measured if len(measured) > 1 else []), changes
+
+    def __init__(self, first_loss: float) -> None:
+        self._first_loss = first_loss
+        self._measured: list[dict[str, float]] = []
+        self._best: Try | None = None
+
+    def see(self, record: StepRecord, changes: dict[str, Tensor]) -> None:
+        """One more try."""
+        self._measured.append(record.measured)
+        if self._best is None or record.beats(self._best[0], self._first_loss):
+            self._best = record, changes
+
+    @property
+    def taken(self) -> Try:
+        """The best so far, its record listing all where there were several."""
+        assert self._best is not None
+        record, changes = self._best
+        listed = self._measured if len(self._measured) > 1 else []
+        return replace(record, refinements=listed), changes

@@ -9,7 +9,7 @@ out along the way: what couples layers, and what is off the diagonal of their ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,42 +19,80 @@ from kfade.method.step import Step, gauss_newton_step, unit_step
 from kfade.runtime.stages import stage
 
 
-def refined_steps(
-    curvature: Curvature,
-    gradient: Mapping[str, Tensor],
-    product: Callable[[Matrices], Matrices],
-    *,
-    damping: float,
-    relative: bool,
-    iterations: int,
-) -> Iterator[Step]:
-    """The K-FADE step, then one after each of ``iterations`` further iterations.
+class Directions:
+    """The K-FADE step, then one after each of ``iterations`` further iterations, made one by one.
 
-    Each is scaled to ‖r‖_G̃ = 1. Ends early where the system is solved as far as the dtype goes.
-    The first step costs no product, k further ones k + 1.
+    Each is scaled to ‖r‖_G̃ = 1. The first costs no product, the second two, each later one a
+    product and a solve. The solver's vectors (g, r, s, p, (G + D) p) are held from the second
+    direction on and let go before the last is given out.
 
     Args:
         product: δ ↦ Gδ with the exact G.
         damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
-
-    Raises:
-        InputError: a direction has no length.
     """
-    with stage("step"):
-        step = gauss_newton_step(curvature, gradient, damping=damping, relative=relative)
-    yield step
-    if iterations == 0:
-        return
-    system = _System(curvature, gradient, product, damping, relative)
-    with stage("refine"):
-        system.advance(step.direction)
-    del step  # a vector less to hold from here on
-    for _ in range(iterations):
-        if system.solved:
-            return
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        gradient: Mapping[str, Tensor],
+        product: Callable[[Matrices], Matrices],
+        *,
+        damping: float,
+        relative: bool,
+        iterations: int,
+    ) -> None:
+        self._curvature, self._gradient, self._product = curvature, gradient, product
+        self._damping, self._relative, self._iterations = damping, relative, iterations
+        self._first: Step | None = None  # between the first direction and the second
+        self._system: _System | None = None  # between the second and the last
+        self.refined = -1
+        """Further iterations that the latest direction took; −1 before the first."""
+
+    def next(self) -> Step | None:
+        """None after the last, or where the system is solved as far as the dtype goes.
+
+        Raises:
+            InputError: a direction has no length.
+        """
+        if self.refined < 0:
+            return self._begin()
+        if self.refined == self._iterations:
+            return None
+        if self._first is not None:
+            self._system = _System(
+                self._curvature, self._gradient, self._product, self._damping, self._relative
+            )
+            with stage("refine"):
+                self._system.advance(self._first.direction)
+            self._first = None
+        system = self._system
+        if system is None or system.solved:
+            self._system = None
+            return None
         with stage("refine"):
             system.advance(system.conjugate())
-        yield system.step()
+        self.refined += 1
+        if self.refined == self._iterations:
+            self._system = None
+        return system.step()
+
+    def last(self) -> Step:
+        """The last of all; of those before it one at a time is held."""
+        latest = self.next()
+        assert latest is not None
+        while (later := self.next()) is not None:
+            latest = later
+        return latest
+
+    def _begin(self) -> Step:
+        with stage("step"):
+            step = gauss_newton_step(
+                self._curvature, self._gradient, damping=self._damping, relative=self._relative
+            )
+        self.refined = 0
+        if self._iterations > 0:
+            self._first = step
+        return step
 
 
 class _System:

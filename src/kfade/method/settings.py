@@ -43,7 +43,7 @@ class Direction:
     instead of by G̃."""
     refine: int = 0
     """Iterations of conjugate gradients that improve the direction
-    (:func:`~kfade.method.refine.refined_steps`). All directions on the way are tried. The one with
+    (:class:`~kfade.method.refine.Directions`). All directions on the way are tried. The one with
     the greatest rise of the forget loss for its KL is taken; with ``StepSize.alpha`` the last."""
     refine_sequences: int = 64
     """Retain sequences in the exact products of each step, drawn without replacement; all of them

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -28,7 +28,7 @@ from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, Outcome, Point
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.method.preflight import preflight
-from kfade.method.refine import refined_steps
+from kfade.method.refine import Directions
 from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
 from kfade.method.unlearn import MEASURED_SEQUENCES
@@ -93,37 +93,37 @@ def sweep(
         InputError: an empty set, blocks that the curvature does not cover, or no point at all that
             could be measured.
     """
-    sets = {"forget set": forget, "held-out retain set": held_out}
-    if any(point.refine for point in points):
-        sets["retain set"] = retain
-    for name, sequences in sets.items():
-        if not sequences:
-            raise InputError(f"the {name} is empty: give at least one sequence")
-    targets, curvature = shared.targets, shared.curvature
+    refine = any(point.refine for point in points)
+    _check_data(forget, held_out, retain if refine else None)
+    targets = shared.targets
     check_model(model, targets)
-    check_readable(model, [*forget, *retain, *held_out])
     device = targets[0].weight.device
-    chosen = {point.layers: targets_within(targets, point.layers) for point in points}
-    drawn = [
-        [sequences[i] for i in draw_without_replacement(len(sequences), size, 0, shared.seed)]
-        for sequences, size in (
-            (forget, shared.forget_batch),
-            (forget, MEASURED_SEQUENCES),
-            (retain, shared.refine_sequences),
-        )
-    ]
-    forget_batches, measured, refining, held = (
-        make_batches(s, budget=shared.batch_tokens, device=device, group=length_class(model))
-        for s in (*drawn, held_out)
+    check_readable(model, [*forget, *retain, *held_out])
+    within = {point.layers: targets_within(targets, point.layers) for point in points}
+    batches_of = partial(
+        make_batches, budget=shared.batch_tokens, device=device, group=length_class(model)
     )
+
+    def drawn(sequences: Sequence[TokenSequence], count: int | None) -> list[Batch]:
+        chosen = draw_without_replacement(len(sequences), count, 0, shared.seed)
+        return batches_of([sequences[i] for i in chosen])
+
+    forget_batches = drawn(forget, shared.forget_batch)
+    refining = drawn(retain, shared.refine_sequences)
     with stage("check"):
         preflight(model, targets, recompute=shared.recompute)
         least = min((least_kl(point.size) for point in points), default=math.inf)
-        scale = _Scale(model, held, measured, targets, least)
+        measured = drawn(forget, MEASURED_SEQUENCES)
+        scale = _Scale(model, batches_of(held_out), measured, targets, least)
     outcomes = dict(done or {})
+
+    def tell(outcome: Outcome) -> None:
+        outcomes[outcome.point] = outcome
+        if on_point is not None:
+            on_point(outcome)
+
     for name, own in _grouped(points, lambda p: p.objective):
-        missing = [point for point in own if point not in outcomes]
-        if not missing:
+        if all(point in outcomes for point in own):
             continue
         start = time.perf_counter()
         with stage("gradient"):
@@ -132,23 +132,38 @@ def sweep(
                 model, forget_batches, targets, objective, recompute=shared.recompute
             )
         share = shared.seconds / len(points) + (time.perf_counter() - start) / len(own)
-        for (layers, _, _), line in track(list(_grouped(own, lambda p: p.direction)), name):
-            if all(point in outcomes for point in line):
+        for (layers, damping, relative), line in track(_grouped(own, lambda p: p.direction), name):
+            missing = [point for point in line if point not in outcomes]
+            if not missing:
                 continue
-            own_targets = chosen[layers]
-            exact = partial(
-                gauss_newton_product, model, refining, own_targets, recompute=shared.recompute
+            own_targets = within[layers]
+            directions = Directions(
+                cut(shared.curvature, own_targets),
+                matrices,
+                partial(
+                    gauss_newton_product, model, refining, own_targets, recompute=shared.recompute
+                ),
+                damping=damping,
+                relative=relative,
+                iterations=max(point.refine for point in missing),
             )
-            for outcome in _along(
-                scale, line, own_targets, curvature, matrices, exact, outcomes, share
-            ):
-                outcomes[outcome.point] = outcome
-                if on_point is not None:
-                    on_point(outcome)
+            _measure_line(scale, line, directions, own_targets, share, outcomes, tell)
+            del directions  # before those of the next line
     found = [outcomes[point] for point in points]
     if all(outcome.failure for outcome in found):
         raise InputError(f"no point of the sweep could be measured; the first: {found[0].failure}")
     return found
+
+
+def _check_data(
+    forget: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence] | None,
+) -> None:
+    sets = {"forget set": forget, "held-out retain set": held_out, "retain set": retain}
+    for name, sequences in sets.items():
+        if sequences is not None and not sequences:
+            raise InputError(f"the {name} is empty: give at least one sequence")
 
 
 def targets_within(targets: Sequence[Target], layers: str) -> list[Target]:
@@ -174,57 +189,47 @@ def cut(curvature: Curvature, targets: Sequence[Target]) -> Curvature:
     return curvature.only([t.name for t in targets], targets[0].weight.device)
 
 
-def _grouped(points: Sequence[Point], key: Callable[[Point], Any]) -> Iterator[tuple[Any, list]]:
-    return ((value, list(own)) for value, own in groupby(points, key))
+def _grouped(points: Sequence[Point], key: Callable[[Point], Any]) -> list[tuple[Any, list[Point]]]:
+    return [(value, list(own)) for value, own in groupby(points, key)]
 
 
-def _along(
+def _measure_line(
     scale: _Scale,
     line: Sequence[Point],
+    directions: Directions,
     targets: Sequence[Target],
-    curvature: Curvature,
-    gradient: Matrices,
-    exact: Callable[[Matrices], Matrices],
-    known: Mapping[Point, Outcome],
     share: float,
-) -> Iterator[Outcome]:
-    """Outcomes of the points on one direction, and on what it is refined to, that are not known."""
-    damping, relative = line[0].damping, line[0].relative
-    most = max(point.refine for point in line if point not in known)
-    steps = refined_steps(
-        cut(curvature, targets),
-        gradient,
-        exact,
-        damping=damping,
-        relative=relative,
-        iterations=most,
-    )
-    for refined in range(most + 1):
-        later = [point for point in line if point.refine >= refined]
+    known: Mapping[Point, Outcome],
+    tell: Callable[[Outcome], None],
+) -> None:
+    """Measure the points of ``line``, which lie on one direction and on what it is refined to, as
+    far as they are not ``known``; each outcome is told, and known, before the next is measured."""
+    later = list(line)
+    while any(point not in known for point in later):
         start = time.perf_counter()
         try:
-            step = next(steps, None)
-            failure = f"the exact system is solved after {refined - 1} iterations"
+            step = directions.next()
+            failure = f"the exact system is solved after {directions.refined} iterations"
         except InputError as error:
             step, failure = None, str(error)
         if step is None:
-            yield from (Outcome(p, share, failure=failure) for p in later if p not in known)
+            for point in later:
+                if point not in known:
+                    tell(Outcome(point, share, failure=failure))
             return
         changes = parameter_changes(targets, step.direction)
         share += (time.perf_counter() - start) / len(later)
         last: Outcome | None = None
         for point in later:
-            if point.refine > refined:
+            if point.refine > directions.refined:
                 break
-            outcome = known.get(point)
-            if outcome is None:
+            if point not in known:
                 start = time.perf_counter()
                 with stage("check"):
                     outcome = scale.weigh(point, targets, step, changes, last)
-                own = time.perf_counter() - start
-                outcome = replace(outcome, seconds=share + own)
-                yield outcome
-            last = last if outcome.failure else outcome
+                tell(replace(outcome, seconds=share + time.perf_counter() - start))
+            last = last if known[point].failure else known[point]
+        later = [point for point in later if point.refine > directions.refined]
 
 
 class _Scale:

@@ -1,0 +1,154 @@
+"""One step of a run, tried along its directions: how far to go along each, and which is best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from kfade.curvature.product import quadratic_form
+from kfade.errors import InputError
+from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.measure import mean_divergence
+from kfade.method.objectives import Objective
+from kfade.method.record import Best, StepRecord, Try
+from kfade.method.refine import Directions
+from kfade.method.settings import DEFAULT_KL
+from kfade.method.step import Step, StepSize, choose_alpha
+from kfade.method.update import Update
+from kfade.models.layers import Target
+from kfade.runtime import distributed
+from kfade.runtime.stages import stage
+
+
+class Trial:
+    """The edited model before a step, as it is measured when this is made, and tries of the step.
+
+    Args:
+        update: what the steps before have made.
+        objective: of this step.
+        steps: of the whole run.
+        exact_norm: see :class:`~kfade.method.settings.Direction`.
+    """
+
+    def __init__(
+        self,
+        gauge: Gauge,
+        targets: Sequence[Target],
+        update: Update,
+        objective: Objective,
+        size: StepSize,
+        steps: int,
+        *,
+        exact_norm: bool,
+    ) -> None:
+        self._gauge, self._targets, self._update = gauge, targets, update
+        self._objective, self._size, self._exact_norm = objective, size, exact_norm
+        with stage("check"):
+            self._before = gauge.measure(update, objective)
+        self._hidden = gauge.latest
+        records = update.provenance["steps"]
+        self._is_first, self._share = not records, (len(records) + 1) / steps
+        # Where to begin a search: where the exact form was last; else at the KL asked for, or at a
+        # modest one.
+        near = (size.kl or DEFAULT_KL) / steps**2
+        self._near = near if self._is_first else records[-1]["exact_kl"]
+        first = self._before.forget_loss
+        self._first_loss = first if self._is_first else records[0]["forget_loss_before"]
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether as much is forgotten already as should be.
+
+        Raises:
+            InputError: it is before the first step.
+        """
+        size, probe = self._size, self._before
+        if size.goal is None or size.goal > size.forgotten(probe):
+            return False
+        if self._is_first:
+            known = f"loss is {probe.forget_loss:.4g}"
+            if size.until_probability is not None:
+                known = f"probability is {probe.forget_probability:.4g}"
+            raise InputError(f"{size.target}: the {known} already; ask for more")
+        return True
+
+    def best(self, directions: Directions) -> Try:
+        """Each direction gone along as far as the size says, and the best one taken; where the size
+        is α, the last one, since lengths of different norms are nothing to compare at.
+
+        At a time there are, beside what ``directions`` holds, the direction being tried and the
+        best so far.
+
+        Raises:
+            InputError: a direction that changes nothing, or along which the size cannot be reached.
+        """
+        best = Best(self._first_loss)
+        step = directions.last() if self._size.alpha is not None else directions.next()
+        while step is not None:
+            step, exact = self._measured(step)
+            best.see(*self._along(step, exact, directions.refined))
+            del step  # before the next one is made
+            step = directions.next()
+        return best.taken
+
+    def _measured(self, step: Step) -> tuple[Step, float]:
+        """The step, of exact unit length if so asked for, and its squared length rᵀGr by the exact
+        G of held-out retain data."""
+        gauge = self._gauge
+        with stage("step"), self._update.applied_to(gauge.model):
+            exact = quadratic_form(gauge.model, gauge.base.batches, self._targets, step.direction)
+        if exact == 0:
+            raise InputError(
+                "the step does not change what the model says to the held-out retain data: are "
+                "they one token over and over, or of unknown words only?"
+            )
+        return (step.scaled(exact**-0.5), 1.0) if self._exact_norm else (step, exact)
+
+    def _along(self, step: Step, exact: float, refined: int) -> Try:
+        """As far along the step as the size says: what that did, and r by parameter."""
+        gauge, before = self._gauge, self._before
+        changes = parameter_changes(self._targets, step.direction)
+        with stage("check"):
+            probes = choose_alpha(
+                lambda alpha: gauge.measure(
+                    self._update.plus(changes, alpha), self._objective, alpha
+                ),
+                self._size,
+                share=self._share,
+                start=before,
+                guess=math.sqrt(2 * self._near / exact),
+            )
+            after = probes[-1]
+            record = StepRecord(
+                alpha=after.alpha,
+                predicted_kl=step.predicted_kl(after.alpha),
+                exact_kl=0.5 * exact * after.alpha**2,
+                measured_kl=mean_divergence(gauge.head, self._hidden, gauge.latest),
+                retain_kl=after.retain_kl,
+                forget_loss_before=before.forget_loss,
+                forget_loss_after=after.forget_loss,
+                forget_probability_before=before.forget_probability,
+                forget_probability_after=after.forget_probability,
+                predicted_objective_change=step.slope * after.alpha,
+                measured_objective_change=after.objective - before.objective,
+                relative_change=_relative_change(gauge.model, changes, after.alpha),
+                probes=[asdict(p) for p in probes],
+                refined=refined,
+            )
+        self._near = record.exact_kl
+        return record, changes
+
+
+def _relative_change(
+    model: nn.Module, changes: Mapping[str, Tensor], alpha: float
+) -> dict[str, float]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    relative = {}
+    for name, change in changes.items():
+        weight = distributed.gather_full(parameters[name].detach()).to(change.dtype)
+        if weight.any():  # nothing can be said of a weight that is zero
+            relative[name] = (alpha * change.norm() / weight.norm()).item()
+    return relative
