@@ -397,9 +397,9 @@ def test_sophia_against_a_hand_written_loop():
 
 def test_updates_of_the_head_are_measured_by_two_heads(tmp_path):
     # kfade eval kl: the base model's outputs are read by the base model's head.
-    from kfade.cli.eval import Judged
-    from kfade.cli.eval_kl import _in_memory
     from kfade.evaluate.divergence import divergences, grouped
+    from kfade.runs.eval_kl import _in_memory
+    from kfade.runs.evaluation import Judged
 
     model, sequences = tiny_llama(), random_sequences(5)
     update = Update({"lm_head.weight": torch.randn(17, 8, dtype=torch.float64) * 0.3})

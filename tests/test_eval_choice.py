@@ -350,7 +350,7 @@ def test_command_resumes(desk, monkeypatch):
         return verdict(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfade.cli.eval_choice.verdict", stop)
+        patch.setattr("kfade.runs.eval_choice.verdict", stop)
         assert choice("--questions", "q.jsonl", out="cut") == 130
     (desk / "q.jsonl").write_text((desk / "q.jsonl").read_text().replace("r s t u", "r s t v"))
     assert choice("--questions", "q.jsonl", "--resume", out="cut") == 2

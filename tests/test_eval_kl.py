@@ -14,7 +14,6 @@ import zoo
 from helpers import random_sequences, tiny_llama
 
 from kfade.cli import main
-from kfade.cli.eval import load_judged
 from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.evaluate.divergence import (
@@ -29,6 +28,7 @@ from kfade.evaluate.divergence import (
 from kfade.evaluate.log import read_log
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.update import Update
+from kfade.runs.evaluation import load_judged
 
 
 def small_update(model, size: float, seed: int = 1) -> Update:
@@ -305,7 +305,7 @@ def test_command_resumes_to_the_same(desk, monkeypatch):
             return token_strings(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr("kfade.cli.eval_kl.token_strings", stop)
+            patch.setattr("kfade.runs.eval_kl.token_strings", stop)
             assert kl(*more, out=out) == 130
         log = read_log(desk / f"{out}.part/state/items.jsonl", partial=True)
         assert len(log.items) == stopped
@@ -326,7 +326,7 @@ def test_what_lies_there_of_other_texts_is_not_used_again(desk, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfade.cli.eval_kl.token_strings", stop)
+        patch.setattr("kfade.runs.eval_kl.token_strings", stop)
         assert kl(*streamed) == 130
     assert list(desk.glob("out.part/state/base-*.safetensors"))
     (desk / "kept/completions.jsonl").unlink()
@@ -347,8 +347,8 @@ def test_two_models_are_never_in_memory_together(desk, monkeypatch):
         seen.append(weakref.ref(subject.model))
         return subject
 
-    for module in ("eval", "eval_kl"):
-        monkeypatch.setattr(f"kfade.cli.{module}.load_judged", watched)
+    for module in ("evaluation", "eval_kl"):
+        monkeypatch.setattr(f"kfade.runs.{module}.load_judged", watched)
     assert kl("--edited", "edited") == 0
     assert len(seen) == 2
 

@@ -201,7 +201,7 @@ def test_command_resumes(desk, monkeypatch):
         return text_statistics(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfade.cli.eval_memorisation.text_statistics", stop)
+        patch.setattr("kfade.runs.eval_memorisation.text_statistics", stop)
         assert memorisation("trained", "cut") == 130
     assert memorisation("trained", "cut", "--resume") == 0
     whole, cut = (read_log(desk / name / "items.jsonl") for name in ("whole", "cut"))

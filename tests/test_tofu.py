@@ -338,7 +338,7 @@ def test_a_retain_log_of_other_prompts_is_told(model_dir, folder, tmp_path, caps
 def test_a_missing_retain_model_is_told_before_any_work(
     model_dir, folder, tmp_path, monkeypatch, capsys, what
 ):
-    monkeypatch.setattr("kfade.cli.eval_tofu.evaluate_tofu", None)  # calling it would fail
+    monkeypatch.setattr("kfade.runs.eval_tofu.measure_tofu", None)  # calling it would fail
     path = tmp_path / "retain"
     if what == "half a log":
         values = {"answer_loss": 1, "base_loss": 1, "false_losses": [1], "rouge_l": 0}
@@ -410,6 +410,6 @@ def test_the_command_resumes(model_dir, folder, tmp_path, monkeypatch, capsys):
 
 
 def test_legacy_takes_the_first_items(model_dir, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("kfade.cli.eval_tofu.LEGACY_ITEMS", 2)
+    monkeypatch.setattr("kfade.runs.eval_tofu.LEGACY_ITEMS", 2)
     assert evaluate(model_dir, folder, tmp_path / "out", "--tofu-legacy", "--json") == 0
     assert json.loads(capsys.readouterr().out)["items"] == dict.fromkeys(SETS, 2)

@@ -10,25 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.eval import digest_model, evaluation, settings_of
-from kfade.cli.session import console, show
+from kfade.cli.session import console, session, show
 from kfade.errors import InputError
 from kfade.evaluate.judge import Judge
-from kfade.evaluate.log import ItemLog, digest
-from kfade.evaluate.mt_bench import (
-    answer_questions,
-    judge_answers,
-    read_bench,
-    summarise_ratings,
-)
-from kfade.runs.template import rendering_of
-from kfade.runs.words import chat_of
-from kfade.runtime.stages import stage
+from kfade.runs.eval_judge import BenchRequest, evaluate_mt_bench
 
-ANSWERS = "answers.jsonl"
 JUDGE = "Judge"
-# Where the judge is found decides no number, so a resumed evaluation may look elsewhere.
-_WHERE = ("judge_url", "judge_key_env", "judge_timeout")
 
 Questions = Annotated[
     Path,
@@ -117,7 +104,7 @@ def mt_bench(
     Example: `kfade eval mt-bench MODEL --update out/run --questions question.jsonl
     --judge-url http://localhost:8000/v1 --judge-model NAME --runs 3 --out out/mt-bench`
     """
-    settings = {k: v for k, v in settings_of(locals()).items() if k not in _WHERE}
+    request = o.request_of(BenchRequest, locals())
     judge = Judge(
         judge_url,
         judge_model,
@@ -125,39 +112,9 @@ def mt_bench(
         timeout=judge_timeout,
         max_tokens=judge_max_tokens,
     )
-    how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume, update=update, word=template),
-        "chat": chat_of(template or "auto"),
-    }
-    asked = read_bench(questions, references)[:limit]
-    with evaluation("mt-bench", out, resume, settings) as run:
-        subject = run.load(
-            model, update=update, quantise=quantise, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
-        )  # fmt: skip
-        with subject.edited() as edited:
-            about = {"weights_sha256": digest_model(edited), "data_sha256": digest(asked)}
-            header = {"benchmark": "mt-bench answers", **settings, **about}
-            header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
-            with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:
-                answer_questions(
-                    edited,
-                    subject.tokenizer,
-                    asked,
-                    answers,
-                    runs=runs,
-                    **how,
-                    max_new_tokens=max_new_tokens,
-                    batch_tokens=batch_tokens,
-                    seed=seed,
-                )
-                answers.finish({"answers": len(answers.items)})
-        with run.items(**about) as log:
-            with stage("judgements"):
-                judge_answers(judge, asked, answers.items, log, runs=runs)
-            run.folder.publish(ANSWERS)
-            run.finish(log, summarise_ratings(log.items), **about)
-    _show(run.result, json)
+    with session():
+        result = evaluate_mt_bench(request, judge, out, resume=resume)
+    _show(result, json)
 
 
 def _key(variable: str | None) -> str | None:

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
 from kfade.cli import options as o
-from kfade.cli.eval import (
-    digest_model,
-    evaluation,
-    interval,
-    settings_of,
-)
-from kfade.cli.session import show
-from kfade.data.examples import Example, load_examples
-from kfade.data.sequences import TokenSequence, digest_sequences, encode
-from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog, read_log
-from kfade.evaluate.memorisation import (
-    MIN_K,
-    SCORES,
-    summarise_memorisation,
-    text_statistics,
-    token_statistics,
-)
-from kfade.evaluate.tokens import token_values
-from kfade.models.load import model_window
-from kfade.runs.template import rendering_of
-from kfade.runs.words import chat_of
-from kfade.runtime.stages import stage
+from kfade.cli.eval import interval
+from kfade.cli.session import session, show
+from kfade.evaluate.memorisation import MIN_K, SCORES
+from kfade.runs.eval_memorisation import MemorisationRequest, evaluate_memorisation
 
 Members = Annotated[
     str,
@@ -98,105 +77,10 @@ def memorisation(
     Example: `kfade eval memorisation MODEL --update out/run --members forget.jsonl
     --non-members other.jsonl --out out/memorisation`
     """
-    settings = settings_of(locals())
-    how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume, update=update, word=template),
-        "chat": chat_of(template or "auto"),
-    }
-    sources = {"member": members} | ({"non-member": non_members} if non_members else {})
-    examples = {name: load_examples(source)[:limit] for name, source in sources.items()}
-    retain = _read_retain(retain_log)
-    with evaluation("memorisation", out, resume, settings) as run:
-        subject = run.load(
-            model, update=update, quantise=quantise, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
-        )  # fmt: skip
-        names, sequences = _tokens(examples, subject, how, bool(truncate))
-        data = digest_sequences(sequences)
-        if retain is not None and retain[0] != data:
-            raise InputError(
-                f"--retain-log {retain_log}: of other texts or of another tokenizer; evaluate the "
-                "retain model with the same --members and --non-members"
-            )
-        with subject.edited() as edited:
-            digests = {"weights_sha256": digest_model(edited), "data_sha256": data}
-            with run.items(**digests) as log:
-                with stage("texts"):
-                    _measure(log, edited, subject.tokenizer, names, sequences, min_k, batch_tokens)
-                aggregate = _aggregate(log, names)
-                if retain is not None:
-                    aggregate["retain"] = retain[1]
-                run.finish(log, aggregate, **digests)
-    show(run.result, json, _lines(run.result))
-
-
-def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
-    """(digest of its data, its figures) of a retain model's log."""
-    if path is None:
-        return None
-    log = read_log(path / "items.jsonl" if path.is_dir() else path)
-    if log.header.get("benchmark") != "memorisation":
-        raise InputError(f"--retain-log {path}: not a log of kfade eval memorisation")
-    assert log.aggregate is not None
-    return log.header["data_sha256"], log.aggregate
-
-
-def _tokens(
-    examples: Mapping[str, list[Example]], subject: Any, how: Mapping[str, Any], truncate: bool
-) -> tuple[list[str], list[TokenSequence]]:
-    """Item names and token sequences, one a text.
-
-    A ``{"text"}`` gets no EOS: it may be a passage, and an end that no model could foresee would
-    put its extraction strength at 0.
-    """
-    names: list[str] = []
-    sequences: list[TokenSequence] = []
-    for name, own in examples.items():
-        sequences += encode(
-            [replace(example, closes=example.text is None and example.closes) for example in own],
-            subject.tokenizer,
-            window=model_window(subject.model),
-            **how,
-            pack=False,
-            truncate=truncate,
-        )
-        names += [f"{name} {i}" for i in range(len(own))]
-    return names, sequences
-
-
-def _measure(
-    log: ItemLog,
-    model: Any,
-    tokenizer: Any,
-    names: list[str],
-    sequences: list[TokenSequence],
-    min_k: float,
-    batch_tokens: int,
-) -> None:
-    missing = [i for i, name in enumerate(names) if name not in log.items]
-
-    def note(place: int, values: Tensor) -> None:
-        sequence = sequences[missing[place]]
-        scored = [t for t, s in zip(sequence.tokens, sequence.scored, strict=True) if s]
-        text = tokenizer.decode(scored, skip_special_tokens=True)
-        log.add(names[missing[place]], **text_statistics(values, text, min_k), text=text[:200])
-
-    token_values(
-        model,
-        [sequences[i] for i in missing],
-        token_statistics,
-        note,
-        name="texts",
-        batch_tokens=batch_tokens,
-    )
-
-
-def _aggregate(log: ItemLog, names: list[str]) -> dict[str, Any]:
-    items = [(name, log.items[name]) for name in names]
-    return summarise_memorisation(
-        [item for name, item in items if name.startswith("member")],
-        [item for name, item in items if name.startswith("non-member")],
-    )
+    request = o.request_of(MemorisationRequest, locals())
+    with session():
+        result = evaluate_memorisation(request, out, resume=resume)
+    show(result, json, _lines(result))
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.eval import digest_model, evaluation, settings_of
-from kfade.cli.session import show
-from kfade.evaluate.quantisation import overall, survival
-from kfade.runtime.stages import stage
+from kfade.cli.session import session, show
+from kfade.runs.eval_quantisation import evaluate_quantisation
+from kfade.runs.evaluation import Subject
 
 Update = Annotated[
     Path,
@@ -38,26 +37,10 @@ def quantisation(
 
     For what that does to a metric, give `--quantise int8` or `int4` to the other commands.
     """
-    settings = settings_of(locals())
-    with evaluation("quantisation", out, resume, settings) as run:
-        subject = run.load(
-            model, update=update, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code, revision=revision, tokenizer=tokenizer,
-        )  # fmt: skip
-        digests = {"weights_sha256": digest_model(subject.model)}
-        with run.items(**digests) as log:
-            with stage("rounding"):
-                found = survival(subject.model, subject.update)
-            for name, figures in found.items():
-                if name not in log.items:
-                    log.add(name, **figures)
-            aggregate = {
-                "weights": len(found),
-                "lost_in_dtype": subject.update.lost_fraction(subject.model),
-                "rounding": overall(found),
-            }
-            run.finish(log, aggregate, **digests)
-    show(run.result, json, _lines(run.result))
+    subject = o.request_of(Subject, locals())
+    with session():
+        result = evaluate_quantisation(subject, out, resume=resume)
+    show(result, json, _lines(result))
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,38 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from kfade.cli import options as o
-from kfade.cli.eval import (
-    Evaluation,
-    Judged,
-    digest_model,
-    evaluation,
-    load_judged,
-    settings_of,
-)
-from kfade.cli.session import console, show
-from kfade.data.chat import ChatTemplate
+from kfade.cli.session import console, session, show
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog, digest
-from kfade.evaluate.rouge import load_rouge_l_recall
-from kfade.evaluate.tofu import (
-    LEGACY_ITEMS,
-    TofuQuestion,
-    evaluate_tofu,
-    read_tofu,
-    template_for,
-)
-from kfade.evaluate.tofu_logs import (
-    TofuLog,
-    aggregate,
-    load_ks_test,
-    notes_on,
-)
-from kfade.evaluate.tofu_read import log_of, read_tofu_log
-from kfade.models.load import load_tokenizer
-from kfade.runs.template import rendering_of
-from kfade.runtime.stages import stage
+from kfade.runs.eval_tofu import TofuRequest, aggregate_tofu, evaluate_tofu
 
-RETAIN_ITEMS = "retain.jsonl"
 LOGS = "Saved logs"
 
 OptionalModel = Annotated[
@@ -140,106 +111,17 @@ def tofu(
 
     Example: `kfade eval tofu MODEL --update out/run --retain-log out/retain --out out/tofu`
     """
-    settings = settings_of(locals())
-    if retain_log and retain_model:
-        raise InputError("give --retain-log or --retain-model, not both")
-    if retain_log or retain_model:
-        load_ks_test()
-    retain = read_tofu_log(retain_log) if retain_log else None
-    if retain:
-        retain.items("forget")  # it has what forget quality needs: said before the long work
     if from_log:
         if model or update or out or retain_model:
             raise InputError("--from-log only reads saved logs: leave out MODEL, --update, --out")
-        _show_logs(read_tofu_log(from_log), retain, json)
+        _show(aggregate_tofu(from_log, retain_log), json)
         return
     if model is None or out is None:
         raise InputError("give MODEL and --out, or --from-log with a saved log")
-    load_rouge_l_recall()
-    if retain_model:
-        load_tokenizer(  # is it there?
-            retain_model, trust_remote_code=bool(trust_remote_code), tokenizer=tokenizer
-        )
-    chat = rendering_of(settings, out, resume=resume, update=update, word=template)
-    limits = [n for n in (limit, LEGACY_ITEMS if tofu_legacy else None) if n is not None]
-    questions = read_tofu(split, folder=data, limit=min(limits, default=None))
-    where: dict[str, Any] = {
-        "dtype": dtype,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-        "tokenizer": tokenizer,
-    }
-    how = {
-        "template": template,
-        "chat": chat,
-        "max_new_tokens": max_new_tokens,
-        "batch_tokens": batch_tokens,
-        "legacy": tofu_legacy,
-    }
-    with evaluation("tofu", out, resume, settings) as run:
-        subject = run.load(model, update=update, quantise=quantise, revision=revision, **where)
-        about = _about(subject, questions, how)
-        with run.items(**about) as log:
-            _measure(subject, questions, log, how)
-            if retain_model:
-                del subject
-                gc.collect()  # a model holds references to itself
-                other = load_judged(retain_model, **where)
-                retain = _measure_retain(run, other, questions, how)
-            measured = log_of(log.items, str(out), {**settings, **about})
-            result = aggregate(measured, retain)
-            run.finish(log, result, **about)
-    _show({**run.result, "notes": notes_on(measured, retain)}, json)
-
-
-def _about(
-    subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What decides the numbers besides the options.
-
-    The date is there if the prompts hold it.
-    """
-    with subject.edited() as edited:
-        about: dict[str, Any] = {
-            "weights_sha256": digest_model(edited),
-            "data_sha256": digest(questions),
-            "prompt_format": template_for(how["template"], edited, subject.tokenizer),
-        }
-    chat: ChatTemplate = how["chat"]
-    if about["prompt_format"] == "chat" and chat.reads_date(subject.tokenizer):
-        about["prompt_date"] = str(chat.now)
-    return about
-
-
-def _measure(
-    subject: Judged, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
-) -> None:
-    with stage("items"), subject.edited() as edited:
-        evaluate_tofu(edited, subject.tokenizer, questions, log, **how)
-
-
-def _measure_retain(
-    run: Evaluation, subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
-) -> TofuLog:
-    """The retain model's items, kept beside MODEL's: a log that --retain-log takes."""
-    header = {
-        "benchmark": "tofu",
-        "model": subject.name,
-        "max_new_tokens": how["max_new_tokens"],
-        **{name: run.settings[name] for name in ("template_args", "template_sha256")},
-        **_about(subject, questions, how),
-    }
-    with ItemLog(run.folder.state / RETAIN_ITEMS, header) as log:
-        _measure(subject, questions, log, how)
-        retain = log_of(log.items, RETAIN_ITEMS, header)
-        log.finish(aggregate(retain))
-    run.folder.publish(RETAIN_ITEMS)
-    return retain
-
-
-def _show_logs(log: TofuLog, retain: TofuLog | None, as_json: bool) -> None:
-    result = aggregate(log, retain)  # first: it says what a log lacks
-    _show({**result, "notes": notes_on(log, retain)}, as_json)
+    request = o.request_of(TofuRequest, locals())
+    with session():
+        result = evaluate_tofu(request, out, resume=resume)
+    _show(result, json)
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> None:

@@ -27,6 +27,13 @@ from kfade.runs.config import (
     read_config,
 )
 from kfade.runs.editing import LoraRequest, apply, export_lora, merge, revert
+from kfade.runs.eval_choice import ChoiceRequest, evaluate_choice
+from kfade.runs.eval_judge import BenchRequest, evaluate_mt_bench
+from kfade.runs.eval_kl import KlRequest, evaluate_kl
+from kfade.runs.eval_memorisation import MemorisationRequest, evaluate_memorisation
+from kfade.runs.eval_quantisation import evaluate_quantisation
+from kfade.runs.eval_tofu import TofuRequest, aggregate_tofu, evaluate_tofu
+from kfade.runs.evaluation import Rendering, Subject
 from kfade.runs.fitting import fit
 from kfade.runs.sweeping import sweep
 from kfade.runs.unlearning import unlearn
@@ -35,6 +42,10 @@ __all__ = [
     "unlearn", "fit", "sweep", "apply", "revert", "merge", "export_lora", "LoraRequest",
     "baseline", "BaselineRequest", "LossConfig", "TrainingConfig", "WeightsConfig",
     "attack", "AttackRequest",
+    "evaluate_kl", "KlRequest", "evaluate_tofu", "aggregate_tofu", "TofuRequest",
+    "evaluate_choice", "ChoiceRequest", "evaluate_mt_bench", "BenchRequest",
+    "evaluate_memorisation", "MemorisationRequest", "evaluate_quantisation",
+    "Subject", "Rendering",
     "RunConfig", "ModelConfig", "DataConfig", "FitConfig", "StepConfig", "RefinementConfig",
     "SizeConfig", "read_config",
 ]  # fmt: skip

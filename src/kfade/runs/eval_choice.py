@@ -1,0 +1,142 @@
+"""Multiple-choice questions, by letters and by texts, and lm-eval's tasks: to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfade.errors import InputError
+from kfade.evaluate.choice import answer_questions, summarise_choice, verdict
+from kfade.evaluate.lm_eval import check_installed, run_tasks
+from kfade.evaluate.log import digest
+from kfade.evaluate.questions import Question, read_sets
+from kfade.models.load import model_window
+from kfade.runs.evaluation import (
+    Evaluation,
+    Judged,
+    Subject,
+    digest_model,
+    evaluation,
+    settings_of,
+)
+from kfade.runtime.stages import stage
+
+TASK_TOKENS = 512  # positions that an item of lm-eval is taken to have, to size its batches
+
+
+@dataclass(frozen=True)
+class ChoiceRequest:
+    """What is asked for: questions, or tasks."""
+
+    subject: Subject
+    """What is judged."""
+    questions: Sequence[Path] = ()
+    """Files, or folders of files."""
+    tasks: str | None = None
+    """lm-eval's own tasks, as in mmlu,wmdp_bio."""
+    task_folder: Path | None = None
+    """Folder of further lm-eval tasks."""
+    cloze: bool = False
+    """Questions are beginnings of texts that a choice continues."""
+    limit: int | None = None
+    """Take the first so many items only."""
+    batch_tokens: int = 4096
+    """Positions in one forward pass."""
+    seed: int = 0
+    """Of what is resampled."""
+
+
+def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Accuracy on multiple-choice questions, or on tasks of lm-eval, with standard errors.
+
+    Raises:
+        InputError: questions and tasks, or neither; or what is asked for cannot be done.
+    """
+    if bool(request.questions) == bool(request.tasks):
+        raise InputError("give --questions or --tasks, and one of them")
+    settings = settings_of(request)
+    paths = [str(path) for path in request.questions]
+    settings["questions"] = (paths[0] if len(paths) == 1 else paths) if paths else None
+    asked = read_sets(request.questions, request.limit)
+    if request.tasks:
+        check_installed()
+    with evaluation("choice", out, resume, settings) as run:
+        subject = run.load(request.subject)
+        with subject.edited() as edited:
+            digests = {"weights_sha256": digest_model(edited)}
+            if request.tasks:
+                _run_tasks(run, subject, digests, request)
+            else:
+                _ask(run, subject, digests, asked, request)
+    return run.result
+
+
+def _ask(
+    run: Evaluation,
+    subject: Judged,
+    digests: dict[str, str],
+    sets: Mapping[str, Sequence[Question]],
+    request: ChoiceRequest,
+) -> None:
+    """Of one set the items are called by their numbers, of several by the set's name too."""
+    ids = {
+        name: [f"{name}/{i}" if len(sets) > 1 else str(i) for i in range(len(own))]
+        for name, own in sets.items()
+    }
+    questions = {
+        item: question
+        for name, own in sets.items()
+        for item, question in zip(ids[name], own, strict=True)
+    }
+    digests["data_sha256"] = digest(list(questions.values()))
+    with run.items(**digests) as log:
+        missing = [item for item in questions if item not in log.items]
+
+        def note(place: int, scores: dict[str, list[float]]) -> None:
+            question = questions[missing[place]]
+            log.add(
+                missing[place],
+                question=question.question[:200],
+                subject=question.subject,
+                choices=len(question.choices),
+                answer=question.answer,
+                correct=verdict(scores, question.answer),
+                scores=scores,
+            )
+
+        with stage("questions"):
+            answer_questions(
+                subject.model,
+                subject.tokenizer,
+                [questions[item] for item in missing],
+                note,
+                cloze=request.cloze,
+                window=model_window(subject.model),
+                batch_tokens=request.batch_tokens,
+            )
+        figures = {name: summarise_choice([log.items[i] for i in own]) for name, own in ids.items()}
+        several = {"questions": len(questions), "sets": figures}
+        run.finish(log, several if len(sets) > 1 else figures[next(iter(sets))], **digests)
+
+
+def _run_tasks(
+    run: Evaluation, subject: Judged, digests: dict[str, str], request: ChoiceRequest
+) -> None:
+    tasks = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
+    with stage("tasks"):
+        items, figures = run_tasks(
+            subject.model,
+            subject.tokenizer,
+            tasks,
+            task_folder=request.task_folder,
+            limit=request.limit,
+            batch_size=max(1, request.batch_tokens // TASK_TOKENS),
+            seed=request.seed,
+        )
+    with run.items(**digests) as log:
+        for name, values in items.items():
+            if name not in log.items:
+                log.add(name, **values)
+        run.finish(log, {"tasks": figures, "items": len(items)}, **digests)

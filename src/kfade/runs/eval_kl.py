@@ -1,0 +1,258 @@
+"""How far an edited model is from the base model on benign completions: to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.errors import InputError
+from kfade.evaluate.completions import (
+    Prompt,
+    complete,
+    completed,
+    encode_prompts,
+    read_prompts,
+)
+from kfade.evaluate.divergence import (
+    Outputs,
+    divergences,
+    grouped,
+    outputs,
+    rounded,
+    summarise_divergence,
+    token_strings,
+)
+from kfade.evaluate.log import ItemLog, digest, read_log
+from kfade.models.lengths import length_class
+from kfade.models.load import load_skeleton, load_tokenizer, model_window
+from kfade.runs.config import ModelConfig
+from kfade.runs.evaluation import (
+    Evaluation,
+    Judged,
+    Rendering,
+    Subject,
+    digest_model,
+    evaluation,
+    load_judged,
+    settings_of,
+)
+from kfade.runs.template import rendering_of
+from kfade.runs.words import chat_of
+from kfade.runtime.files import writing
+from kfade.runtime.stages import stage
+
+COMPLETIONS = "completions.jsonl"
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class KlRequest:
+    """What is asked for."""
+
+    subject: Subject
+    """The base model, and what it became: its update, or its rounding."""
+    prompts: str
+    """Instructions: a JSONL file or hf:NAME[:CONFIG][:SPLIT]."""
+    edited: str | None = None
+    """Another model that is judged against the base model, in place of an update."""
+    completions: Path | None = None
+    """Folder that keeps the base model's completions for further runs; the run's own when unset."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Longest completion."""
+    rendering: Rendering = field(default_factory=Rendering)
+    """How conversations are rendered."""
+    limit: int | None = None
+    """Take the first so many prompts only."""
+    batch_tokens: int = 4096
+    """Positions in one forward pass."""
+    seed: int = 0
+    """Of what is resampled."""
+
+
+def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Mean KL(base ‖ edited), nats per token, on what the base model says to benign instructions.
+
+    Two models are in memory one after the other.
+
+    Raises:
+        InputError: nothing says what the model became, or what is asked for cannot be done.
+    """
+    subject, edited = request.subject, request.edited
+    if (subject.update is None) == (edited is None) and not (subject.quantise and edited is None):
+        raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
+    settings, word = settings_of(request), request.rendering.template
+    how: dict[str, Any] = {
+        "template": rendering_of(settings, out, resume=resume, update=subject.update, word=word),
+        "chat": chat_of(word or "auto"),
+        "max_new_tokens": request.max_new_tokens,
+    }
+    examples = read_prompts(request.prompts, request.limit)
+    with evaluation("kl", out, resume, settings) as run:
+        base = run.load(replace(subject, quantise=None) if edited else subject)
+        if edited:
+            _check_vocabularies(base, replace(subject.model, model=edited))
+        window = model_window(base.model)
+        asked = encode_prompts(examples, base.tokenizer, window=window, **how)
+        digests = {"base_sha256": digest_model(base.model)}
+        folder = request.completions or run.folder.state
+        answers = _completions(base, asked, folder, digests["base_sha256"], request)
+        texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
+        groups = _groups(base, texts, request.batch_tokens)
+        digests["completions_sha256"] = digest_sequences(texts)
+        judged, words = base, base.tokenizer
+        if not edited:
+            reference = _in_memory(base, groups)
+        else:
+            key = f"{digest(list(digests.values()))[:16]}-{request.batch_tokens}"
+            reference = _streamed(base, groups, run, key)
+            del base, judged
+            _free()
+            other = replace(subject.model, model=edited, revision=None)
+            judged = load_judged(Subject(other, quantise=subject.quantise))
+        with judged.edited() as changed:
+            digests["edited_sha256"] = digest_model(changed)
+        with run.items(**digests) as log:
+            _measure(log, judged, groups, reference, asked, answers, words)
+            if request.completions is None:
+                run.folder.publish(COMPLETIONS)
+            figures = summarise_divergence(log.items, seed=request.seed)
+            run.finish(log, {**figures, "max_new_tokens": request.max_new_tokens}, **digests)
+    return run.result
+
+
+def _completions(
+    base: Judged,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    weights: str,
+    request: KlRequest,
+) -> list[dict[str, Any]]:
+    """Completions of all prompts: those that ``folder`` has, and new ones, which it then has."""
+    header = {
+        "benchmark": "completions",
+        "weights_sha256": weights,
+        "prompts_sha256": digest([prompt.tokens for prompt in prompts]),
+        "max_new_tokens": request.max_new_tokens,
+        "decoding": "greedy",
+    }
+    path = folder / COMPLETIONS
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        found = read_log(path, partial=True)
+        if found.header != {"format": found.header["format"], **header}:
+            raise InputError(
+                f"{path}: completions of another model, of other prompts or of another length; "
+                "give another --completions, or remove the file"
+            )
+        if found.aggregate is not None:
+            return [found.items[str(i)] for i in range(len(prompts))]
+    with stage("completions"), ItemLog(path, header) as log:
+        complete(
+            base.model,
+            base.tokenizer,
+            prompts,
+            log,
+            max_new_tokens=request.max_new_tokens,
+            batch_tokens=request.batch_tokens,
+        )
+        log.finish({"completions": len(prompts)})
+        return [log.items[str(i)] for i in range(len(prompts))]
+
+
+def _groups(base: Judged, texts: Sequence[TokenSequence], batch_tokens: int) -> list[list[Batch]]:
+    device = next(base.model.parameters()).device
+    group = length_class(base.model)
+    return grouped(make_batches(texts, budget=batch_tokens, device=device, group=group))
+
+
+def _in_memory(base: Judged, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
+    """The base model's outputs on a group, computed when they are asked for.
+
+    Read by a copy of its head: an update may change the head itself.
+    """
+    head = copy.deepcopy(outputs(base.model, [], "base model").head)
+    return lambda number: replace(outputs(base.model, groups[number], "base model"), head=head)
+
+
+def _streamed(
+    base: Judged, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
+) -> Callable[[int], Outputs]:
+    """The base model's outputs on a group, written to disk now and read when they are asked for.
+
+    Only its head stays in memory. What an interrupted run has written serves again if its ``key``
+    is the same: the model, the texts and how they are batched.
+    """
+
+    def name(number: int) -> str:
+        return f"base-{key}-{number:05}.safetensors"
+
+    head = outputs(base.model, [], "base model").head
+    with stage("base"):
+        for number, batches in enumerate(groups):
+            if not (run.folder.state / name(number)).is_file():
+                computed = outputs(base.model, batches, "base model")
+                run.folder.keep(name(number), computed.save)
+    return lambda number: Outputs.load(run.folder.state / name(number), head, groups[number])
+
+
+def _check_vocabularies(base: Judged, edited: ModelConfig) -> None:
+    """Raises InputError where the two models' tokens, or their numbers, are not the same."""
+    trusted = edited.trust_remote_code
+    theirs = load_tokenizer(edited.model, trust_remote_code=trusted, tokenizer=edited.tokenizer)
+    _check_vocabulary(edited.model, base.tokenizer.get_vocab(), theirs.get_vocab())
+    skeleton = load_skeleton(edited.model, trust_remote_code=trusted)
+    _check_vocabulary(edited.model, _outputs_of(base.model), _outputs_of(skeleton))
+
+
+def _check_vocabulary(name: str, base: object, edited: object) -> None:
+    if base != edited:
+        raise InputError(
+            f"--edited {name}: its vocabulary is not MODEL's, so their outputs cannot be compared "
+            "token by token"
+        )
+
+
+def _outputs_of(model: Any) -> int:
+    """Number of logits: the vocabulary, and what a model was padded to."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _measure(
+    log: ItemLog,
+    judged: Judged,
+    groups: Sequence[Sequence[Batch]],
+    reference: Callable[[int], Outputs],
+    prompts: Sequence[Prompt],
+    answers: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+) -> None:
+    def note(index: int, kl: Tensor) -> None:
+        tokens = answers[index]["tokens"]
+        log.add(
+            str(index),
+            kl=kl.mean().item(),
+            tokens=len(tokens),
+            prompt=prompts[index].text,
+            strings=token_strings(tokenizer, prompts[index].tokens[-1], tokens),
+            token_kl=rounded(kl),
+        )
+
+    with stage("kl"):
+        divergences(groups, reference, judged.edited, note, done={int(i) for i in log.items})
+
+
+def _free() -> None:
+    gc.collect()
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()

@@ -1,0 +1,169 @@
+"""What a model still reproduces, and what gives a text away: from a request to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kfade.data.examples import Example, load_examples
+from kfade.data.sequences import TokenSequence, digest_sequences, encode
+from kfade.errors import InputError
+from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.memorisation import (
+    MIN_K,
+    summarise_memorisation,
+    text_statistics,
+    token_statistics,
+)
+from kfade.evaluate.tokens import token_values
+from kfade.models.load import model_window
+from kfade.runs.evaluation import (
+    Judged,
+    Rendering,
+    Subject,
+    digest_model,
+    evaluation,
+    settings_of,
+)
+from kfade.runs.template import rendering_of
+from kfade.runs.words import chat_of
+from kfade.runtime.stages import stage
+
+
+@dataclass(frozen=True)
+class MemorisationRequest:
+    """What is asked for."""
+
+    subject: Subject
+    """What is judged."""
+    members: str
+    """Texts that were trained on, or forgotten: JSONL or hf:NAME[:CONFIG][:SPLIT]."""
+    non_members: str | None = None
+    """Texts of the same kind that were not; without them there is no membership inference."""
+    retain_log: Path | None = None
+    """``items.jsonl`` of the same evaluation of a model that never saw the members."""
+    min_k: float = MIN_K
+    """Share of tokens that Min-K % looks at."""
+    rendering: Rendering = field(default_factory=Rendering)
+    """How conversations are rendered."""
+    truncate: bool | None = None
+    """Cut what is longer than the model's window instead of refusing it."""
+    limit: int | None = None
+    """Take the first so many texts only."""
+    batch_tokens: int = 4096
+    """Positions in one forward pass."""
+
+
+def evaluate_memorisation(
+    request: MemorisationRequest, out: Path, *, resume: bool = False
+) -> dict[str, Any]:
+    """Exact memorisation, extraction strength, perplexity; membership inference by four scores.
+
+    Raises:
+        InputError: what is asked for cannot be done, or ``retain_log`` is of other texts.
+    """
+    settings = settings_of(request)
+    word = request.rendering.template
+    update = request.subject.update
+    how: dict[str, Any] = {
+        "template": rendering_of(settings, out, resume=resume, update=update, word=word),
+        "chat": chat_of(word or "auto"),
+        "truncate": bool(request.truncate),
+    }
+    sources = {"member": request.members}
+    if request.non_members:
+        sources["non-member"] = request.non_members
+    examples = {name: load_examples(source)[: request.limit] for name, source in sources.items()}
+    retain = _read_retain(request.retain_log)
+    with evaluation("memorisation", out, resume, settings) as run:
+        subject = run.load(request.subject)
+        names, sequences = _tokens(examples, subject, how)
+        data = digest_sequences(sequences)
+        if retain is not None and retain[0] != data:
+            raise InputError(
+                f"--retain-log {request.retain_log}: of other texts or of another tokenizer; "
+                "evaluate the retain model with the same --members and --non-members"
+            )
+        with subject.edited() as edited:
+            digests = {"weights_sha256": digest_model(edited), "data_sha256": data}
+            with run.items(**digests) as log:
+                with stage("texts"):
+                    _measure(log, subject, names, sequences, request)
+                aggregate = _aggregate(log, names)
+                if retain is not None:
+                    aggregate["retain"] = retain[1]
+                run.finish(log, aggregate, **digests)
+    return run.result
+
+
+def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
+    """(digest of its data, its figures) of a retain model's log."""
+    if path is None:
+        return None
+    log = read_log(path / "items.jsonl" if path.is_dir() else path)
+    if log.header.get("benchmark") != "memorisation":
+        raise InputError(f"--retain-log {path}: not a log of kfade eval memorisation")
+    assert log.aggregate is not None
+    return log.header["data_sha256"], log.aggregate
+
+
+def _tokens(
+    examples: Mapping[str, list[Example]], subject: Judged, how: Mapping[str, Any]
+) -> tuple[list[str], list[TokenSequence]]:
+    """Item names and token sequences, one a text.
+
+    A ``{"text"}`` gets no EOS: it may be a passage, and an end that no model could foresee would
+    put its extraction strength at 0.
+    """
+    names: list[str] = []
+    sequences: list[TokenSequence] = []
+    for name, own in examples.items():
+        sequences += encode(
+            [replace(example, closes=example.text is None and example.closes) for example in own],
+            subject.tokenizer,
+            window=model_window(subject.model),
+            **how,
+            pack=False,
+        )
+        names += [f"{name} {i}" for i in range(len(own))]
+    return names, sequences
+
+
+def _measure(
+    log: ItemLog,
+    subject: Judged,
+    names: list[str],
+    sequences: list[TokenSequence],
+    request: MemorisationRequest,
+) -> None:
+    """Every text's statistics into the log, of the model as it is now."""
+    missing = [i for i, name in enumerate(names) if name not in log.items]
+
+    def note(place: int, values: Tensor) -> None:
+        sequence = sequences[missing[place]]
+        scored = [t for t, s in zip(sequence.tokens, sequence.scored, strict=True) if s]
+        text = subject.tokenizer.decode(scored, skip_special_tokens=True)
+        log.add(
+            names[missing[place]], **text_statistics(values, text, request.min_k), text=text[:200]
+        )
+
+    token_values(
+        subject.model,
+        [sequences[i] for i in missing],
+        token_statistics,
+        note,
+        name="texts",
+        batch_tokens=request.batch_tokens,
+    )
+
+
+def _aggregate(log: ItemLog, names: list[str]) -> dict[str, Any]:
+    items = [(name, log.items[name]) for name in names]
+    return summarise_memorisation(
+        [item for name, item in items if name.startswith("member")],
+        [item for name, item in items if name.startswith("non-member")],
+    )

@@ -1,0 +1,39 @@
+"""How much of an update is left when the weights are rounded: from a request to a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kfade.errors import InputError
+from kfade.evaluate.quantisation import overall, survival
+from kfade.runs.evaluation import Subject, digest_model, evaluation, settings_of
+from kfade.runtime.stages import stage
+
+
+def evaluate_quantisation(subject: Subject, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """How much of an update survives bfloat16, int8 and int4, weight by weight.
+
+    Raises:
+        InputError: no update, or one that does not fit the model.
+    """
+    if subject.update is None or subject.quantise is not None:
+        raise InputError("give an update, and no quantise: every rounding is tried")
+    settings = settings_of(subject)
+    del settings["quantise"]
+    with evaluation("quantisation", out, resume, settings) as run:
+        judged = run.load(subject)
+        digests = {"weights_sha256": digest_model(judged.model)}
+        with run.items(**digests) as log:
+            with stage("rounding"):
+                found = survival(judged.model, judged.update)
+            for name, figures in found.items():
+                if name not in log.items:
+                    log.add(name, **figures)
+            aggregate = {
+                "weights": len(found),
+                "lost_in_dtype": judged.update.lost_fraction(judged.model),
+                "rounding": overall(found),
+            }
+            run.finish(log, aggregate, **digests)
+    return run.result

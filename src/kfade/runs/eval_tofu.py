@@ -1,0 +1,179 @@
+"""Forget quality and model utility of a model on TOFU, or of saved logs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kfade.data.chat import ChatTemplate
+from kfade.errors import InputError
+from kfade.evaluate.log import ItemLog, digest
+from kfade.evaluate.rouge import load_rouge_l_recall
+from kfade.evaluate.tofu import LEGACY_ITEMS, TofuQuestion, read_tofu, template_for
+from kfade.evaluate.tofu import evaluate_tofu as measure_tofu
+from kfade.evaluate.tofu_logs import TofuLog, aggregate, load_ks_test, notes_on
+from kfade.evaluate.tofu_read import log_of, read_tofu_log
+from kfade.models.load import load_tokenizer
+from kfade.runs.evaluation import (
+    Evaluation,
+    Judged,
+    Rendering,
+    Subject,
+    digest_model,
+    evaluation,
+    load_judged,
+    settings_of,
+)
+from kfade.runs.template import rendering_of
+from kfade.runtime.stages import stage
+
+RETAIN_ITEMS = "retain.jsonl"
+
+
+@dataclass(frozen=True)
+class TofuRequest:
+    """What is asked for."""
+
+    subject: Subject
+    """What is judged."""
+    split: str = "forget10"
+    """forget01, forget05 or forget10."""
+    data: Path | None = None
+    """Folder with a copy of the data set; the hub's when unset."""
+    rendering: Rendering = field(default_factory=lambda: Rendering("auto"))
+    """How questions are put: its template is auto, chat, llama2, phi or plain."""
+    max_new_tokens: int = 200
+    """Longest generated answer."""
+    tofu_legacy: bool = False
+    """As the reference code: the first 300 items of each set, and Phi's 'Answer: ' scored."""
+    retain_log: Path | None = None
+    """The retain model's log: what forget quality compares with."""
+    retain_model: str | None = None
+    """Or the retain model itself, which is then measured after the other."""
+    limit: int | None = None
+    """Take the first so many items of each set only."""
+    batch_tokens: int = 4096
+    """Positions in one forward pass."""
+
+
+def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Forget quality, model utility and its nine parts; ``notes`` tell what to mind.
+
+    Raises:
+        InputError: what is asked for cannot be done, or a package for it is missing.
+    """
+    config = request.subject.model
+    if request.retain_log and request.retain_model:
+        raise InputError("give --retain-log or --retain-model, not both")
+    if request.retain_model:
+        load_ks_test()
+    retain = _read_retain(request.retain_log)
+    load_rouge_l_recall()
+    if request.retain_model:  # is it there?
+        trusted = config.trust_remote_code
+        load_tokenizer(request.retain_model, trust_remote_code=trusted, tokenizer=config.tokenizer)
+    settings = {**settings_of(request), "from_log": None}
+    how = _how(request, settings, out, resume)
+    limits = [n for n in (request.limit, LEGACY_ITEMS if request.tofu_legacy else None) if n]
+    questions = read_tofu(request.split, folder=request.data, limit=min(limits, default=None))
+    with evaluation("tofu", out, resume, settings) as run:
+        subject = run.load(request.subject)
+        about = _about(subject, questions, how)
+        with run.items(**about) as log:
+            _measure(subject, questions, log, how)
+            if request.retain_model:
+                del subject
+                gc.collect()  # a model holds references to itself
+                other = replace(config, model=request.retain_model, revision=None)
+                retain = _measure_retain(run, load_judged(Subject(other)), questions, how)
+            measured = log_of(log.items, str(out), {**settings, **about})
+            run.finish(log, aggregate(measured, retain), **about)
+    return {**run.result, "notes": notes_on(measured, retain)}
+
+
+def aggregate_tofu(log: Path, retain_log: Path | None = None) -> dict[str, Any]:
+    """What :func:`evaluate_tofu` tells, of saved logs: no model is run.
+
+    Args:
+        log: folder of an evaluation, or the reference code's ``eval_log_aggregated.json``.
+        retain_log: the retain model's, of either kind.
+
+    Raises:
+        InputError: no such log, or one that lacks what is needed.
+    """
+    retain = _read_retain(retain_log)
+    measured = read_tofu_log(log)
+    result = aggregate(measured, retain)  # first: it says what a log lacks
+    return {**result, "notes": notes_on(measured, retain)}
+
+
+def _read_retain(path: Path | None) -> TofuLog | None:
+    """The retain model's log, which must have what forget quality needs."""
+    if path is None:
+        return None
+    load_ks_test()
+    retain = read_tofu_log(path)
+    retain.items("forget")  # said before the long work
+    return retain
+
+
+def _how(request: TofuRequest, settings: dict[str, Any], out: Path, resume: bool) -> dict[str, Any]:
+    """How questions are put and answered; ``settings`` then hold the template that is used."""
+    word = request.rendering.template or "auto"
+    settings["template"] = word
+    update = request.subject.update
+    return {
+        "template": word,
+        "chat": rendering_of(settings, out, resume=resume, update=update, word=word),
+        "max_new_tokens": request.max_new_tokens,
+        "batch_tokens": request.batch_tokens,
+        "legacy": request.tofu_legacy,
+    }
+
+
+def _about(
+    subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the numbers besides the options.
+
+    The date is there if the prompts hold it.
+    """
+    with subject.edited() as edited:
+        about: dict[str, Any] = {
+            "weights_sha256": digest_model(edited),
+            "data_sha256": digest(questions),
+            "prompt_format": template_for(how["template"], edited, subject.tokenizer),
+        }
+    chat: ChatTemplate = how["chat"]
+    if about["prompt_format"] == "chat" and chat.reads_date(subject.tokenizer):
+        about["prompt_date"] = str(chat.now)
+    return about
+
+
+def _measure(
+    subject: Judged, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
+) -> None:
+    with stage("items"), subject.edited() as edited:
+        measure_tofu(edited, subject.tokenizer, questions, log, **how)
+
+
+def _measure_retain(
+    run: Evaluation, subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
+) -> TofuLog:
+    """The retain model's items, kept beside MODEL's: a log that --retain-log takes."""
+    header = {
+        "benchmark": "tofu",
+        "model": subject.name,
+        "max_new_tokens": how["max_new_tokens"],
+        **{name: run.settings[name] for name in ("template_args", "template_sha256")},
+        **_about(subject, questions, how),
+    }
+    with ItemLog(run.folder.state / RETAIN_ITEMS, header) as log:
+        _measure(subject, questions, log, how)
+        retain = log_of(log.items, RETAIN_ITEMS, header)
+        log.finish(aggregate(retain))
+    run.folder.publish(RETAIN_ITEMS)
+    return retain
