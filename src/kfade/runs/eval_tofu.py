@@ -77,7 +77,8 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
         load_tokenizer(request.retain_model, trust_remote_code=trusted, tokenizer=config.tokenizer)
     settings = {**settings_of(request), "from_log": None}
     how = _how(request, settings, out, resume)
-    limits = [n for n in (request.limit, LEGACY_ITEMS if request.tofu_legacy else None) if n]
+    legacy = LEGACY_ITEMS if request.tofu_legacy else None
+    limits = [n for n in (request.limit, legacy) if n is not None]
     questions = read_tofu(request.split, folder=request.data, limit=min(limits, default=None))
     with evaluation("tofu", out, resume, settings) as run:
         subject = run.load(request.subject)
