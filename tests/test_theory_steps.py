@@ -161,7 +161,7 @@ def test_margin_is_exact_where_the_target_is_certain():
 def test_a_direction_of_no_length_is_refused(model, batches, targets):
     zero = {t.name: torch.zeros(t.shape, dtype=torch.float64) for t in targets}
     curvature = fit_kfac(model, batches, targets)
-    with pytest.raises(InputError, match=r"squared length in the G-norm is 0\.0"):
+    with pytest.raises(InputError, match="the forget gradient is zero in all targeted weights"):
         gauss_newton_step(curvature, zero, damping=0.1, relative=True)
     broken = {name: torch.full_like(matrix, math.nan) for name, matrix in zero.items()}
     with pytest.raises(InputError, match="squared length in the G-norm is nan"):

@@ -78,11 +78,8 @@ def trial_tokens(model: Any, most: int) -> Tensor:
     return torch.arange(3, 3 + length, device=weight.device)[None] % weight.shape[0]
 
 
-def refuse_looking_ahead(model: Any) -> Tensor:
+def refuse_looking_ahead(model: Any) -> None:
     """Change the last of some tokens, one or all but a few: no earlier hidden state may move.
-
-    Returns:
-        The tokens [1, T]: ``TRIAL`` of them, or ``FEW`` where the model does not take so many.
 
     Raises:
         InputError: one does. Scores of a token would then depend on those that follow it, and on
@@ -91,13 +88,7 @@ def refuse_looking_ahead(model: Any) -> Tensor:
     tokens_BT = trial_tokens(model, TRIAL)
     length, vocabulary = tokens_BT.shape[1], model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        try:
-            before_TD = run_on_tokens(model, tokens_BT)[0]
-        except InputError:
-            if length <= FEW:
-                raise
-            tokens_BT, length = tokens_BT[:, :FEW], FEW
-            before_TD = run_on_tokens(model, tokens_BT)[0]
+        before_TD = run_on_tokens(model, tokens_BT)[0]
         moved = _moved(before_TD, run_on_tokens(model, tokens_BT)[0])
         if moved is not None:
             raise InputError(
@@ -119,7 +110,6 @@ def refuse_looking_ahead(model: Any) -> Tensor:
                     "needs causal attention (a configuration with bidirectional attention is not "
                     "supported)"
                 )
-    return tokens_BT
 
 
 def _moved(before_TD: Tensor, after_TD: Tensor) -> float | None:
@@ -228,7 +218,8 @@ def read_head(model: Any) -> Head:
         scale /= getattr(config, name, None) or 1.0
     caps = [getattr(config, name, None) for name in SOFT_CAPS]
     head = Head(linear, float(scale), next((cap for cap in caps if cap), None))
-    tokens_BT = refuse_looking_ahead(model)
+    refuse_looking_ahead(model)
+    tokens_BT = trial_tokens(model, TRIAL)
     with torch.no_grad():
         ours = head(hidden_states(model, tokens_BT)[0])
         theirs = model(input_ids=tokens_BT, use_cache=False).logits[0]
