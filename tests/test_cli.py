@@ -220,11 +220,11 @@ def test_a_size_cannot_change_once_a_step_is_kept(setup, monkeypatch, capsys):
     def interrupted(*line):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kfade.cli.unlearn.step_line", interrupted)
+    monkeypatch.setattr("kfade.runs.unlearning.step_line", interrupted)
     assert unlearn(setup, "--alpha", "0.02", "--steps", "2") == 130
     monkeypatch.undo()
     assert unlearn(setup, "--alpha", "0.01", "--steps", "2", "--resume") == 2
-    assert "asked for something else" in capsys.readouterr().err
+    assert "--alpha 0.02 (here 0.01)" in capsys.readouterr().err
 
 
 def test_a_run_that_is_refused_before_it_kept_anything_leaves_nothing(setup, tmp_path, capsys):

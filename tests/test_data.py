@@ -582,8 +582,8 @@ def test_live_positions_and_loss_tokens():
 
 
 @pytest.mark.parametrize("scored", [(True, True), (False, False), (False, True, True)])
-def test_a_sequence_without_a_token_to_score_is_a_bug(scored):
-    with pytest.raises(AssertionError, match=r"^$"):
+def test_a_sequence_without_a_token_to_score_is_refused(scored):
+    with pytest.raises(InputError, match=r"first token is scored|without a scored token|3 marks"):
         TokenSequence((5, 6), scored)
 
 

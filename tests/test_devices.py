@@ -74,7 +74,10 @@ ON_THE_DEVICE = (
     "test_cli.py::test_check_passes_on_a_sound_model",
     "test_refine.py::test_a_refined_run_is_told_and_replayed",
     "test_sweep.py::test_an_interrupted_sweep_goes_on_to_the_same_end",
-    "test_baselines_cli.py::test_a_run_writes_what_it_promises",
+    *(
+        f"test_baselines_cli.py::test_a_run_writes_what_it_promises[{method}]"
+        for method in ("npo", "rmu", "elm", "soul")
+    ),
     "test_eval_choice.py::test_command",
     "test_eval_kl.py::test_command_resumes_to_the_same",
     "test_eval_memorisation.py::test_command_resumes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, random_sequences, tiny_llama
+from helpers import Snapshot, flat, random_sequences, tiny_llama
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import (
@@ -28,7 +28,7 @@ from kfade.errors import InputError
 from kfade.method.grid import Point
 from kfade.method.measure import hidden_reference
 from kfade.method.step import StepSize
-from kfade.method.sweep import sweep
+from kfade.method.sweep import Shared, sweep
 from kfade.models.interface import check_batches, check_length, check_readable
 from kfade.models.layers import choose_targets, find_targets
 from kfade.planning.memory import Work, curvature_budget, examine
@@ -82,7 +82,7 @@ def test_what_is_no_model_of_one_linear_head_is_named(build, message, data):
     with pytest.raises(InputError, match=message):
         find_targets(model)
     with pytest.raises(InputError, match=message):
-        kfade.unlearn(model, **data, alpha=0.01)
+        kfade.unlearn(model, **data, **flat(alpha=0.01))
     with pytest.raises(InputError, match=message):
         kfade.fit_kfac(model, make_batches(data["retain"]), targets)
 
@@ -90,7 +90,7 @@ def test_what_is_no_model_of_one_linear_head_is_named(build, message, data):
 def test_an_empty_list_of_targets(data):
     model = tiny_llama()
     with pytest.raises(InputError, match="targets: an empty list"):
-        kfade.unlearn(model, **data, targets=[], alpha=0.01)
+        kfade.unlearn(model, **data, **flat(targets=[], alpha=0.01))
     for fit in (kfade.fit_identity, kfade.fit_diagonal, kfade.fit_kfac, kfade.fit_ekfac):
         with pytest.raises(InputError, match="targets: an empty list"):
             fit(model, make_batches(data["retain"]), [])
@@ -106,7 +106,7 @@ def test_tokens_without_an_embedding(data, token, where):
     told = f"a text holds the token {token}, but the model's embedding has 17 rows"
     data[where] = [*data[where], sequence(1, 2, token)]
     with pytest.raises(InputError, match=told):
-        kfade.unlearn(model, **data, alpha=0.01)
+        kfade.unlearn(model, **data, **flat(alpha=0.01))
     batches = make_batches([sequence(1, 2, token)])
     targets = find_targets(model)
     for fit in (kfade.fit_identity, kfade.fit_diagonal, kfade.fit_kfac, kfade.fit_ekfac):
@@ -117,11 +117,13 @@ def test_tokens_without_an_embedding(data, token, where):
         sweep(
             model,
             [point],
+            Shared(
+                kfade.fit_kfac(model, make_batches(random_sequences(2)), targets),
+                targets,
+                {"margin": kfade.margin},
+            ),
             forget=[sequence(1, 2, token)],
             held_out=data["held_out"],
-            curvature=kfade.fit_kfac(model, make_batches(random_sequences(2)), targets),
-            targets=targets,
-            objectives={"margin": kfade.margin},
         )
 
 
@@ -168,7 +170,7 @@ def test_a_sequence_longer_than_the_learned_positions(family, data):
         kfade.fit_kfac(model, make_batches([longer]), find_targets(model))
     data["held_out"] = [*data["held_out"], longer]
     with pytest.raises(InputError, match=told):
-        kfade.unlearn(model, **data, alpha=0.01)
+        kfade.unlearn(model, **data, **flat(alpha=0.01))
     targets = find_targets(model)
     examine(model, targets, Work(sequence_length=13))
     with pytest.raises(InputError, match=told):
@@ -206,7 +208,7 @@ def test_a_weight_made_of_other_parameters_is_left_out(where, kind, data):
         assert "1 weights made of other parameters" in chosen.summary
     with pytest.raises(InputError, match=f"{name} is made of other parameters .*make it permanent"):
         find_targets(model, pattern=f"*{where}*")
-    update = kfade.unlearn(model, **data, alpha=0.01)
+    update = kfade.unlearn(model, **data, **flat(alpha=0.01))
     assert name not in update.deltas
     if kind == "weight_norm":
         parametrize.remove_parametrizations(module, "weight")
@@ -228,7 +230,7 @@ def test_a_configuration_without_named_outputs_changes_nothing(data):
     plain, tuples = tiny_llama(), tiny_llama()
     tuples.config.return_dict = False
     before = Snapshot.of(tuples)
-    ours, theirs = (kfade.unlearn(model, **data, alpha=0.01) for model in (tuples, plain))
+    ours, theirs = (kfade.unlearn(model, **data, **flat(alpha=0.01)) for model in (tuples, plain))
     assert all(torch.equal(ours.deltas[name], theirs.deltas[name]) for name in theirs.deltas)
     assert tuples.config.return_dict is False
     assert before.differences(tuples) == []

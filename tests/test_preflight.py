@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import zoo
-from helpers import random_sequences, tiny_llama
+from helpers import flat, random_sequences, tiny_llama
 from torch import nn
 from transformers import (
     Gemma3nForCausalLM,
@@ -45,7 +45,7 @@ def run(model, **options):
         "retain": random_sequences(3, seed=1),
         "held_out": random_sequences(2, seed=2),
     }
-    return kfade.unlearn(model, **sets, **{"kl": 1e-3, "fit": forbidden, **options})
+    return kfade.unlearn(model, **sets, **flat(**{"kl": 1e-3, "fit": forbidden, **options}))
 
 
 # --- recomputing --------------------------------------------------------------------------------

@@ -118,10 +118,10 @@ def test_in_float32_a_kl_near_rounding_is_refused_too(data, dtype):
         with pytest.raises(
             InputError, match=told.replace("kl", next(reversed(size))).replace("_", "-")
         ) as refused:
-            kfade.unlearn(model, **data, fit=fit, **size)
+            kfade.unlearn(model, **data, fit=fit, **flat(**size))
         assert "--dtype" not in str(refused.value)  # there is none that is finer
     with pytest.raises(AssertionError, match="the fit began"):
-        kfade.unlearn(model, **data, fit=fit, kl=1.1 * floor)
+        kfade.unlearn(model, **data, fit=fit, **flat(kl=1.1 * floor))
 
 
 def test_in_float32_a_kl_far_above_rounding_costs_no_pass(data, monkeypatch):

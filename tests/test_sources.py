@@ -162,7 +162,8 @@ def test_a_model_without_a_tokenizer_is_edited_all_the_same(base, tmp_path, word
         path.unlink()
     put(base, {"LICENSE": b"free", "tokenizer_config.json": b'{"of": "no vocabulary"}'})
     model = zoo.tiny("llama", torch.float32)
-    update = an_update(model)
+    # Of another model: it could not be taken away from the very weights that it is to be added to.
+    update = an_update(zoo.tiny("llama", torch.float32, seed=3))
     update.save(tmp_path / "u.safetensors")
     out = tmp_path / "edited"
     run = [word, str(base), str(tmp_path / "u.safetensors"), "--device", "cpu"]

@@ -223,7 +223,8 @@ def _in_groups(
 ) -> Curvature:
     """Fit group after group, each stored before the next where there is a store."""
     check_model(model, targets)
-    check_batches(model, batches)
+    if batches or facts["estimator"] != "identity":  # which looks at none
+        check_batches(model, batches)
     estimator, spread = facts["estimator"], distributed.is_sharded(model)
     processes = distributed.count() if spread else 1
     groups = group_targets(targets, estimator, memory, processes)
