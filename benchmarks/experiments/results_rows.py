@@ -10,6 +10,7 @@ from pieces import Results
 from tofu_small import PAPER, best_damping
 from tuning import VARIANTS, chosen, lowest
 
+from kfade import Direction
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of
 
@@ -100,14 +101,20 @@ def variant_title(options: dict[str, Any]) -> str:
         "later_objective": "cross-entropy after the first",
         "refine": "refined {}×",
     }
-    told = {key: ESTIMATORS.get(value, value) for key, value in options.items()}
+    direction = options.get("direction", Direction())
+    told = {key: options[key] for key in ("estimator", "steps") if key in options}
+    if direction.later_objective is not None:
+        told["later_objective"] = direction.later_objective
+    if direction.refine:
+        told["refine"] = direction.refine
+    told = {key: ESTIMATORS.get(value, value) for key, value in told.items()}
     return "K-FADE, " + ", ".join(words[key].format(value) for key, value in told.items())
 
 
 def variant_setting(options: dict[str, Any], told: dict[str, Any]) -> str:
     """Damping, and which of the refined directions was the best: 0 is the plain step's."""
     setting = f"margin, damping {told['damping']:g}" if "damping" in told else "margin"
-    is_refined = "refine" in options and "refined" in told
+    is_refined = options.get("direction", Direction()).refine and "refined" in told
     return f"{setting}, iterate {told['refined']} kept" if is_refined else setting
 
 
