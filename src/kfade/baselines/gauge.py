@@ -42,7 +42,7 @@ class DriftGauge:
         """Forward passes over the forget and the held-out batches."""
         head, base_head = self._net.head, self._net.base_head
         losses = TokenLosses()
-        (forget_loss,) = mean_objectives(self._net.model, self._forget, [losses])
+        (forget_loss,) = mean_objectives(self._net.model, self._forget, [losses], head)
         probability = losses.mean_probability(self._forget)
         now = hidden_reference(self._net.model, self._base.batches, "held-out KL")
         loss = kl = 0.0

@@ -76,7 +76,7 @@ def kl(
     request = o.request_of(KlRequest, locals())
     with session():
         result = evaluate_kl(request, out, resume=resume)
-    show(result, json, _lines(result, read_log(out / ITEMS).items))
+    show(result, json, [] if json else _lines(result, read_log(out / ITEMS).items))
 
 
 def _lines(result: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]) -> list[str]:

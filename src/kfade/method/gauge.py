@@ -48,7 +48,7 @@ class Gauge:
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
             losses = TokenLosses()
-            loss, value = mean_objectives(model, self._forget, (losses, objective))
+            loss, value = mean_objectives(model, self._forget, (losses, objective), self.head)
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
         return Probe(alpha, kl, loss, losses.mean_probability(self._forget), value)
 

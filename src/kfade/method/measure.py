@@ -56,13 +56,20 @@ def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> R
 
 
 def mean_objectives(
-    model: nn.Module, batches: Sequence[Batch], objectives: Sequence[Objective]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objectives: Sequence[Objective],
+    head: Head | None = None,
 ) -> list[float]:
-    """Mean of each objective per loss token, from one pass; for cross-entropy, nats."""
+    """Mean of each objective per loss token, from one pass; for cross-entropy, nats.
+
+    Args:
+        head: the model's, where it has been read before; reading it tries the model.
+    """
     refuse_mixed(model, batches)
     totals = [0.0 for _ in objectives]
     with frozen(model), torch.no_grad():
-        head = read_head(model)
+        head = head or read_head(model)
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
         for batch in own:

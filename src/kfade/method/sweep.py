@@ -31,7 +31,7 @@ from kfade.method.preflight import preflight
 from kfade.method.refine import Directions
 from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
-from kfade.method.unlearn import MEASURED_SEQUENCES
+from kfade.method.unlearn import MEASURED_SEQUENCES, check_sets
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_readable
 from kfade.models.layers import Target, parse_layers
@@ -93,8 +93,10 @@ def sweep(
         InputError: an empty set, blocks that the curvature does not cover, or no point at all that
             could be measured.
     """
-    refine = any(point.refine for point in points)
-    _check_data(forget, held_out, retain if refine else None)
+    sets = {"forget set": forget, "held-out retain set": held_out}
+    if any(point.refine for point in points):
+        sets["retain set"] = retain
+    check_sets(sets)
     targets = shared.targets
     check_model(model, targets)
     device = targets[0].weight.device
@@ -153,17 +155,6 @@ def sweep(
     if all(outcome.failure for outcome in found):
         raise InputError(f"no point of the sweep could be measured; the first: {found[0].failure}")
     return found
-
-
-def _check_data(
-    forget: Sequence[TokenSequence],
-    held_out: Sequence[TokenSequence],
-    retain: Sequence[TokenSequence] | None,
-) -> None:
-    sets = {"forget set": forget, "held-out retain set": held_out, "retain set": retain}
-    for name, sequences in sets.items():
-        if sequences is not None and not sequences:
-            raise InputError(f"the {name} is empty: give at least one sequence")
 
 
 def targets_within(targets: Sequence[Target], layers: str) -> list[Target]:

@@ -64,7 +64,9 @@ def unlearn(
             length that it does not read, a KL that the model's dtype cannot tell from rounding,
             numbers that are not finite.
     """
-    _check_data(forget, retain, held_out, run.forget_batch)
+    check_sets({"forget set": forget, "retain set": retain, "held-out retain set": held_out})
+    if run.forget_batch is not None and not 1 <= run.forget_batch <= len(forget):
+        raise InputError(f"--forget-batch {run.forget_batch}: the forget set has {len(forget)}")
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     check_readable(model, [*forget, *retain, *held_out])
@@ -172,16 +174,9 @@ def base_facts(
     }
 
 
-def _check_data(
-    forget: Sequence[TokenSequence],
-    retain: Sequence[TokenSequence],
-    held_out: Sequence[TokenSequence],
-    forget_batch: int | None,
-) -> None:
-    sets = {"forget set": forget, "retain set": retain, "held-out retain set": held_out}
+def check_sets(sets: Mapping[str, Sequence[TokenSequence]]) -> None:
+    """Raises InputError where a set, by its name, is empty or holds something else than tokens."""
     for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")
         check_sequences(sequences, f"the {name}")
-    if forget_batch is not None and not 1 <= forget_batch <= len(forget):
-        raise InputError(f"--forget-batch {forget_batch}: the forget set has {len(forget)}")

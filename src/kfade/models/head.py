@@ -78,8 +78,11 @@ def trial_tokens(model: Any, most: int) -> Tensor:
     return torch.arange(3, 3 + length, device=weight.device)[None] % weight.shape[0]
 
 
-def refuse_looking_ahead(model: Any) -> None:
+def refuse_looking_ahead(model: Any) -> Tensor:
     """Change the last of some tokens, one or all but a few: no earlier hidden state may move.
+
+    Returns:
+        Hidden states [T, D] of ``trial_tokens(model, TRIAL)``, as they are.
 
     Raises:
         InputError: one does. Scores of a token would then depend on those that follow it, and on
@@ -110,6 +113,7 @@ def refuse_looking_ahead(model: Any) -> None:
                     "needs causal attention (a configuration with bidirectional attention is not "
                     "supported)"
                 )
+    return before_TD
 
 
 def _moved(before_TD: Tensor, after_TD: Tensor) -> float | None:
@@ -218,11 +222,10 @@ def read_head(model: Any) -> Head:
         scale /= getattr(config, name, None) or 1.0
     caps = [getattr(config, name, None) for name in SOFT_CAPS]
     head = Head(linear, float(scale), next((cap for cap in caps if cap), None))
-    refuse_looking_ahead(model)
-    tokens_BT = trial_tokens(model, TRIAL)
+    hidden_TD = refuse_looking_ahead(model)
     with torch.no_grad():
-        ours = head(hidden_states(model, tokens_BT)[0])
-        theirs = model(input_ids=tokens_BT, use_cache=False).logits[0]
+        ours = head(hidden_TD)
+        theirs = model(input_ids=trial_tokens(model, TRIAL), use_cache=False).logits[0]
     # A number that is not finite on both sides is a broken weight: the layer that holds it is named
     # where it is used.
     finite = torch.isfinite(theirs)

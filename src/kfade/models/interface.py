@@ -62,8 +62,8 @@ def check_model(model: Any, targets: Sequence[Target]) -> None:
 
 def check_readable(model: Any, sequences: Sequence[TokenSequence]) -> None:
     """Raises InputError where ``model`` has no embedding for a token, or cannot read so many."""
-    tokens = [token for s in sequences for token in s.tokens]
-    _check_embedded(model, min(tokens, default=0), max(tokens, default=0))
+    least = min((min(s.tokens) for s in sequences), default=0)
+    _check_embedded(model, least, max((max(s.tokens) for s in sequences), default=0))
     check_length(model, max((s.live for s in sequences), default=0))
 
 

@@ -9,7 +9,7 @@ can be changed is seen in a forward pass over a few tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -164,15 +164,22 @@ def digest_weights(
         names: the parameters; all when None.
         dtype: of the values rounded to it, as if the model had been loaded so; None: as they are.
     """
+    return _digests(model, names, [dtype])[0]
+
+
+def _digests(
+    model: nn.Module, names: Iterable[str] | None, dtypes: Sequence[torch.dtype | None]
+) -> list[str]:
+    """:func:`digest_weights` for each of ``dtypes``; every weight is gathered once."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    digest = hashlib.sha256()
+    digests = [hashlib.sha256() for _ in dtypes]
     for name in sorted(parameters if names is None else names):
-        tensor = (
-            distributed.gather_full(parameters[name].detach()).to(dtype=dtype).cpu().contiguous()
-        )
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        weight = distributed.gather_full(parameters[name].detach())
+        for digest, dtype in zip(digests, dtypes, strict=True):
+            tensor = weight.to(dtype=dtype).cpu().contiguous()
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return [digest.hexdigest() for digest in digests]
 
 
 def weight_digests(
@@ -180,8 +187,7 @@ def weight_digests(
 ) -> dict[str, str]:
     """:func:`digest_weights` as the values are, ``KIND_sha256``, and of them rounded:
     ``KIND_bfloat16_sha256``, ``KIND_float16_sha256``. Copies in other dtypes share one of these."""
-    dtypes = zip(digest_names(kind), ROUNDINGS, strict=True)
-    return {key: digest_weights(model, names, dtype) for key, dtype in dtypes}
+    return dict(zip(digest_names(kind), _digests(model, names, ROUNDINGS), strict=True))
 
 
 def digest_names(kind: str) -> list[str]:

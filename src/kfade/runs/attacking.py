@@ -15,8 +15,9 @@ from kfade.evaluate.questions import Question, read_questions
 from kfade.evaluate.relearning import AT, Examination, Tuning
 from kfade.evaluate.relearning import attack as attack_model
 from kfade.method.unlearn import MEASURED_SEQUENCES
+from kfade.models.layers import digest_weights
 from kfade.runs.config import RunConfig
-from kfade.runs.evaluation import Judged, Subject, digest_model, load_judged
+from kfade.runs.evaluation import Judged, Subject, load_judged
 from kfade.runs.inputs import inputs
 from kfade.runs.session import Loaded, read_retain, read_source, to_tokens, with_length
 from kfade.runs.template import as_used, dated
@@ -143,14 +144,14 @@ def _prepare(
         )
         base = examine(subject.model).values
     with subject.edited() as edited:
-        edited_digest = digest_model(edited)
+        edited_digest = digest_weights(edited)
     sets = {**tokens, _FORGET: forget, _HELD_OUT: held_out}
     asked = request.asked
     header = {
         "benchmark": "attack",
         "model": run.model.model,
         "update": asked["update"],
-        "base_sha256": digest_model(subject.model),
+        "base_sha256": digest_weights(subject.model),
         "edited_sha256": edited_digest,
         "data_sha256": {name: digest_sequences(some) for name, some in sets.items()},
         **{name: asked[name] for name in ("questions", "sources", "tuning", "at")},

@@ -12,12 +12,12 @@ from kfade.evaluate.choice import answer_questions, summarise_choice, verdict
 from kfade.evaluate.lm_eval import check_installed, run_tasks
 from kfade.evaluate.log import digest
 from kfade.evaluate.questions import Question, read_sets
+from kfade.models.layers import digest_weights
 from kfade.models.load import model_window
 from kfade.runs.evaluation import (
     Evaluation,
     Judged,
     Subject,
-    digest_model,
     evaluation,
     settings_of,
 )
@@ -65,7 +65,7 @@ def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) 
     with evaluation("choice", out, resume, settings) as run:
         subject = run.load(request.subject)
         with subject.edited() as edited:
-            digests = {"weights_sha256": digest_model(edited)}
+            digests = {"weights_sha256": digest_weights(edited)}
             if request.tasks:
                 _run_tasks(run, subject, digests, request)
             else:

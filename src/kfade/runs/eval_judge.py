@@ -14,7 +14,8 @@ from kfade.evaluate.mt_bench import (
     read_bench,
     summarise_ratings,
 )
-from kfade.runs.evaluation import Rendering, Subject, digest_model, evaluation, settings_of
+from kfade.models.layers import digest_weights
+from kfade.runs.evaluation import Rendering, Subject, evaluation, settings_of
 from kfade.runs.template import rendering_of
 from kfade.runs.words import chat_of
 from kfade.runtime.stages import stage
@@ -60,11 +61,9 @@ def evaluate_mt_bench(
         "judge_model": judge.model,
         "judge_max_tokens": judge.max_tokens,
     }
-    word = request.rendering.template
-    update = request.subject.update
     how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume, update=update, word=word),
-        "chat": chat_of(word or "auto"),
+        "template": rendering_of(settings, out, resume=resume),
+        "chat": chat_of(settings["template"] or "auto"),
         "max_new_tokens": request.max_new_tokens,
         "batch_tokens": request.batch_tokens,
         "seed": request.seed,
@@ -73,7 +72,7 @@ def evaluate_mt_bench(
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = run.load(request.subject)
         with subject.edited() as edited:
-            about = {"weights_sha256": digest_model(edited), "data_sha256": digest(asked)}
+            about = {"weights_sha256": digest_weights(edited), "data_sha256": digest(asked)}
             header = {"benchmark": "mt-bench answers", **settings, **about}
             header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
             with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:

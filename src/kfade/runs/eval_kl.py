@@ -33,6 +33,7 @@ from kfade.evaluate.divergence import (
     token_strings,
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
+from kfade.models.layers import digest_weights
 from kfade.models.lengths import length_class
 from kfade.models.load import load_skeleton, load_tokenizer, model_window
 from kfade.runs.config import ModelConfig
@@ -41,7 +42,6 @@ from kfade.runs.evaluation import (
     Judged,
     Rendering,
     Subject,
-    digest_model,
     evaluation,
     load_judged,
     settings_of,
@@ -90,10 +90,10 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
     subject, edited = request.subject, request.edited
     if (subject.update is None) == (edited is None) and not (subject.quantise and edited is None):
         raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
-    settings, word = settings_of(request), request.rendering.template
+    settings = settings_of(request)
     how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume, update=subject.update, word=word),
-        "chat": chat_of(word or "auto"),
+        "template": rendering_of(settings, out, resume=resume),
+        "chat": chat_of(settings["template"] or "auto"),
         "max_new_tokens": request.max_new_tokens,
     }
     examples = read_prompts(request.prompts, request.limit)
@@ -103,7 +103,7 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
             _check_vocabularies(base, replace(subject.model, model=edited))
         window = model_window(base.model)
         asked = encode_prompts(examples, base.tokenizer, window=window, **how)
-        digests = {"base_sha256": digest_model(base.model)}
+        digests = {"base_sha256": digest_weights(base.model)}
         folder = request.completions or run.folder.state
         answers = _completions(base, asked, folder, digests["base_sha256"], request)
         texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
@@ -120,7 +120,7 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
             other = replace(subject.model, model=edited, revision=None)
             judged = load_judged(Subject(other, quantise=subject.quantise))
         with judged.edited() as changed:
-            digests["edited_sha256"] = digest_model(changed)
+            digests["edited_sha256"] = digest_weights(changed)
         with run.items(**digests) as log:
             _measure(log, judged, groups, reference, asked, answers, words)
             if request.completions is None:

@@ -20,12 +20,12 @@ from kfade.evaluate.memorisation import (
     token_statistics,
 )
 from kfade.evaluate.tokens import token_values
+from kfade.models.layers import digest_weights
 from kfade.models.load import model_window
 from kfade.runs.evaluation import (
     Judged,
     Rendering,
     Subject,
-    digest_model,
     evaluation,
     settings_of,
 )
@@ -67,11 +67,9 @@ def evaluate_memorisation(
         InputError: what is asked for cannot be done, or ``retain_log`` is of other texts.
     """
     settings = settings_of(request)
-    word = request.rendering.template
-    update = request.subject.update
     how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume, update=update, word=word),
-        "chat": chat_of(word or "auto"),
+        "template": rendering_of(settings, out, resume=resume),
+        "chat": chat_of(settings["template"] or "auto"),
         "truncate": bool(request.truncate),
     }
     sources = {"member": request.members}
@@ -89,7 +87,7 @@ def evaluate_memorisation(
                 "evaluate the retain model with the same --members and --non-members"
             )
         with subject.edited() as edited:
-            digests = {"weights_sha256": digest_model(edited), "data_sha256": data}
+            digests = {"weights_sha256": digest_weights(edited), "data_sha256": data}
             with run.items(**digests) as log:
                 with stage("texts"):
                     _measure(log, subject, names, sequences, request)

@@ -7,7 +7,8 @@ from typing import Any
 
 from kfade.errors import InputError
 from kfade.evaluate.quantisation import overall, survival
-from kfade.runs.evaluation import Subject, digest_model, evaluation, settings_of
+from kfade.models.layers import digest_weights
+from kfade.runs.evaluation import Subject, evaluation, settings_of
 from kfade.runtime.stages import stage
 
 
@@ -23,7 +24,7 @@ def evaluate_quantisation(subject: Subject, out: Path, *, resume: bool = False) 
     del settings["quantise"]
     with evaluation("quantisation", out, resume, settings) as run:
         judged = run.load(subject)
-        digests = {"weights_sha256": digest_model(judged.model)}
+        digests = {"weights_sha256": digest_weights(judged.model)}
         with run.items(**digests) as log:
             with stage("rounding"):
                 found = survival(judged.model, judged.update)

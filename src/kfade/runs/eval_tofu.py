@@ -16,13 +16,13 @@ from kfade.evaluate.tofu import LEGACY_ITEMS, TofuQuestion, read_tofu, template_
 from kfade.evaluate.tofu import evaluate_tofu as measure_tofu
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, load_ks_test, notes_on
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
+from kfade.models.layers import digest_weights
 from kfade.models.load import load_tokenizer
 from kfade.runs.evaluation import (
     Evaluation,
     Judged,
     Rendering,
     Subject,
-    digest_model,
     evaluation,
     load_judged,
     settings_of,
@@ -123,12 +123,10 @@ def _read_retain(path: Path | None) -> TofuLog | None:
 
 def _how(request: TofuRequest, settings: dict[str, Any], out: Path, resume: bool) -> dict[str, Any]:
     """How questions are put and answered; ``settings`` then hold the template that is used."""
-    word = request.rendering.template or "auto"
-    settings["template"] = word
-    update = request.subject.update
+    settings["template"] = word = request.rendering.template or "auto"
     return {
         "template": word,
-        "chat": rendering_of(settings, out, resume=resume, update=update, word=word),
+        "chat": rendering_of(settings, out, resume=resume),
         "max_new_tokens": request.max_new_tokens,
         "batch_tokens": request.batch_tokens,
         "legacy": request.tofu_legacy,
@@ -144,7 +142,7 @@ def _about(
     """
     with subject.edited() as edited:
         about: dict[str, Any] = {
-            "weights_sha256": digest_model(edited),
+            "weights_sha256": digest_weights(edited),
             "data_sha256": digest(questions),
             "prompt_format": template_for(how["template"], edited, subject.tokenizer),
         }

@@ -18,7 +18,6 @@ from torch import nn
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights
 from kfade.models.load import provenance
 from kfade.runs.config import ModelConfig
 from kfade.runs.session import notes_on_base, open_model, source_of
@@ -101,12 +100,6 @@ def load_judged(subject: Subject) -> Judged:
                 progress.say(note)
     origin = provenance(source_of(config))
     return Judged(config.model, model, words, change, rounding, origin)
-
-
-def digest_model(model: nn.Module) -> str:
-    """SHA-256 over all weights, as they are now."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return digest_weights(model, names)
 
 
 class Evaluation:

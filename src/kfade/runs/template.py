@@ -84,20 +84,18 @@ def rendering_of(
     out: Path,
     *,
     resume: bool,
-    update: Path | None,
-    word: str | None = None,
 ) -> ChatTemplate:
     """How an evaluation renders conversations, by its settings, which then hold what is used.
 
-    ``word``: what was given as --template; with others than chat and auto no template is used.
+    With a --template other than chat and auto no template is used.
     """
     config = DataConfig(
-        template=word or "auto",
+        template=settings["template"] or "auto",
         template_file=settings["template_file"],
         template_args=settings["template_args"] or [],
         template_date=settings[_DATE],
     )
-    config = dated(config, out, resume=resume, update=update)
+    config = dated(config, out, resume=resume, update=settings["update"])
     settings["template_file"] = config.template_file
     settings["template_args"] = config.template_args or None
     settings["template_sha256"] = config.template_sha256

@@ -156,8 +156,8 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         return None
     total = bytes_of(run.fit.memory)
     refitted = run.step.refit and run.step.steps > 1
-    length = with_length(run.data, loaded).sequence_length
-    assert length is not None
+    length = run.data.sequence_length
+    assert length is not None, "with_length comes first"
     return curvature_budget(
         total,
         loaded.model,
