@@ -64,9 +64,7 @@ def unlearn(
             length that it does not read, a KL that the model's dtype cannot tell from rounding,
             numbers that are not finite.
     """
-    check_sets({"forget set": forget, "retain set": retain, "held-out retain set": held_out})
-    if run.forget_batch is not None and not 1 <= run.forget_batch <= len(forget):
-        raise InputError(f"--forget-batch {run.forget_batch}: the forget set has {len(forget)}")
+    _check_data(forget, retain, held_out, run.forget_batch)
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     check_readable(model, [*forget, *retain, *held_out])
@@ -172,6 +170,17 @@ def base_facts(
         "held_out_sha256": digest_sequences(held_out),
         "versions": versions(),
     }
+
+
+def _check_data(
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    forget_batch: int | None,
+) -> None:
+    check_sets({"forget set": forget, "retain set": retain, "held-out retain set": held_out})
+    if forget_batch is not None and not 1 <= forget_batch <= len(forget):
+        raise InputError(f"--forget-batch {forget_batch}: the forget set has {len(forget)}")
 
 
 def check_sets(sets: Mapping[str, Sequence[TokenSequence]]) -> None:
