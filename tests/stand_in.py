@@ -3,7 +3,7 @@
 Its tensors have real numbers, which lie on the CPU, and claim another device. As on a GPU, an
 operation on tensors of two devices fails, but for copies and CPU tensors without dimensions.
 
-    python -m pytest -p stand_in tests/test_cli.py
+    python -m pytest -p stand_in tests/cli/test_cli.py
 
 PyTorch wants to know its devices before the first backward pass of a process.
 """

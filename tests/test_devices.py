@@ -68,22 +68,22 @@ def test_unlearn_moves_them_to_the_model(monkeypatch):
 
 TESTS = Path(__file__).parent
 ON_THE_DEVICE = (
-    "test_cli.py::test_a_run_writes_what_it_promises",
-    "test_cli.py::test_a_saved_curvature_gives_the_same_update",
-    "test_cli.py::test_a_killed_run_resumes_to_the_same_update",
-    "test_cli.py::test_check_passes_on_a_sound_model",
-    "test_refine.py::test_a_refined_run_is_told_and_replayed",
-    "test_sweep.py::test_an_interrupted_sweep_goes_on_to_the_same_end",
+    "cli/test_cli.py::test_a_run_writes_what_it_promises",
+    "cli/test_cli.py::test_a_saved_curvature_gives_the_same_update",
+    "cli/test_cli.py::test_a_killed_run_resumes_to_the_same_update",
+    "cli/test_cli.py::test_check_passes_on_a_sound_model",
+    "method/test_refine.py::test_a_refined_run_is_told_and_replayed",
+    "method/test_sweep.py::test_an_interrupted_sweep_goes_on_to_the_same_end",
     *(
-        f"test_baselines_cli.py::test_a_run_writes_what_it_promises[{method}]"
+        f"cli/test_baselines_cli.py::test_a_run_writes_what_it_promises[{method}]"
         for method in ("npo", "rmu", "elm", "soul")
     ),
-    "test_eval_choice.py::test_command",
-    "test_eval_kl.py::test_command_resumes_to_the_same",
-    "test_eval_memorisation.py::test_command_resumes",
-    "test_eval_quantisation.py::test_command",
-    "test_tofu.py::test_the_command_measures_and_its_log_says_the_same",
-    "test_relearning.py::test_an_attack_from_files",
+    "evaluate/test_eval_choice.py::test_command",
+    "evaluate/test_eval_kl.py::test_command_resumes_to_the_same",
+    "evaluate/test_eval_memorisation.py::test_command_resumes",
+    "evaluate/test_eval_quantisation.py::test_command",
+    "evaluate/test_tofu.py::test_the_command_measures_and_its_log_says_the_same",
+    "evaluate/test_relearning.py::test_an_attack_from_files",
 )
 """Whole commands, and what is read back by ``--resume``."""
 

@@ -99,6 +99,18 @@ def test_evaluation_knows_no_curvature():
         assert "curvature" not in kfade_modules(path), relative(path)
 
 
+def test_tests_have_the_rooms_of_the_source():
+    rooms = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name[0] != "_"}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders <= rooms
+
+
+def test_no_test_file_imports_a_test_file():
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.search(r"^(from|import) test_\w+", path.read_text(encoding="utf-8"), re.M)
+        assert not found, f"{path.relative_to(ROOT)}: {found and found.group()}"
+
+
 def test_configuration_stops_at_runs():
     knowing = {part(path) for path in FILES if "runs" in kfade_modules(path)}
     assert knowing <= {"runs", "cli"}

@@ -10,8 +10,8 @@ import pytest
 import torch
 import zoo
 from helpers import greedy
-from test_lengths import MODELS
 from tqdm import tqdm
+from zoo.rotary import MODELS
 
 from kfade.evaluate.lm_eval import run_tasks
 from kfade.runtime import progress

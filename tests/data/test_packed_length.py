@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 import zoo
-from test_baselines_cli import EXTRA, FORGET, RETAIN
 from transformers import LlamaConfig, LlamaForCausalLM
+from zoo.rows import EXTRA, FORGET, RETAIN
 
 from kfade.cli import main
 from kfade.data.examples import Example

@@ -42,6 +42,7 @@ MATRICES = {
     "edited": EIGENVECTORS,
 }
 SOURCE = Path(distributed.__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,11 @@ def expected(tmp_path_factory) -> dict:
 def found(request, tmp_path_factory) -> list[dict]:
     """What each of 2 or 3 processes has found."""
     folder = tmp_path_factory.mktemp("processes")
-    tests = Path(__file__).parent
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(request.param)]
     run = subprocess.Popen(
-        [*command, str(tests / "distributed_worker.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"},
+        [*command, distributed_worker.__file__, str(folder)],
+        env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

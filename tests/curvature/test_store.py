@@ -421,7 +421,7 @@ fit_ekfac(model, batches, find_targets(model), draw=slow, store=kept)
 
 
 def child(folder: Path, *, renames: int, count: int) -> subprocess.Popen:
-    paths = [str(Path(__file__).parent), *sys.path]
+    paths = [str(Path(__file__).parents[1]), *sys.path]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), str(renames), str(count), str(BUDGET)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},

@@ -26,7 +26,7 @@ from kfade.method.update import Update
 from kfade.models.layers import parse_layers
 from kfade.runs.config import read_config
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"), key=lambda path: path.name)
 PAPER = [path for path in RECIPES if not path.name.startswith("small")]
 PREPARE = runpy.run_path(str(FOLDER / "prepare.py"))

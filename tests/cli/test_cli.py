@@ -14,13 +14,11 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from zoo.rows import FORGET, RETAIN
 
 from kfade.cli import main
 from kfade.cli.session import show
 from kfade.method.update import Update
-
-FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
-RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
 
 
 def write_lines(path: Path, rows: list) -> Path:

@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what kfade computes: a loop over sequences and tokens, plain autograd.
+"""What kfade computes by a loop over sequences and tokens, and plain autograd.
 
 They share no code with the fits: each sequence goes through the model alone and unpadded, up to
 its logits, and weight gradients come from autograd. Only the random numbers are the same ones.

@@ -11,6 +11,7 @@ import torch
 import zoo
 from helpers import Snapshot, flat, random_sequences
 from safetensors.torch import load_file
+from zoo.rows import FORGET, RETAIN
 
 from kfade.cli import main
 from kfade.curvature.fit import fit_ekfac
@@ -315,9 +316,6 @@ def test_blocks_that_the_curvature_lacks(targets):
 
 
 # The command line
-
-FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
-RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
 
 
 def write_lines(path: Path, rows: list) -> str:

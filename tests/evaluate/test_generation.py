@@ -8,21 +8,8 @@ import pytest
 import torch
 import zoo
 from helpers import greedy
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
-    RwkvConfig,
-    RwkvForCausalLM,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from zoo.caches import OTHERS
 
 from kfade.errors import InputError
 from kfade.evaluate.generation import company, end_tokens, generate, generate_texts, shares_batches
@@ -52,50 +39,6 @@ def test_a_padded_batch_says_what_each_prompt_alone_says(family, batch_tokens):
     expected = {i: greedy(model, p, [END, 20, 21, 22], 8) for i, p in enumerate(PROMPTS)}
     assert found == expected
     assert len({tuple(tokens) for tokens in expected.values()}) > 1  # the prompts matter
-
-
-SMALL = {"vocab_size": zoo.VOCABULARY, "hidden_size": zoo.WIDTH, "num_hidden_layers": 2}
-OTHERS = {  # model, and which prompts may share a batch
-    "a state that is masked": (
-        lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, initializer_range=0.3)),
-        "any",
-    ),
-    "a state that sees padding": (
-        lambda: RecurrentGemmaForCausalLM(
-            RecurrentGemmaConfig(
-                **{**SMALL, "num_hidden_layers": 3},
-                num_attention_heads=2,
-                head_dim=8,
-                intermediate_size=24,
-                lru_width=zoo.WIDTH,
-                attention_window_size=zoo.WINDOW,
-                logits_soft_cap=1e6,
-            )
-        ),
-        "equal",
-    ),
-    "a cache that mixes rows": (
-        lambda: RwkvForCausalLM(RwkvConfig(**SMALL, attention_hidden_size=zoo.WIDTH)),
-        "none",
-    ),
-    "alibi": (
-        lambda: BloomForCausalLM(BloomConfig(**SMALL, n_head=2, initializer_range=0.3)),
-        "any",
-    ),
-    "no cache": (
-        lambda: OpenAIGPTLMHeadModel(
-            OpenAIGPTConfig(
-                vocab_size=zoo.VOCABULARY,
-                n_embd=zoo.WIDTH,
-                n_layer=2,
-                n_head=2,
-                n_positions=64,
-                initializer_range=0.3,
-            )
-        ),
-        "any",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -11,10 +11,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import oracles
 import pytest
 import torch
 from helpers import VOCABULARY, measured_kl, random_sequences, relative_error, tiny_llama
+from oracles import loops
+from oracles.dense import flatten, gauss_newton_matrix, unflatten
 
 import kfade.models.head
 from kfade import (
@@ -31,7 +32,6 @@ from kfade import (
     square_root_draw,
 )
 from kfade.curvature import factors
-from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.draws import token_keys
 from kfade.curvature.eigh import eigendecompose
 from kfade.curvature.factors import (
@@ -82,7 +82,7 @@ def random_block(kind: str, n_out: int, n_in: int) -> EigenBlock:
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_equals_its_dense_matrix(kind):
     block, x = random_block(kind, 3, 5), randn(3, 5)
-    g, eye = oracles.block_matrix(block, (3, 5)), torch.eye(15).double()
+    g, eye = loops.block_matrix(block, (3, 5)), torch.eye(15).double()
     vector = x.reshape(-1)
     assert relative_error(block.matvec(x).reshape(-1), g @ vector) < EXACT
     assert relative_error(block.quadratic(x), vector @ g @ vector) < EXACT
@@ -96,7 +96,7 @@ def test_block_equals_its_dense_matrix(kind):
 @pytest.mark.parametrize("kind", ["diagonal", "kfac", "ekfac"])
 def test_another_blocks_matrix_is_told_apart(kind):
     block, x = random_block(kind, 3, 5), randn(3, 5)
-    g = oracles.block_matrix(random_block("identity", 3, 5), (3, 5))
+    g = loops.block_matrix(random_block("identity", 3, 5), (3, 5))
     assert relative_error(block.matvec(x).reshape(-1), g @ x.reshape(-1)) > PLAIN
     if kind != "diagonal":  # bases the wrong way round
         turned = EigenBlock(block.q_out.T, block.q_in.T, block.eigenvalues)
@@ -152,9 +152,9 @@ def test_exhaustive_draws_sum_to_the_fisher():
     p = randn(VOCABULARY).softmax(0)
     draws = [one_of_all_draws(k)(p[None], torch.zeros(1))[0] for k in range(VOCABULARY)]
     total = sum(torch.outer(u, u) for u in draws)
-    assert relative_error(total, oracles.fisher(p)) < EXACT
+    assert relative_error(total, loops.fisher(p)) < EXACT
     missing_one = total - torch.outer(draws[0], draws[0])
-    assert relative_error(missing_one, oracles.fisher(p)) > PLAIN
+    assert relative_error(missing_one, loops.fisher(p)) > PLAIN
 
 
 def summed_blocks(fit, model, batches, targets) -> dict[str, torch.Tensor]:
@@ -163,7 +163,7 @@ def summed_blocks(fit, model, batches, targets) -> dict[str, torch.Tensor]:
     for k in range(VOCABULARY):
         curvature = fit(model, batches, targets, draw=one_of_all_draws(k))
         for t in targets:
-            totals[t.name] += oracles.block_matrix(curvature.blocks[t.name], t.shape)
+            totals[t.name] += loops.block_matrix(curvature.blocks[t.name], t.shape)
     return totals
 
 
@@ -233,10 +233,10 @@ def test_ekfac_keeps_the_exact_diagonal_in_its_basis(model, targets):
     for t in targets:
         first = fits[0].blocks[t.name]
         grids = [fit.blocks[t.name].eigenvalues for fit in fits]
-        q = torch.kron(*oracles.bases(first, t.shape))
+        q = torch.kron(*loops.bases(first, t.shape))
         rotated = q.T @ gauss_newton_matrix(model, batches, [t]) @ q
         assert relative_error(sum(grids).reshape(-1), rotated.diagonal()) < EXACT
-        kfac_total = sum(oracles.block_matrix(fit.blocks[t.name], t.shape) for fit in kfac)
+        kfac_total = sum(loops.block_matrix(fit.blocks[t.name], t.shape) for fit in kfac)
         kfac_diagonal = (q.T @ kfac_total @ q).diagonal()
         assert relative_error(kfac_diagonal, rotated.diagonal()) > PLAIN
 
@@ -272,10 +272,10 @@ def test_kfac_factors_equal_a_loop_over_tokens(biased, sequences, batches, draw)
     model, targets = biased
     curvature = fit_kfac(model, batches, targets, draw=draw, seed=3)
     for t in targets:
-        s, a = oracles.kronecker_factors(model, sequences, t, draw, 3, COVARIANCE_STREAM)
-        ours = oracles.block_matrix(curvature.blocks[t.name], t.shape)
+        s, a = loops.kronecker_factors(model, sequences, t, draw, 3, COVARIANCE_STREAM)
+        ours = loops.block_matrix(curvature.blocks[t.name], t.shape)
         assert relative_error(ours, torch.kron(s, a)) < EXACT
-        s, a = oracles.kronecker_factors(model, sequences, t, draw, 3, EIGENVALUE_STREAM)
+        s, a = loops.kronecker_factors(model, sequences, t, draw, 3, EIGENVALUE_STREAM)
         assert relative_error(ours, torch.kron(s, a)) > PLAIN  # another draw is another matrix
 
 
@@ -286,19 +286,19 @@ def test_eigenvalues_equal_a_loop_over_sequences(biased, sequences, batches, fit
     curvature = fit(model, batches, targets, draw=draw, seed=3)
     loss_tokens = sum(s.loss_tokens for s in sequences)
     gradients, same_draw = (
-        oracles.pseudo_gradients_of(model, sequences, targets, draw, 3, stream)
+        loops.pseudo_gradients_of(model, sequences, targets, draw, 3, stream)
         for stream in (EIGENVALUE_STREAM, COVARIANCE_STREAM)
     )
     for t in targets:
         block = curvature.blocks[t.name]
-        looped = oracles.eigenvalues(gradients, loss_tokens, t.name, block)
+        looped = loops.eigenvalues(gradients, loss_tokens, t.name, block)
         assert relative_error(block.eigenvalues, looped) < EXACT
         # Not the square of the minibatch's gradient, not per sequence instead of per loss token,
         # and not from the draw that A and S were made of.
         summed = {t.name: sum(gradient[t.name] for gradient in gradients)}
-        squared = oracles.eigenvalues([summed], loss_tokens, t.name, block)
-        per_sequence = oracles.eigenvalues(gradients, len(sequences), t.name, block)
-        stale = oracles.eigenvalues(same_draw, loss_tokens, t.name, block)
+        squared = loops.eigenvalues([summed], loss_tokens, t.name, block)
+        per_sequence = loops.eigenvalues(gradients, len(sequences), t.name, block)
+        stale = loops.eigenvalues(same_draw, loss_tokens, t.name, block)
         for wrong in (squared, per_sequence, stale):
             assert relative_error(block.eigenvalues, wrong) > PLAIN
 
@@ -353,8 +353,8 @@ def operator_error(ours, theirs, targets) -> float:
     """The largest distance between two curvatures, as operators."""
     return max(
         relative_error(
-            oracles.block_matrix(ours.blocks[t.name], t.shape),
-            oracles.block_matrix(theirs.blocks[t.name], t.shape),
+            loops.block_matrix(ours.blocks[t.name], t.shape),
+            loops.block_matrix(theirs.blocks[t.name], t.shape),
         )
         for t in targets
     )
@@ -433,7 +433,7 @@ def test_draws_have_the_fisher_as_their_covariance(draw, width):
     p = (1.5 * randn(width)).softmax(0)
     counts, total = (64, 1024, 16384), 65536
     u_NV = draw(p.expand(total, width), keys(total))
-    exact = oracles.fisher(p)
+    exact = loops.fisher(p)
     small, medium, large = (
         math.sqrt(sum(relative_error(u.T @ u / n, exact) ** 2 for u in u_NV.split(n)) * n / total)
         for n in counts
@@ -456,8 +456,8 @@ def test_a_wrong_draw_is_caught(draw):
     p = (1.5 * randn(5)).softmax(0)
     flatter = p.sqrt() / p.sqrt().sum()
     u_NV = draw(flatter.expand(16384, 5), keys(16384))
-    assert relative_error(u_NV.T @ u_NV / 16384, oracles.fisher(p)) > 0.1
-    assert relative_error(torch.diag(p), oracles.fisher(p)) > 0.1
+    assert relative_error(u_NV.T @ u_NV / 16384, loops.fisher(p)) > 0.1
+    assert relative_error(torch.diag(p), loops.fisher(p)) > 0.1
 
 
 def test_square_root_draw_speaks_where_a_label_says_nothing():
@@ -467,7 +467,7 @@ def test_square_root_draw_speaks_where_a_label_says_nothing():
     """
     p = torch.tensor([0.999, 0.0005, 0.0005], dtype=torch.float64)
     size = {d: d(p.expand(2000, 3), keys(2000)).square().sum(1) for d in DRAWS}
-    trace = oracles.fisher(p).trace()
+    trace = loops.fisher(p).trace()
     assert (size[sampled_labels] < 0.01 * trace).double().mean() > 0.99
     assert (size[square_root_draw] > 0.1 * trace).double().mean() > 0.45
     assert size[square_root_draw].std() < 0.1 * size[sampled_labels].std()

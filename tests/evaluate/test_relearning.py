@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from helpers import Snapshot, Tripwire, flat, random_sequences, tiny_llama
+from zoo.rows import FORGET, RETAIN
 
 from kfade.cli import main
 from kfade.data.batches import draw_without_replacement
@@ -279,8 +280,6 @@ def test_the_papers_settings_are_the_defaults():
 
 # The command line
 
-FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
-RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
 QUESTIONS = [{"question": "a b f", "choices": ["d e", "k l"], "answer": 0}]
 
 

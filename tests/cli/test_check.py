@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from test_families import built
-from test_generation import OTHERS
-from test_lengths import MODELS
+from zoo.caches import OTHERS
+from zoo.rotary import MODELS
+from zoo.unusual import built
 
 import kfade
 from kfade.cli.check import _generation, _lengths, _padding, _small_step, _unequal

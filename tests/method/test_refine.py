@@ -29,12 +29,13 @@ from helpers import (
     tiny_llama,
 )
 from numpy.typing import NDArray
+from oracles.dense import flatten, gauss_newton_matrix, unflatten
 from safetensors.torch import load_file
+from zoo.rows import FORGET, RETAIN
 
 import kfade
 from kfade import Curvature, InputError, Update, find_targets, fit_ekfac, make_batches, margin
 from kfade.cli import main
-from kfade.curvature.dense import flatten, gauss_newton_matrix, unflatten
 from kfade.curvature.fit import fit_identity
 from kfade.curvature.product import gauss_newton_product
 from kfade.method.gradient import forget_gradient
@@ -429,9 +430,6 @@ def test_impossible_refinements_are_refused(model, options, message):
 
 
 # --- The command line ---------------------------------------------------------------------------
-
-FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
-RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
 
 
 @pytest.fixture

@@ -9,17 +9,12 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file
+from zoo.rows import EXTRA, FORGET, RETAIN
 
 from kfade.cli import main
 from kfade.method.update import Update
 from kfade.runtime.run_dir import RunDir
 
-FORGET = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
-RETAIN = [{"text": f"{x} k l m n o p q r s t u v w x y z"} for x in "abcdefghij"]
-EXTRA = {
-    "rmu": ("--layer", "1", "--steps", "4"),
-    "elm": ("--concept", "a b", "--layers", "0-1", "--lora", "2", "--steps", "4"),
-}
 NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
 
 

@@ -1,4 +1,4 @@
-"""The exact Gauss-Newton matrix of a tiny model: slow, obvious, the oracle of the tests.
+"""The exact Gauss-Newton matrix of a tiny model.
 
 Shapes: N loss tokens, V vocabulary, P targeted parameters in all.
 """

@@ -10,10 +10,10 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
-import oracles
 import pytest
 import torch
 from helpers import flat, measured_kl, random_sequences, relative_error, same_bits, tiny_llama
+from oracles import loops
 
 import kfade
 from kfade import (
@@ -87,7 +87,7 @@ def test_a_small_step_forgets_and_its_change_is_predicted(model, batches, target
 
     def after(alpha: float, what) -> float:
         with Update({}).plus(changes, alpha).applied_to(model):
-            return oracles.mean_objective(model, forget, what).item()
+            return loops.mean_objective(model, forget, what).item()
 
     # Cross-entropy is minus the mean log-probability of the targets.
     loss, value = after(0.0, cross_entropy), after(0.0, objective)
@@ -104,12 +104,12 @@ def test_a_small_step_forgets_and_its_change_is_predicted(model, batches, target
 def test_the_margin_of_the_papers_text_would_raise_the_target(model, targets):
     """Its ℓ = z_y − log Σ_{i≠y} exp z_i, ascended as printed, teaches what it should remove."""
     forget = random_sequences(3, seed=7)
-    before = oracles.mean_objective(model, forget, cross_entropy)
+    before = loops.mean_objective(model, forget, cross_entropy)
     for objective, sign in ((margin, 1), (lambda z, y: -margin(z, y), -1)):
         gradient = forget_gradient(model, make_batches(forget), targets, objective)
         changes = parameter_changes(targets, gradient)
         with Update({}).plus(changes, 1e-3).applied_to(model):
-            after = oracles.mean_objective(model, forget, cross_entropy)
+            after = loops.mean_objective(model, forget, cross_entropy)
         assert sign * (after - before) > 0
 
 
@@ -117,8 +117,8 @@ def test_forget_gradient_is_autograds_mean_per_loss_token(model, targets):
     sequences = random_sequences(5, seed=7)
     loss_tokens = sum(s.loss_tokens for s in sequences)
     for objective in OBJECTIVES:
-        mean = oracles.mean_objective(model, sequences, objective)
-        looped = oracles.weight_gradients(mean, model, targets)
+        mean = loops.mean_objective(model, sequences, objective)
+        looped = loops.weight_gradients(mean, model, targets)
         ours = forget_gradient(model, make_batches(sequences, budget=15), targets, objective)
         for name in looped:
             assert relative_error(ours[name], looped[name]) < 1e-11  # another order of sums
@@ -552,7 +552,7 @@ def naive(base, edited):
 
 def worst_error(formula, base, edited) -> float:
     ours = formula(base, edited).double().tolist()
-    exact = [oracles.textbook_divergence(*rows) for rows in zip(base, edited, strict=True)]
+    exact = [loops.textbook_divergence(*rows) for rows in zip(base, edited, strict=True)]
     return max(abs(o / e - 1) for o, e in zip(ours, exact, strict=True))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CLIPConfig, LlamaForCausalLM, T5Config
+from transformers import BertConfig, CLIPConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 import kfade
 from kfade.cli import main
@@ -113,7 +113,7 @@ def test_weights_of_the_base_model_alone_lack_the_head(folder, whole):
 
 
 def test_a_tied_head_is_not_missing(tmp_path):
-    config = zoo.LlamaConfig(**zoo.GROUPED, tie_word_embeddings=True)
+    config = LlamaConfig(**zoo.GROUPED, tie_word_embeddings=True)
     save_model(LlamaForCausalLM(config), zoo.tokenizer(), tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model, _ = kfade.load_model(str(tmp_path), device="cpu")
@@ -388,7 +388,7 @@ def test_tokens_beyond_the_embedding_are_named(folder, special):
 
 
 def test_rows_without_a_token_are_fine(tmp_path):
-    config = zoo.LlamaConfig(**{**zoo.GROUPED, "vocab_size": 64})
+    config = LlamaConfig(**{**zoo.GROUPED, "vocab_size": 64})
     save_model(LlamaForCausalLM(config), zoo.tokenizer(), tmp_path)
     kfade.load_model(str(tmp_path), device="cpu")
 
