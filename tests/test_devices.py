@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import stand_in
 import torch
 import zoo
 from helpers import flat
+from processes import start
 
 import kfade
 from kfade.curvature.curvature import Curvature
@@ -67,71 +65,64 @@ def test_unlearn_moves_them_to_the_model(monkeypatch):
 
 
 TESTS = Path(__file__).parent
-ON_THE_DEVICE = (
-    "cli/test_cli.py::test_a_run_writes_what_it_promises",
-    "cli/test_cli.py::test_a_saved_curvature_gives_the_same_update",
-    "cli/test_cli.py::test_a_killed_run_resumes_to_the_same_update",
-    "cli/test_cli.py::test_check_passes_on_a_sound_model",
-    "method/test_refine.py::test_a_refined_run_is_told_and_replayed",
-    "method/test_sweep.py::test_an_interrupted_sweep_goes_on_to_the_same_end",
-    *(
-        f"cli/test_baselines_cli.py::test_a_run_writes_what_it_promises[{method}]"
-        for method in ("npo", "rmu", "elm", "soul")
+ON_THE_DEVICE = {
+    "cli/test_cli.py": (
+        "test_a_run_writes_what_it_promises",
+        "test_a_saved_curvature_gives_the_same_update",
+        "test_a_killed_run_resumes_to_the_same_update",
+        "test_check_passes_on_a_sound_model",
     ),
-    "evaluate/test_eval_choice.py::test_command",
-    "evaluate/test_eval_kl.py::test_command_resumes_to_the_same",
-    "evaluate/test_eval_memorisation.py::test_command_resumes",
-    "evaluate/test_eval_quantisation.py::test_command",
-    "evaluate/test_tofu.py::test_the_command_measures_and_its_log_says_the_same",
-    "evaluate/test_relearning.py::test_an_attack_from_files",
-)
+    "cli/test_baselines_cli.py": tuple(
+        f"test_a_run_writes_what_it_promises[{method}]" for method in ("npo", "rmu", "elm", "soul")
+    ),
+    "method/test_refine.py": ("test_a_refined_run_is_told_and_replayed",),
+    "method/test_sweep.py": ("test_an_interrupted_sweep_goes_on_to_the_same_end",),
+    "evaluate/test_eval_choice.py": ("test_command",),
+    "evaluate/test_eval_kl.py": ("test_command_resumes_to_the_same",),
+    "evaluate/test_eval_memorisation.py": ("test_command_resumes",),
+    "evaluate/test_eval_quantisation.py": ("test_command",),
+    "evaluate/test_relearning.py": ("test_an_attack_from_files",),
+    "evaluate/test_tofu.py": ("test_the_command_measures_and_its_log_says_the_same",),
+}
 """Whole commands, and what is read back by ``--resume``."""
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: devices are made known before anything is computed."""
-    place = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": place},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
 
 needs_stand_in = pytest.mark.skipif(
     not stand_in.AVAILABLE, reason="this PyTorch has no such devices"
 )
 
 
+def run(work, *arguments, said: Path) -> None:
+    """In a process of its own: devices are made known before anything is computed."""
+    process = start(work, *arguments, said=said)
+    process.join()
+    text = "".join((said / name).read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == 0, text[-4000:]
+
+
 @needs_stand_in
-def test_whole_commands_run_on_a_device():
+@pytest.mark.parametrize("file", ON_THE_DEVICE)
+def test_whole_commands_run_on_a_device(file, tmp_path):
     """Mixed devices fail there; that the tests pass on the CPU as well is the control."""
-    selected = [str(TESTS / name) for name in ON_THE_DEVICE]
-    done = python("-m", "pytest", "-q", "-p", "stand_in", "-p", "no:cacheprovider", *selected)
-    assert done.returncode == 0, done.stdout[-4000:]
+    selected = [f"{TESTS / file}::{test}" for test in ON_THE_DEVICE[file]]
+    options = ["-p", "stand_in", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    # The process has imported what pytest would rewrite: asserts of libraries say less.
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    run(pytest.main, [*options, *selected], said=tmp_path)
 
 
-MIXED = """
-import torch, stand_in
-device = stand_in.register()
-x = torch.arange(6.0).reshape(2, 3)
-y = x.to(device).requires_grad_()
-(y.T @ y).sum().backward()
-assert y.grad.device == device
-assert torch.equal(y.grad.cpu(), 2 * x.sum(dim=1, keepdim=True).expand(2, 3))
-assert (y + 1.0).device == device
-for mixed in (lambda: y + x, lambda: x @ y.T, lambda: torch.cat([x, y]), lambda: y.add_(x)):
-    try:
-        mixed()
-    except RuntimeError:
-        continue
-    raise SystemExit("mixed devices passed")
-"""
+def compute_and_mix() -> None:
+    device = stand_in.register()
+    x = torch.arange(6.0).reshape(2, 3)
+    y = x.to(device).requires_grad_()
+    (y.T @ y).sum().backward()
+    assert y.grad.device == device
+    assert torch.equal(y.grad.cpu(), 2 * x.sum(dim=1, keepdim=True).expand(2, 3))
+    assert (y + 1.0).device == device
+    for mixed in (lambda: y + x, lambda: x @ y.T, lambda: torch.cat([x, y]), lambda: y.add_(x)):
+        with pytest.raises(RuntimeError):
+            mixed()
 
 
 @needs_stand_in
-def test_the_stand_in_computes_and_refuses_mixed_devices():
-    done = python("-c", MIXED)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_stand_in_computes_and_refuses_mixed_devices(tmp_path):
+    run(compute_and_mix, said=tmp_path)

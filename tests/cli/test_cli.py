@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from processes import start
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from zoo.rows import FORGET, RETAIN
@@ -235,19 +234,20 @@ def test_a_run_that_is_refused_before_it_kept_anything_leaves_nothing(setup, tmp
     assert leftovers(setup) == []
 
 
-def test_sigkill_leaves_something_to_resume_or_nothing(setup):
+def test_sigkill_leaves_something_to_resume_or_nothing(setup, tmp_path):
     """Killed for real at some moment: the folder DIR never exists half-written."""
-    command = [sys.executable, "-m", "kfade", "unlearn", setup["model"], "--out", setup["out"]]
+    command = ["unlearn", setup["model"], "--out", setup["out"]]
     command += ["--forget", setup["forget"], "--retain", setup["retain"], "--alpha", "0.01"]
     command += ["--steps", "400", "--sequence-length", "8"]
     part = Path(setup["out"] + ".part")
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = start(main, command, said=tmp_path / "said")
     deadline = time.time() + 120
     while time.time() < deadline and not list((part / "state").glob("update-*")):
-        assert process.poll() is None, "ended before it could be killed"
+        assert process.exitcode is None, "ended before it could be killed"
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert leftovers(setup) == ["out.part"]
     newest = sorted((part / "state").glob("update-*"))[-1]
     assert len(Update.load(newest).provenance["steps"]) >= 1  # whole, not torn

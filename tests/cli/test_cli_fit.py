@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from processes import run_together
 from safetensors.torch import load_file
 
 from kfade.cli import main
@@ -45,19 +43,10 @@ def blocks_of(folder: str) -> dict[str, torch.Tensor]:
     }
 
 
-def in_two_processes(*words: str) -> str:
-    """What ``kfade`` prints under ``torchrun``."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*command, "-m", "kfade", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def in_two_processes(words: list[str], said: Path) -> str:
+    """What ``kfade`` prints, in both together."""
+    run_together(2, main, words, said=said)
+    return "".join(path.read_text() for path in said.glob("*/stdout"))
 
 
 def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -133,7 +122,8 @@ def test_two_processes_fit_the_same(desk, tmp_path, spread):
     # EK-FAC is left out: where eigenvalues coincide its basis, and so its Λ, is anyone's.
     assert main(arguments(desk, "--estimator", "kfac")) == 0
     two = {**desk, "out": str(tmp_path / "two")}
-    done = in_two_processes(*arguments(two, "--estimator", "kfac", "--json", *spread))
+    words = arguments(two, "--estimator", "kfac", "--json", *spread)
+    done = in_two_processes(words, tmp_path / "said")
     assert json.loads(done)["processes"] == 2  # one object, from one of them
     # Sums in another order, in float32: 1e-7 a term, more where a basis turns with it.
     assert difference(blocks_of(desk["out"]), blocks_of(two["out"])) < 1e-4
@@ -147,7 +137,7 @@ def test_two_processes_unlearn_the_same_with_a_spread_model(desk, tmp_path):
     given = ["--forget", str(forget), "--estimator", "kfac", "--kl", "0.01", "--memory", "2GB"]
     assert main(["unlearn", *arguments(desk, *given)[1:]]) == 0
     two = {**desk, "out": str(tmp_path / "two")}
-    in_two_processes("unlearn", *arguments(two, *given, "--shard")[1:])
+    in_two_processes(["unlearn", *arguments(two, *given, "--shard")[1:]], tmp_path / "said")
     ours, theirs = (load_file(Path(d["out"]) / "update.safetensors") for d in (desk, two))
     assert difference(ours, theirs) < 1e-3  # a search meets its KL within 10 %, by the same trials
 

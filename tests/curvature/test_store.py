@@ -11,14 +11,13 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import flat, random_sequences, same_bits, tiny_llama
+from processes import start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -389,63 +388,49 @@ def test_what_was_being_written_is_not_read(model, targets, batches, tmp_path):
 
 # --- Killed -------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys, time
-import torch
-torch.set_num_threads(1)
-from helpers import random_sequences, tiny_llama
-from kfade import find_targets, fit_ekfac, make_batches, square_root_draw
-from kfade.curvature import store
 
-folder, renames, count, budget = sys.argv[1], *map(int, sys.argv[2:])
-rename, done = os.replace, 0
+def slow_fit(folder: Path, renames: int, count: int) -> None:
+    """A fit that kills itself in place of its ``renames``-th renaming of a file."""
+    rename, done = os.replace, 0
 
-def replace(*paths):
-    global done
-    done += 1
-    if done == renames:  # written, but not yet in its place
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*paths)
+    def replace(*paths):
+        nonlocal done
+        done += 1
+        if done == renames:  # written, but not yet in its place
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
 
-def slow(p_NV, key_N):
-    time.sleep(0.02)
-    return square_root_draw(p_NV, key_N)
+    def slow(p_NV, key_N):
+        time.sleep(0.02)
+        return square_root_draw(p_NV, key_N)
 
-slow.__name__ = "square_root_draw"
-os.replace = replace
-model = tiny_llama()
-batches = make_batches(random_sequences(count), budget=budget)
-kept = store.Store(store.Path(folder), seconds=0.0)
-fit_ekfac(model, batches, find_targets(model), draw=slow, store=kept)
-"""
+    slow.__name__ = "square_root_draw"
+    os.replace = replace
+    model = tiny_llama()
+    batches = make_batches(random_sequences(count), budget=BUDGET)
+    fit_ekfac(model, batches, find_targets(model), draw=slow, store=Store(folder, seconds=0.0))
 
 
-def child(folder: Path, *, renames: int, count: int) -> subprocess.Popen:
-    paths = [str(Path(__file__).parents[1]), *sys.path]
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), str(renames), str(count), str(BUDGET)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-    )
-
-
-def test_a_killed_fit_goes_on_where_it_was(model, targets, tmp_path):
+def test_a_killed_fit_goes_on_where_it_was(model, targets, tmp_path, tmp_path_factory):
     """Twice by SIGKILL, which no handler sees: at a random moment, and between writing a file and
     renaming it."""
-    count = 60
+    count, said = 60, tmp_path_factory.mktemp("said")
     batches = make_batches(random_sequences(count), budget=BUDGET)
-    process = child(tmp_path, renames=0, count=count)
+    process = start(slow_fit, tmp_path, 0, count, said=said)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("sums-*.safetensors")):
-        assert process.poll() is None
+        assert process.exitcode is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(random.uniform(0.0, 0.2))
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     after_one = batches_kept(tmp_path)
     assert 1 <= after_one < len(batches)
-    process = child(tmp_path, renames=4, count=count)
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    process = start(slow_fit, tmp_path, 4, count, said=said)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert batches_kept(tmp_path) == after_one + 3
     assert list(tmp_path.glob("*.writing"))
     rest = Counted()

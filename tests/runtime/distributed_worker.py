@@ -1,16 +1,13 @@
-"""What each of several processes computes for tests/test_distributed.py; torchrun starts it.
+"""What each of several processes computes for test_distributed.py.
 
-    distributed_worker.py FOLDER
-
-Every process writes FOLDER/rank-R.pt, a dictionary of numbers and tensors. :func:`compute` is also
-called by the tests themselves, without processes, for the numbers that must come out.
+Every process writes rank-R.pt, a dictionary of numbers and tensors, into a folder. :func:`compute`
+is also called by the tests themselves, without processes, for the numbers that must come out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import unittest.mock
 from pathlib import Path
 
@@ -199,7 +196,6 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     with distributed.processes():
         results = {"count": distributed.count(), "rank": distributed.rank()}
         results["brought"] = brought_rows()
@@ -209,7 +205,3 @@ def main(folder: Path) -> None:
         results["interrupted, sharded"] = interrupted(folder, sharded=True)
         results["interrupted, sharded, kept"] = interrupted(folder, sharded=True, lost=False)
         torch.save(results, folder / f"rank-{distributed.rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

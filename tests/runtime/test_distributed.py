@@ -1,7 +1,7 @@
 """Several processes compute what one computes: fits, gradients, measurements, whole updates.
 
-distributed_worker.py runs under torchrun with 2 and with 3 processes (gloo) and leaves what each
-process has found; it is compared with what this process finds by itself.
+distributed_worker.py runs in 2 and in 3 processes (gloo) and leaves what each has found; it is
+compared with what this process finds by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import distributed_worker
 import pytest
 import torch
 from helpers import relative_error, same_bits, tiny_llama
+from processes import run_together
 
 from kfade import find_targets, margin
 from kfade.method.gradient import forget_gradient
@@ -42,7 +43,6 @@ MATRICES = {
     "edited": EIGENVECTORS,
 }
 SOURCE = Path(distributed.__file__).parents[2]
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +54,7 @@ def expected(tmp_path_factory) -> dict:
 def found(request, tmp_path_factory) -> list[dict]:
     """What each of 2 or 3 processes has found."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(request.param)]
-    run = subprocess.Popen(
-        [*command, distributed_worker.__file__, str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, messages = run.communicate(timeout=900)
-    except subprocess.TimeoutExpired:
-        run.terminate()  # torchrun then ends its processes, which wait for one another
-        run.wait(60)
-        raise
-    assert run.returncode == 0, messages[-4000:]
+    run_together(request.param, distributed_worker.main, folder, said=folder)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(request.param)]
 
 

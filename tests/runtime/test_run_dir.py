@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from processes import start
 from safetensors.torch import load_file
 
 from kfade.cli import main
@@ -172,21 +171,18 @@ def test_a_kept_run_without_state_is_begun_anew(tmp_path):
         RunDir(tmp_path / "out", {"a": 2}, resume=True)
 
 
-def test_an_interrupt_by_a_signal_says_how_to_go_on(setup):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kfade", *command(setup, "--steps", "4000")],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_an_interrupt_by_a_signal_says_how_to_go_on(setup, tmp_path):
+    process = start(main, command(setup, "--steps", "4000"), said=tmp_path / "said")
     state = Path(setup["out"] + ".part") / "state"
     deadline = time.monotonic() + 120
     while not list(state.glob("update-*")):
-        assert process.poll() is None
+        assert process.exitcode is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    error = (tmp_path / "said" / "stderr").read_text()
     assert error.splitlines()[-1] == "kfade: interrupted; the same command with --resume goes on"
 
 
