@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
 NAME = "standin"
@@ -80,14 +79,23 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
             return value
         return given[id(value)] if id(value) in given else StandIn(value)
 
-    raw_args, raw_kwargs = pytree.tree_map(unwrap, (args, kwargs))
+    raw_args, raw_kwargs = _map(unwrap, args), _map(unwrap, kwargs)
     made = op(*raw_args, **raw_kwargs)
     if op is torch.ops.aten.copy_.default:
         return args[0]
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type != NAME:
         return made
-    return pytree.tree_map(wrap, made)
+    return _map(wrap, made)
+
+
+def _map(function: Any, value: Any) -> Any:
+    """``function`` of every leaf; many times as fast as torch's, which knows other containers."""
+    if isinstance(value, tuple | list):
+        return type(value)([_map(function, item) for item in value])
+    if isinstance(value, dict):
+        return {name: _map(function, item) for name, item in value.items()}
+    return function(value)
 
 
 class ByWayOfTheCPU(TorchFunctionMode):
