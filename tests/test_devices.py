@@ -99,6 +99,7 @@ def run(work, *arguments, said: Path) -> None:
     assert process.exitcode == 0, text[-4000:]
 
 
+@pytest.mark.slow
 @needs_stand_in
 @pytest.mark.parametrize("file", ON_THE_DEVICE)
 def test_whole_commands_run_on_a_device(file, tmp_path):

@@ -81,6 +81,7 @@ def several_processes(words: list[str]) -> None:
     assert Update.load("out/run-large").deltas
 
 
+@pytest.mark.slow
 def test_shell_blocks(desk):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 12

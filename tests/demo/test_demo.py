@@ -78,6 +78,7 @@ def test_the_real_model_knows_capitals(smollm2):
         assert result.accuracy >= 0.6  # chance: 0.25
 
 
+@pytest.mark.slow
 @needs_model
 def test_the_real_model_forgets(smollm2, tmp_path, capsys):
     """Two blocks, a few statements: the whole path on the real model and its GGUF file."""

@@ -694,11 +694,28 @@ def test_the_helpers_of_other_tests_can_be_planned():
 # --- the command -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Plans of one model for other devices trace its pass once: it takes many seconds."""
+    traces: dict = {}
+
+    def trace(model, targets, shape, *, recompute):
+        names = tuple(target.name for target in targets)
+        key = (model.config.to_json_string(), names, shape, recompute)
+        if key not in traces:
+            traces[key] = trace_pass(model, targets, shape, recompute=recompute)
+        return traces[key]
+
+    monkeypatch.setattr("kfade.planning.memory.trace_pass", trace)
+
+
 def planned(capsys, *arguments: str) -> dict:
     assert main(["plan", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_once")
 @grouped
 def test_command_on_a_large_model(tmp_path, capsys):
     arguments = ["--speed", "400", "--float32-speed", "60", "--bandwidth", "3000"]
@@ -779,6 +796,8 @@ def test_command_plans_blocks_that_run_again(tmp_path, capsys):
     assert "blocks run again in backward passes" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_once")
 def test_command_finds_groups_for_a_device(tmp_path, capsys):
     folder = saved(LLAMA_7B, tmp_path)
     arguments = [folder, "--batch-tokens", "2048", "--estimator", "ekfac"]

@@ -26,6 +26,7 @@ from kfade.runtime import distributed
 EXACT, EIGENVECTORS = 1e-11, 1e-8
 KINDS = ("whole", "sharded")
 COUNTS = (2, 3)
+pytestmark = pytest.mark.slow
 # Matrices that go through eigenvectors only where they do not matter, or not at all, agree to the
 # rounding of sums; EK-FAC's and all that is made with it to the eigenvectors'.
 MATRICES = {
