@@ -174,6 +174,7 @@ def test_outputs_that_are_not_finite_are_refused():
         in_memory(base, edited, random_sequences(3))
 
 
+@pytest.mark.slow
 def test_the_interval_covers():
     """200 repeats: completions of a skewed distribution; the interval of the mean per token."""
     hits = 0

@@ -539,6 +539,7 @@ def test_a_key_that_is_not_set_is_told(model_dir, tmp_path, capsys):
     assert not (tmp_path / "out.part").exists()
 
 
+@pytest.mark.slow
 def test_transformers_own_server_is_a_judge(model_dir, tmp_path):
     """A tiny random model grades nothing: what is shown is that the API is spoken."""
     from transformers.utils.import_utils import is_serve_available

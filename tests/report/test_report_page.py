@@ -121,6 +121,7 @@ def test_an_evaluation_alone_makes_a_page(tmp_path):
     assert "plotly.js v" not in page  # 4.8 MB that would draw nothing
 
 
+@pytest.mark.slow
 def test_figures_for_papers(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kfade[report]'")
     folders = map(str, data.write_everything(tmp_path / "in"))
