@@ -46,7 +46,7 @@ def start(
 def _run(work: Callable[..., Any], arguments: Any, said: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     for number, name in ((1, "stdout"), (2, "stderr")):
         with open(said / name, "w") as file:
             os.dup2(file.fileno(), number)
@@ -60,6 +60,7 @@ def run_together(
 
     Args:
         said: a folder; what process i prints goes to the folder i of it.
+        timeout: the longest, in seconds, until one more of them ends.
     """
     # As torchrun does, its parent holds the store by which they meet: no port is picked twice.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -106,6 +106,7 @@ def test_whole_commands_run_on_a_device(file, tmp_path):
     """Mixed devices fail there; that the tests pass on the CPU as well is the control."""
     selected = [f"{TESTS / file}::{test}" for test in ON_THE_DEVICE[file]]
     options = ["-p", "stand_in", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options.append(f"--basetemp={tmp_path / 'inner'}")
     # The process has imported what pytest would rewrite: asserts of libraries say less.
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     run(pytest.main, [*options, *selected], said=tmp_path)
