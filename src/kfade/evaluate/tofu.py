@@ -25,7 +25,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.evaluate.rouge import check_truth, load_rouge_l_recall
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 from kfade.runtime.progress import track
 
 HUB_NAME = "locuslab/TOFU"

@@ -18,7 +18,8 @@ from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError, first_line
 from kfade.models.head import hidden_states
-from kfade.models.load import frozen, model_window
+from kfade.models.lengths import model_window
+from kfade.models.load import frozen
 from kfade.models.targets import Target
 
 NEEDED = ("get_input_embeddings", "get_output_embeddings", "base_model", "config")

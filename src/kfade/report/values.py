@@ -172,9 +172,7 @@ def _memorisation(measured: Measured) -> Found:
         yield metric, value_of(members.get(key), members.get("texts"))
     for score, entry in figures.get("auc", {}).items():
         words = score.replace("_plus_plus", "++").replace("min_k", "Min-K").replace("_", " ")
-        metric = Metric(
-            "Forgetting", f"{name}: membership by {words}, metrics.AUC", PLAIN, metrics.AUC
-        )
+        metric = Metric("Forgetting", f"{name}: membership by {words}, AUC", PLAIN, metrics.AUC)
         yield metric, value_of(entry, members.get("texts"))
 
 

@@ -34,8 +34,8 @@ from kfade.evaluate.divergence import (
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models.layers import digest_weights
-from kfade.models.lengths import length_class
-from kfade.models.load import load_skeleton, load_tokenizer, model_window
+from kfade.models.lengths import length_class, model_window
+from kfade.models.load import load_skeleton, load_tokenizer
 from kfade.runs.config import ModelConfig
 from kfade.runs.evaluation import (
     Evaluation,

@@ -21,7 +21,7 @@ from kfade.evaluate.memorisation import (
 )
 from kfade.evaluate.tokens import token_values
 from kfade.models.layers import digest_weights
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 from kfade.runs.evaluation import (
     Judged,
     Rendering,
