@@ -58,7 +58,6 @@ def encode_prompts(
     examples: Sequence[Example],
     tokenizer: Any,
     *,
-    chat: bool | None = None,
     template: ChatTemplate | None = None,
     window: int | None = None,
     max_new_tokens: int = 0,
@@ -70,7 +69,7 @@ def encode_prompts(
     """
     prompts = []
     for example in examples:
-        tokens = encode_prompt(example, tokenizer, chat=chat, template=template)
+        tokens = encode_prompt(example, tokenizer, template=template)
         if window is not None and len(tokens) + max_new_tokens > window:
             raise InputError(
                 f"{example.where}: {len(tokens)} tokens, and with {max_new_tokens} new ones over "

@@ -9,7 +9,7 @@ values is in ``tofu_logs.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,12 @@ def _encode(
             for question, own in zip(questions, texts, strict=True)
             for text in own
         ]
-        sequences = iter(encode(examples, tokenizer, chat=True, template=chat))
-        groups = [tuple(next(sequences) for _ in own) for own in texts]
+        template_used = replace(chat or ChatTemplate(), enabled=True)
+        sequences = encode(examples, tokenizer, template=template_used)
+        groups = []
+        for own in texts:
+            groups.append(tuple(sequences[: len(own)]))
+            sequences = sequences[len(own) :]
         return [_Encoded(group[0].tokens[: group[0].scored.index(True)], group) for group in groups]
     encoded = []
     for question, own in zip(questions, texts, strict=True):
