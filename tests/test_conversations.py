@@ -241,9 +241,8 @@ def test_what_stands_beside_an_instruction(tmp_path, caplog, form):
 
 def test_the_plain_form_of_a_system_prompt_and_a_history():
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
-    [made] = encode(
-        [parse_example(row, "line 1")], zoo.tokenizer(), template=ChatTemplate(enabled=False)
-    )
+    example, plain = parse_example(row, "line 1"), ChatTemplate(enabled=False)
+    [made] = encode([example], zoo.tokenizer(), template=plain)
     expected = "s <unk> a <unk> b </s> <unk> c <unk> d </s>"  # Instruction: and Response:
     assert zoo.tokenizer().convert_ids_to_tokens(made.tokens) == expected.split()
     assert sum(made.scored) == 4  # both answers and their ends

@@ -382,9 +382,8 @@ def test_without_a_chat_template_an_answer_ends_before_the_next_question(tmp_pat
     model = zoo.tiny("llama")
     with ItemLog(tmp_path / "plain.jsonl", {}) as log:
         with pytest.raises(InputError, match="no chat template"):
-            answer_questions(
-                model, zoo.tokenizer(), questions, log, template=ChatTemplate(enabled=True)
-            )
+            required = ChatTemplate(enabled=True)
+            answer_questions(model, zoo.tokenizer(), questions, log, template=required)
         answer_questions(model, zoo.tokenizer(), questions, log)
     assert log.items["0/1"]["answers"] == ["yes", "yes"]
     with ItemLog(tmp_path / "chat.jsonl", {}) as log:  # a chat model may well say "Question:"
