@@ -380,9 +380,9 @@ def test_without_a_chat_template_an_answer_ends_before_the_next_question(tmp_pat
     )
     questions = read_bench(questions_file(tmp_path))
     model = zoo.tiny("llama")
+    required = ChatTemplate(enabled=True)
     with ItemLog(tmp_path / "plain.jsonl", {}) as log:
         with pytest.raises(InputError, match="no chat template"):
-            required = ChatTemplate(enabled=True)
             answer_questions(model, zoo.tokenizer(), questions, log, template=required)
         answer_questions(model, zoo.tokenizer(), questions, log)
     assert log.items["0/1"]["answers"] == ["yes", "yes"]
