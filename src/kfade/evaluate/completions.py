@@ -43,11 +43,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[Example]:
     Raises:
         InputError: no such file, a row of another form, no rows.
     """
-    examples: list[Example] = []
-    for where, row in read_rows(source):
-        if limit is not None and len(examples) == limit:
-            break
-        examples.append(_parse(row, where))
+    examples = [_parse(row, where) for where, row in read_rows(source, limit)]
     warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no prompts: give at least one line of the form {FORMS}")

@@ -227,14 +227,14 @@ def _check_window(
 def _rows(name: str, folder: Path | None) -> list[tuple[str, Any]]:
     """(where, row) of one set."""
     if folder is None:
-        return list(read_rows(f"hf:{HUB_NAME}:{name}:train"))
+        return read_rows(f"hf:{HUB_NAME}:{name}:train")
     files = [folder / f"{name}{suffix}" for suffix in (".json", ".jsonl")]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise InputError(
             f"{folder}: has no {name}.json; give the folder of a copy of the data set {HUB_NAME}"
         )
-    return list(read_rows(str(path)))
+    return read_rows(str(path))
 
 
 def _question(set_name: str, number: int, row: Any, where: str) -> TofuQuestion:
