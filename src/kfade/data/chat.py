@@ -7,6 +7,7 @@ answer. Nothing is assumed about the form of a template.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -282,22 +283,19 @@ class _Conversation:
         return spans
 
 
-class _refusals:
+@contextlib.contextmanager
+def _refusals(where: str) -> Iterator[None]:
     """Within the ``with`` any error of a template becomes an InputError that quotes it."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # A template is a program of somebody else's: it may raise anything.
-        if isinstance(error, Exception) and not isinstance(error, InputError | MemoryError):
-            words = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(
-                f"{self._where}: the chat template refuses this conversation: {words}; change the "
-                "example, give another template with --template-file, or use --template plain"
-            ) from None
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{where}: the chat template refuses this conversation: {words}; change the example, "
+            "give another template with --template-file, or use --template plain"
+        ) from None
 
 
 @cache
