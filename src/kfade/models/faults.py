@@ -28,9 +28,10 @@ VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model*", "vocab*", "merges.txt", "*.tiktoken", "tekken.json"),
     *("spiece.model", "spm*.model", "*bpe.model", "tokenization*.py", "encoder.json"),
 )
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer*", "*token*.json", "chat_template*")
 _PARTS = {
     CONFIG: ("config.json", "adapter_config.json"),
-    TOKENIZER: (*VOCABULARIES, "*token*.json", "chat_template*"),
+    TOKENIZER: TOKENIZER_FILES,
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
 _SHOWN = 3  # tensors that a message names

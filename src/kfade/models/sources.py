@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.models.faults import CONFIG, VOCABULARIES, file_fault, has_tokenizer, reading
+from kfade.models.faults import CONFIG, TOKENIZER_FILES, file_fault, has_tokenizer, reading
 from kfade.runtime.files import remove
 
 ADAPTER_CONFIG = "adapter_config.json"
-_FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_OWN_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # replaced by edited weights
+_OWN_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # those that loaders read
 _ANY_WEIGHTS = (
     *("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
     *("*.ckpt*", "*.npz", "*.ot"),
 )
 # Weights, and what belongs to the hub, git or peft, or is half-written.
 _NOT_COPIED = (*_ANY_WEIGHTS, "*.part", "*.writing", "adapter_*", ".*")
-_TOKENIZER = (
-    *VOCABULARIES,
-    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
-)
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ def _base_of_adapter(source: Source, own: Place) -> Place | None:
         if not isinstance(config, dict):
             raise ValueError(f"{ADAPTER_CONFIG} holds no settings by name")
     folder = Path(found).parent
-    if any(next(folder.glob(pattern), None) for pattern in _FULL_WEIGHTS):
+    if any(next(folder.glob(pattern), None) for pattern in _OWN_WEIGHTS):
         raise InputError(
             f"{source.name}: holds an adapter ({ADAPTER_CONFIG}) and weights of a whole model; "
             "move one of them elsewhere, so that it is clear which is meant"
@@ -219,15 +214,15 @@ def copy_companions(resolved: Resolved, folder: Path) -> None:
     elsewhere = resolved.tokenizer != resolved.weights
     if own is not None:
         if not elsewhere and has_tokenizer(own):
-            for path in [path for path in folder.iterdir() if _matches(path, _TOKENIZER)]:
+            for path in [path for path in folder.iterdir() if _matches(path, TOKENIZER_FILES)]:
                 remove(path)
         for path in own.iterdir():
             skipped = _matches(path, _NOT_COPIED) or path.name == "config.json"
-            if not skipped and not (elsewhere and _matches(path, _TOKENIZER)):
+            if not skipped and not (elsewhere and _matches(path, TOKENIZER_FILES)):
                 _copy(path, folder / path.name)
     if elsewhere and tokenizer is not None:
         for path in tokenizer.iterdir():
-            if _matches(path, _TOKENIZER) and not (folder / path.name).exists():
+            if _matches(path, TOKENIZER_FILES) and not (folder / path.name).exists():
                 _copy(path, folder / path.name)
 
 
