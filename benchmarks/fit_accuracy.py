@@ -32,6 +32,7 @@ import kfade
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.data.batches import make_batches
+from kfade.data.chat import ChatTemplate
 from kfade.data.sequences import TokenSequence
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
@@ -113,7 +114,9 @@ def main() -> None:
         for i in range(0, (count + 4) * length, length)
     ]
     fitted, held_out = make_batches(packed[:count], budget=1024), packed[count:]
-    forget = kfade.encode(kfade.load_examples(str(given.forget)), tokenizer, chat=False)[:48]
+    forget = kfade.encode(
+        kfade.load_examples(str(given.forget)), tokenizer, template=ChatTemplate(enabled=False)
+    )[:48]
     targets = kfade.find_targets(model, layers=LAYERS)
     gradient = forget_gradient(model, make_batches(forget), targets, margin)
     gauge = Gauge(model, make_batches(held_out), make_batches(forget))

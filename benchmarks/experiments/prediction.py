@@ -31,6 +31,7 @@ import kfade
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
+from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, load_examples, parse_example
 from kfade.demo.data import data_file
 from kfade.demo.run import demo_model
@@ -105,7 +106,9 @@ class Setting:
     def shipped(cls, data: Path) -> Setting:
         model, tokenizer = kfade.load_model(demo_model())
         forget = kfade.encode(
-            load_examples(str(data_file("forget.jsonl")))[:64], tokenizer, chat=False
+            load_examples(str(data_file("forget.jsonl")))[:64],
+            tokenizer,
+            template=ChatTemplate(enabled=False),
         )
         lines = (data / "wikitext" / "wikitext-2-test.raw.txt").read_text().splitlines()
         texts = [Example("wikitext", text=line.strip()) for line in lines if len(line) > 400]
@@ -124,7 +127,7 @@ class Setting:
         if not folder.exists():
             memorise(rows, folder)
         model, tokenizer = kfade.load_model(str(folder))
-        sequences = kfade.encode(rows, tokenizer, chat=True)
+        sequences = kfade.encode(rows, tokenizer, template=ChatTemplate(enabled=True))
         model_loss = mean_objectives(model, make_batches(sequences), [cross_entropy])[0]
         print(f"memorised model: loss {model_loss:.3f} on its own answers", flush=True)
         forget, retain = sequences[-AUTHOR_QUESTIONS:], sequences[:-AUTHOR_QUESTIONS]
@@ -157,7 +160,7 @@ class Fits:
 def memorise(examples, folder: Path) -> None:
     """Fine-tune the shipped model on ``examples`` until its mean answer loss is below 0.1."""
     model, tokenizer = kfade.load_model(demo_model())
-    sequences = kfade.encode(examples, tokenizer, chat=True)
+    sequences = kfade.encode(examples, tokenizer, template=ChatTemplate(enabled=True))
     names = [name for name, _ in model.named_parameters()]
     fine_tune(model, sequences, names, rate=2e-4, epochs=20, enough=lambda loss: loss < 0.1)
     save_model(model, tokenizer, folder)

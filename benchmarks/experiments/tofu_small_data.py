@@ -17,6 +17,7 @@ from pieces import made
 
 import kfade
 from kfade.data.batches import make_batches
+from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.log import ItemLog
@@ -201,7 +202,7 @@ class Models:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any) -> list[TokenSequence]:
-    return kfade.encode(examples, tokenizer, chat=True)
+    return kfade.encode(examples, tokenizer, template=ChatTemplate(enabled=True))
 
 
 def answer(

@@ -12,7 +12,7 @@ from zoo.unusual import built
 import kfade
 from kfade.cli.check import _generation, _lengths, _padding, _small_step, _unequal
 from kfade.errors import InputError
-from kfade.models.lengths import LengthClass, no_memory_of_lengths
+from kfade.models.lengths import LengthClass, fresh_frequencies
 from kfade.runs.session import Loaded
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
@@ -147,7 +147,7 @@ def test_lengths_in_one_batch_fail(name, monkeypatch):
 def test_frequencies_that_are_remembered_fail(monkeypatch):
     monkeypatch.setattr("kfade.models.lengths._is_dynamic", lambda module: False)
     model = MODELS["dynamic"]()
-    with no_memory_of_lengths(model):
+    with fresh_frequencies(model):
         (found,) = _lengths(loaded(model), TOKENS)
     assert not found.passed
 

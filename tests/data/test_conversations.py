@@ -176,7 +176,7 @@ def test_turns_that_the_data_leave_out_of_the_loss_are_context(caplog, mark, cha
         example = parse_example(row, "line 1")
         assert example.turns == (USER, ANSWER, ("user", "c"), ("assistant", "d"))
         assert (example.unscored, example.unread) == ((1,), ())
-        [made] = encode([example], zoo.tokenizer(chat=chat), chat=chat)
+        [made] = encode([example], zoo.tokenizer(chat=chat), template=ChatTemplate(enabled=chat))
         words = [zoo.WORDS[t] for t in made.tokens]
         scored = [w for w, own in zip(words, made.scored, strict=True) if own]
         assert scored == ["d", "</s>"]
@@ -190,7 +190,7 @@ def test_a_last_turn_out_of_the_loss_gets_no_scored_end():
                 said("assistant", "d", weight=0)]  # fmt: skip
     example = parse_example({"messages": messages}, "line 1")
     for chat in (False, True):
-        [made] = encode([example], zoo.tokenizer(chat=chat), chat=chat)
+        [made] = encode([example], zoo.tokenizer(chat=chat), template=ChatTemplate(enabled=chat))
         words = [zoo.WORDS[t] for t in made.tokens]
         assert [w for w, own in zip(words, made.scored, strict=True) if own] == ["b", "</s>"]
         assert "d" in words
@@ -241,7 +241,8 @@ def test_what_stands_beside_an_instruction(tmp_path, caplog, form):
 
 def test_the_plain_form_of_a_system_prompt_and_a_history():
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
-    [made] = encode([parse_example(row, "line 1")], zoo.tokenizer(), chat=False)
+    example, plain = parse_example(row, "line 1"), ChatTemplate(enabled=False)
+    [made] = encode([example], zoo.tokenizer(), template=plain)
     expected = "s <unk> a <unk> b </s> <unk> c <unk> d </s>"  # Instruction: and Response:
     assert zoo.tokenizer().convert_ids_to_tokens(made.tokens) == expected.split()
     assert sum(made.scored) == 4  # both answers and their ends
@@ -266,15 +267,15 @@ KNOWN = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.ro
 def test_a_template_that_leaves_out_a_message_is_refused(role):
     turns = (("user", "a b"), (role, "b"), ("assistant", "c"))
     example = Example("line 3", turns=turns, plain_prefix=("", "\n"))
-    template = ChatTemplate(KNOWN)
+    template = ChatTemplate(KNOWN, enabled=True)
     told = rf"line 3: the chat template leaves out turn 2, of the role {role} \('b'\): use --templa"
     with pytest.raises(InputError, match=told):
-        encode([example], zoo.tokenizer(), chat=True, template=template)
+        encode([example], zoo.tokenizer(), template=template)
     with pytest.raises(InputError, match=told):
-        encode_prompt(example, zoo.tokenizer(), chat=True, template=template)
-    shown = ChatTemplate(KNOWN.replace("'assistant']", f"'assistant', '{role}']"))
-    [made] = encode([example], zoo.tokenizer(), chat=True, template=shown)
+        encode_prompt(example, zoo.tokenizer(), template=template)
+    shown = ChatTemplate(KNOWN.replace("'assistant']", f"'assistant', '{role}']"), enabled=True)
+    [made] = encode([example], zoo.tokenizer(), template=shown)
     scored = [t for t, own in zip(made.tokens, made.scored, strict=True) if own]
     assert [zoo.WORDS[t] for t in scored] == ["c", "</s>"]
-    [plain] = encode([example], zoo.tokenizer(), chat=False)
+    [plain] = encode([example], zoo.tokenizer(), template=ChatTemplate(enabled=False))
     assert [zoo.WORDS[t] for t in plain.tokens] == ["a", "b", "b", "c", "</s>"]

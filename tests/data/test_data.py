@@ -13,6 +13,7 @@ import zoo
 from tqdm.std import tqdm
 
 from kfade.data.batches import draw_without_replacement, make_batches
+from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, load_examples, split_holdout
 from kfade.data.sequences import TokenSequence, digest_sequences, encode, encode_prompt, open_tokens
 from kfade.errors import InputError
@@ -532,11 +533,11 @@ def test_chat_tokens_are_those_of_the_rendered_conversation():
 
 def test_chat_template_is_used_where_there_is_one_unless_told():
     example = exchange(("user", "a"), ("assistant", "b"))
-    assert encode([example], CHAT) == encode([example], CHAT, chat=True)
-    assert encode([example], CHAT, chat=False) == encode([example], PLAIN)
+    assert encode([example], CHAT) == encode([example], CHAT, template=ChatTemplate(enabled=True))
+    assert encode([example], CHAT, template=ChatTemplate(enabled=False)) == encode([example], PLAIN)
     assert encode([example], CHAT) != encode([example], PLAIN)
     with pytest.raises(InputError, match="has no chat template: use --template plain"):
-        encode([example], PLAIN, chat=True)
+        encode([example], PLAIN, template=ChatTemplate(enabled=True))
 
 
 def test_chat_template_without_an_eos_gets_one():

@@ -16,7 +16,7 @@ from kfade.data.examples import Example
 from kfade.data.sequences import encode, packed_length
 from kfade.errors import InputError
 from kfade.method.update import Update
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 
 
 @pytest.fixture

@@ -377,7 +377,8 @@ def test_a_template_that_knows_the_date_is_told_the_date_of_the_run():
 
 
 def test_without_a_template_turns_are_parted():
-    made = encode([chat("Who?", "Mia.", "And?", "Tim.")], byte_level(), chat=False)[0]
+    example, plain = chat("Who?", "Mia.", "And?", "Tim."), ChatTemplate(enabled=False)
+    [made] = encode([example], byte_level(), template=plain)
     tokenizer = byte_level()
     assert tokenizer.decode(made.tokens) == "Who?\nMia.<|end|>And?\nTim.<|end|>"
     assert tokenizer.decode(list(compress(made.tokens, made.scored))) == "Mia.<|end|>Tim.<|end|>"

@@ -20,6 +20,7 @@ import zoo
 from helpers import greedy
 
 from kfade.cli import main
+from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.judge import Judge, Reply, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog, read_log
@@ -379,9 +380,10 @@ def test_without_a_chat_template_an_answer_ends_before_the_next_question(tmp_pat
     )
     questions = read_bench(questions_file(tmp_path))
     model = zoo.tiny("llama")
+    required = ChatTemplate(enabled=True)
     with ItemLog(tmp_path / "plain.jsonl", {}) as log:
         with pytest.raises(InputError, match="no chat template"):
-            answer_questions(model, zoo.tokenizer(), questions, log, chat=True)
+            answer_questions(model, zoo.tokenizer(), questions, log, template=required)
         answer_questions(model, zoo.tokenizer(), questions, log)
     assert log.items["0/1"]["answers"] == ["yes", "yes"]
     with ItemLog(tmp_path / "chat.jsonl", {}) as log:  # a chat model may well say "Question:"

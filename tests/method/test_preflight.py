@@ -109,7 +109,7 @@ def test_compiled_modules_are_refused():
         with pytest.raises(InputError, match=r"model\.layers\.0 is compiled .* after unlearning"):
             refused()
     whole = torch.compile(tiny_llama(), backend="eager")
-    with pytest.raises(InputError, match=r"give the model that was compiled, model\._orig_mod"):
+    with pytest.raises(InputError, match=r"give the model within, model\._orig_mod"):
         find_targets(whole)
     find_targets(whole._orig_mod)
     wrapped = tiny_llama()

@@ -137,7 +137,7 @@ def test_head_tied_to_the_embeddings():
     model = zoo.tiny("gemma2")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(
-        InputError, match=r"model\.embed_tokens\.weight is tied to lm_head\.weight: changing one"
+        InputError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight: changing one"
     ):
         find_targets(model, pattern="lm_head.weight")
 

@@ -21,7 +21,7 @@ from kfade.evaluate.tokens import log_likelihoods
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import hidden_reference, mean_objectives
 from kfade.models.head import hidden_states, read_head
-from kfade.models.lengths import length_class, no_memory_of_lengths
+from kfade.models.lengths import fresh_frequencies, length_class
 
 UNAFFECTED = {
     "default": lambda: llama(rope_type="default", rope_theta=10.0),
@@ -76,7 +76,7 @@ def test_one_batch_of_all_would_differ_and_is_refused(name):
     with torch.no_grad():
         (both,) = make_batches(pair)
         short = hidden_states(model, both.input_BT)[1, :9]
-        with no_memory_of_lengths(model):
+        with fresh_frequencies(model):
             lone = hidden_states(model, both.input_BT[1:, :9])[0]
     assert (short - lone).abs().max() > 1e-2
     targets = kfade.find_targets(model)
@@ -184,7 +184,7 @@ def test_elms_continuations_across_the_border_are_those_without_a_cache(name):
     prompt, novice, expert = (sequence(n, n).tokens for n in (14, 3, 20))
     steering = Guidance(expert, novice, (9,), None, None, None, fluent_tokens=8, fluent_eta=1e4)
     head = read_head(model)
-    with no_memory_of_lengths(model):
+    with fresh_frequencies(model):
         drawn = steered_sample(Net(model, head, head), prompt, steering)
 
     def log_p(start, so_far):

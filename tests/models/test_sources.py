@@ -277,8 +277,8 @@ def test_tensors_that_the_base_has_no_place_for_are_refused(adapter, base):
     [
         (None, "does not name its base"),
         ("", "does not name its base"),
-        ("/nowhere/at/all", r"base is not to be found \(/nowhere/at/all: no such folder\)"),
-        ("../nothing", r"base is not to be found \(\.\./nothing: no such folder\)"),
+        ("/nowhere/at/all", r"base cannot be found \(/nowhere/at/all: no such folder\)"),
+        ("../nothing", r"base cannot be found \(\.\./nothing: no such folder\)"),
     ],
 )
 def test_an_adapter_whose_base_is_not_there(adapter, name, message):

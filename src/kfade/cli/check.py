@@ -28,8 +28,7 @@ from kfade.method.settings import DEFAULT_DAMPING
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.layers import find_targets, has_experts
-from kfade.models.lengths import length_class
-from kfade.models.load import model_window
+from kfade.models.lengths import length_class, model_window
 from kfade.models.targets import named
 from kfade.runs.config import RunConfig, override
 from kfade.runs.session import Loaded, load, read_source, to_tokens

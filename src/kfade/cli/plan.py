@@ -17,7 +17,8 @@ from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups,
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
 from kfade.models.layers import Target, find_targets
-from kfade.models.load import load_skeleton, model_window
+from kfade.models.lengths import model_window
+from kfade.models.load import load_skeleton
 from kfade.planning.cost import PASSES, Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,

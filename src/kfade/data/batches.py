@@ -48,7 +48,7 @@ class Batch:
         return bool(self.live_BT.all())
 
     def silenced(self) -> Batch:
-        """The same inputs, none of them live or scored: a pass over it adds nothing."""
+        """The same inputs, none of them live or scored: a pass over them adds nothing to a sum."""
         none_BT = torch.zeros_like(self.loss_BT)
         return Batch(self.input_BT, self.target_BT, none_BT, none_BT, self.id_B)
 
@@ -66,12 +66,12 @@ def make_batches(
 ) -> list[Batch]:
     """Batches of at most ``budget`` positions (but at least one sequence), longest first.
 
-    Sorted by length, so there is little padding; longest first, so that a batch too large for the
-    memory fails at once.
+    They are sorted by length, so that there is little padding. The longest come first, so that a
+    batch that does not fit the memory fails at once.
 
     Args:
-        group: live positions of a sequence -> what sequences of one batch have in common; of a
-            model, :func:`~kfade.models.lengths.length_class`.
+        group: maps a sequence's number of live positions to a key; sequences share a batch only if
+            they have the same key. For a model give :func:`~kfade.models.lengths.length_class`.
 
     Raises:
         InputError: they are not token sequences.
@@ -91,8 +91,8 @@ def make_batches(
 def draw_without_replacement(count: int, size: int | None, step: int, seed: int) -> list[int]:
     """Numbers of the ``step``-th batch of ``size`` out of ``count``.
 
-    Batches are cut from a permutation, and a new one begins where what is left of the old is less
-    than a batch. None takes all at every step.
+    Batches are cut from a permutation; a new permutation begins when less than a batch is left. A
+    ``size`` of None takes all at every step.
     """
     if size is None or size >= count:
         return list(range(count))

@@ -1,12 +1,13 @@
 """Chat templates: a conversation as text, and which characters of it are the assistant's own.
 
-A template surrounds what was written by marks of its own: roles, an empty block of reasoning, the
-end of a turn. What a template adds is found by rendering the conversation once more with a mark in
-an answer's place; nothing is assumed about any template's form.
+A template puts marks of its own around what was written: roles, an empty block of reasoning, the
+end of a turn. To find them, the conversation is rendered again with a known word in the place of an
+answer. Nothing is assumed about the form of a template.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -28,23 +29,14 @@ ANSWER = "KfadeMarksThisAnswer"  # one word, which no template splits or trims
 OPENING, CLOSING = "\ufdd0", "\ufdd1"  # noncharacters: no text holds them
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 CLOCK = "strftime_now"
-# What the machinery that renders a template sets by itself.
-OWN_ARGUMENTS = frozenset(
-    (
-        *("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"),
-        *("tools", "documents", "continue_final_message", "padding", "truncation", "max_length"),
-        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
-        *(
-            "conversations",
-            "sanitize_control_tokens",
-            "template_kwargs",
-            "kwargs",
-            "self",
-            "raise_exception",
-            CLOCK,
-        ),
-    )
-)
+# What transformers sets when it renders a template.
+OWN_ARGUMENTS = {
+    *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
+    *("tools", "documents", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("tokenize", "sanitize_control_tokens", "template_kwargs", "kwargs", "self"),
+    *("raise_exception", CLOCK),
+}
 DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "e", *"aAwdbBmyYHIpMSfzZjUWcxXGuVDFTR")
 logger = logging.getLogger(__name__)
 
@@ -72,6 +64,8 @@ class ChatTemplate:
     """What the template is told by name, such as ``enable_thinking``."""
     now: datetime | None = None
     """What a template that asks for the date is told; the present moment when None."""
+    enabled: bool | None = None
+    """Whether conversations go through a template; None: if there is one."""
 
     def __post_init__(self) -> None:
         for name in self.arguments:
@@ -89,19 +83,19 @@ class ChatTemplate:
         """Whether the template asks for the date."""
         return CLOCK in self.source(tokenizer)
 
-    def used_by(self, tokenizer: Any, chat: bool | None) -> bool:
-        """Whether conversations go through a template: as ``chat`` says, or if there is one.
+    def used_by(self, tokenizer: Any) -> bool:
+        """Whether conversations go through a template, with this tokenizer.
 
         Raises:
-            InputError: it was asked for, and there is none.
+            InputError: a template is required, and there is none.
         """
         there = self.text is not None or bool(tokenizer.chat_template)
-        if chat and not there:
+        if self.enabled and not there:
             raise InputError(
                 "this tokenizer has no chat template: use --template plain, or give one with "
                 "--template-file"
             )
-        return there if chat is None else chat
+        return there if self.enabled is None else self.enabled
 
     def render(
         self, messages: Sequence[Message], tokenizer: Any, where: str, *, prompt: bool = False
@@ -124,10 +118,10 @@ class ChatTemplate:
         where: str,
         unscored: Container[int] = (),
     ) -> Rendered:
-        """A conversation of which the assistant's turns are scored, but for ``unscored``.
+        """The conversation as text, in which the assistant's turns but ``unscored`` are scored.
 
-        A template that says by itself which text is the assistant's (``{% generation %}``) is
-        believed about where a turn ends, and which turns count.
+        Where a template marks the assistant's text (``{% generation %}``), a turn ends where that
+        mark ends, and a turn without a mark is not scored.
 
         Raises:
             InputError: the template refuses the conversation, or leaves out a message.
@@ -146,19 +140,18 @@ class ChatTemplate:
                 continue
             (start, end), after = conversation.written(index, text)
             whole = _dense(text[:end]).endswith(_dense(message["content"]))
-            if own is not None:
+            if own is None:
+                mark = conversation.end_mark(index, after)
+                closed = mark is not None
+                spans.append((start, end))
+                spans += [(end + mark[0], end + mark[1])] if mark else []
+            else:
                 ends = [b for a, b in own if a < end and b > start]
                 closed = bool(ends)
-                if ends:
-                    spans.append((start, max(ends)))
-                    cut.append(not whole)
-                continue
-            spans.append((start, end))
+                if not ends:
+                    continue
+                spans.append((start, max(ends)))
             cut.append(not whole)
-            mark = conversation.end_mark(index, after)
-            closed = mark is not None
-            if mark is not None:
-                spans.append((end + mark[0], end + mark[1]))
         conversation.check_shown(text)
         if not spans:
             raise InputError(
@@ -202,8 +195,10 @@ class _Conversation:
             )
 
     def around(self, index: int, count: int | None = None) -> tuple[str, str, str]:
-        """(text before, mark, text after) of message ``index``, among the first ``count``; the last
-        two are empty where the template does not show its content."""
+        """(text before, mark, text after) of message ``index``, of the first ``count`` messages.
+
+        The last two are empty where the template does not show the message's content.
+        """
         marked = [
             {**message, "content": ANSWER} if i == index else message
             for i, message in enumerate(self.messages[:count])
@@ -211,8 +206,7 @@ class _Conversation:
         return replace(self, messages=marked).rendered().partition(ANSWER)
 
     def written(self, index: int, text: str) -> tuple[Span, str]:
-        """Where in ``text`` the answer of message ``index`` stands, and what the template puts
-        after it."""
+        """(place in ``text`` of the answer of message ``index``, the template's text after it)."""
         content = self.messages[index]["content"]
         before, found, after = self.around(index)
         if found:
@@ -221,8 +215,8 @@ class _Conversation:
                     return (len(before), len(before) + len(written)), after
             # The template takes the answer apart, as some do with reasoning: what is neither the
             # text before the mark nor the text after it came from the answer.
-            start = _shared(text, before)
-            rest = _shared(text[start:][::-1], after[::-1])
+            start = common_length(text, before)
+            rest = common_length(text[start:][::-1], after[::-1])
             if start < len(text) - rest:
                 return (start, len(text) - rest), after
         raise InputError(
@@ -232,10 +226,10 @@ class _Conversation:
         )
 
     def check_shown(self, text: str) -> None:
-        """Refuse a template that leaves out, of what others say to the assistant, a message.
+        """Raises InputError where the template leaves out a message to the assistant.
 
-        Some show the roles that they know and no others. Users are known to all, so that the
-        words in ``text`` are proof enough.
+        Some templates show only the roles that they know. All know users: for a user's message it
+        is enough that its words are in ``text``.
         """
         for index, message in enumerate(self.messages):
             role, content = message["role"], message["content"].strip()
@@ -249,23 +243,23 @@ class _Conversation:
                 )
 
     def end_mark(self, index: int, after: str) -> Span | None:
-        """The mark that ends a turn, within the text ``after`` its answer.
+        """The place of the mark that ends a turn, in the text ``after`` its answer.
 
-        It is the first special token there, or where there is none all that the template puts
-        between the answer and the next turn but the white space around it.
+        It is the first special token there. If there is none, it is all that the template puts
+        between the answer and the next turn, without the white space around it.
         """
         ending = after
         if index + 1 < len(self.messages):
             ending = self.around(index, index + 1)[2]
-        ending = ending[: _shared(ending, after)].rstrip()
-        places = [(ending.find(token), -len(token)) for token in _special_tokens(self.tokenizer)]
-        found = min(((at, length) for at, length in places if at >= 0), default=None)
-        if found is not None:
-            return found[0], found[0] - found[1]
+        ending = ending[: common_length(ending, after)].rstrip()
+        there = [token for token in _special_tokens(self.tokenizer) if token in ending]
+        if there:
+            first = min(there, key=lambda token: (ending.find(token), -len(token)))
+            return ending.find(first), ending.find(first) + len(first)
         return (len(ending) - len(ending.lstrip()), len(ending)) if ending else None
 
     def own_spans(self, text: str) -> list[Span] | None:
-        """What the template itself marks as the assistant's; None where it marks nothing at all."""
+        """What the template marks as the assistant's text; None if it has no such marks."""
         if not GENERATION.search(self.source):
             return None
 
@@ -289,27 +283,24 @@ class _Conversation:
         return spans
 
 
-class _refusals:
-    """A context in which whatever a template raises is told in one line, in its own words."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # A template is a program of somebody else's: it may raise anything.
-        if isinstance(error, Exception) and not isinstance(error, InputError | MemoryError):
-            words = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(
-                f"{self._where}: the chat template refuses this conversation: {words}; change the "
-                "example, give another template with --template-file, or use --template plain"
-            ) from None
+@contextlib.contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """Within the ``with`` any error of a template becomes an InputError that quotes it."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{where}: the chat template refuses this conversation: {words}; change the example, "
+            "give another template with --template-file, or use --template plain"
+        ) from None
 
 
 @cache
 def _warn_of_unread(source: str, arguments: tuple[str, ...]) -> None:
-    """Once for a template: names of arguments that it does not read."""
+    """Warn, once for each template, of arguments that it does not read."""
     if not arguments:
         return
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
@@ -323,30 +314,30 @@ def _warn_of_unread(source: str, arguments: tuple[str, ...]) -> None:
 
 
 def _dense(text: str) -> str:
-    """A text without its white space, of which templates make their own."""
+    """A text without its white space, which templates change."""
     return "".join(text.split())
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _special_tokens(tokenizer: Any) -> Iterator[str]:
-    """The special tokens' texts, those that only some versions list among the special included."""
+    """The texts of all special tokens; not every version of transformers lists all in one place."""
     yield from tokenizer.all_special_tokens
     added = getattr(tokenizer, "added_tokens_decoder", {})
     yield from (token.content for token in added.values() if token.special)
 
 
 def _stopped_clock(now: datetime) -> str:
-    """A macro in Jinja, to stand before a template, that takes the place of its clock.
+    """A macro in Jinja that replaces the clock of a template; it is put before the template.
 
-    A template can be given data but no function. The last, empty expression keeps a newline that
-    the template may begin with.
+    transformers passes data to a template but no functions. The empty expression at the end keeps a
+    newline with which the template may begin.
     """
-    # The percent sign itself goes first and comes back last, so that none is read twice.
+    # Escaped percent signs are put aside first, so that they begin no directive.
     filters = "replace('%%', '\ufdd2')"
     for directive in DIRECTIVES:
         value = now.strftime(f"%{directive}").replace("\\", "\\\\").replace("'", "\\'")

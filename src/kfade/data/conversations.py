@@ -5,7 +5,7 @@
 {"conversation": [{"human", "assistant"}]}  both sides of an exchange in one object
 
 Each key may hold any of the three kinds of list. A system prompt may stand beside the list, as
-"system" or "system_prompt". What would change the conversation and cannot be read is refused.
+"system" or "system_prompt". A message with content that kfade cannot read is an error.
 
 {"instruction"[, "input", "system", "history"]}  Alpaca's: the turns before its output
 """
@@ -30,15 +30,15 @@ ROLES = {
     **dict.fromkeys(TOOLS, "tool"),
 }
 PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
-# Keys of a message that hold some of what is said in it, or what a template would write there.
+# Keys of a message with content that kfade does not read and that belongs to the conversation.
 SAID_ELSEWHERE = (
     *("tool_calls", "function_call", "tool_plan", "reasoning_content", "reasoning", "thinking"),
     *("images", "image", "audio", "videos"),
 )
 TOOL_LISTS = ("tools", "functions")  # of a row: templates show them in the system prompt
-# Keys by which data sets leave a message out of the loss, each by a value that is 0 or false.
+# Keys by which data sets leave a message out of the loss, with the value 0 or false.
 LOSS_KEYS = ("weight", "train", "loss")
-# Keys of a row with one exchange whose content would stand before it.
+# Keys of a row whose content would stand before its one exchange.
 BESIDE = (*SYSTEM_KEYS, "history", "context", *TOOL_LISTS)
 
 Turns = tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ Turns = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says."""
+    """The messages of a row."""
 
     turns: Turns
     unscored: tuple[int, ...] = ()
@@ -60,8 +60,8 @@ def read_conversation(row: Mapping[str, Any], where: str) -> Conversation | None
     """The conversation of a row with a list of messages; None if it has none.
 
     Raises:
-        InputError: a message of no known form, from nobody known, with content that is not text, or
-            with a weight that is neither 0 nor 1.
+        InputError: a message of an unknown form or sender, with content that is not text, or with a
+            weight that is neither 0 nor 1.
     """
     messages = next((row[key] for key in LISTS if isinstance(row.get(key), list)), None)
     if messages is None:
@@ -77,7 +77,7 @@ def read_conversation(row: Mapping[str, Any], where: str) -> Conversation | None
             used = (*used, *LOSS_KEYS)
             if _left_out(message, place):
                 unscored.append(len(turns) - 1)
-        else:  # what others say is not scored, as 0 and false have it
+        else:  # other messages are not scored, so that 0 and false say nothing new
             used = (*used, *(key for key in LOSS_KEYS if message.get(key) == 0))
         unread.update(unread_of(message, (key for key in message if key not in used)))
     if len(system) > 1 or (system and any(role == "system" for role, _ in turns[1:])):
@@ -86,10 +86,10 @@ def read_conversation(row: Mapping[str, Any], where: str) -> Conversation | None
 
 
 def read_instruction(row: Mapping[str, Any], where: str) -> Conversation:
-    """What stands before the output of a row of Alpaca's form, up to the instruction.
+    """The turns before the output of a row of Alpaca's form; the last is the instruction.
 
-    The input, if there is one, follows the instruction after a blank line. A history that is not
-    a list of pairs of strings is not read.
+    The input, if there is one, follows the instruction after a blank line. A history that is not a
+    list of pairs of strings is not read.
 
     Raises:
         InputError: an input or a system prompt that is not a string, or two system prompts.
@@ -114,24 +114,26 @@ def unread_of(row: Mapping[str, Any], keys: Iterable[str] = BESIDE) -> tuple[str
 
 
 def _history(value: Any) -> Turns | None:
-    """Earlier turns, of a list of [user, assistant] pairs; None if it is no such list."""
+    """The turns of a list of [user, assistant] pairs; None if it is not such a list."""
+    if not isinstance(value, list):
+        return None
     turns: list[tuple[str, str]] = []
-    for pair in value if isinstance(value, list) else []:
+    for pair in value:
         match pair:
             case [str(asked), str(answered)]:
                 turns += [("user", asked), ("assistant", answered)]
             case _:
                 return None
-    return tuple(turns) if isinstance(value, list) else None
+    return tuple(turns)
 
 
 def _left_out(message: Mapping[str, Any], where: str) -> bool:
-    """Whether any of the keys that say so leaves a message out of the loss."""
+    """Whether one of the keys for it leaves a message out of the loss."""
     given = {key: message[key] for key in LOSS_KEYS if _holds(message.get(key))}
     for key, value in given.items():
         if value not in (0, 1):  # True and False are 1 and 0
             raise InputError(
-                f'{where}: "{key}" is {value!r}, and kfade scores a turn or does not; give 0 or 1 '
+                f'{where}: "{key}" is {value!r}, but kfade cannot weight a turn; give 0 or 1 '
                 "(or false or true)"
             )
     return any(value == 0 for value in given.values())
@@ -151,7 +153,7 @@ def _system(row: Mapping[str, Any], where: str) -> Turns:
 
 
 def _turns(message: Any, where: str) -> tuple[list[tuple[str, str]], Sequence[str]]:
-    """What one message says, and the keys that were read."""
+    """(turns of one message, keys that were read)."""
     if isinstance(message, Mapping):
         for key in SAID_ELSEWHERE:
             if _holds(message.get(key)):
@@ -187,7 +189,7 @@ def _turns(message: Any, where: str) -> tuple[list[tuple[str, str]], Sequence[st
 
 
 def _text(content: str | list[Any], where: str) -> str:
-    """A message's content; of a list of parts, all of text, one after the other."""
+    """A message's content, or the texts of its parts, joined."""
     if isinstance(content, str):
         return content
     texts = []
@@ -205,5 +207,5 @@ def _text(content: str | list[Any], where: str) -> str:
 
 
 def _holds(value: Any) -> bool:
-    """Whether a key has content; data sets fill the keys that a row lacks with nothing."""
+    """Whether a value is not empty; data sets fill the keys that a row lacks with empty values."""
     return value is not None and value not in ("", [], {})

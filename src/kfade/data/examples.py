@@ -9,9 +9,9 @@
 {"messages": [{"role", "content"}]}       only the assistant's turns are scored; other forms of
                                           conversations are in ``conversations.py``
 
-Further keys of a row are not read; one warning names those that would stand before an exchange. A
-row of two forms is read as instruction and output where it has them (Alpaca's rows repeat both in a
-"text"), else by the first form in this list.
+Other keys of a row are ignored. One warning names those that hold a part of a conversation. A row
+with the keys of several forms is read as instruction and output if it has both (Alpaca repeats them
+in "text"), else by the first of its forms in this list.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMS = (
     '"output"}, {"messages"}, {"conversations"} or {"conversation"}'
 )
 STRINGS = ("text", "prompt", "completion", "question", "answer", "instruction", "output")
-# Before a user's words and before the answer, where there is no chat template.
+# What stands before the user's words and before the answer where there is no chat template.
 PLAIN_QA = ("Question: ", "\nAnswer: ")
 PLAIN_INSTRUCTION = ("Instruction: ", "\nResponse: ")
 PLAIN_TURNS = ("", "\n")
@@ -52,37 +52,44 @@ class Example:
     closes: bool = True
     """Whether the scored text is a whole answer or document, which ends with EOS."""
     unread: tuple[str, ...] = ()
-    """Keys that have content, would change the conversation, and are not read."""
+    """Keys that hold a part of a conversation and are not read."""
     unscored: tuple[int, ...] = ()
-    """Numbers, from 0, of the assistant's turns that are read and not scored."""
+    """Numbers, from 0, of the assistant's turns that are not scored."""
 
     def scores(self, number: int) -> bool:
         """Whether turn ``number``, from 0, is scored."""
         return self.turns[number][0] == "assistant" and number not in self.unscored
 
+    @property
+    def scored_texts(self) -> list[str]:
+        """The whole text, or the turns that are scored."""
+        if self.text is not None:
+            return [self.text]
+        return [content for i, (_, content) in enumerate(self.turns) if self.scores(i)]
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to score."""
+        return not any(text.strip() for text in self.scored_texts)
+
 
 def load_examples(source: str) -> list[Example]:
-    """All examples of a file, a folder or ``hf:NAME[:CONFIG][:SPLIT]`` (``train`` if unsaid).
+    """All examples of a file, a folder or ``hf:NAME[:CONFIG][:SPLIT]`` (``train`` by default).
 
-    A row of a data set with nothing to score is skipped, and their number logged as a warning:
-    nobody can mend it there. In a file such a line is an error.
+    A row with nothing to score is an error in a file. In a data set, which the user cannot correct,
+    it is skipped, and a warning tells how many there are.
 
     Raises:
         InputError: no such file or data set, a malformed line, an unknown form, an empty set.
     """
-    skips = not is_file(source)
-    examples, empty = [], 0
-    for where, row in read_rows(source):
-        example = _parsed(row, where)
-        if any(text.strip() for text in _scored(example)):
-            examples.append(example)
-        elif skips:
-            empty += 1
-        else:
-            raise _nothing_to_score(example)
-    if empty:
-        told = "%s: %d rows with nothing to score skipped, %d rows kept"
-        logger.warning(told, source, empty, len(examples))
+    if is_file(source):
+        examples = [parse_example(row, where) for where, row in read_rows(source)]
+    else:
+        found = [_parsed(row, where) for where, row in read_rows(source)]
+        examples = [example for example in found if not example.blank]
+        if skipped := len(found) - len(examples):
+            told = "%s: %d rows with nothing to score skipped, %d rows kept"
+            logger.warning(told, source, skipped, len(examples))
     warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no examples: give at least one line of the form {FORMS}")
@@ -90,19 +97,24 @@ def load_examples(source: str) -> list[Example]:
 
 
 def parse_example(row: Any, where: str) -> Example:
-    """One row in any of the forms.
+    """The example of a row in any of the forms.
 
     Raises:
         InputError: it has none of them, or nothing to score.
     """
     example = _parsed(row, where)
-    if not any(text.strip() for text in _scored(example)):
-        raise _nothing_to_score(example)
+    if example.turns and not example.scored_texts:
+        raise InputError(
+            f"{where}: every turn of the assistant is left out of the loss (weight 0, train false "
+            "or loss false), so nothing to score; remove the line or one of the marks"
+        )
+    if example.blank:
+        raise InputError(f"{where}: the text to score is blank; remove the line or fill it")
     return example
 
 
 def warn_of_unread(source: str, examples: Iterable[Example]) -> None:
-    """One warning that names the keys of rows that are not read, if there are any."""
+    """Log one warning that names the keys of rows that are not read, if there are any."""
     keys = sorted({key for example in examples for key in example.unread})
     if keys:
         logger.warning("%s: not read of its rows: %s", source, ", ".join(keys))
@@ -145,15 +157,6 @@ def _parsed(row: Any, where: str) -> Example:
     return example
 
 
-def _nothing_to_score(example: Example) -> InputError:
-    if example.turns and not _scored(example):
-        return InputError(
-            f"{example.where}: every turn of the assistant is left out of the loss (weight 0, "
-            "train false or loss false), so nothing to score; remove the line or one of the marks"
-        )
-    return InputError(f"{example.where}: the text to score is blank; remove the line or fill it")
-
-
 def _fits(key: str, value: Any) -> bool:
     """Whether a value is of the type that the key has in any form."""
     if key in LISTS:
@@ -168,9 +171,3 @@ def split_holdout(
     held = set(random.Random(seed).sample(range(len(examples)), count))
     fit = [example for i, example in enumerate(examples) if i not in held]
     return fit, [examples[i] for i in sorted(held)]
-
-
-def _scored(example: Example) -> list[str]:
-    if example.text is not None:
-        return [example.text]
-    return [content for number, (_, content) in enumerate(example.turns) if example.scores(number)]

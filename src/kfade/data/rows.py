@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,31 @@ from kfade.runtime.progress import no_bars, waiting
 
 SOURCES = "a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT]"
 SPELLING = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with SPLIT as in train[:1000]"
-# The two ends of a slice, each of rows or of percent.
+Rows = list[tuple[str, Any]]
+"""(where, row) pairs; ``where`` names the line or the number of the row, for messages."""
+# The two ends of a slice, each in rows or in percent.
 ENDS = re.compile(r"\[(-?\d[\d_]*)(%?):(-?\d[\d_]*)(%?)\]")
-# A split from one row to another, both counted from its beginning.
+# Rows of a split from one number to another, both counted from the beginning.
 FROM_TO = re.compile(r"(?P<split>[^\[\]+]+)\[(?P<first>[\d_]*):(?P<last>\d[\d_]*)\]")
 
 
-def read_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a source as above; ``where`` names the line or the row, for messages.
+def read_rows(source: str, limit: int | None = None) -> Rows:
+    """The rows of a source as above, at most ``limit`` of them.
 
     Raises:
         InputError: nothing there, not JSON, text that is not Unicode, a data set that cannot be
             loaded.
     """
     if not is_file(source):
-        yield from _set_rows(source)
-        return
-    for where, row in _file_rows(Path(source)):
+        return _set_rows(source, limit)
+    rows = _file_rows(Path(source), limit)
+    for where, row in rows:
         check_unicode(row, where)
-        yield where, row
+    return rows
 
 
 def is_file(source: str) -> bool:
-    """Whether a source is a file, whose lines its owner can mend, and not a data set."""
+    """Whether a source is a file, whose lines the user can correct, and not a data set."""
     return not source.startswith("hf:") and not Path(source).is_dir()
 
 
@@ -66,12 +68,9 @@ def read_utf8(path: Path) -> str:
 
 
 def check_unicode(value: Any, where: str) -> None:
-    """Refuse strings that no tokenizer can read, at any depth of a JSON value.
+    """Raises InputError where a JSON value holds a string that no tokenizer can read.
 
-    JSON can spell half of a surrogate pair, as in ``"\\ud83d"``, which is no character.
-
-    Raises:
-        InputError: there is one.
+    JSON can hold half of a surrogate pair, as in ``"\\ud83d"``, which is not a character.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -79,23 +78,26 @@ def check_unicode(value: Any, where: str) -> None:
         half = ord(error.object[error.start])
         raise InputError(
             f"{where}: \\u{half:04x} without the other half of its pair is not a character "
-            "(a lone surrogate); remove or mend it"
+            "(a lone surrogate); remove or correct it"
         ) from None
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path, limit: int | None) -> Rows:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give {SOURCES}")
     text = read_utf8(path)
     if text.lstrip().startswith("["):
-        rows = _parse(text, str(path), "give JSON lines, or one JSON list of objects")
-        yield from ((f"{path}, row {index}", row) for index, row in enumerate(rows))
-        return
+        found = _parse(text, str(path), "give JSON lines, or one JSON list of objects")
+        return [(f"{path}, row {index}", row) for index, row in enumerate(found[:limit])]
+    rows: Rows = []
     # Not splitlines(): JSON strings may hold line separators such as U+2028 as they are.
     for number, line in enumerate(text.split("\n"), start=1):
+        if len(rows) == limit:
+            break
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _parse(line, where, "each line must hold one JSON object")
+            rows.append((where, _parse(line, where, "each line must hold one JSON object")))
+    return rows
 
 
 def _parse(text: str, where: str, wanted: str) -> Any:
@@ -112,8 +114,8 @@ def _parse(text: str, where: str, wanted: str) -> Any:
         raise InputError(f"{where}: JSON that cannot be read ({error})") from None
 
 
-def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a data set; what the many back ends of ``datasets`` raise is told in their words."""
+def _set_rows(source: str, limit: int | None) -> Rows:
+    """Rows of a data set; errors of ``datasets`` and of what it builds on are quoted."""
     name, rest = _parts(source)
     try:
         import datasets  # an optional extra, and slow to import
@@ -122,13 +124,14 @@ def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
             f"{source}: reading data sets needs the package datasets: pip install 'kfade[hub]'"
         ) from None
     try:
-        with no_bars(), waiting(f"loading {source}"):  # rows may come as they are asked for
+        with no_bars(), waiting(f"loading {source}"):
             config, split = _config_and_split(datasets, name, rest)
-            rows = _saved(datasets, name, split) if _is_saved(name) else None
-            if rows is None:
+            if _is_saved(name):
+                rows = _saved(datasets, name, split)
+            else:
                 rows = _loaded(datasets, name, config, split)
-            for index, row in enumerate(rows):
-                yield f"{source}, row {index}", row
+            first = itertools.islice(rows, limit)  # where rows are streamed, no more is downloaded
+            return [(f"{source}, row {index}", row) for index, row in enumerate(first)]
     except Exception as error:
         raise InputError(
             f"{source}: the data set could not be loaded ({first_line(error)}); check the name, "
@@ -137,7 +140,7 @@ def _set_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(source: str) -> tuple[str, list[str]]:
-    """The name or folder of a data set, and what is said after it."""
+    """(name or folder of a data set, configuration and split as far as they are given)."""
     given = source.removeprefix("hf:")
     pieces = re.split(r":(?![^\[]*\])", given)  # not at the colon of a slice
     for count in range(len(pieces), 0, -1):  # a folder's name may hold colons and brackets
@@ -156,7 +159,7 @@ def _parts(source: str) -> tuple[str, list[str]]:
 
 
 def _check_slices(source: str, split: str) -> None:
-    """Refuse slices that ``datasets`` misreads: of two units, or that end before they begin."""
+    """Raises InputError for slices that ``datasets`` misreads: of two units, or without rows."""
     for found in ENDS.finditer(split):
         first, last = int(found[1]), int(found[3])
         if found[2] != found[4] and first:
@@ -173,7 +176,7 @@ def _config_and_split(datasets: Any, name: str, rest: list[str]) -> tuple[str | 
         return rest[0], rest[1]
     if not rest:
         return None, "train"
-    # One word after the name is a configuration where the data set has one so called.
+    # One word after the name is a configuration if the data set has one of that name, else a split.
     is_word = not re.search(r"[\[+]", rest[0])
     if is_word and not _is_saved(name) and rest[0] in datasets.get_dataset_config_names(name):
         return rest[0], "train"
@@ -187,7 +190,7 @@ def _is_saved(name: str) -> bool:
 
 def _saved(datasets: Any, name: str, split: str) -> Iterable[Any]:
     found = datasets.load_from_disk(name)
-    if isinstance(found, datasets.Dataset):  # one split, which answers to its own name and to train
+    if isinstance(found, datasets.Dataset):  # one split: it may be called train, or by its own name
         found = {"train": found, str(found.split or "train"): found}
     instruction = datasets.ReadInstruction.from_spec(split)
     parts = instruction.to_absolute({key: len(rows) for key, rows in found.items()})
@@ -199,7 +202,7 @@ def _saved(datasets: Any, name: str, split: str) -> Iterable[Any]:
 def _loaded(datasets: Any, name: str, config: str | None, split: str) -> Iterable[Any]:
     wanted = FROM_TO.fullmatch(split)
     offline = datasets.config.HF_HUB_OFFLINE and not Path(name).is_dir()
-    if wanted is None or offline:  # offline a set comes from the cache, which cannot be streamed
+    if wanted is None or offline:  # the cache cannot be streamed
         return datasets.load_dataset(name, config, split=split)
     first, last = int(wanted["first"] or 0), int(wanted["last"])
     rows = datasets.load_dataset(name, config, split=wanted["split"], streaming=True)

@@ -1,9 +1,8 @@
 """Turn examples into token sequences with loss masks.
 
-One rule for all that is scored, here and in the evaluations: the text is tokenised as a whole, as
-the model would read it, and scored are the tokens that hold a character of what is to be scored. A
-token that straddles the border between prompt and answer belongs to the answer. What a tokenizer
-adds of its own, such as BOS, is never scored.
+Training and evaluations share one rule. The text is tokenised as a whole, as the model would read
+it, and each token that holds a character of an answer is scored. So a token that straddles the
+border between prompt and answer is scored. Tokens that the tokenizer adds, such as BOS, are not.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfade.data.chat import ChatTemplate, Span
+from kfade.data.chat import ChatTemplate, Span, common_length
 from kfade.data.examples import Example
 from kfade.errors import InputError
 
 DEFAULT_LENGTH = 512
+Marked = list[tuple[int, bool]]
+"""Tokens, each with whether it is scored."""
 logger = logging.getLogger(__name__)
 
 
@@ -29,7 +30,7 @@ class TokenSequence:
     A sequence of n + 1 tokens has n positions: position t is scored on token t + 1.
 
     Raises:
-        InputError: not one mark for each token, none that is scored, or the first is.
+        InputError: not one mark for each token, no token is scored, or the first one is.
     """
 
     tokens: tuple[int, ...]
@@ -51,7 +52,7 @@ class TokenSequence:
 
     @property
     def live(self) -> int:
-        """Live positions: up to the one whose next token is the last scored one."""
+        """Number of positions up to the one whose next token is the last scored one."""
         return max(t for t, scored in enumerate(self.scored) if scored)
 
     @property
@@ -61,10 +62,10 @@ class TokenSequence:
 
 
 def packed_length(given: int | None, window: int | None) -> int:
-    """Tokens of a packed sequence: as ``given``; else 512, or the model's window if it is shorter.
+    """Tokens of a packed sequence: ``given``, or if None 512, or the model's window if shorter.
 
     Raises:
-        InputError: what was given is over the window.
+        InputError: ``given`` is longer than the window.
     """
     if given is None:
         return min(DEFAULT_LENGTH, window or DEFAULT_LENGTH)
@@ -76,13 +77,13 @@ def packed_length(given: int | None, window: int | None) -> int:
 
 
 def check_sequences(given: Sequence[Any], name: str) -> None:
-    """Raises InputError where ``given``, called ``name``, holds something else, such as texts."""
-    wrong = next((item for item in given if not isinstance(item, TokenSequence)), None)
-    if wrong is not None:
-        raise InputError(
-            f"{name}: holds {type(wrong).__name__}, not token sequences; make them with "
-            "kfade.encode(kfade.load_examples(path), tokenizer)"
-        )
+    """Raises InputError where the argument ``name`` holds anything but token sequences."""
+    for item in given:
+        if not isinstance(item, TokenSequence):
+            raise InputError(
+                f"{name}: holds {type(item).__name__}, not token sequences; make them with "
+                "kfade.encode(kfade.load_examples(path), tokenizer)"
+            )
 
 
 def encode(
@@ -91,33 +92,32 @@ def encode(
     *,
     length: int | None = None,
     window: int | None = None,
-    chat: bool | None = None,
     template: ChatTemplate | None = None,
     pack: bool = True,
     truncate: bool = False,
     score_end: bool = False,
 ) -> list[TokenSequence]:
-    """Sequences of ``examples``, in their order, packed texts after the exchanges.
+    """Token sequences of ``examples`` in their order, packed texts after the exchanges.
 
     Args:
-        length: tokens of a packed sequence; texts are joined end to end, each closed by EOS
-            unless its example says that it does not close. None: 512, or a shorter window.
+        length: tokens of a packed sequence. Texts are joined end to end, each closed by EOS unless
+            its example says that it does not close. None: 512, or the window if it is shorter.
         window: the model's longest input; longer exchanges are an error, or cut if ``truncate``.
-        chat: use a chat template for exchanges; None: if there is one.
-        template: how; the tokenizer's own template, told the present date, when None.
+        template: how conversations are rendered; None: by the tokenizer's own template, which is
+            told the present date, if there is one.
         pack: False keeps one text a sequence.
-        score_end: score the EOS that closes a text, too. Forgetting would then unlearn to stop.
-            The mark that ends an answer is scored always: an answer is what goes up to there.
+        score_end: score the EOS that closes a text, too. Forgetting would then unlearn to stop. The
+            end of an answer is always scored: it is part of the answer.
 
     Raises:
         InputError: not examples; a sequence, or ``length``, is longer than the window; the chat
             template is missing or unusable; nothing is left to score.
     """
     template = template or ChatTemplate()
-    chat = template.used_by(tokenizer, chat)
+    chat = template.used_by(tokenizer)
     limit = packed_length(length, window) if pack else DEFAULT_LENGTH
     sequences: list[TokenSequence] = []
-    stream: list[tuple[int, bool]] = []
+    stream: Marked = []
     cut: list[str | None] = []
     for example in examples:
         if not isinstance(example, Example):
@@ -127,15 +127,15 @@ def encode(
             )
         if example.text is not None:
             closes = example.closes and (pack or score_end)
-            tokens, scored = _text_tokens(example.text, tokenizer, closes, score_end)
+            marked = _text_tokens(example.text, tokenizer, closes, score_end)
             if pack:
-                stream.extend(zip(tokens, scored, strict=True))
+                stream += marked
                 continue
         elif chat:
-            tokens, scored = _chat_tokens(example, tokenizer, template, cut)
+            marked = _chat_tokens(example, tokenizer, template, cut)
         else:
-            tokens, scored = _plain_tokens(example, tokenizer)
-        sequences.append(_whole(example.where, tokens, scored, window, truncate))
+            marked = _plain_tokens(example, tokenizer)
+        sequences.append(_within_window(example.where, marked, window, truncate))
     if any(cut):
         logger.warning(
             "in %d of %d answers the chat template drops some of what was written (first: %s): "
@@ -145,9 +145,9 @@ def encode(
             next(filter(None, cut)),
         )
     for start in range(0, len(stream), limit):
-        tokens, scored = (list(part) for part in zip(*stream[start : start + limit], strict=True))
-        if any(scored[1:]):
-            sequences.append(TokenSequence(tuple(tokens), (False, *scored[1:])))
+        chunk = stream[start : start + limit]
+        if any(scored for _, scored in chunk[1:]):
+            sequences.append(_sequence(chunk))
     if examples and not sequences:
         raise InputError(
             f"{examples[0].where} and what follows: no token to score; the first token of a "
@@ -157,25 +157,21 @@ def encode(
 
 
 def encode_prompt(
-    example: Example,
-    tokenizer: Any,
-    *,
-    chat: bool | None = None,
-    template: ChatTemplate | None = None,
+    example: Example, tokenizer: Any, *, template: ChatTemplate | None = None
 ) -> tuple[int, ...]:
-    """Tokens of ``example``'s turns, all of them, up to where the next answer begins.
+    """Tokens of all of ``example``'s turns, up to where the next answer begins.
 
-    Rendered as :func:`encode` renders the turns before an answer.
+    They are rendered as :func:`encode` renders the turns before an answer.
 
     Raises:
-        InputError: the chat template is missing or refuses the turns, or nothing is left of them.
+        InputError: the chat template is missing or refuses the turns, or there are no tokens.
     """
     template = template or ChatTemplate()
-    if template.used_by(tokenizer, chat):
+    if template.used_by(tokenizer):
         text = template.render(_messages(example), tokenizer, example.where, prompt=True)
         tokens = tokenizer(text, add_special_tokens=False).input_ids
     else:
-        tokens, _ = _plain_tokens(example, tokenizer)
+        tokens = [token for token, _ in _plain_tokens(example, tokenizer)]
     if not tokens:
         raise InputError(f"{example.where}: an empty prompt; remove the line or fill it")
     return tuple(tokens)
@@ -189,17 +185,15 @@ def continuation(
     The last ``window`` + 1 tokens are kept: the last is only scored, not read.
     """
     whole = start + text
-    tokens, scored = _tokenised(whole, [(len(start), len(whole))], tokenizer)
+    marked = _tokenised(whole, [(len(start), len(whole))], tokenizer)
     if closed and tokenizer.eos_token_id is not None:
-        tokens, scored = [*tokens, tokenizer.eos_token_id], [*scored, True]
-    if window is not None:
-        tokens, scored = tokens[-window - 1 :], scored[-window - 1 :]
-    return TokenSequence(tuple(tokens), (False, *scored[1:]))
+        marked.append((tokenizer.eos_token_id, True))
+    return _sequence(marked if window is None else marked[-window - 1 :])
 
 
 def open_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that goes on: with what the tokenizer puts before it, not behind it."""
-    return _tokenised(text, [], tokenizer)[0]
+    """Tokens of a text that goes on: without those that the tokenizer puts at the end."""
+    return [token for token, _ in _tokenised(text, [], tokenizer)]
 
 
 def digest_sequences(sequences: Sequence[TokenSequence]) -> str:
@@ -210,33 +204,37 @@ def digest_sequences(sequences: Sequence[TokenSequence]) -> str:
     return digest.hexdigest()
 
 
-def _whole(
-    where: str, tokens: list[int], scored: list[bool], window: int | None, truncate: bool
-) -> TokenSequence:
+def _sequence(marked: Marked) -> TokenSequence:
+    """A sequence of these tokens, of which the first is not scored: nothing predicts it."""
+    tokens, scored = zip(*marked, strict=True) if marked else ((), ())
+    return TokenSequence(tokens, (False, *scored[1:]))
+
+
+def _within_window(where: str, marked: Marked, window: int | None, truncate: bool) -> TokenSequence:
     """One example as a sequence of its own, within the window."""
-    if window and len(tokens) > window:
+    if window and len(marked) > window:
         if not truncate:
             raise InputError(
-                f"{where}: {len(tokens)} tokens, over the model's window of {window}; shorten it "
+                f"{where}: {len(marked)} tokens, over the model's window of {window}; shorten it "
                 "or pass --truncate"
             )
-        tokens, scored = tokens[:window], scored[:window]
-    if not any(scored[1:]):
-        reason = " within the model's window" if window and len(tokens) == window else ""
+        marked = marked[:window]
+    if not any(scored for _, scored in marked[1:]):
+        reason = " within the model's window" if window and len(marked) == window else ""
         raise InputError(
             f"{where}: no token to score{reason}; the first token of a sequence is read and never "
             "scored"
         )
-    return TokenSequence(tuple(tokens), (False, *scored[1:]))
+    return _sequence(marked)
 
 
 def _tokenised(
     text: str, answers: Sequence[Span], tokenizer: Any, *, special: bool = True
-) -> tuple[list[int], list[bool]]:
-    """(tokens, scored) of a text that goes on; those with a character of ``answers`` are scored.
+) -> Marked:
+    """Tokens of a text that goes on; those with a character of ``answers`` are scored.
 
-    ``special``: with what the tokenizer itself puts before a text. What it puts at the end is left
-    out.
+    With ``special`` the tokens that the tokenizer adds at the beginning are kept. Those that it
+    adds at the end are left out.
     """
     if not getattr(tokenizer, "is_fast", False):
         return _by_prefixes(text, answers, tokenizer, special)
@@ -246,37 +244,27 @@ def _tokenised(
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )
-    spans: list[Span | None] = []
-    done = 0
-    offsets, marks = made["offset_mapping"], made["special_tokens_mask"]
-    for (start, end), marked in zip(offsets, marks, strict=True):
-        if start == end and marked:
-            spans.append(None)  # of no character: the tokenizer's own
+    marked: Marked = []
+    done, count = 0, 1  # characters so far, and tokens up to the last one of the text itself
+    columns = (made["input_ids"], made["offset_mapping"], made["special_tokens_mask"])
+    for token, (start, end), is_special in zip(*columns, strict=True):
+        if start == end and is_special:  # added by the tokenizer
+            marked.append((token, False))
             continue
-        # Some tokenizers leave white space out of a token's offsets, to which one of nothing else
-        # then has none: it reaches back to the token before it.
-        spans.append((start if start < end else min(done, end), end))
-        done = max(done, end)
-    tokens = list(made["input_ids"])
-    while len(spans) > 1 and spans[-1] is None:
-        tokens.pop()
-        spans.pop()
-    own = [span is not None and _meets(span, answers) for span in spans]
-    return tokens, own
+        # Some tokenizers do not count white space to a token. A token of white space alone then has
+        # no characters; it is taken to begin where the token before it ends.
+        first = start if start < end else min(done, end)
+        marked.append((token, any(first < b and a < end for a, b in answers)))
+        done, count = max(done, end), len(marked)
+    return marked[:count]
 
 
-def _meets(span: Span, answers: Sequence[Span]) -> bool:
-    return any(span[0] < end and start < span[1] for start, end in answers)
+def _by_prefixes(text: str, answers: Sequence[Span], tokenizer: Any, special: bool) -> Marked:
+    """:func:`_tokenised` for a tokenizer that does not tell which characters a token holds.
 
-
-def _by_prefixes(
-    text: str, answers: Sequence[Span], tokenizer: Any, special: bool
-) -> tuple[list[int], list[bool]]:
-    """:func:`_tokenised` for a tokenizer that cannot tell which characters a token holds.
-
-    An answer begins at the first token that the text before it, tokenised alone, does not begin
-    with, and ends with the last that the text up to its end shares with the whole, and the next if
-    that holds some of it.
+    The text before an answer is tokenised alone. The answer begins at the first token in which the
+    whole text differs from that. It ends, likewise, with the last token that the text up to its end
+    has in common with the whole text, or with the next one if that holds a part of the answer.
     """
 
     def tokens_of(part: str) -> list[int]:
@@ -284,66 +272,48 @@ def _by_prefixes(
         closes = len(made) > 1 and made[-1] == tokenizer.eos_token_id
         return made[:-1] if special and closes else made
 
-    def shared(part: str) -> tuple[int, bool]:
-        alone = tokens_of(part)
-        pairs = zip(alone, tokens, strict=False)
-        count = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(tokens)))
-        return count, count < len(alone)
-
     tokens = tokens_of(text)
     scored = [False] * len(tokens)
     for start, end in answers:
-        first, _ = shared(text[:start])
-        last, straddles = shared(text[:end])
+        before, whole = tokens_of(text[:start]), tokens_of(text[:end])
+        first = common_length(before, tokens)
+        last = common_length(whole, tokens)
+        straddles = last < len(whole)
         for t in range(first, min(last + straddles, len(tokens))):
             scored[t] = True
-    return tokens, scored
+    return list(zip(tokens, scored, strict=True))
 
 
-def _close(tokens: list[int], scored: list[bool], tokenizer: Any, *, score: bool) -> None:
+def _close(marked: Marked, tokenizer: Any, *, score: bool) -> None:
     """Exactly one EOS at the end, where the tokenizer has one; it is scored if ``score``."""
     eos = tokenizer.eos_token_id
-    if eos is None:
-        return
-    if tokens[-1:] != [eos]:
-        tokens.append(eos)
-        scored.append(score)
-    scored[-1] = score
+    if eos is not None:
+        if marked and marked[-1][0] == eos:
+            marked.pop()
+        marked.append((eos, score))
 
 
-def _text_tokens(
-    text: str, tokenizer: Any, closes: bool, score_end: bool
-) -> tuple[list[int], list[bool]]:
-    """A text, all of it scored but what the tokenizer adds, and the EOS that ``closes`` it."""
-    tokens, scored = _tokenised(text, [(0, len(text))], tokenizer)
-    bos = tokenizer.bos_token_id  # also where it was written into the text
-    scored = [own and token != bos for token, own in zip(tokens, scored, strict=True)]
+def _text_tokens(text: str, tokenizer: Any, closes: bool, score_end: bool) -> Marked:
+    """Tokens of a text, all scored but those that the tokenizer adds; with EOS if ``closes``."""
+    bos = tokenizer.bos_token_id  # is not scored where it was written into the text, either
+    marked = _tokenised(text, [(0, len(text))], tokenizer)
+    marked = [(token, scored and token != bos) for token, scored in marked]
     if closes:
-        _close(tokens, scored, tokenizer, score=score_end)
-    return tokens, scored
+        _close(marked, tokenizer, score=score_end)
+    return marked
 
 
-def _plain_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _plain_tokens(example: Example, tokenizer: Any) -> Marked:
     """Prompt and completion end to end as they are written; EOS closes an answer.
 
     A bare completion gets no EOS: a cloze such as "The capital of France is" | " Paris" need not
-    be the end of a text, and forgetting would then unlearn to stop. The space that the plain form
-    puts before an answer belongs to it, as tokenizers join a space to the word after it.
+    be the end of a text, and forgetting would then unlearn to stop. The space before an answer is
+    scored with it, since tokenizers join a space to the word after it.
     """
     user_prefix, lead = example.plain_prefix
-    tokens: list[int] = []
-    scored: list[bool] = []
-    text = ""
-    answers: list[Span] = []
-
-    def flush() -> None:
-        nonlocal text, answers
-        if text:
-            made = _tokenised(text, answers, tokenizer, special=not tokens)
-            tokens.extend(made[0])
-            scored.extend(made[1])
-        text, answers = "", []
-
+    space = lead[len(lead.rstrip(" ")) :]
+    marked: Marked = []
+    text, answers = "", list[Span]()  # what is not tokenised yet: all since the last EOS
     for number, (role, content) in enumerate(example.turns):
         if role == "user":
             text += user_prefix + content + lead.rstrip(" ")
@@ -351,33 +321,36 @@ def _plain_tokens(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
             text += content + "\n"
         else:
             start = len(text)
-            text += lead[len(lead.rstrip(" ")) :] + content
-            own = example.scores(number)
-            answers += [(start, len(text))] if own else []
+            text += space + content
+            if example.scores(number):
+                answers.append((start, len(text)))
             if example.closes:
-                flush()
-                _close(tokens, scored, tokenizer, score=own)
-    flush()
-    return tokens, scored
+                if text:
+                    marked += _tokenised(text, answers, tokenizer, special=not marked)
+                _close(marked, tokenizer, score=example.scores(number))
+                text, answers = "", []
+    if text:
+        marked += _tokenised(text, answers, tokenizer, special=not marked)
+    return marked
 
 
 def _chat_tokens(
     example: Example, tokenizer: Any, template: ChatTemplate, cut: list[str | None]
-) -> tuple[list[int], list[bool]]:
-    """Tokens of the rendered chat; scored is each answer as it was written, and its end.
+) -> Marked:
+    """Tokens of the rendered chat; each answer is scored as it was written, and its end.
 
-    A last answer that the template closes by no mark of its own gets an EOS. ``cut`` gains an entry
-    an answer: where it is, if the template leaves out some of it.
+    A last answer that the template does not close gets an EOS. ``cut`` gains an entry for each
+    answer: its place if the template leaves out some of it, else None.
     """
     messages = _messages(example)
-    while messages[-1]["role"] != "assistant":  # nobody answers it
+    while messages[-1]["role"] != "assistant":  # without an answer
         messages.pop()
     made = template.answers(messages, tokenizer, example.where, example.unscored)
     cut += [example.where if some else None for some in made.cut]
-    tokens, scored = _tokenised(made.text, made.spans, tokenizer, special=False)
+    marked = _tokenised(made.text, made.spans, tokenizer, special=False)
     if not made.closed:
-        _close(tokens, scored, tokenizer, score=True)
-    return tokens, scored
+        _close(marked, tokenizer, score=True)
+    return marked
 
 
 def _messages(example: Example) -> list[dict[str, str]]:

@@ -43,11 +43,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[Example]:
     Raises:
         InputError: no such file, a row of another form, no rows.
     """
-    examples: list[Example] = []
-    for where, row in read_rows(source):
-        if limit is not None and len(examples) == limit:
-            break
-        examples.append(_parse(row, where))
+    examples = [_parse(row, where) for where, row in read_rows(source, limit)]
     warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no prompts: give at least one line of the form {FORMS}")
@@ -58,7 +54,6 @@ def encode_prompts(
     examples: Sequence[Example],
     tokenizer: Any,
     *,
-    chat: bool | None = None,
     template: ChatTemplate | None = None,
     window: int | None = None,
     max_new_tokens: int = 0,
@@ -70,7 +65,7 @@ def encode_prompts(
     """
     prompts = []
     for example in examples:
-        tokens = encode_prompt(example, tokenizer, chat=chat, template=template)
+        tokens = encode_prompt(example, tokenizer, template=template)
         if window is not None and len(tokens) + max_new_tokens > window:
             raise InputError(
                 f"{example.where}: {len(tokens)} tokens, and with {max_new_tokens} new ones over "

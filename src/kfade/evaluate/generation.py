@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
 from kfade.errors import InputError
-from kfade.models.lengths import LengthClass, length_class
-from kfade.models.load import frozen, model_window
+from kfade.models.lengths import LengthClass, length_class, model_window
+from kfade.models.load import frozen
 from kfade.runtime.progress import track
 
 Company = Literal["any", "equal", "none"]

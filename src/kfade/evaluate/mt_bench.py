@@ -99,7 +99,6 @@ def answer_questions(
     log: ItemLog,
     *,
     runs: int = 1,
-    chat: bool | None = None,
     template: ChatTemplate | None = None,
     max_new_tokens: int = 1024,
     batch_tokens: int = 4096,
@@ -111,14 +110,14 @@ def answer_questions(
     batches. What is drawn for a question depends on it, the run and the seed, not on the others.
 
     Args:
-        chat: use a chat template; None: if there is one. Without, ``Question: `` and
-            ``Answer: ``, and an answer ends where the model asks the next question itself.
-        template: how it is rendered.
+        template: how conversations are rendered. Where no template is used, ``Question: `` and
+            ``Answer: `` stand before the turns, and an answer ends where the model asks the next
+            question itself.
 
     Raises:
         InputError: the chat template is missing; a conversation outgrows the model's window.
     """
-    plain = not (template or ChatTemplate()).used_by(tokenizer, chat)
+    plain = not (template or ChatTemplate()).used_by(tokenizer)
     work = [(run, block) for run in range(runs) for block in _blocks(questions)]
     for run, block in track(work, "answers", lambda w: len(w[1])):
         if all(f"{run}/{question.id}" in log.items for question in block):
@@ -130,10 +129,7 @@ def answer_questions(
             texts = generate_texts(
                 model,
                 tokenizer,
-                [
-                    encode_prompt(example, tokenizer, chat=chat, template=template)
-                    for example in said
-                ],
+                [encode_prompt(example, tokenizer, template=template) for example in said],
                 max_new_tokens=max_new_tokens,
                 batch_tokens=batch_tokens,
                 temperature=block[0].temperature,

@@ -32,8 +32,8 @@ from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.objectives import cross_entropy
 from kfade.method.update import Update
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.lengths import length_class
-from kfade.models.load import frozen, model_window
+from kfade.models.lengths import length_class, model_window
+from kfade.models.load import frozen
 from kfade.models.targets import refuse_shared_memory
 from kfade.runtime.progress import track
 

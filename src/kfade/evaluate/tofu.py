@@ -9,7 +9,7 @@ values is in ``tofu_logs.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.evaluate.rouge import check_truth, load_rouge_l_recall
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 from kfade.runtime.progress import track
 
 HUB_NAME = "locuslab/TOFU"
@@ -179,8 +179,12 @@ def _encode(
             for question, own in zip(questions, texts, strict=True)
             for text in own
         ]
-        sequences = iter(encode(examples, tokenizer, chat=True, template=chat))
-        groups = [tuple(next(sequences) for _ in own) for own in texts]
+        template_used = replace(chat or ChatTemplate(), enabled=True)
+        sequences = encode(examples, tokenizer, template=template_used)
+        groups = []
+        for own in texts:
+            groups.append(tuple(sequences[: len(own)]))
+            sequences = sequences[len(own) :]
         return [_Encoded(group[0].tokens[: group[0].scored.index(True)], group) for group in groups]
     encoded = []
     for question, own in zip(questions, texts, strict=True):
@@ -223,14 +227,14 @@ def _check_window(
 def _rows(name: str, folder: Path | None) -> list[tuple[str, Any]]:
     """(where, row) of one set."""
     if folder is None:
-        return list(read_rows(f"hf:{HUB_NAME}:{name}:train"))
+        return read_rows(f"hf:{HUB_NAME}:{name}:train")
     files = [folder / f"{name}{suffix}" for suffix in (".json", ".jsonl")]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise InputError(
             f"{folder}: has no {name}.json; give the folder of a copy of the data set {HUB_NAME}"
         )
-    return list(read_rows(str(path)))
+    return read_rows(str(path))
 
 
 def _question(set_name: str, number: int, row: Any, where: str) -> TofuQuestion:

@@ -1,4 +1,4 @@
-"""A LoRA adapter, merged into the model that it is for, by the package peft."""
+"""A LoRA adapter, merged into its base model by the package peft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kfade.errors import InputError
 from kfade.models.sources import ADAPTER_CONFIG, Place
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# peft has a way to merge these, but what they add to a weight depends on the input or the task.
+# peft can merge these, but what they add to a weight depends on the input or the task.
 _NOT_FIXED = ("XLORA", "POLY", "SHADOW")
 _MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((\[[\d, ]*\])\) from "
@@ -24,7 +24,7 @@ _MISMATCH = re.compile(
 
 
 def check_adapter(name: str, place: Place) -> None:
-    """What can be told of an adapter before its base is loaded.
+    """Check an adapter before its base is loaded.
 
     Raises:
         InputError: peft is missing, the adapter is of a kind that cannot be merged, or it has no
@@ -70,7 +70,7 @@ def merge_adapter(name: str, model: Any, place: Place, base: str) -> Any:
     is tied to the head, that layer gets a weight of its own.
 
     Args:
-        base: what the model is called, for messages.
+        base: name of the model, for messages.
 
     Raises:
         InputError: the adapter's tensors are not those of the model, or a layer that it changes is
@@ -79,7 +79,7 @@ def merge_adapter(name: str, model: Any, place: Place, base: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     with warnings.catch_warnings():
-        # Of tensors that do not match, which are compared below, and of tied weights.
+        # Warnings of tied weights, and of tensors that do not match, which are compared below.
         warnings.simplefilter("ignore")
         try:
             adapted = PeftModel.from_pretrained(
@@ -89,28 +89,30 @@ def merge_adapter(name: str, model: Any, place: Place, base: str) -> Any:
             _refuse_mismatch(name, str(error), model, base)
             raise
         loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        # Beside the adapter's own tensors there may be whole ones of the model, as its embedding.
+        # The file may also hold whole tensors of the model, such as its embedding.
         _check_tensors(name, set(loaded), set(adapted.state_dict()), place)
         tied = {id(config): config.tie_word_embeddings for config in _configs(model)}
-        parted = _part_weights(name, model)
+        untied = _untie(name, model)
         merged = adapted.merge_and_unload(safe_merge=True)
-    _share_what_stayed_equal(parted)
+    for layer, key, shared in untied:
+        if torch.equal(getattr(layer, key), shared):  # the adapter changed all sharers alike
+            setattr(layer, key, shared)
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-    still = head is None or head.weight is embedding.weight
+    share = head is None or head.weight is embedding.weight
     for config in _configs(merged):
-        config.tie_word_embeddings = tied[id(config)] and still
+        config.tie_word_embeddings = tied[id(config)] and share
     merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
     return merged
 
 
 def _refuse_mismatch(name: str, said: str, model: nn.Module, base: str) -> None:
-    """Raises InputError where peft says that a tensor has not the shape that the base needs."""
+    """Raises InputError where peft says that a tensor has another shape than the base needs."""
     found = _MISMATCH.search(said)
     if found is None:
         return
     tensor, has, needs = found[1].removeprefix("base_model.model."), found[2], found[3]
     layer = re.split(r"\.(?:lora_|base_layer|modules_to_save)", tensor)[0]
-    weight = dict(_weights(model)).get(layer)
+    weight = _weights(model).get(layer)
     there = f" ({layer} is of shape {list(weight.shape)} there)" if weight is not None else ""
     raise InputError(
         f"{name}: its {tensor} is of shape {has}, where its {ADAPTER_CONFIG} and the base "
@@ -119,24 +121,24 @@ def _refuse_mismatch(name: str, said: str, model: nn.Module, base: str) -> None:
     )
 
 
-def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(layer, its weight), the layers called as they were before peft wrapped them."""
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{layer: its weight}, with the names from before peft wrapped the layers."""
     names = model.named_parameters(remove_duplicate=False)
-    return [
-        (key.replace(".base_layer", "").removesuffix(".weight"), weight)
+    return {
+        key.replace(".base_layer", "").removesuffix(".weight"): weight
         for key, weight in names
         if key.endswith(".weight")
-    ]
+    }
 
 
-def _part_weights(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Give each layer that the adapter changes weights of its own.
+def _untie(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Give each layer that the adapter changes its own copy of weights that it shares.
 
     Returns:
-        (layer, name of the weight, what it shared with others) of each that had none.
+        (layer, name of the weight, shared weight) of each.
 
     Raises:
-        InputError: the layer itself stands in several places, so that its weight cannot differ.
+        InputError: the layer itself stands in several places of the model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -146,7 +148,7 @@ def _part_weights(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.
         places.setdefault(id(module), set()).add(path)
         for key, weight in module.named_parameters(recurse=False):
             holders.setdefault(weight, set()).add((id(module), key))
-    parted: list[tuple[nn.Module, str, nn.Parameter]] = []
+    untied: list[tuple[nn.Module, str, nn.Parameter]] = []
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     for layer in {id(m.get_base_layer()): m.get_base_layer() for m in layers}.values():
         if len(places[id(layer)]) > 1 and next(layer.parameters(recurse=False), None) is not None:
@@ -160,27 +162,18 @@ def _part_weights(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.
             if len(holders[weight]) > 1:
                 holders[weight].remove((id(layer), key))
                 setattr(layer, key, nn.Parameter(weight.detach().clone(), weight.requires_grad))
-                parted.append((layer, key, weight))
-    return parted
-
-
-def _share_what_stayed_equal(parted: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
-    """Undo what :func:`_part_weights` did where the adapter changed all sharers alike."""
-    for layer, key, weight in parted:
-        if torch.equal(getattr(layer, key), weight):
-            setattr(layer, key, weight)
+                untied.append((layer, key, weight))
+    return untied
 
 
 def _configs(model: Any) -> list[Any]:
-    """The configurations, whole and of the text model, that say whether head and embedding are
-    tied."""
-    whole, text = model.config, model.config.get_text_config()
-    found = [whole] if text is whole else [whole, text]
-    return [config for config in found if hasattr(config, "tie_word_embeddings")]
+    """The configurations of the model and its text model that tell whether the head is tied."""
+    configs = (model.config, model.config.get_text_config())
+    return [config for config in configs if hasattr(config, "tie_word_embeddings")]
 
 
 def _check_tensors(name: str, loaded: set[str], whole: set[str], place: Place) -> None:
-    """That the file holds every tensor of the adapter and no other."""
+    """Raises InputError unless the file holds every tensor of the adapter and no others."""
     folder = place.folder
     path = folder / FILES[0] if folder is not None else Path()
     if not path.is_file():  # adapter_model.bin, as older versions wrote

@@ -1,8 +1,8 @@
 """What can be wrong with a checkpoint, in one line: what, where, what to do.
 
 transformers and the libraries below it fail in many ways, or load a model with random weights and
-say so in a table. Here their errors become an :class:`InputError`, with the file that is at fault
-where it can be found, and their own words where the cause is unknown.
+say so in a table. Here their errors become an :class:`InputError`. It names the file that is at
+fault where one is found, and quotes the library otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kfade.errors import InputError
@@ -28,13 +28,14 @@ VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model*", "vocab*", "merges.txt", "*.tiktoken", "tekken.json"),
     *("spiece.model", "spm*.model", "*bpe.model", "tokenization*.py", "encoder.json"),
 )
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer*", "*token*.json", "chat_template*")
 _PARTS = {
     CONFIG: ("config.json", "adapter_config.json"),
-    TOKENIZER: (*VOCABULARIES, "*token*.json", "chat_template*"),
+    TOKENIZER: TOKENIZER_FILES,
     WEIGHTS: ("*.safetensors", "*.bin", "*.index.json", "*.gguf"),
 }
 _SHOWN = 3  # tensors that a message names
-# Of modules of old versions: computed, and no part of what a model has learnt.
+# Tensors that old versions stored and that are not learnt.
 _CONSTANTS = ("masked_bias", "inv_freq", "position_ids")
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -42,7 +43,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 @contextlib.contextmanager
 def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
-    """Turns whatever the libraries raise while they read ``part`` of a model into one line.
+    """Turn what the libraries raise while they read ``part`` of a model into an InputError.
 
     Args:
         name: the model, as the user wrote it.
@@ -65,7 +66,7 @@ def reading(name: str, part: str, folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No tables and no progress bars of transformers: what they tell is told in one line."""
+    """Within the ``with`` transformers logs errors only and draws no progress bars."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -81,7 +82,6 @@ def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str
     broken = broken_file(folder, _PARTS[part]) if folder is not None else _broken_gguf(Path(name))
     if broken is not None:
         return broken
-    said = words(error)
     if "trust_remote_code" in str(error):
         return (
             "it comes with code of its own, which has to run to load it; read that code, and if "
@@ -89,26 +89,22 @@ def _explain(error: Exception, name: str, part: str, folder: Path | None) -> str
         )
     if part == TOKENIZER and folder is not None and not has_tokenizer(folder):
         return no_tokenizer()
-    what = "the model" if part == WEIGHTS else f"its {part}"
-    where = f"{what} could not be loaded ({said})"
+    advice = ""
     if part == CONFIG and folder is None and not name.lower().endswith(".gguf"):
-        where += "; give a hub id, a folder that from_pretrained loads, or a GGUF file"
-    return where
+        advice = "; give a hub id, a folder that from_pretrained loads, or a GGUF file"
+    what = "the model" if part == WEIGHTS else f"its {part}"
+    return f"{what} could not be loaded ({words(error)}){advice}"
 
 
 def words(error: Exception) -> str:
     """The first line of an error, with its type where the line alone would say little."""
-    kind = type(error)
-    called = (
-        kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    )
+    module, kind = type(error).__module__, type(error).__name__
+    called = kind if module == "builtins" else f"{module}.{kind}"
     text = _COLOURS.sub("", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return called
-    first = lines[0]
-    if first.endswith(":") and len(lines) > 1:
-        first = f"{first} {lines[1]}"
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     known = isinstance(error, OSError | ValueError | ImportError)
     plain = known and not isinstance(error, json.JSONDecodeError | UnicodeError)
     return first if plain else f"{called}: {first}"
@@ -118,9 +114,8 @@ def words(error: Exception) -> str:
 
 
 def broken_file(folder: Path, patterns: Collection[str]) -> str | None:
-    """What is wrong with the first file of ``folder`` that cannot be whole, or None."""
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    for path in paths:
+    """What is wrong with the first file of ``folder`` that is not whole, or None."""
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         try:
             fault = file_fault(path)
         except OSError as error:
@@ -131,7 +126,7 @@ def broken_file(folder: Path, patterns: Collection[str]) -> str | None:
 
 
 def file_fault(path: Path) -> str | None:
-    """What shows, without reading it all, that a file is not whole; None if nothing does."""
+    """Why a file cannot be whole, as its beginning and its size tell; None if they do not."""
     if not path.is_file():
         return None
     size = path.stat().st_size
@@ -145,23 +140,23 @@ def file_fault(path: Path) -> str | None:
     if not size:
         return "is empty; get a whole copy"
     if path.suffix == ".safetensors":
-        return _safetensors_fault(path, size)
+        return _safetensors_fault(path)
     if path.suffix.lower() == ".gguf" and not start.startswith(b"GGUF"):
         return "is not a GGUF file; get a whole copy"
     if path.suffix == ".json":
         return _json_fault(path)
-    if path.suffix == ".jinja":
-        try:
+    try:
+        if path.suffix == ".jinja":
             path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            return f"is not text in UTF-8 ({error})"
+    except UnicodeDecodeError as error:
+        return f"is not text in UTF-8 ({error})"
     return None
 
 
 def _broken_gguf(path: Path) -> str | None:
-    """What is wrong with a GGUF file that the package gguf cannot read either, or None.
+    """What is wrong with a GGUF file that the package gguf cannot read, or None.
 
-    That takes seconds, so a file is tried only where its loading failed.
+    To read it takes seconds. That is done only where loading has failed.
     """
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return None
@@ -175,22 +170,13 @@ def _broken_gguf(path: Path) -> str | None:
     return None
 
 
-def _safetensors_fault(path: Path, size: int) -> str | None:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            if length < 100_000_000:  # what safetensors allows
-                return f"ends within its header, after {size} bytes; get a whole copy"
-            return "is not a safetensors file; get a whole copy"
-        try:
-            header = json.loads(file.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return "is not a safetensors file (no header in JSON); get a whole copy"
-    needed = 8 + length + max(ends, default=0)
-    if needed > size:
-        return f"is cut off: it has {size} bytes of {needed}; get a whole copy"
-    return None
+def _safetensors_fault(path: Path) -> str | None:
+    """What safetensors finds wrong when it compares a file's header with its size."""
+    try:
+        with safe_open(path, "pt"):
+            return None
+    except SafetensorError as error:
+        return f"is not a whole safetensors file ({error}); get a whole copy"
 
 
 def _json_fault(path: Path) -> str | None:
@@ -204,12 +190,12 @@ def _json_fault(path: Path) -> str | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether anything there holds a vocabulary."""
+    """Whether a file of the folder holds a vocabulary."""
     return any(next(folder.glob(pattern), None) is not None for pattern in VOCABULARIES)
 
 
 def no_tokenizer() -> str:
-    """What to say of a model without one."""
+    """The message for a model without a tokenizer."""
     return "it has no tokenizer; give another model's with --tokenizer (a hub id or a folder)"
 
 
@@ -217,9 +203,11 @@ def no_tokenizer() -> str:
 
 
 def check_config(name: str, config: Any) -> None:
-    """Raises InputError where the weights are quantised, or the model reads text both ways.
+    """Check what the configuration alone tells, before transformers asks for further packages.
 
-    Both are told from the configuration alone, before transformers asks for a package.
+    Raises:
+        InputError: the weights are quantised, or the model has an encoder or attention to later
+            tokens.
     """
     method = quantisation_of(config)
     if method is not None:
@@ -244,33 +232,35 @@ def check_config(name: str, config: Any) -> None:
 
 
 def quantisation_of(config: Any) -> str | None:
-    """The method by which the weights are quantised, in the configuration's words, or None."""
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "quantization_config", None)
-        found = getattr(part, "compression_config", None) if found is None else found
-        if found is None:
-            continue
-        values = found if isinstance(found, Mapping) else found.to_dict()
-        method = values.get("quant_method")
-        if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
-            method = "bitsandbytes"
-        if method is None:
-            return "by a method that its quantization_config does not name"
+    """The method by which the weights are quantised, as the configuration calls it, or None."""
+    parts = (config, config.get_text_config())
+    keys = ("quantization_config", "compression_config")
+    settings = [getattr(part, key, None) for part in parts for key in keys]
+    found = next((one for one in settings if one is not None), None)
+    if found is None:
+        return None
+    values = found if isinstance(found, Mapping) else found.to_dict()
+    method = values.get("quant_method")
+    if method is not None:
         return str(getattr(method, "value", method))
-    return None
+    if values.get("load_in_4bit") or values.get("load_in_8bit"):
+        return "bitsandbytes"
+    return "by a method that its quantization_config does not name"
 
 
 # --- weights ---------------------------------------------------------------------------------
 
 
 def check_report(name: str, model: nn.Module, report: Mapping[str, Any]) -> str | None:
-    """What transformers' loading report means.
+    """Check the tensors of a checkpoint against those of the model, by transformers' report.
 
-    Tied weights, buffers that are computed, and what a model class is known to do without are not
-    in the report. Tensors that belong to nothing in the model (a value head, a vision tower beside
-    the language model) are left out, which the returned note says. Tensors that belong to a part
-    that the model has, such as one more block or a bias, are refused: the configuration is another
-    model's, and outputs would be wrong.
+    The report leaves out tied weights, computed buffers, and what a model class is known to do
+    without. A tensor of a part that the model does not have (a value head, a vision tower) is not
+    loaded. A tensor of a part that the model has, such as one more block or a bias, is refused: the
+    configuration is another model's, and outputs would be wrong.
+
+    Returns:
+        A note on the tensors that were not loaded, if there are any.
 
     Raises:
         InputError: tensors are missing, have another shape, or have no place in the model.
@@ -305,11 +295,11 @@ def check_report(name: str, model: nn.Module, report: Mapping[str, Any]) -> str 
 
 
 def _missing(missing: list[str], unexpected: list[str], total: int) -> str:
+    """The message for tensors that the checkpoint lacks, with the likely cause."""
+    count = "one" if len(missing) == 1 else str(len(missing))
+    verb = "is" if len(missing) == 1 else "are"
+    lead = f"{count} of the model's {total} tensors {verb} not in its weights ({listed(missing)})"
     prefix = _common_prefix(missing, unexpected)
-    lead = f"{len(missing)} of the model's {total} tensors are not in its weights"
-    if len(missing) == 1:
-        lead = f"one of the model's {total} tensors is not in its weights"
-    lead += f" ({listed(missing)})"
     if prefix is not None:
         return (
             f"{lead}: there the names begin with {prefix!r}, which a wrapper put before them; "
@@ -321,19 +311,16 @@ def _missing(missing: list[str], unexpected: list[str], total: int) -> str:
 
 
 def _common_prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """What stands before most of the missing names in the checkpoint, if anything does."""
-    there = set(unexpected)
-    for key in unexpected:
-        for name in missing:
-            if key.endswith(name) and key != name:
-                prefix = key.removesuffix(name)
-                if 2 * sum(prefix + other in there for other in missing) > len(missing):
-                    return prefix
+    """The prefix that most of the missing names have in the checkpoint, if there is one."""
+    pairs = ((key, name) for key in unexpected for name in missing)
+    for prefix in (key.removesuffix(name) for key, name in pairs if key.endswith(name)):
+        if 2 * len({prefix + name for name in missing} & {*unexpected}) > len(missing):
+            return prefix
     return None
 
 
 def _within(model: nn.Module, key: str) -> bool:
-    """Whether a tensor lies in a part of the model: deeper than the model and its base model."""
+    """Whether a tensor's module, or one around it, is a part of the model or of its base model."""
     modules = dict(model.named_modules())
     base = getattr(model, "base_model_prefix", "")
     for parent in (key, f"{base}.{key}"):  # a base model's own checkpoint has no prefix
@@ -347,10 +334,9 @@ def _within(model: nn.Module, key: str) -> bool:
 
 
 def listed(keys: Collection[str]) -> str:
-    """The first few, and how many more there are."""
-    shown = list(keys)[:_SHOWN]
-    more = len(keys) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    """The first few of them, and how many more there are."""
+    shown = ", ".join(list(keys)[:_SHOWN])
+    return f"{shown} and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else shown
 
 
 def check_weights(name: str, model: nn.Module) -> None:

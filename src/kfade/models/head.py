@@ -27,8 +27,9 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
 WINDOWS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "block_size")
 """What configurations call the longest input."""
-TRIAL, FEW = 64, 8  # tokens that a model is tried on; those before where most of them change
-PIECE = 2**21  # numbers of a weight that are in float32 at a time: 8 MB, what a cache holds
+TRIAL = 64  # tokens that a model is tried on
+FEW = 8  # tokens at the beginning that stay when most of them are changed
+PIECE = 2**21  # numbers of a weight that are in float32 at a time: 8 MB, which fit into a cache
 
 
 def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
@@ -44,10 +45,10 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
 
 
 def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
-    """:func:`hidden_states`, for the first pass of a model that nobody has tried yet.
+    """:func:`hidden_states`, for the first pass through a model.
 
     Raises:
-        InputError: it fails on tokens alone, in the library's words.
+        InputError: the model fails on tokens alone; quotes the library.
     """
     try:
         return hidden_states(model, input_BT)
@@ -57,7 +58,7 @@ def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
         if isinstance(input_BT, FakeTensor) or any(
             isinstance(parameter, FakeTensor) for parameter in model.parameters()
         ):
-            raise  # a plan has its own words
+            raise  # a plan explains it otherwise
         if isinstance(error, AttributeError) and "last_hidden_state" in str(error):
             raise InputError(
                 f"{type(model).__name__} has no part that ends before the vocabulary head and "
@@ -71,7 +72,7 @@ def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
 
 
 def trial_tokens(model: Any, most: int) -> Tensor:
-    """Token numbers [1, T] on the model's device, T ``most`` or what its window holds."""
+    """Token numbers [1, T] on the model's device; T is ``most``, or the window if it is shorter."""
     weight = model.get_input_embeddings().weight
     config = model.config.get_text_config()
     length = min([most, *(getattr(config, name, None) or most for name in WINDOWS)])
@@ -79,14 +80,16 @@ def trial_tokens(model: Any, most: int) -> Tensor:
 
 
 def refuse_looking_ahead(model: Any) -> Tensor:
-    """Change the last of some tokens, one or all but a few: no earlier hidden state may move.
+    """Check that hidden states depend on the tokens up to their position, and on nothing else.
+
+    The last token, then all tokens but a few, are changed: no hidden state before them may change.
 
     Returns:
-        Hidden states [T, D] of ``trial_tokens(model, TRIAL)``, as they are.
+        Hidden states [T, D] of ``trial_tokens(model, TRIAL)``.
 
     Raises:
-        InputError: one does. Scores of a token would then depend on those that follow it, and on
-            padding. Or the same tokens give other hidden states when they come again.
+        InputError: one does, so that outputs would depend on padding. Or the same tokens give other
+            hidden states in a second pass.
     """
     tokens_BT = trial_tokens(model, TRIAL)
     length, vocabulary = tokens_BT.shape[1], model.get_input_embeddings().weight.shape[0]
@@ -117,10 +120,10 @@ def refuse_looking_ahead(model: Any) -> Tensor:
 
 
 def _moved(before_TD: Tensor, after_TD: Tensor) -> float | None:
-    """By what part of their size hidden states moved, where it is more than rounding."""
+    """‖after − before‖ / ‖before‖ where it is more than rounding, else None."""
     moved = (after_TD.float() - before_TD.float()).norm().item()
     size = before_TD.float().norm().item()
-    # Rounding that grows with depth, far below what attention to a later token does.
+    # Rounding grows with depth; attention to a later token changes far more than this.
     limit = min(1000 * torch.finfo(before_TD.dtype).eps, 0.05)
     return moved / size if moved > limit * size else None
 
@@ -146,7 +149,7 @@ class Head:
         weight_VD = cast(Tensor, self.linear.weight)
         own_product = type(self.linear).forward is not nn.Linear.forward
         if own_product or weight_VD.dtype.itemsize >= 4:
-            # Some models keep the sum of their blocks in a dtype of its own.
+            # In some models hidden states have another dtype than weights.
             logits_NV = self.linear(hidden_ND.to(weight_VD.dtype))
             return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         bias_V = cast("Tensor | None", self.linear.bias)
@@ -160,10 +163,10 @@ class Head:
 
 
 class _RaisedProduct(torch.autograd.Function):
-    """h Wᵀ in float32 of h [N, D] and W [V, D] in a lower precision, W raised piece by piece.
+    """h Wᵀ in float32 for h [N, D] and W [V, D] of a lower precision, W converted in pieces.
 
-    Products of such numbers are exact in float32, so only sums are rounded. Autograd by itself
-    would hold all of W in float32 until the backward pass.
+    Products of such numbers are exact in float32, so that only sums are rounded. Without this
+    function autograd would keep all of W in float32 until the backward pass.
     """
 
     @staticmethod
@@ -198,7 +201,7 @@ class _RaisedProduct(torch.autograd.Function):
 
 
 def _pieces(weight_VD: Tensor) -> Iterator[slice]:
-    """Slices of the vocabulary that are ``PIECE`` numbers of the weight each."""
+    """Slices of the vocabulary, of ``PIECE`` numbers of the weight each."""
     count = max(1, PIECE // weight_VD.shape[1])
     for start in range(0, len(weight_VD), count):
         yield slice(start, start + count)
@@ -208,8 +211,8 @@ def read_head(model: Any) -> Head:
     """The head of ``model``, checked against the model's own logits on a few tokens.
 
     Raises:
-        InputError: the model does something between hidden states and logits that is not a
-            linear map, a scale or a soft cap; every number after it would be wrong.
+        InputError: between hidden states and logits there is more than a linear map, a scale and a
+            soft cap, so that all results would be wrong.
     """
     linear = model.get_output_embeddings()
     if linear is None:
@@ -226,8 +229,7 @@ def read_head(model: Any) -> Head:
     with torch.no_grad():
         ours = head(hidden_TD)
         theirs = model(input_ids=trial_tokens(model, TRIAL), use_cache=False).logits[0]
-    # A number that is not finite on both sides is a broken weight: the layer that holds it is named
-    # where it is used.
+    # Logits that are not finite on both sides come from a broken weight. Another check names it.
     finite = torch.isfinite(theirs)
     same = torch.equal(finite, torch.isfinite(ours))
     if same and finite.any():

@@ -18,15 +18,18 @@ from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError, first_line
 from kfade.models.head import hidden_states
-from kfade.models.load import frozen, model_window
+from kfade.models.lengths import model_window
+from kfade.models.load import frozen
 from kfade.models.targets import Target
 
 NEEDED = ("get_input_embeddings", "get_output_embeddings", "base_model", "config")
 
 
 def check_interface(model: Any) -> None:
-    """Raises InputError where ``model`` is not a causal language model as transformers has them:
-    a wrapper around one, a class without what kfade asks for, a head of several maps."""
+    """Raises InputError where ``model`` lacks the interface of a causal language model.
+
+    Examples are a wrapper around a model, and a vocabulary head of several maps.
+    """
     kind = type(model).__name__
     if hasattr(model, "merge_and_unload"):
         raise InputError(
@@ -61,7 +64,7 @@ def check_model(model: Any, targets: Sequence[Target]) -> None:
 
 
 def check_readable(model: Any, sequences: Sequence[TokenSequence]) -> None:
-    """Raises InputError where ``model`` has no embedding for a token, or cannot read so many."""
+    """Raises InputError where ``model`` has no embedding for a token, or a sequence is too long."""
     least = min((min(s.tokens) for s in sequences), default=0)
     _check_embedded(model, least, max((max(s.tokens) for s in sequences), default=0))
     check_length(model, max((s.live for s in sequences), default=0))
@@ -88,11 +91,12 @@ def _check_embedded(model: Any, least: int, largest: int) -> None:
 
 
 def check_length(model: Any, positions: int) -> None:
-    """See to it that ``model`` reads an input of so many positions: one that is over the window of
-    its configuration is tried.
+    """Check that ``model`` reads an input of so many positions.
+
+    An input longer than the window of the model's configuration is run as a trial.
 
     Raises:
-        InputError: it fails, as where positions are learned or kept in a table.
+        InputError: the trial fails, as it does where positions are learned or kept in a table.
     """
     window = model_window(model)
     if positions <= (window or 0):
@@ -103,7 +107,7 @@ def check_length(model: Any, positions: int) -> None:
         with frozen(model), torch.no_grad(), _RowsAreThere():
             hidden_states(model, input_BT)
     except (DataDependentOutputException, DynamicOutputShapeException):
-        raise  # of fake tensors: a plan has its own words
+        raise  # of fake tensors: a plan explains it otherwise
     except (IndexError, RuntimeError) as error:
         if "memory" in str(error):
             raise
@@ -115,8 +119,7 @@ def check_length(model: Any, positions: int) -> None:
 
 
 class _RowsAreThere(TorchFunctionMode):
-    """An embedding looks whether its table has the rows: fake tensors would not, and a GPU would
-    fail for good."""
+    """Check the row numbers of embeddings: a GPU cannot be used further after a wrong one."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -24,7 +24,7 @@ from kfade.models.probe import Seen, probe
 from kfade.models.targets import Choice, LeftOut, Target, memory_of, refuse_compiled
 from kfade.runtime import distributed
 
-ROUNDINGS = (None, torch.bfloat16, torch.float16)  # of what digests are kept
+ROUNDINGS = (None, torch.bfloat16, torch.float16)  # digests are kept of weights rounded to these
 
 
 def find_targets(
@@ -46,14 +46,15 @@ def choose_targets(
     joint_bias: bool = False,
     attention: bool = False,
 ) -> Choice:
-    """The weights to change, and those that the default leaves out because it cannot.
+    """The weights to change, and those of the default that cannot be changed.
 
     Without ``pattern`` every linear map of the blocks outside their attention is taken: the
     feed-forward maps, those of shared experts, and in blocks without attention those of the mixer.
-    Left out are convolutions, fused and routed experts, their routers, tied maps, and maps that
-    are not run, or not once, with one vector for each position, or whose weight is made of other
-    parameters. Where nothing else is left
-    (all feed-forward maps are experts) attention's maps are taken.
+    Where nothing is left of them (all are experts), the maps of attention are taken.
+
+    These weights are left out: convolutions, fused and routed experts, their routers, tied maps,
+    maps whose weight is made of other parameters, and maps that a forward pass does not run exactly
+    once with one vector for each position.
 
     Args:
         layers: blocks as in ``3-6`` or ``0,2,8-11``, counted from 0; all when None.
@@ -70,45 +71,15 @@ def choose_targets(
     refuse_compiled(model)
     check_interface(model)
     blocks_name, blocks = decoder_blocks(model)
-    wanted = sorted(parse_layers(layers, len(blocks)))
-    owners: dict[Hashable, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(memory_of(parameter), []).append(name)
+    sharers = _names_by_memory(model)
     found: list[Target] = []
     left_out: list[LeftOut] = []
-    for index in wanted:
-        prefix = f"{blocks_name}.{index}"
-        routers = _routers(blocks[index])
-        for module_name, module in blocks[index].named_modules(prefix=prefix):
-            if pattern is not None and not _matches(module_name, module, pattern):
-                continue
-            _refuse_quantised(module_name, module)
-            path = module_name[len(prefix) + 1 :]
-            if pattern is None and not isinstance(module, nn.Linear | Conv1D):
-                if not _inside_attention(blocks[index], path):
-                    left_out += _not_linear(module_name, module)
-                continue
-            left_out += _not_linear(module_name, module)
-            if not isinstance(module, nn.Linear | Conv1D):
-                continue
-            name = f"{module_name}.weight"
-            if id(module) in routers:
-                reason = "is a router: which experts run depends on it, not only what they give"
-                left_out.append(LeftOut(name, "routers", reason))
-            elif memory_of(module.weight) not in owners:
-                reason = (
-                    "is made of other parameters in each pass (parametrised, normalised or "
-                    "pruned): make it permanent first (remove_parametrizations, prune.remove)"
-                )
-                left_out.append(LeftOut(name, "weights made of other parameters", reason))
-            elif len(tied := owners[memory_of(module.weight)]) > 1:
-                other = next(own for own in tied if own != name)
-                reason = f"is tied to {other}: changing one would change both"
-                left_out.append(LeftOut(name, "tied weights", reason))
-            else:
-                found.append(_target(module_name, module, index, joint_bias))
+    for index in sorted(parse_layers(layers, len(blocks))):
+        own, unfit = _linear_maps(f"{blocks_name}.{index}", blocks[index], pattern, sharers)
+        found += [_target(name, module, index, joint_bias) for name, module in own]
+        left_out += unfit
     if pattern is not None:
-        _refuse_outside(model, pattern, blocks_name, owners)
+        _refuse_outside(model, pattern, blocks_name, sharers)
         _refuse(left_out)
     _refuse_if_none(model, found, left_out, layers, pattern)
     seen, unfit = probe(model, found)
@@ -119,19 +90,73 @@ def choose_targets(
     if pattern is not None:
         _refuse(unfit)
         return Choice(_share_inputs(found, seen), [])
-    prefix = f"{blocks_name}."
-    inside = {
-        name
-        for name in [target.name for target in found] + [weight.name for weight in left_out]
-        if name.startswith(prefix)
-        and _inside_attention(blocks, name.removeprefix(prefix).rpartition(".")[0])
-    }
-    feed_forward = [target for target in found if target.name not in inside]
-    if not attention and feed_forward:
-        found = feed_forward
-        left_out = [weight for weight in left_out if weight.name not in inside]
+
+    def feed_forward(weight: Target | LeftOut) -> bool:
+        path = weight.name.removeprefix(f"{blocks_name}.").rpartition(".")[0]
+        return not _inside_attention(blocks, path)
+
+    if not attention and any(feed_forward(target) for target in found):
+        found = [target for target in found if feed_forward(target)]
+        left_out = [weight for weight in left_out if feed_forward(weight)]
     _refuse_if_none(model, found, left_out, layers, pattern)
     return Choice(_share_inputs(found, seen), left_out)
+
+
+def _names_by_memory(model: nn.Module) -> dict[Hashable, list[str]]:
+    """The names of the model's parameters, those that share memory (tied weights) together."""
+    names: dict[Hashable, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(memory_of(parameter), []).append(name)
+    return names
+
+
+def _linear_maps(
+    prefix: str, block: nn.Module, pattern: str | None, sharers: Mapping[Hashable, list[str]]
+) -> tuple[list[tuple[str, nn.Module]], list[LeftOut]]:
+    """(the linear maps of one block by name, its weights that cannot be changed).
+
+    With a ``pattern`` only what it matches; else all, and no other parameters of attention.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    left_out: list[LeftOut] = []
+    routers = _routers(block)
+    for name, module in block.named_modules(prefix=prefix):
+        if pattern is not None and not _matches(name, module, pattern):
+            continue
+        _refuse_quantised(name, module)
+        is_linear = isinstance(module, nn.Linear | Conv1D)
+        path = name[len(prefix) + 1 :]
+        if pattern is not None or is_linear or not _inside_attention(block, path):
+            left_out += _not_linear(name, module)
+        if not is_linear:
+            continue
+        unfit = _unfit(f"{name}.weight", module, routers, sharers)
+        if unfit is None:
+            found.append((name, module))
+        else:
+            left_out.append(unfit)
+    return found, left_out
+
+
+def _unfit(
+    name: str, module: Any, routers: Collection[int], sharers: Mapping[Hashable, list[str]]
+) -> LeftOut | None:
+    """Why the weight of a linear map cannot be changed, as far as is known before it is run."""
+    if id(module) in routers:
+        reason = "is a router: which experts run depends on it, not only what they give"
+        return LeftOut(name, "routers", reason)
+    tied = sharers.get(memory_of(module.weight))
+    if tied is None:
+        reason = (
+            "is made of other parameters in each pass (parametrised, normalised or pruned): make "
+            "it permanent first (remove_parametrizations, prune.remove)"
+        )
+        return LeftOut(name, "weights made of other parameters", reason)
+    others = [other for other in tied if other != name]
+    if others:
+        reason = f"is tied to {others[0]}: changing one would change both"
+        return LeftOut(name, "tied weights", reason)
+    return None
 
 
 def parse_layers(layers: str | None, count: int) -> set[int]:
@@ -162,9 +187,33 @@ def digest_weights(
 
     Args:
         names: the parameters; all when None.
-        dtype: of the values rounded to it, as if the model had been loaded so; None: as they are.
+        dtype: values are rounded to it first, as if the model had been loaded so; None: they are
+            not.
     """
     return _digests(model, names, [dtype])[0]
+
+
+def weight_digests(
+    model: nn.Module, kind: str, names: Collection[str] | None = None
+) -> dict[str, str]:
+    """:func:`digest_weights` of the values as they are, rounded to bfloat16 and to float16, by
+    :func:`digest_names`. Copies of a model in different dtypes have one of these in common."""
+    return dict(zip(digest_names(kind), _digests(model, names, ROUNDINGS), strict=True))
+
+
+def digest_names(kind: str) -> list[str]:
+    """What manifests call the digests of :func:`weight_digests`."""
+    return [f"{kind}_sha256", f"{kind}_bfloat16_sha256", f"{kind}_float16_sha256"]
+
+
+def is_copy(
+    recorded: Mapping[str, Any], model: nn.Module, kind: str, names: Collection[str] | None = None
+) -> bool:
+    """Whether ``model`` has the weights of which ``recorded`` has digests, up to a rounding."""
+    return any(
+        name in recorded and recorded[name] == digest_weights(model, names, dtype)
+        for name, dtype in zip(digest_names(kind), ROUNDINGS, strict=True)
+    )
 
 
 def _digests(
@@ -182,53 +231,26 @@ def _digests(
     return [digest.hexdigest() for digest in digests]
 
 
-def weight_digests(
-    model: nn.Module, kind: str, names: Collection[str] | None = None
-) -> dict[str, str]:
-    """:func:`digest_weights` as the values are, ``KIND_sha256``, and of them rounded:
-    ``KIND_bfloat16_sha256``, ``KIND_float16_sha256``. Copies in other dtypes share one of these."""
-    return dict(zip(digest_names(kind), _digests(model, names, ROUNDINGS), strict=True))
-
-
-def digest_names(kind: str) -> list[str]:
-    """What :func:`weight_digests` calls them."""
-    return [f"{kind}_sha256", f"{kind}_bfloat16_sha256", f"{kind}_float16_sha256"]
-
-
-def is_copy(
-    recorded: Mapping[str, Any], model: nn.Module, kind: str, names: Collection[str] | None = None
-) -> bool:
-    """Whether ``model`` has the weights that ``recorded`` has digests of, up to a rounding."""
-    dtypes = zip(digest_names(kind), ROUNDINGS, strict=True)
-    return any(
-        key in recorded and recorded[key] == digest_weights(model, names, dtype)
-        for key, dtype in dtypes
-    )
-
-
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest outermost ModuleList whose every entry holds a linear map or an expert, and its
-    name.
+    """(name, modules) of the longest outermost ModuleList of which each entry holds a matrix.
 
     Raises:
         InputError: there is none.
     """
-    lists: list[tuple[str, nn.ModuleList]] = []
     decoder = getattr(model, "get_decoder", lambda: None)() or model
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model
     within = {id(module) for module in decoder.modules()}  # no tower for images or sound
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if id(module) not in within:
+        if id(module) not in within or not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        inner = any(name.startswith(f"{outer}.") for outer, _ in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inner:
-            if all(any(p.ndim >= 2 for p in block.parameters()) for block in module):
-                lists.append((name, module))
-    best = max(lists, key=lambda item: len(item[1]), default=None)
-    if best is None:
+        inner = any(name.startswith(f"{outer}.") for outer in lists)
+        if not inner and all(any(p.ndim >= 2 for p in b.parameters()) for b in module):
+            lists[name] = module
+    if not lists:
         raise InputError(f"{type(model).__name__} has no list of decoder blocks: not supported")
-    return best
+    return max(lists.items(), key=lambda item: len(item[1]))
 
 
 def _inside_attention(block: nn.Module, path: str) -> bool:
@@ -254,17 +276,15 @@ def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
     for own_name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 3:
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                kind, plural = "a convolution's weight", "convolutions"
+                kind, what = "convolutions", "a convolution's weight"
             elif "expert" in f"{name}.{own_name} {type(module).__name__}".lower():
-                kind, plural = "a fused mixture-of-experts weight", "fused expert weights"
+                kind, what = "fused expert weights", "a fused mixture-of-experts weight"
             else:
-                kind = "a parameter that no linear map holds,"
-                plural = "parameters that no linear map holds"
-            reason = (
-                f"is {kind} of shape {tuple(parameter.shape)}: kfade changes plain linear maps "
-                "[O, I]"
-            )
-            found.append(LeftOut(f"{name}.{own_name}", plural, reason))
+                kind = "parameters that no linear map holds"
+                what = "a parameter that no linear map holds,"
+            shape = tuple(parameter.shape)
+            reason = f"is {what} of shape {shape}: kfade changes plain linear maps [O, I]"
+            found.append(LeftOut(f"{name}.{own_name}", kind, reason))
     return found
 
 
@@ -282,8 +302,10 @@ def _refuse_quantised(name: str, module: nn.Module) -> None:
 
 
 def _refuse(left_out: list[LeftOut]) -> None:
-    for weight in left_out:
-        raise InputError(f"{weight.name} {weight.reason}; leave it out with --target or --layers")
+    """Raises InputError for the first of them, if there is one."""
+    if left_out:
+        name, reason = left_out[0].name, left_out[0].reason
+        raise InputError(f"{name} {reason}; leave it out with --target or --layers")
 
 
 def _refuse_if_none(
@@ -305,12 +327,12 @@ def _refuse_if_none(
 
 
 def _routers(block: nn.Module) -> set[int]:
-    """Ids of the linear maps that choose experts: within a router by its name, or beside experts
-    with one output for each of them."""
-    found = set()
-    for name, module in block.named_modules():
-        if "router" in name.lower() and isinstance(module, nn.Linear):
-            found.add(id(module))
+    """Ids of the linear maps that choose experts.
+
+    They lie in a module whose name has "router" in it, or beside experts, with an output for each.
+    """
+    linear = [(name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+    found = {id(module) for name, module in linear if "router" in name.lower()}
     for parent in block.modules():
         counts = set()
         for child in parent.children():
@@ -320,45 +342,33 @@ def _routers(block: nn.Module) -> set[int]:
             elif not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 own = child.parameters(recurse=False)
                 counts.update(p.shape[0] for p in own if p.ndim == 3 and p.shape[0] > 1)
-        for child in parent.children() if counts else ():
-            inner = () if isinstance(child, nn.ModuleList) else child.modules()
-            for module in inner:
+        for child in parent.children():
+            for module in () if isinstance(child, nn.ModuleList) else child.modules():
                 if isinstance(module, nn.Linear) and module.out_features in counts:
                     found.add(id(module))
     return found
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether some block chooses which of its weights run."""
-    for block in decoder_blocks(model)[1]:
-        fused = any(
-            left_out.kind == "fused expert weights"
-            for module in block.modules()
-            for left_out in _not_linear("", module)
-        )
-        if fused or _routers(block):
-            return True
-    return False
-
-
-def _refuse_tied(names: list[str]) -> None:
-    if len(names) > 1:
-        raise InputError(
-            f"{names[0]} is tied to {names[1]}: changing one would change both; "
-            "leave it out with --target"
-        )
+    """Whether a block of the model is a mixture of experts."""
+    blocks = decoder_blocks(model)[1]
+    others = [weight for module in blocks.modules() for weight in _not_linear("", module)]
+    fused = any(weight.kind == "fused expert weights" for weight in others)
+    return fused or any(_routers(block) for block in blocks)
 
 
 def _refuse_outside(
-    model: nn.Module, pattern: str, blocks_name: str, owners: Mapping[Hashable, list[str]]
+    model: nn.Module, pattern: str, blocks_name: str, sharers: Mapping[Hashable, list[str]]
 ) -> None:
+    """Raises InputError where a glob matches a matrix outside the decoder's blocks."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         inside = name.startswith(blocks_name + ".")
         if inside or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
             continue
         if fnmatchcase(f"{name}.weight", pattern):
-            _refuse_tied(owners[memory_of(weight)])
+            tied = _unfit(f"{name}.weight", module, (), sharers)
+            _refuse([tied] if tied else [])
             raise InputError(
                 f"--target {pattern} matches {name}.weight, which is outside the decoder's blocks "
                 f"({blocks_name}.*): only linear maps within them can be targeted"
@@ -367,20 +377,20 @@ def _refuse_outside(
 
 def _target(module_name: str, module: nn.Module, block: int, joint_bias: bool) -> Target:
     transposed = isinstance(module, Conv1D)
-    rows, columns = cast(Tensor, module.weight).shape
-    out_features, in_features = (columns, rows) if transposed else (rows, columns)
+    weight = cast(Tensor, module.weight)
+    outputs, inputs = weight.T.shape if transposed else weight.shape
     bias = f"{module_name}.bias" if joint_bias and module.bias is not None else None
     name = f"{module_name}.weight"
-    shape = (out_features, in_features + (bias is not None))
+    shape = (outputs, inputs + (bias is not None))
     return Target(name, module, block, shape, transposed, bias, input_of=name)
 
 
 def _share_inputs(targets: list[Target], seen: Seen) -> list[Target]:
-    """Which of them read one and the same tensor."""
+    """The targets, each with the name of the first one that reads the same input tensor."""
     first: dict[tuple[int, bool], str] = {}
     shared = []
     for target in targets:
-        # A column of ones makes another A.
+        # An input with a column of ones has another second moment A.
         key = (id(seen.inputs[target.name]), target.bias is not None)
         shared.append(replace(target, input_of=first.setdefault(key, target.name)))
     return shared

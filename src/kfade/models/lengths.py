@@ -1,8 +1,8 @@
-"""Models whose outputs at a position depend on how long the whole input is.
+"""Models whose outputs at a position depend on the length of the whole input.
 
-The rotary frequencies of some models follow the longest sequence of the batch: ``longrope`` has one
-set of them up to a length and another beyond it, ``dynamic`` changes them with every token beyond
-one. Such sequences may share a batch only where they would get the same frequencies alone.
+The rotary frequencies of some models follow the longest sequence of the batch. ``longrope`` has one
+set of them up to some length and another beyond it; ``dynamic`` changes them with every token
+beyond some length. Two sequences may share a batch only if each gets the same frequencies alone.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from kfade.errors import InputError
 
 @dataclass(frozen=True)
 class LengthClass:
-    """Positions of an input -> its class: inputs of one class get the same frequencies."""
+    """Which lengths of inputs get the same rotary frequencies."""
 
     switches: tuple[int, ...] = ()
-    """Longest inputs before the frequencies change once."""
+    """Lengths beyond which other frequencies hold."""
     grows_from: int | None = None
-    """Longest input before they change with every token."""
+    """Length beyond which they change with every token."""
 
     def __call__(self, positions: int) -> int:
-        """Of an input of that many positions."""
+        """The class of an input of that many positions: lengths of one class may be mixed."""
         if self.grows_from is not None and positions > self.grows_from:
             return positions
         return -sum(positions > switch for switch in self.switches)
 
     @property
     def borders(self) -> list[int]:
-        """The longest inputs of their classes; none where length does not matter."""
+        """The lengths beyond which frequencies change; none where length does not matter."""
         grows = () if self.grows_from is None else (self.grows_from,)
         return sorted({*self.switches, *grows})
 
     def steps(self, positions: int, most: int) -> int:
-        """Passes, at most ``most``, over an input that grows by one each time, in one class."""
+        """How often, up to ``most`` times, an input can be run within one class if it grows by one
+        position after each run."""
         own = self(positions)
         return next((n for n in range(1, most) if self(positions + n) != own), most)
 
@@ -50,7 +51,7 @@ def length_class(model: Any) -> LengthClass:
 
     Frequencies may be given once, or for each kind of layer.
     """
-    window = _stated_window(model)
+    window = _window_in_config(model)
     switches: set[int] = set()
     grows: set[int] = set()
     for kind, trained, _ in _ropes(model):
@@ -62,13 +63,13 @@ def length_class(model: Any) -> LengthClass:
     return LengthClass(tuple(sorted(switches)), min(grows, default=None))
 
 
-def longest_input(model: Any) -> int | None:
-    """The longest input that ``model`` was made for, where its configuration says.
+def model_window(model: Any) -> int | None:
+    """The longest input that ``model`` was made for; None where its configuration does not tell.
 
-    That is ``max_position_embeddings``; where rotary frequencies are ``dynamic``, their ``factor``
-    times the length from which they change, if that is longer.
+    That is ``max_position_embeddings``, or for ``dynamic`` rotary frequencies ``factor`` times the
+    length from which they change, if that is longer.
     """
-    window = _stated_window(model)
+    window = _window_in_config(model)
     if window is None:
         return None
     stretched = [
@@ -80,7 +81,7 @@ def longest_input(model: Any) -> int | None:
 
 
 def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:
-    """Raises InputError where a batch holds sequences that the model treats unlike when alone."""
+    """Raises InputError where a batch holds sequences that would get other frequencies alone."""
     group = length_class(model)
     if not group.borders:
         return
@@ -95,10 +96,10 @@ def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:
 
 
 @contextlib.contextmanager
-def no_memory_of_lengths(model: nn.Module) -> Iterator[None]:
-    """Within the ``with``, dynamic rotary frequencies are those of the input at hand.
+def fresh_frequencies(model: nn.Module) -> Iterator[None]:
+    """Within the ``with``, dynamic rotary frequencies follow the present input alone.
 
-    transformers keeps those of the longest input so far, also for shorter ones after it.
+    transformers keeps those of the longest input so far for the shorter ones after it.
     """
     own = [module for module in model.modules() if _is_dynamic(module)]
     handles = [module.register_forward_pre_hook(lambda m, _: _reset(m)) for module in own]
@@ -111,12 +112,12 @@ def no_memory_of_lengths(model: nn.Module) -> Iterator[None]:
             _reset(module)
 
 
-def _stated_window(model: Any) -> int | None:
+def _window_in_config(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _ropes(model: Any) -> Iterator[tuple[str, int | None, float | None]]:
-    """(kind, length trained on, factor) of the rotary frequencies, of each kind of layer."""
+    """(kind, length trained on, factor) of the rotary frequencies of each kind of layer."""
     config = model.config.get_text_config()
     for name in ("rope_parameters", "rope_scaling"):
         rope = getattr(config, name, None) or {}
@@ -129,7 +130,7 @@ def _ropes(model: Any) -> Iterator[tuple[str, int | None, float | None]]:
 
 
 def _kinds(module: nn.Module) -> dict[str, str]:
-    """Prefix of its tensors' names -> kind of its frequencies, of a rotary embedding."""
+    """{prefix of its tensors' names: kind of its frequencies} of a rotary embedding; else empty."""
     kind = getattr(module, "rope_type", None)
     if isinstance(kind, dict):
         return {f"{layer_type}_": own for layer_type, own in kind.items()}
@@ -143,7 +144,7 @@ def _is_dynamic(module: nn.Module) -> bool:
 
 
 def _reset(module: Any) -> None:
-    """Frequencies as they were when the module was made."""
+    """Set the frequencies to those that the module was made with."""
     for prefix, kind in _kinds(module).items():
         if "dynamic" in kind:
             original = getattr(module, f"{prefix}original_inv_freq")

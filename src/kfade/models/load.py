@@ -1,6 +1,6 @@
 """Load, freeze and save a causal language model: hub id, local folder, GGUF file, LoRA adapter.
 
-The only file that imports transformers' loaders. No code from a hub runs unless asked for.
+The only file that imports transformers' loaders. Code from a hub runs only where that is allowed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from kfade.models.faults import (
     check_report,
     check_stored,
     check_weights,
-    has_tokenizer,
     listed,
     quiet,
     reading,
 )
-from kfade.models.lengths import longest_input, no_memory_of_lengths
-from kfade.models.sources import Place, Resolved, Source, copy_companions, other_weights, resolve
+from kfade.models.lengths import fresh_frequencies
+from kfade.models.sources import Place, Source, copy_companions, other_weights, resolve
 from kfade.models.vocabulary import check_has_vocabulary, fit_vocabulary
 from kfade.runtime.files import making, writing
 from kfade.runtime.progress import waiting
@@ -58,8 +57,8 @@ def load_model(
         dtype: ``float32`` or ``bfloat16``; None keeps the checkpoint's own, float32 for GGUF.
         device: as PyTorch spells it; None: the GPU if there is one.
         revision: branch, tag or commit of the hub.
-        tokenizer: where the tokenizer is (hub id or folder), if not with the model.
-        needs_tokenizer: False allows a folder without one; the tokenizer is then None.
+        tokenizer: hub id or folder of the tokenizer, if it is not with the model.
+        needs_tokenizer: False allows a model without one; the tokenizer is then None.
 
     Raises:
         InputError: nothing there, files that are not whole, not a causal language model, quantised
@@ -77,23 +76,22 @@ def load_model(
                 check_adapter(name, adapter)
         config = _read_config(called, place, trust_remote_code)
         words = None
-        if needs_tokenizer or tokenizer is not None or _may_have_one(resolved.tokenizer):
+        if needs_tokenizer or tokenizer is not None or resolved.tokenizer.may_hold_tokenizer:
             words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
-        gguf = "gguf_file" in place.options
-        wanted: Any = given or (torch.float32 if gguf else "auto")
+        wanted: Any = given or (torch.float32 if place.is_gguf else "auto")
         model = _read_weights(called, place, config, wanted, trust_remote_code, download)
-        if gguf:
+        if place.is_gguf:
             _forget_gguf(model)
-        if "gguf_file" in resolved.tokenizer.options:
-            _end_as_the_file(words, config)
+        if resolved.tokenizer.is_gguf:
+            _take_eos_of_gguf(words, config)
         if adapter is not None:
             with reading(called, WEIGHTS, adapter.folder):
                 model = merge_adapter(name, model, adapter, place.location)
         check_weights(name, model)
         if words is not None:
-            with contextlib.suppress(NotImplementedError):  # code of the model's own may not tell
+            with contextlib.suppress(NotImplementedError):  # of a model with code of its own
                 rows = model.get_input_embeddings().weight.shape[0]
-                converted = "gguf_file" in resolved.tokenizer.options
+                converted = resolved.tokenizer.is_gguf
                 fit_vocabulary(tokenizer or name, words, rows, converted=converted)
         model.to(device or default_device())
     return model.eval(), words
@@ -107,7 +105,7 @@ def _read_config(name: str, place: Place, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(
             place.location, trust_remote_code=trust_remote_code, **place.options
         )
-    if "gguf_file" not in place.options:
+    if not place.is_gguf:
         check_config(name, config)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -116,12 +114,6 @@ def _read_config(name: str, place: Place, trust_remote_code: bool) -> Any:
             "version of transformers knows"
         )
     return config
-
-
-def _may_have_one(place: Place) -> bool:
-    """Whether a tokenizer may lie there: the hub and GGUF files tell only when it is read."""
-    folder = Path(place.location)
-    return "gguf_file" in place.options or not folder.is_dir() or has_tokenizer(folder)
 
 
 def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
@@ -144,11 +136,11 @@ def _read_weights(
     with reading(name, WEIGHTS, place.folder):
         model, report = read(
             place.location,
-            config=config,  # to read a GGUF file once less: that takes seconds
+            config=config,  # a GGUF file is not read a second time for it: that takes seconds
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused, with their shapes
+            ignore_mismatched_sizes=True,  # check_report refuses them, with their shapes
             tqdm_class=download,
             **place.options,
         )
@@ -190,8 +182,8 @@ def load_skeleton(
 ) -> Any:
     """A model named as for :func:`load_model` without its weights, on fake tensors.
 
-    They have shapes and dtypes, and passes run on them, but there are no numbers and no memory is
-    used. Only the configuration is read.
+    Passes run on fake tensors, which have shapes and dtypes but neither values nor memory. Only the
+    configuration is read.
 
     Raises:
         InputError: nothing there, not a causal language model, or quantised weights.
@@ -201,11 +193,8 @@ def load_skeleton(
     wanted = _dtype_of(dtype)
     place = resolve(Source(name, revision)).weights
     config = _read_config(name, place, trust_remote_code)
-    wanted = wanted or ("gguf_file" not in place.options and config.dtype) or torch.float32
-    with (
-        reading(name, CONFIG, place.folder),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
+    wanted = wanted or (not place.is_gguf and config.dtype) or torch.float32
+    with reading(name, CONFIG, place.folder), FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(
             config, dtype=wanted, trust_remote_code=trust_remote_code
         )
@@ -213,18 +202,18 @@ def load_skeleton(
 
 
 def provenance(source: Source) -> dict[str, Any]:
-    """What a manifest tells of where a model came from, beside its name and settings."""
+    """Where a model came from, for a manifest that holds its name and settings already."""
     return resolve(source).provenance
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter requiring gradients and outputs with names, all three as before
-    on leaving.
+    """Within the ``with`` a model is in evaluation mode, no parameter requires gradients, and
+    outputs have names. All three are as before on leaving.
 
     Raises:
-        InputError: weights that were made in ``torch.inference_mode``; within ``torch.autocast``,
-            which rounds every product behind kfade's back.
+        InputError: weights that were made in ``torch.inference_mode``, or a ``torch.autocast``
+            around it, which rounds every product.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise InputError(
@@ -235,7 +224,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             raise InputError(
                 f"torch.autocast is on for {kind}: its rounding changes every number; leave the "
-                "with-block, and load the model in the dtype that it is to have"
+                "with-block, and load the model in the dtype to be used"
             )
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -246,7 +235,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             config.return_dict = True
         model.eval()
         model.requires_grad_(False)
-        with no_memory_of_lengths(model):
+        with fresh_frequencies(model):
             yield
     finally:
         for module, training in modes.items():
@@ -262,21 +251,21 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
 
     Args:
         tokenizer: None where the model has none.
-        source: where the model was loaded from. What lies there beside configuration and weights
-            (processor, chat template, code, licence) is put beside them, byte for byte.
+        source: where the model was loaded from. Its further files (processor, chat template, code,
+            licence) are copied, byte for byte.
 
     Raises:
         InputError: ``source`` holds more than the language model (see :func:`check_writable`), or
-            ``folder`` cannot be written; it is removed then, unless it was there before.
+            ``folder`` cannot be written; a new folder is removed then.
     """
+    if source is not None:
+        check_writable(model, source)
     resolved = resolve(source) if source is not None else None
-    if source is not None and resolved is not None:
-        check_writable(model, source, resolved)
     with making(folder), writing(folder):
         with quiet():
             model.save_pretrained(folder, safe_serialization=True)
         mode = (folder / "config.json").stat().st_mode
-        for path in folder.glob("*.safetensors"):  # the library may let nobody but the owner read
+        for path in folder.glob("*.safetensors"):  # the library may allow only the owner to read
             path.chmod(mode)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -291,14 +280,13 @@ def save_model(model: Any, tokenizer: Any, folder: Path, source: Source | None =
         )
 
 
-def check_writable(model: Any, source: Source, resolved: Resolved | None = None) -> None:
-    """Raises InputError where writing ``model`` would lose parts of what ``source`` holds.
+def check_writable(model: Any, source: Source) -> None:
+    """Raises InputError where ``model`` is only the language model of what ``source`` holds.
 
-    A checkpoint of several modalities may be loaded as its language model alone. Its own loader
-    could not load what is written of that.
+    It is that where a checkpoint of several modalities was loaded. The checkpoint's own loader
+    could not load what would be written.
     """
-    place = (resolved or resolve(source)).weights
-    folder = place.folder
+    folder = resolve(source).weights.folder
     if folder is None:
         return
     from transformers import PreTrainedConfig
@@ -314,27 +302,21 @@ def check_writable(model: Any, source: Source, resolved: Resolved | None = None)
         )
 
 
-def model_window(model: Any) -> int | None:
-    """The longest input the model was made for, where its configuration says: see
-    :func:`kfade.models.lengths.longest_input`."""
-    return longest_input(model)
-
-
 def _dtype_of(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     return DTYPES[dtype] if dtype else None
 
 
-def _end_as_the_file(tokenizer: Any, config: Any) -> None:
-    """The EOS that a GGUF file names: transformers up to 5.17 takes the BOS for it."""
+def _take_eos_of_gguf(tokenizer: Any, config: Any) -> None:
+    """Set the EOS that a GGUF file names: transformers up to 5.17 takes the BOS for it."""
     number = config.eos_token_id
     if isinstance(number, int) and tokenizer.eos_token_id == tokenizer.bos_token_id != number:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
 
 
 def _forget_gguf(model: Any) -> None:
-    """The weights are dequantised; drop the marks that would stop them from being saved."""
+    """Drop the marks of quantised weights, which are dequantised now: they would forbid saving."""
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False

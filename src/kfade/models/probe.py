@@ -16,7 +16,7 @@ from kfade.models.head import refuse_looking_ahead, run_on_tokens
 from kfade.models.load import frozen
 from kfade.models.targets import LeftOut, Target, hooked
 
-PROBE = (2, 3)  # sequences and positions that targets are tried on: no two sizes are alike
+PROBE = (2, 3)  # sequences and positions of the trial: different, so that axes can be told apart
 
 
 class Seen:
@@ -25,9 +25,9 @@ class Seen:
     def __init__(self, model: nn.Module, targets: list[Target], input_BT: Tensor) -> None:
         self.calls: dict[str, int] = {}
         self.inputs: dict[str, Tensor] = {}
-        """In the order of the forward pass; held, so that no address is used twice."""
+        """In the order of the forward pass; kept, so that equal ids mean the same tensor."""
         self.linear: dict[str, bool] = {}
-        """Whether the output is W a + b; not asked of fake tensors."""
+        """Whether the output is W a + b; no entry for fake tensors, which have no values."""
         with hooked(targets, self._note, every=False, with_kwargs=True), torch.no_grad():
             run_on_tokens(model, input_BT)
 
@@ -51,69 +51,65 @@ class Seen:
 
 
 def probe(model: nn.Module, targets: list[Target]) -> tuple[Seen, list[LeftOut]]:
-    """Run a few tokens through the model: what was seen, and which targets cannot be changed.
+    """(what a pass over a few tokens shows, the targets that cannot be changed).
 
-    A target may read its input as [B, T, I] or as one list [B·T, I] of all positions, row b·T + t
-    that of position t of sequence b.
+    A target may read its input as [B, T, I] or as rows [B·T, I], where row b·T + t is position t of
+    sequence b. The order of rows is tested with a second pass, in which one token differs.
     """
-    sequences, positions = PROBE
     weight = targets[0].weight
     fake = isinstance(weight, FakeTensor)
     vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
-    input_BT = (torch.arange(sequences * positions, device=weight.device) + 3) % vocabulary
-    input_BT = input_BT.view(PROBE)
-    if not fake:
-        with frozen(model):
-            refuse_looking_ahead(model)
+    input_R = (torch.arange(PROBE[0] * PROBE[1], device=weight.device) + 3) % vocabulary
+    input_BT = input_R.view(PROBE)
+    moved: dict[str, Tensor] = {}
     with frozen(model):
+        if not fake:
+            refuse_looking_ahead(model)
         seen = Seen(model, targets, input_BT)
-        listed = [t for t in targets if t.name in seen.inputs and seen.inputs[t.name].ndim == 2]
-        moved: dict[str, Tensor] = {}
-        if listed and not fake:
+        in_rows = [t for t in targets if t.name in seen.inputs and seen.inputs[t.name].ndim == 2]
+        if in_rows and not fake:
             other_BT = input_BT.clone()
             other_BT[0, -1] = 2
-            moved = Seen(model, listed, other_BT).inputs
-    left_out: list[LeftOut] = []
-    for target in targets:
-        unfit = _unfit(target, seen, moved)
-        if unfit is not None:
-            left_out.append(LeftOut(target.name, *unfit))
-    return seen, left_out
+            moved = Seen(model, in_rows, other_BT).inputs
+    unfit = [_unfit(target.name, seen, moved) for target in targets]
+    return seen, [weight for weight in unfit if weight is not None]
 
 
-def _unfit(target: Target, seen: Seen, moved: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """(kind, reason) where a target cannot be changed."""
-    name = target.name
+def _unfit(name: str, seen: Seen, moved: Mapping[str, Tensor]) -> LeftOut | None:
+    """Why a target cannot be changed, or None."""
     calls = seen.calls.get(name, 0)
     if calls == 0:
-        return (
+        return LeftOut(
+            name,
             "maps that a forward pass does not run by themselves",
             "takes no part in a forward pass as a layer of its own (unused, or a routed expert)",
         )
     if calls > 1:
-        return (
+        return LeftOut(
+            name,
             "maps that a forward pass runs more than once",
             "is used more than once in a forward pass (a shared layer)",
         )
     if not seen.linear.get(name, True):
-        return "layers that are no plain linear map", "does not map its input a to W a + b"
+        reason = "does not map its input a to W a + b"
+        return LeftOut(name, "layers that are not a plain linear map", reason)
     a = seen.inputs[name]
-    sequences, positions = PROBE
-    rows = sequences * positions
+    rows = PROBE[0] * PROBE[1]
     in_order = a.shape[:-1] == PROBE or (
         a.shape[:-1] == (rows,) and (name not in moved or _in_order(a, moved[name]))
     )
-    if not in_order:
-        return (
-            "maps that do not read one vector for each position",
-            f"does not read one vector for each position, {[*PROBE, a.shape[-1]]} or, in their "
-            f"order, {[rows, a.shape[-1]]}, but {list(a.shape)} (routed experts, or another order)",
-        )
-    return None
+    if in_order:
+        return None
+    return LeftOut(
+        name,
+        "maps that do not read one vector for each position",
+        f"does not read one vector for each position, {[*PROBE, a.shape[-1]]} or, in their order, "
+        f"{[rows, a.shape[-1]]}, but {list(a.shape)} (routed experts, or another order)",
+    )
 
 
 def _in_order(a_RI: Tensor, moved_RI: Tensor) -> bool:
-    """Whether another last token of the first sequence has moved its own row alone."""
+    """Whether a change of the first sequence's last token has changed only that token's row."""
     if a_RI.shape != moved_RI.shape:
         return False
     moved_R = (a_RI - moved_RI).abs().amax(dim=1) > 1e-3 * a_RI.abs().max()

@@ -9,48 +9,55 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.models.faults import CONFIG, VOCABULARIES, file_fault, has_tokenizer, reading
+from kfade.models.faults import CONFIG, TOKENIZER_FILES, file_fault, has_tokenizer, reading
 from kfade.runtime.files import remove
 
 ADAPTER_CONFIG = "adapter_config.json"
-_FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_OWN_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # what is written anew
+_OWN_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # those that loaders read
 _ANY_WEIGHTS = (
     *("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
     *("*.ckpt*", "*.npz", "*.ot"),
 )
-# With them what belongs to hub, git or peft, or is half-written.
+# Weights, and what belongs to the hub, git or peft, or is half-written.
 _NOT_COPIED = (*_ANY_WEIGHTS, "*.part", "*.writing", "adapter_*", ".*")
-_TOKENIZER = (
-    *VOCABULARIES,
-    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
-)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which model, as the user says it."""
+    """A model, as the user names it."""
 
     name: str
     """Hub id, local folder, GGUF file, or the folder or hub id of a LoRA adapter."""
     revision: str | None = None
     """Branch, tag or commit of the hub."""
     tokenizer: str | None = None
-    """Where the tokenizer is, if not with the model."""
+    """Hub id or folder of the tokenizer, if it is not with the model."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What transformers' loaders call it."""
+    """A place of files, in the arguments of transformers' loaders."""
 
     location: str
+    """Folder or hub id."""
     options: dict[str, Any] = field(default_factory=dict)
     """``revision``, ``gguf_file``."""
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return "gguf_file" in self.options
+
+    @property
+    def may_hold_tokenizer(self) -> bool:
+        """Whether a tokenizer may lie there; of the hub and GGUF files, loading it will tell."""
+        folder = Path(self.location)
+        return self.is_gguf or not folder.is_dir() or has_tokenizer(folder)
+
+    @property
     def folder(self) -> Path | None:
-        """Where the files lie on this machine: the folder, or the hub's cached snapshot."""
-        if "gguf_file" in self.options:
+        """The folder of the files on this machine, such as the hub's cached snapshot."""
+        if self.is_gguf:
             return None
         if Path(self.location).is_dir():
             return Path(self.location)
@@ -58,16 +65,14 @@ class Place:
 
     @property
     def commit(self) -> str | None:
-        """The hub's commit that lies in the cache, where the model is the hub's."""
+        """The hub's commit that lies in the cache; None of local files."""
         folder = self.folder
-        if folder is None or Path(self.location).is_dir():
-            return None
-        return folder.name
+        return None if folder is None or Path(self.location).is_dir() else folder.name
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where each part lies."""
+    """Where the parts of a model lie."""
 
     weights: Place
     tokenizer: Place
@@ -76,7 +81,7 @@ class Resolved:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a manifest tells beside the name: commits of the hub, an adapter's base."""
+        """For a manifest: the commits of the hub, and an adapter's base."""
         facts = {"commit": (self.adapter or self.weights).commit}
         if self.adapter is not None:
             facts["adapter_base"] = self.weights.location
@@ -92,26 +97,29 @@ def resolve(source: Source) -> Resolved:
             base is not to be found.
     """
     own = _place(source.name, source.revision)
-    base, adapter = own, None
-    if "gguf_file" not in own.options:
-        base = _base_of_adapter(source, own) or own
-        adapter = own if base is not own else None
-    if source.revision is not None and Path(base.location).exists():
-        if adapter is None or Path(adapter.location).exists():
-            raise InputError(
-                f"--revision {source.revision}: {source.name} is on this machine; revisions are "
-                "of models of the hub"
-            )
+    base = None if own.is_gguf else _base_of_adapter(source, own)
+    adapter = own if base is not None else None
+    weights = base or own
+    if source.revision is not None and all(Path(p.location).exists() for p in (weights, own)):
+        raise InputError(
+            f"--revision {source.revision}: {source.name} is on this machine; revisions are "
+            "of models of the hub"
+        )
+    tokenizer = weights
     if source.tokenizer is not None:
-        if Path(source.tokenizer).is_dir():  # it need not hold a model
-            return Resolved(base, Place(source.tokenizer), adapter)
-        return Resolved(base, _place(source.tokenizer, None), adapter)
-    folder = adapter.folder if adapter is not None else None
-    own_tokenizer = folder is not None and has_tokenizer(folder)
-    return Resolved(base, adapter if adapter is not None and own_tokenizer else base, adapter)
+        is_folder = Path(source.tokenizer).is_dir()  # which need not hold a model
+        tokenizer = Place(source.tokenizer) if is_folder else _place(source.tokenizer, None)
+    elif own.folder is not None and has_tokenizer(own.folder):
+        tokenizer = own
+    return Resolved(weights, tokenizer, adapter)
 
 
 def _place(name: str, revision: str | None) -> Place:
+    """The place that a name means.
+
+    Raises:
+        InputError: a path with no model there.
+    """
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -149,7 +157,7 @@ def _base_of_adapter(source: Source, own: Place) -> Place | None:
         if not isinstance(config, dict):
             raise ValueError(f"{ADAPTER_CONFIG} holds no settings by name")
     folder = Path(found).parent
-    if any(next(folder.glob(pattern), None) for pattern in _FULL_WEIGHTS):
+    if any(next(folder.glob(pattern), None) for pattern in _OWN_WEIGHTS):
         raise InputError(
             f"{source.name}: holds an adapter ({ADAPTER_CONFIG}) and weights of a whole model; "
             "move one of them elsewhere, so that it is clear which is meant"
@@ -161,7 +169,7 @@ def _base_of_adapter(source: Source, own: Place) -> Place | None:
             "there as base_model_name_or_path"
         )
     revision = config.get("revision")
-    if Path(own.location).is_dir():  # the option can only mean the base's
+    if Path(own.location).is_dir():  # the option --revision can only be meant for the base
         revision = source.revision or revision
     if not Path(name).exists() and (folder / name).is_dir():
         name = str(folder / name)
@@ -169,7 +177,7 @@ def _base_of_adapter(source: Source, own: Place) -> Place | None:
         base = _place(name, None if Path(name).exists() else revision)
     except InputError as error:
         raise InputError(
-            f"{source.name}: an adapter, of which the base is not to be found ({error}); correct "
+            f"{source.name}: an adapter, of which the base cannot be found ({error}); correct "
             f"base_model_name_or_path in its {ADAPTER_CONFIG}"
         ) from None
     if base.folder is not None and (base.folder / ADAPTER_CONFIG).is_file():
@@ -196,48 +204,43 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
 
 
 def copy_companions(resolved: Resolved, folder: Path) -> None:
-    """Put beside the model in ``folder`` what its own folder holds and no library writes.
+    """Copy into ``folder``, which holds an edited model, the further files of its original.
 
-    Byte for byte: processors, chat templates, code, licences, a generation configuration, and the
-    tokenizer's files where the tokenizer is the model's own. Never weights, their index, or a
-    model's configuration. A GGUF file has no folder of its own.
+    These are processors, chat templates, code, licences, a generation configuration, and the files
+    of the tokenizer, byte for byte. Weights, their index and the configuration are not copied. A
+    GGUF file has no further files.
     """
     own, tokenizer = resolved.weights.folder, resolved.tokenizer.folder
     elsewhere = resolved.tokenizer != resolved.weights
-    if own is not None and not elsewhere and has_tokenizer(own):
-        for path in sorted(folder.iterdir()):
-            if _matches(path, _TOKENIZER):
-                remove(path)
     if own is not None:
-        for path in sorted(own.iterdir()):
+        if not elsewhere and has_tokenizer(own):
+            for path in [path for path in folder.iterdir() if _matches(path, TOKENIZER_FILES)]:
+                remove(path)
+        for path in own.iterdir():
             skipped = _matches(path, _NOT_COPIED) or path.name == "config.json"
-            if not skipped and not (elsewhere and _matches(path, _TOKENIZER)):
+            if not skipped and not (elsewhere and _matches(path, TOKENIZER_FILES)):
                 _copy(path, folder / path.name)
     if elsewhere and tokenizer is not None:
-        for path in sorted(tokenizer.iterdir()):
-            if _matches(path, _TOKENIZER) and not (folder / path.name).exists():
+        for path in tokenizer.iterdir():
+            if _matches(path, TOKENIZER_FILES) and not (folder / path.name).exists():
                 _copy(path, folder / path.name)
 
 
 def other_weights(resolved: Resolved, folder: Path) -> list[str]:
-    """Weights in further forms or folders beside the model's, which :func:`copy_companions` leaves
-    out: they are those from before the edit. None of ``folder``, if it lies there."""
+    """Weights beside the model's in other formats or folders, which :func:`copy_companions` leaves
+    out: they are not edited. Those in ``folder``, if it lies within the model's, do not count."""
     own = resolved.weights.folder
     if own is None:
         return []
-    within = folder.resolve()
-    paths = [
-        path.relative_to(own)
-        for path in sorted(own.rglob("*"))
-        if path.is_file() and not path.resolve().is_relative_to(within)
-    ]
-    return [
-        str(path)
-        for path in paths
-        if _matches(path, _ANY_WEIGHTS)
-        and not any(part.startswith(".") for part in path.parts)
-        and not (path.parent == Path() and _matches(path, (*_OWN_WEIGHTS, "adapter_*")))
-    ]
+    found = []
+    for path in sorted(own.rglob("*")):
+        inner = path.relative_to(own)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        edited = inner.parent == Path() and _matches(inner, (*_OWN_WEIGHTS, "adapter_*"))
+        new = path.resolve().is_relative_to(folder.resolve())
+        if path.is_file() and _matches(inner, _ANY_WEIGHTS) and not (hidden or edited or new):
+            found.append(str(inner))
+    return found
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -245,9 +248,9 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A file, or a folder without weights; what links point to, not links."""
+    """Copy a file, or a folder without its weights; links are replaced by what they point to."""
     if source.is_dir():
-        if target.resolve().is_relative_to(source.resolve()):  # written into the model's own folder
+        if target.resolve().is_relative_to(source.resolve()):  # a copy into itself
             return
         ignored = shutil.ignore_patterns(*_NOT_COPIED, "__pycache__")
         shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)

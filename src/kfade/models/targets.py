@@ -1,4 +1,4 @@
-"""A weight to change, and what is said of those that cannot be."""
+"""Targets: the weights to change, and the reasons why others cannot be changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Target:
     bias: str | None
     """Parameter name of the bias that is treated as one more column of W, if any."""
     input_of: str
-    """Name of the first target that reads the same input tensor: gate and up share one A."""
+    """Name of the first target that reads the same input tensor; such targets share one A."""
 
     @property
     def weight(self) -> Tensor:
@@ -62,11 +62,11 @@ def hooked(
     every: bool = True,
     **options: bool,
 ) -> Iterator[None]:
-    """Within the ``with``, ``hook(target)`` is called after each forward pass of a target.
+    """Within the ``with`` each target's module has the forward hook ``hook(target)``.
 
     Args:
-        every: each target has to run; else what is made of what was seen would lack a part.
-        options: as of :meth:`torch.nn.Module.register_forward_hook`.
+        every: whether each target has to run.
+        options: those of :meth:`torch.nn.Module.register_forward_hook`.
 
     Raises:
         InputError: on leaving, a target has not run.
@@ -98,7 +98,7 @@ def hooked(
 
 
 def named(names: Iterable[str]) -> str:
-    """The first of them, and how many there are more."""
+    """The first of some names, and how many more there are."""
     first, *others = names
     return f"{first} and {len(others)} more" if others else first
 
@@ -106,26 +106,24 @@ def named(names: Iterable[str]) -> str:
 def refuse_compiled(model: nn.Module) -> None:
     """Raises InputError where ``model`` or a module in it is compiled.
 
-    Compiled code does not call the hooks on the modules within it that came later.
+    Compiled code does not call hooks that were registered after it was compiled.
     """
     for name, module in model.named_modules():
-        whole = "_orig_mod" in dict(module.named_children())  # torch.compile's wrapper
-        if not (whole or getattr(module, "_compiled_call_impl", None) is not None):
-            continue
-        way = "compile it after unlearning"
-        if whole and not name:
-            way = "give the model that was compiled, model._orig_mod, or compile after unlearning"
-        raise InputError(
-            f"{name or type(module).__name__} is compiled (torch.compile), and compiled code does "
-            f"not show what its layers read: {way}"
-        )
+        is_wrapper = "_orig_mod" in dict(module.named_children())  # of torch.compile
+        if is_wrapper or getattr(module, "_compiled_call_impl", None) is not None:
+            advice = "compile it after unlearning"
+            if is_wrapper and not name:
+                advice = "give the model within, model._orig_mod, or compile after unlearning"
+            raise InputError(
+                f"{name or type(module).__name__} is compiled (torch.compile), and compiled code "
+                f"does not show the inputs of its layers: {advice}"
+            )
 
 
 def refuse_shared_memory(model: nn.Module, names: Collection[str]) -> None:
-    """See to it that a gradient of each named parameter is all of that of its numbers.
+    """Raises InputError where a named parameter shares its memory with another parameter.
 
-    Raises:
-        InputError: another parameter lies on the same storage.
+    Its gradient would not be the whole gradient with respect to its numbers.
     """
     first: dict[Hashable, str] = {}
     for name, parameter in model.named_parameters():
@@ -138,10 +136,10 @@ def refuse_shared_memory(model: nn.Module, names: Collection[str]) -> None:
 
 
 def memory_of(tensor: Tensor) -> Hashable:
-    """The same for tensors whose first number lies at one place: tied weights are one parameter, or
-    several on one storage.
+    """A key that is the same for tensors whose first number lies at the same address.
 
-    A tensor without a storage of its own here (fake, spread over processes) is itself alone.
+    Tied weights, one parameter or several on one storage, have the same key. A tensor without a
+    storage of its own here (fake, or spread over processes) has its own.
     """
     own = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel()
     return (tensor.device, tensor.data_ptr()) if own else id(tensor)
@@ -149,14 +147,14 @@ def memory_of(tensor: Tensor) -> Hashable:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A weight of the blocks that the default would take and cannot."""
+    """A weight that the default would choose if it could be changed."""
 
     name: str
     """Parameter name."""
     kind: str
-    """What it is, in the plural, as a summary counts it."""
+    """What it is, in the plural, for the summary."""
     reason: str
-    """Why it cannot be changed; reads on after the name."""
+    """Why it cannot be changed: the rest of a sentence that begins with the name."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +164,11 @@ class Choice:
     targets: list[Target]
     """In the order of the forward pass."""
     left_out: list[LeftOut]
-    """Empty where a glob was given: what it matches is taken or refused."""
+    """Empty where a glob was given: a match that cannot be changed is an error."""
 
     @property
     def summary(self) -> str | None:
-        """What was left out, in one line; None for nothing."""
+        """The weights that were left out, by kind, in one line; None if there are none."""
         kinds: dict[str, list[str]] = {}
         for weight in self.left_out:
             kinds.setdefault(weight.kind, []).append(weight.name)

@@ -12,14 +12,14 @@ from kfade.models.faults import listed, no_tokenizer
 
 
 def fit_vocabulary(name: str, tokenizer: Any, rows: int, *, converted: bool = False) -> None:
-    """See to it that no text becomes a token that the embedding has no row for.
+    """Make sure that no text is encoded to a token that has no row in the embedding.
 
-    What the tokenizer's class, or transformers' conversion of a GGUF file (``converted``), added
-    there is taken out again: the model does not know it. Marks of other modalities, which a
-    processor puts where an image or a sound goes, stay: they are not part of a text.
+    Such tokens are removed if the tokenizer's class, or transformers' conversion of a GGUF file
+    (``converted``), added them: the model does not know them. Marks of other modalities, which a
+    processor puts in the place of an image or a sound, stay: texts do not contain them.
 
     Raises:
-        InputError: any other token lies there, and its own text is encoded to it.
+        InputError: there is another such token, and its own text is encoded to it.
     """
     added = _defaults(type(tokenizer))
     if converted:
@@ -43,7 +43,7 @@ def fit_vocabulary(name: str, tokenizer: Any, rows: int, *, converted: bool = Fa
 
 
 def _remove_tokens(tokenizer: Any, tokens: Collection[str]) -> None:
-    """Take added tokens out of a tokenizer of the package tokenizers."""
+    """Remove added tokens from a tokenizer of the package tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not tokens or backend is None:
         return
@@ -56,29 +56,28 @@ def _remove_tokens(tokenizer: Any, tokens: Collection[str]) -> None:
 
 
 def _produced(tokenizer: Any, token: str, number: int) -> bool:
+    """Whether a token's own text is encoded to it."""
     texts = (token, tokenizer.convert_tokens_to_string([token]))
     return any(number in tokenizer.encode(text, add_special_tokens=False) for text in texts)
 
 
 def _modality_marks(tokenizer: Any) -> set[str]:
-    kinds = ("image", "audio", "video")
+    """Special tokens that stand for an image, a sound or a video."""
     named = {**getattr(tokenizer, "special_tokens_map", {})}
     named.update(getattr(tokenizer, "model_specific_special_tokens", None) or {})
-    return {
-        str(token)
-        for key, token in named.items()
-        if isinstance(token, str) and any(kind in key for kind in kinds)
-    }
+    kinds = ("image", "audio", "video")
+    of_kinds = [token for key, token in named.items() if any(kind in key for kind in kinds)]
+    return {token for token in of_kinds if isinstance(token, str)}
 
 
 def _defaults(kind: type) -> set[str]:
-    """Special tokens that a tokenizer's class puts in where no file names any."""
+    """Special tokens that a tokenizer's class adds where no file names any."""
     parameters = inspect.signature(kind).parameters.values()
     return {str(p.default) for p in parameters if p.name.endswith("_token")}
 
 
 def check_has_vocabulary(name: str, tokenizer: Any) -> None:
-    """Raises InputError where there are special tokens only: made up, for want of a file."""
+    """Raises InputError where a tokenizer has special tokens only: it was made without a file."""
     vocabulary = set(tokenizer.get_vocab())
     if vocabulary <= set(tokenizer.all_special_tokens):
         raise InputError(f"{name}: {no_tokenizer()}")

@@ -1,6 +1,6 @@
-"""How long unlearning will take, before anything runs: flops and seconds by stage.
+"""The time that unlearning will take, in flops and seconds by stage, before anything runs.
 
-A multiplication and an addition count as two flops. See ``plan`` for what this rests on.
+A multiplication and an addition count as two flops.
 
 Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, T positions of a sequence.
 """
@@ -23,38 +23,38 @@ from kfade.planning.memory import Work, Workload
 from kfade.runtime.distributed import assign_by_cost
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
-"""Sequences that a step's size is measured on (held out; forget set), and trials it takes."""
+"""For a step's size: held-out and forget sequences that it is measured on, number of trials."""
 PASSES = {"ekfac": 2, "kfac": 1, "diagonal": 1, "identity": 0}
-"""Over the retain tokens, for each group of layers."""
+"""Passes over the retain tokens for each group of layers, by estimator."""
 EIGH_FLOPS = 12
-"""Of a decomposition, times d³: LAPACK's ``syevd`` in float32, in flops at the speed of products
-(0.22 s for d = 1536, 0.014 s for d = 576 where products make 190 GFLOP/s)."""
+"""Flops of an eigendecomposition, over d³. It stands for the time of LAPACK's ``syevd`` in float32
+at the speed of matrix products (0.22 s for d = 1536, 0.014 s for d = 576 at 190 GFLOP/s)."""
 EIGH_LIMIT = 2e12
-"""FLOP/s of a decomposition at most: half of it is bound by memory, and the solvers of GPUs reach
-under 3 % of an H100 (Wang et al., "Extracting the potential of emerging hardware accelerators for
+"""Most FLOP/s of an eigendecomposition. Half of it is bound by memory, and GPU solvers reach less
+than 3 % of an H100 (Wang et al., "Extracting the potential of emerging hardware accelerators for
 symmetric eigenvalue decomposition")."""
 EFFICIENCY = {"forward": 0.78, "backward": 0.93, "head": 0.84, "products": 0.93}
-"""Speed of each kind of work over the speed of large products, measured with SmolLM2-135M in
-float32 on two cores: what is not products (norms, activations, label draws) is in it, and causal
-attention, which is counted whole."""
+"""Speed of each kind of work over the speed of large matrix products, measured with SmolLM2-135M in
+float32 on two cores. It includes the time of other operations (norms, activations, label draws).
+The flops of causal attention include its masked half."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does, in FLOP/s and bytes/s."""
+    """The speed of a device, in FLOP/s and bytes/s."""
 
     products: float
     """Large matrix products in the model's dtype."""
     float32: float
     """The same in float32: the forget gradient, the step, decompositions."""
     bandwidth: float = math.inf
-    """Of its memory: the squares of Λ."""
+    """Bandwidth of its memory, which bounds the squares of Λ."""
     link: float = 10e9
-    """To and from another device."""
+    """Bandwidth to and from another device."""
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
-    """The speed of ``device``, by products and squares of a few seconds."""
+    """The speed of ``device``, measured for a few seconds with products and squares."""
     rates = {kind: _product_rate(device, kind) for kind in {dtype, torch.float32}}
     entries = 2**25  # too many for a cache
     sum_, product = torch.zeros(entries, device=device), torch.ones(entries, device=device)
@@ -63,7 +63,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square product, as large as takes a twentieth of a second."""
+    """FLOP/s of a product of square matrices, so large that it takes a twentieth of a second."""
     size = 1024
     while True:
         left = torch.ones(size, size, dtype=dtype, device=device)
@@ -74,10 +74,9 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _typical(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the median run of those that fill two seconds, four at least.
+    """Median seconds of a run, of at least four runs that take at least two seconds together.
 
-    Not of the shortest: what counts is the speed that a device keeps up, which on shared machines
-    is well below that of its best moment.
+    The median, since a shared machine does not keep the speed of its fastest run.
     """
     taken: list[float] = []
     while len(taken) < 4 or sum(taken) < 2:
@@ -90,17 +89,17 @@ def _typical(work: Callable[[], object], device: torch.device) -> float:
 
 
 def symmetric_flops(width: int) -> int:
-    """Of one row in Σ rowᵀ row: the lower triangle, in panels of ``PANEL`` columns."""
+    """Flops of one row in Σ rowᵀ row: the lower triangle, in panels of ``PANEL`` columns."""
     starts = range(0, width, PANEL)
     return sum(2 * (width - start) * min(PANEL, width - start) for start in starts)
 
 
 def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
-    """(products, squares) of Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² over the retain tokens.
+    """(flops of products, flops of squares) of Λ over the retain tokens.
 
-    Each side is turned row by row (2·T·D² a sequence, once for all readers of an input) or the
-    product of a sequence is (2·O·I·D), whichever ``rows_first`` says; the product itself costs
-    2·T·O·I, and squaring it 2·O·I.
+    Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘². For each sequence a side is rotated either in its
+    rows (2·T·D², once for all targets with the same input) or in the product (2·O·I·D), as
+    ``rows_first`` decides. The product costs 2·T·O·I, and its squares 2·O·I.
     """
     length = work.length
     sequences = work.retain_tokens / work.sequence_length
@@ -130,13 +129,14 @@ def flops(
 ) -> dict[str, dict[str, float]]:
     """Flops of each stage of one step, by kind of work.
 
-    Kinds: forward, backward (activations only, down to a group's lowest target), head (2·D·V a
-    token forward, as much backward), products (in the model's dtype), float32 (products in it),
-    squares, decompositions, rotations (of the direction). Each group makes its own passes; blocks
-    that run again for a backward pass are in "forward". The exact quadratic form costs three
-    forward passes over the held-out tokens; each trial of a step's size one over them and one over
-    the forget sequences that are measured. Where the direction is refined, each one has its own,
-    and an exact product costs four forward passes and a backward one.
+    Kinds: forward (with blocks that run again), backward (activation gradients, down to a group's
+    lowest target), head (2·D·V a token forward, as much backward), products (in the model's dtype),
+    float32 (products in float32), squares, decompositions, rotations (of the direction).
+
+    Each group of layers has its own passes. The exact quadratic form costs three forward passes
+    over the held-out tokens. Each trial of a step's size costs a forward pass over them and one
+    over the measured forget sequences. A refined direction has its own trials, and an exact
+    product with the Gauss-Newton matrix costs four forward passes and a backward one.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
@@ -200,8 +200,8 @@ def seconds(
 ) -> dict[str, float]:
     """Seconds of each stage of one step on so many devices.
 
-    Data are split evenly; decompositions are dealt out by cost, and the one with most of them is
-    waited for; each computes the direction. "exchange" is what crosses their links.
+    Data are split evenly. Decompositions are assigned by cost, and the slowest device counts. Every
+    device computes the whole direction. "exchange" is the traffic between devices.
     """
     rates = {kind: share * speed.products for kind, share in EFFICIENCY.items()}
     rates["float32"] = rates["rotations"] = EFFICIENCY["products"] * speed.float32
@@ -224,10 +224,10 @@ def seconds(
 def exchanged_bytes(subject: Workload, work: Work) -> int:
     """Bytes that each of several devices sends in one step.
 
-    The factors, to where each is decomposed, and the bases back; grids and the gradient summed
-    everywhere, which takes twice their size. Where the layers are spread over the devices their
-    rows cross instead of factors, bases and grids: inputs and gradients of every token, in each
-    pass, but for the part whose owner has computed them.
+    A factor goes to the device that decomposes it, and its eigenbasis comes back. Λ and the
+    gradient are summed over all devices, which takes twice their size. Where layers are spread over
+    devices, the inputs and gradients of every token are sent instead of factors, bases and Λ, in
+    each pass, unless their owner has computed them.
     """
     vector = subject.size * subject.targeted
     if subject.shards > 1:
@@ -240,7 +240,7 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
 
 
 def _slowest(subject: Workload, group: Sequence[Target], estimator: str, devices: int) -> float:
-    """Flops of the decompositions of whoever has most of them."""
+    """Flops of the decompositions of the device that has the most of them."""
     if subject.shards > 1:
         return max(sum(_decompositions(own)) for own in dealt(group, estimator, devices))
     costs = _decompositions(group)
@@ -251,5 +251,5 @@ def _slowest(subject: Workload, group: Sequence[Target], estimator: str, devices
 
 
 def _decompositions(group: Sequence[Target]) -> list[float]:
-    """Flops of each."""
+    """Flops of each eigendecomposition of a group."""
     return [EIGH_FLOPS * float(d) ** 3 for d in widths(group)]

@@ -1,7 +1,7 @@
-"""What unlearning will need in memory, before anything runs: bytes by stage.
+"""The memory that unlearning will need, in bytes by stage, before anything runs.
 
-Everything follows from the shapes of the targets and one traced pass (``trace``); no weights, no
-data. Sequences are taken to be packed: all of one length, L tokens and so T = L − 1 positions.
+It follows from the shapes of the targets and one traced pass (``trace``), without weights or data.
+Sequences are assumed to be packed: all have L tokens, and so T = L − 1 positions.
 
 Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, B sequences of a batch.
 """
@@ -26,14 +26,14 @@ from kfade.models.targets import memory_of
 from kfade.planning.trace import PassCost, trace_pass
 
 RUNTIME_BYTES = 450_000_000
-"""Python, PyTorch, transformers and their threads on a CPU, measured; about a CUDA context."""
+"""Python, PyTorch, transformers and their threads, measured on a CPU; a CUDA context is similar."""
 HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
-"""Float32 [CHUNK, V] that the head holds at a time: logits, probabilities, draws, differences."""
+"""Tensors [CHUNK, V] that the head holds at a time: logits, probabilities, draws, differences."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done."""
+    """The settings of a run that its cost depends on."""
 
     estimator: str = "ekfac"
     """ekfac, kfac, diagonal or identity."""
@@ -46,11 +46,11 @@ class Work:
     batch_tokens: int = 4096
     """Positions in one pass."""
     recompute: bool = False
-    """Run each block again in backward passes instead of keeping what it made."""
+    """Whether blocks run again in backward passes, so that their activations are not kept."""
     refine: int = 0
     """Iterations of conjugate gradients that improve the direction."""
     refine_sequences: int = 64
-    """Retain sequences in each of their products."""
+    """Retain sequences in each product with the Gauss-Newton matrix of these iterations."""
 
     @property
     def length(self) -> int:
@@ -63,13 +63,13 @@ class Work:
         return max(1, self.batch_tokens // self.length), self.length
 
     def positions(self, tokens: int) -> float:
-        """Positions that ``tokens`` make."""
+        """Number of positions in sequences of so many tokens."""
         return tokens * self.length / self.sequence_length
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and its targets, as far as planning goes."""
+    """What planning needs of a model and its targets."""
 
     targets: Sequence[Target]
     cost: PassCost
@@ -77,7 +77,7 @@ class Workload:
     head: tuple[int, int]
     """(V, D)."""
     shards: int = 1
-    """Processes that the model's weights, and so the curvature's layers, are spread over."""
+    """Number of processes over which the model's weights and the curvature's layers are spread."""
 
     @property
     def size(self) -> int:
@@ -86,32 +86,34 @@ class Workload:
 
     @property
     def targeted(self) -> int:
-        """Parameters that can change."""
+        """Number of parameters that can change."""
         return sum(target.shape[0] * target.shape[1] for target in self.targets)
 
     @property
     def vector_bytes(self) -> int:
-        """A gradient, a direction or an update: a float32 [O, I] for every target."""
+        """Bytes of a gradient, a direction or an update: an [O, I] for every target."""
         return self.size * self.targeted
 
     def input_bytes(self, group: Sequence[Target]) -> int:
-        """Inputs of the targets in a batch that wait for gradients at a time: all of them, or
-        where blocks run again those of one block."""
+        """Bytes of the targets' inputs that are kept until their gradients come.
+
+        These are the inputs of all targets, or of those of one block where blocks run again.
+        """
         widths: Counter[int] = Counter()
         for target in {target.input_of: target for target in group}.values():
             widths[target.block if self.cost.recompute else 0] += target.shape[1]
         return self.cost.positions * max(widths.values()) * group[0].weight.dtype.itemsize
 
     def head_bytes(self, stage: str) -> int:
-        """What the head holds at a time: a chunk of positions, several times."""
+        """Bytes that the head holds at a time: several tensors for a chunk of positions."""
         return HEAD_COPIES[stage] * min(CHUNK, self.cost.positions) * self.head[0] * self.size
 
 
 def model_bytes(model: Any, shards: int = 1) -> int:
-    """Bytes of a model's parameters and buffers in one process, tied ones once.
+    """Bytes of a model's parameters and buffers in one process; tied ones count once.
 
-    With the weights of its blocks spread over several (``distributed.shard``): its part of them,
-    two whole blocks (the one that runs, and the next on its way), and all that is outside.
+    Where the weights of the blocks are spread over processes (``distributed.shard``), a process
+    holds its part of them, two whole blocks (the present and the next one), and all other weights.
     """
     all_bytes = _bytes_of(model)
     if shards == 1:
@@ -127,14 +129,14 @@ def _bytes_of(module: nn.Module) -> int:
 
 
 def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) -> Workload:
-    """What planning has to know of a model, real or of fake tensors.
+    """What planning needs of a model, of real or fake tensors.
 
     Args:
-        shards: processes that the weights of its blocks will be spread over; ``model`` itself is
-            whole.
+        shards: number of processes over which the weights of the blocks will be spread; ``model``
+            itself is whole.
 
     Raises:
-        InputError: its passes depend on the numbers in it; it cannot read sequences so long.
+        InputError: the operations of a pass depend on values, or sequences are too long.
     """
     with on_shapes(model):
         check_length(model, work.length)
@@ -145,7 +147,7 @@ def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) 
 
 @contextlib.contextmanager
 def on_shapes(model: Any) -> Iterator[None]:
-    """For passes on fake tensors: where they fail, the user is told that there can be no plan."""
+    """Within the ``with`` a failure of fake tensors becomes an InputError: there can be no plan."""
     try:
         yield
     except RuntimeError as error:  # routed experts: how many rows each gets is not known
@@ -167,12 +169,12 @@ def curvature_budget(
     vectors: int = 0,
     shards: int = 1,
 ) -> int:
-    """What a device of ``total`` bytes leaves for the curvature beside a model and its passes.
+    """Bytes for the curvature on a device of ``total`` bytes, beside a model and its passes.
 
     Args:
-        vectors: gradients, directions and updates, float32 [O, I] of every target, that stay in
-            memory meanwhile: three where later steps are fitted anew.
-        shards: processes that the weights will be spread over; ``model`` is still whole.
+        vectors: number of gradients, directions and updates, an [O, I] of every target, that stay
+            in memory meanwhile: three where later steps are fitted anew.
+        shards: number of processes over which the weights will be spread; ``model`` is still whole.
     """
     work = Work(
         estimator,
@@ -185,7 +187,7 @@ def curvature_budget(
 
 
 def fit_overhead(subject: Workload, estimator: str) -> int:
-    """Most bytes that a fit holds at a time beside the curvature."""
+    """Peak bytes of a fit, without the curvature."""
     stages = {"kfac": ("covariance",), "identity": ()}.get(estimator, ("lambda",))
     fixed = RUNTIME_BYTES + subject.model_bytes
     return fixed + sum(_pass_bytes(subject, stage, subject.targets) for stage in stages)
@@ -198,13 +200,13 @@ def peaks(
     *,
     refine: bool = False,
 ) -> dict[str, int]:
-    """Most bytes held at a time by each stage of a first step.
+    """Peak bytes of each stage of a first step.
 
-    The fit holds one group of layers at a time, of a spread model the largest share of it. Finished
-    curvature lies on disk, as the commands keep it, and is read a layer at a time. What stays is
-    the gradient, the direction (for a moment twice) and, while a step's size is tried, an update
-    and the weights that it replaces. Refining holds four more vectors, and the best direction
-    besides the last; its products and solves make one more.
+    The fit holds one group of layers at a time; of a model that is spread, the largest share of
+    the group. Finished curvature lies on disk and is read one layer at a time. The gradient and the
+    direction stay in memory; for a moment there are two directions. While a step's size is
+    searched, an update and the weights that it replaces are added. Refining adds four vectors and
+    the best direction so far; its products and solves add one more.
     """
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
@@ -233,10 +235,10 @@ def peaks(
 
 
 def _pass_bytes(subject: Workload, stage: str, group: Sequence[Target]) -> int:
-    """What a pass holds beside the model and its sums: most when the head runs, or just after.
+    """Peak bytes of a pass, without the model and the sums; it is reached in the head or after it.
 
-    Where products of inputs and gradients are made, the inputs of all layers wait for backward;
-    where blocks run again, those of one block do, and not before the head has run.
+    Passes that need products of inputs and gradients keep the inputs of all layers until the
+    backward pass. Where blocks run again, they keep those of one block, after the head has run.
     """
     inputs = 0 if stage == "covariance" else subject.input_bytes(group)
     head = subject.head_bytes("gradient" if stage == "gradient" else "fit")

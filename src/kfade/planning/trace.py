@@ -1,8 +1,8 @@
-"""What one pass of a model costs, found without running it: flops, and bytes held on the way.
+"""The cost of one pass through a model, found without weights: flops, and bytes in memory.
 
-The model runs on fake tensors, which have shapes, dtypes and a device but no numbers. So there is
-no formula for each model family: the operations are those of the real pass, attention kernels
-included, and what autograd keeps is what it would keep.
+The model runs on fake tensors, which have shapes, dtypes and a device but no values. The operations
+are those of the real pass, attention kernels included, and autograd keeps the same tensors. So no
+formulas for families of models are needed.
 
 Shapes: B sequences, T positions of each.
 """
@@ -34,10 +34,10 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 @dataclass(frozen=True)
 class PassCost:
-    """Flops and bytes of one batch [B, T] through the blocks of a model, its head left out.
+    """Flops and bytes of one batch [B, T] through the blocks of a model, without its head.
 
-    "Input of targets" is ``Target.input_of``: a pass goes back to the outputs of those that read
-    it.
+    The keys of the tables are ``Target.input_of``. A value is that of a pass whose backward part
+    ends at the outputs of the targets that read this input.
     """
 
     shape: tuple[int, int]
@@ -46,16 +46,15 @@ class PassCost:
     """Whether blocks run again in the backward pass."""
     forward_flops: float
     repeated_flops: dict[str, float]
-    """Input of targets -> flops of the blocks that run again for going back that far."""
+    """Flops of the blocks that run again in the backward pass."""
     backward_flops: dict[str, float]
-    """Input of targets -> flops of going back, by activations only, from the final hidden
-    states."""
+    """Flops of the backward pass from the final hidden states, with activation gradients only."""
     held_bytes: dict[str, int]
-    """Input of targets -> what the forward pass keeps for going back that far."""
+    """Bytes that the forward pass keeps for the backward pass."""
     forward_bytes: int
-    """Most held at a time by a forward pass that keeps nothing."""
+    """Peak of a forward pass without gradients."""
     surplus_bytes: int
-    """Most held at a time by forward and backward, beyond the largest ``held_bytes``."""
+    """Peak of a forward and backward pass, less the largest of ``held_bytes``."""
 
     @property
     def positions(self) -> int:
@@ -69,7 +68,7 @@ def trace_pass(
     """The cost of a pass over a batch of that shape, as ``passes.backward`` makes it.
 
     Args:
-        model: a real model, which nothing is asked of but shapes, or one of fake tensors.
+        model: of real tensors, of which only the shapes are used, or of fake ones.
         targets: in the order of the forward pass.
         recompute: as for :func:`~kfade.curvature.fit.fit_ekfac`.
     """
@@ -79,7 +78,7 @@ def trace_pass(
     fakes = {
         n: t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()) for n, t in tensors
     }
-    # The numbers of the tokens are real: whether a mask is needed depends on their positions.
+    # Token numbers are real tensors: whether a mask is needed depends on their positions.
     input_BT = torch.zeros(shape, dtype=torch.long, device=targets[0].weight.device)
     trace = _Trace(model, targets, input_BT, list(fakes.values()), recompute)
     stand_ins: dict[str, Tensor] = {f"inner.{name}": fake for name, fake in fakes.items()}
@@ -88,8 +87,7 @@ def trace_pass(
 
 
 class _Around(nn.Module):
-    """Runs anything while other weights stand in for a model's: blocks that run again in the
-    backward pass find them too."""
+    """Runs a function while other weights replace a model's, also in blocks that run again."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -110,7 +108,7 @@ class _Trace:
     recompute: bool
 
     def cost(self) -> PassCost:
-        """Of a forward pass alone, then of forward and backward."""
+        """The cost of a forward pass alone, then of forward and backward."""
         forward_flops, above, forward_bytes = self._forward()
         flops, live = _Flops(), _Live(self.weights)
         before: dict[str, tuple[int, int]] = {}
@@ -125,14 +123,14 @@ class _Trace:
             return note
 
         def on_gradient(target: Target, g_BTO: Tensor) -> None:
-            # By the first of them: going on below the others comes only where it must go lower.
+            # Of several targets with one input the first gradient counts: the pass may end there.
             done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
             backward_flops.setdefault(target.input_of, done)
 
         _, blocks = decoder_blocks(self.model)
         with contextlib.ExitStack() as entered:
             for target in self.targets:
-                # What runs again is kept by its block's input, which was made before it.
+                # A block that runs again keeps only its input, which was made before the block.
                 module = blocks[target.block] if self.recompute else target.module
                 entered.enter_context(module.register_forward_pre_hook(about_to_run(target)))
             entered.enter_context(capture(self.targets, on_gradient=on_gradient))
@@ -156,7 +154,7 @@ class _Trace:
         )
 
     def _forward(self) -> tuple[float, dict[int, float], int]:
-        """(flops, flops from each block upwards, most bytes) of a forward pass without a graph."""
+        """(flops, flops from each block upwards, peak bytes) of a forward pass alone."""
         flops, live = _Flops(), _Live(self.weights)
         below: dict[int, float] = {}
 
@@ -175,11 +173,11 @@ class _Trace:
 
 
 class _Flops(FlopCounterMode):
-    """Multiplications and additions of matrix products; attention counted whole, not its half."""
+    """Multiplications and additions of matrix products; of attention, masked ones included."""
 
     def __init__(self) -> None:
         aten = torch.ops.aten
-        # torch has no formula for the CPU's kernel, and before 2.11 none for grouped queries.
+        # PyTorch has no formula for the CPU's kernel, and before 2.11 none for grouped queries.
         forward = (
             aten._scaled_dot_product_flash_attention_for_cpu,
             aten._scaled_dot_product_flash_attention,
@@ -204,7 +202,7 @@ class _Flops(FlopCounterMode):
 def _attention_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any
 ) -> int:
-    """Of q·kᵀ and p·v by their shapes [B, heads, positions, width]; the heads are the query's."""
+    """Flops of q·kᵀ and p·v for shapes [B, heads, positions, width]; heads are the query's."""
     b, heads, asking, width = query
     return 2 * b * heads * asking * key[-2] * (width + value[-1])
 
@@ -217,14 +215,14 @@ def _attention_back_flops(
     *rest: Any,
     **options: Any,
 ) -> int:
-    """Of q·kᵀ once more, and of two products for each of the two that went forward."""
+    """Flops of q·kᵀ once more, and of two products for each of the two of the forward pass."""
     b, heads, asking, width = query
     again = 2 * b * heads * asking * key[-2] * width
     return again + 2 * _attention_flops(query, key, value)
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and their peak; those of ``apart`` do not count."""
+    """Bytes of the tensors that are alive, and their peak; without those in ``apart``."""
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
         super().__init__()
@@ -232,10 +230,10 @@ class _Live(TorchDispatchMode):
         self._apart = [tensor.untyped_storage() for tensor in apart]
         self._ignored = {id(storage) for storage in self._apart}
         self._alive: dict[int, tuple[int, int]] = {}
-        """Address -> (how many were made before it, its bytes)."""
+        """{id of a storage: (number of storages made before it, its bytes)}."""
 
     def made_since(self, number: int) -> int:
-        """Bytes that are alive of all but the first ``number`` tensors that were made."""
+        """Bytes of the storages that are alive, except the first ``number`` that were made."""
         return sum(size for order, size in self._alive.values() if order >= number)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

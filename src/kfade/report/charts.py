@@ -1,17 +1,19 @@
-"""What a chart shows, apart from how it is drawn: the page and the papers' files draw the same."""
+"""What a chart shows, apart from how it is drawn.
+
+``interactive.py`` draws charts on the page and ``static.py`` in files for papers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from itertools import compress
+from typing import Literal
 
-T = TypeVar("T")
 Form = Literal["line", "marks", "line and marks", "bars"]
 Place = float | str
 
-# Seen apart on white and on near-black, also by most colour-blind eyes; grey is for references.
+# Distinct on white and on near-black, also to most colour-blind readers; grey is for references.
 PALETTE = (
     "#3f78d8", "#d9652b", "#279a6c", "#b04fb5", "#a8820c", "#d24a5e", "#2f95ad", "#7d6bd6",
 )  # fmt: skip
@@ -25,6 +27,12 @@ class Axis:
     title: str
     log: bool = False
 
+    def shows(self, value: Place) -> bool:
+        """Whether the axis has a place for a value: the name of a category, or a number."""
+        if isinstance(value, str):
+            return True
+        return math.isfinite(value) and (value > 0 or not self.log)
+
 
 @dataclass(frozen=True)
 class Series:
@@ -35,11 +43,11 @@ class Series:
     y: tuple[float, ...]
     form: Form = "line and marks"
     colour: int | None = 0
-    """Index into the palette, turning over at its end; None is the grey of references."""
+    """Index into the palette, which is repeated; None is the grey of references."""
     symbol: int = 0
     dashed: bool = False
     labels: tuple[str, ...] = ()
-    """What a point says when pointed at, besides its numbers."""
+    """Of each point: what is shown beside its numbers when the mouse is over it."""
     low: tuple[float, ...] = ()
     """Lower ends of the intervals: a band along a line, else a bar at each mark."""
     high: tuple[float, ...] = ()
@@ -70,48 +78,27 @@ class Chart:
 def drawable(chart: Chart) -> tuple[Chart, int]:
     """The chart without points that its axes cannot show, and how many those were.
 
-    A point is left out where a value is not finite, or not positive on a logarithmic axis.
+    A point is left out where a value is not finite, or not positive on a logarithmic axis. There
+    the lower end of an interval becomes a tenth of the value if it is not positive.
     """
     kept, lost = [], 0
     for series in chart.series:
-        at = [
-            i
-            for i in range(len(series.x))
-            if _shows(chart.x, series.x[i]) and _shows(chart.y, series.y[i])
-        ]
-        lost += len(series.x) - len(at)
-        if not at:
+        places = zip(series.x, series.y, strict=True)
+        shown = [chart.x.shows(x) and chart.y.shows(y) for x, y in places]
+        lost += shown.count(False)
+        if not any(shown):
             continue
-        low, high = _inside(chart.y, series)
+        low = series.low
+        if chart.y.log and low:
+            low = tuple(a if a > 0 else y / 10 for a, y in zip(low, series.y, strict=True))
         kept.append(
             replace(
                 series,
-                x=pick(series.x, at),
-                y=pick(series.y, at),
-                labels=pick(series.labels, at),
-                low=pick(low, at),
-                high=pick(high, at),
+                x=tuple(compress(series.x, shown)),
+                y=tuple(compress(series.y, shown)),
+                labels=tuple(compress(series.labels, shown)),
+                low=tuple(compress(low, shown)),
+                high=tuple(compress(series.high, shown)),
             )
         )
     return replace(chart, series=tuple(kept)), lost
-
-
-def pick(values: Sequence[T], at: Sequence[int]) -> tuple[T, ...]:
-    """The values at those places; none of none."""
-    return tuple(values[i] for i in at) if values else ()
-
-
-def _shows(axis: Axis, value: Place) -> bool:
-    if isinstance(value, str):
-        return True
-    return math.isfinite(value) and (value > 0 or not axis.log)
-
-
-def _inside(axis: Axis, series: Series) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The intervals with lower ends that a logarithmic axis can show: a tenth of the value."""
-    if not axis.log or not series.low:
-        return series.low, series.high
-    low = tuple(
-        end if end > 0 else value / 10 for end, value in zip(series.low, series.y, strict=True)
-    )
-    return low, series.high

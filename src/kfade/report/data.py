@@ -1,16 +1,16 @@
-"""What the report reads: folders of runs, evaluations, sweeps and attacks, found by what they hold.
+"""What the report reads: folders of runs, evaluations, sweeps and attacks, known by their files.
 
-A *run* holds ``manifest.json`` and ``metrics.json``, its manifest of kind ``unlearn`` or
+A *run* holds ``manifest.json`` and ``metrics.json``; its manifest is of the kind ``unlearn`` or
 ``baseline``. Every other input is a log as :mod:`kfade.evaluate.log` writes it:
 
 ``items.jsonl``, an *evaluation*: one line an item. It belongs to the run whose update its header
-names, else to the run whose folder holds it, else to the model that its header names; the model
-that a run started from is the *base* beside which the run is shown.
+names, else to the run whose folder holds it, else to the model that its header names. The model
+that a run started from is its *base*; the page shows them side by side.
 
-``points.jsonl``, a *sweep*: header ``{"benchmark": "sweep", ...}``, one line a point, the item's
-id its name, with
+``points.jsonl``, a *sweep*: header ``{"benchmark": "sweep", ...}``, one line a point; the item's
+id is the point's name. All values but the method are optional:
 
-    method      what it is: "K-FADE", "NPO", ...                    (needed)
+    method      "K-FADE", "NPO", ...
     estimator   "ekfac", "kfac", "diagonal", "identity", or nothing
     objective   "margin", "ce", or nothing
     settings    what was varied, by name: {"alpha": 0.002, "damping": 0.1}
@@ -19,11 +19,10 @@ id its name, with
     forget_quality, model_utility           as TOFU defines them
     seconds                                 all that the point cost, its share of a shared fit too
 
-each of them optional but the method, and in the aggregate ``picked``, the id of the point that the
-sweep's rule chose.
+The aggregate holds ``picked``, the id of the point that the sweep's rule chose.
 
 ``attack.jsonl``, an *attack*: header ``{"benchmark": "attack", "base": {metric: value}, ...}``
-with the values of the model before unlearning, one line a measurement, the item's id any, with
+with the values of the model before unlearning, one line a measurement:
 
     data        what was fine-tuned on: "benign", "related" or "forget"
     state       "attacked", or "reapplied": the update added to the attacked model again
@@ -46,12 +45,13 @@ from kfade.evaluate.log import Evaluation, read_log
 
 ITEMS, POINTS, ATTACK = "items.jsonl", "points.jsonl", "attack.jsonl"
 RUN_KINDS = ("unlearn", "baseline")
-# Header entries that say who was measured, or with whom beside; the others say on what and how.
+# Header entries that name the model, or one that it is compared with; the others tell the data and
+# the settings.
 WHO = frozenset(
     {"model", "update", "edited", "base_sha256", "edited_sha256", "weights_sha256"}
     | {"completions", "retain_log", "retain_model"}
 )
-RETAIN_KEYS = ("retain_model", "retain")  # where aggregates tell the retain model's figures
+RETAIN_KEYS = ("retain_model", "retain")  # of aggregates that hold the retain model's figures
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Measured:
 
     @property
     def what(self) -> str:
-        """The same for evaluations that can be compared: the header without who was measured."""
+        """The header without the names of models: the same for evaluations that can be compared."""
         rest = {k: v for k, v in self.log.header.items() if k not in WHO}
         return json.dumps(rest, sort_keys=True)
 
@@ -101,6 +101,11 @@ class MeasuredModel:
     def of(self, benchmark: str) -> list[Measured]:
         """Its evaluations by that benchmark."""
         return [m for m in self.measured if m.benchmark == benchmark]
+
+    def name_of(self, measured: Measured) -> str:
+        """What one of its evaluations is called: by the model alone, if it is the only such one."""
+        alone = len(self.of(measured.benchmark)) == 1
+        return self.name if alone else f"{self.name}: {measured.path.name}"
 
 
 @dataclass(frozen=True)
@@ -129,10 +134,8 @@ class Results:
 
     def base_of(self, run: MeasuredModel) -> MeasuredModel | None:
         """The subject that ``run`` started from, where it was measured too."""
-        for subject in self.subjects:
-            if subject.kind == "base" and same_model(subject.model, run.model):
-                return subject
-        return None
+        bases = (s for s in self.subjects if s.kind == "base" and same_model(s.model, run.model))
+        return next(bases, None)
 
 
 def same_model(one: str, other: str) -> bool:
@@ -153,10 +156,7 @@ def read_results(paths: Sequence[Path]) -> Results:
                 f"{path}: no such folder; give folders that kfade unlearn, baseline, eval, sweep "
                 "or attack wrote"
             )
-        before = found.count
-        for folder in _folders(path, found.notes):
-            found.take(folder)
-        if found.count == before:
+        if not sum([found.take(folder) for folder in _folders(path, found.notes)]):
             raise InputError(
                 f"{path}: holds no results; a run has manifest.json and metrics.json, an "
                 f"evaluation {ITEMS}, a sweep {POINTS}, an attack {ATTACK}"
@@ -184,17 +184,15 @@ class _Found:
         self.attacks: list[Log] = []
         self.notes: list[str] = []
         self._seen: set[Path] = set()
-        self.count = 0
-        """Pieces that were found, those met before among them."""
 
-    def take(self, folder: Path) -> None:
-        """Whatever of ours the folder itself holds."""
+    def take(self, folder: Path) -> int:
+        """Read the results that lie in the folder itself, if they were not read before; their
+        number."""
         files = [n for n in (ITEMS, POINTS, ATTACK) if (folder / n).is_file()]
         manifest = read_json(folder / "manifest.json")
         is_run = manifest.get("kind") in RUN_KINDS
-        self.count += len(files) + is_run
         if folder.resolve() in self._seen:
-            return
+            return len(files) + is_run
         self._seen.add(folder.resolve())
         if is_run:
             metrics = read_json(folder / "metrics.json")
@@ -209,16 +207,16 @@ class _Found:
             else:
                 logs = self.sweeps if name == POINTS else self.attacks
                 logs.append(Log(folder.resolve().name, folder, log))
+        return len(files) + is_run
 
     def _around(self, folder: Path) -> MeasuredModel | None:
         """The run whose folder holds this one."""
-        for run in reversed(self.runs):
-            if run.path is not None and folder.resolve().is_relative_to(run.path.resolve()):
-                return run
-        return None
+        within = folder.resolve()
+        around = (r for r in self.runs[::-1] if r.path and within.is_relative_to(r.path.resolve()))
+        return next(around, None)
 
     def results(self) -> Results:
-        """Evaluations given to those whom they measured, names made unique."""
+        """All of it, each evaluation with the model that it measured, under unique names."""
         subjects = list(self.runs)
         for measured, around in self.measured:
             owner = self._owner(measured, around, subjects)
@@ -234,16 +232,14 @@ class _Found:
     def _owner(
         self, measured: Measured, around: MeasuredModel | None, subjects: Sequence[MeasuredModel]
     ) -> MeasuredModel:
+        """The subject that was measured: one of those that are known, or a new one."""
         header = measured.log.header
-        update = header.get("update")
         model = str(header.get("edited") or header.get("model") or measured.path.name)
-        if update:
-            path = Path(str(update))
+        if header.get("update"):
+            path = Path(str(header["update"]))
             path = path.parent if path.suffix == ".safetensors" else path
-            if run := self._around(path):
+            if run := self._around(path) or around:  # the latter: the folders were moved together
                 return run
-            if around is not None:  # the folders were moved together
-                return around
             for subject in subjects:
                 if subject.kind == "run" and subject.name == path.name:
                     return subject
@@ -259,7 +255,10 @@ class _Found:
 
 
 def add_retain_model(subjects: list[MeasuredModel]) -> None:
-    """Append the retain model, of whom evaluations tell, where it was not measured here itself."""
+    """Append the retain model with the figures that evaluations of others hold of it.
+
+    A benchmark by which it was measured itself is left out.
+    """
     told: list[Measured] = []
     for subject in subjects:
         for measured in subject.measured:
@@ -276,11 +275,11 @@ def add_retain_model(subjects: list[MeasuredModel]) -> None:
 
 
 def name_apart(subjects: Sequence[MeasuredModel]) -> None:
-    """Give subjects of one name the folder above in front, then numbers behind."""
+    """Put the parent folder before names that occur twice; then number those that still do."""
     names = [s.name for s in subjects]
-    for subject, name in zip(subjects, names, strict=True):
-        if names.count(name) > 1 and subject.path is not None:
-            subject.name = f"{subject.path.resolve().parent.name}/{name}"
+    for subject in subjects:
+        if names.count(subject.name) > 1 and subject.path is not None:
+            subject.name = f"{subject.path.resolve().parent.name}/{subject.name}"
     names = [s.name for s in subjects]
     for index, subject in enumerate(subjects):
         if names.index(subject.name) < index:

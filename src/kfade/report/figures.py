@@ -1,10 +1,10 @@
-"""From results to the paper's charts: pure functions, each None where its data are missing."""
+"""Charts of results: pure functions, each None where the data that it needs are missing."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,13 @@ from kfade.report.values import value_of
 
 RESAMPLES = 400
 QUANTILES = np.linspace(0.01, 0.99, 99)
-KL_AXIS = "KL(base ‖ edited), nats per token"
+KL_AXIS = Axis("KL(base ‖ edited), nats per token", log=True)
 
 
 def all_charts(results: Results) -> tuple[list[Chart], list[str]]:
-    """Every chart that the data allow, and a line for each one that they do not."""
+    """(charts that the data allow, for each other chart a line that says what it needs)."""
     runs, sweeps = results.runs, results.sweeps
-    charts: list[Chart] = []
-    missing: list[str] = []
-    for made, otherwise in (
+    made = (
         (
             quality_utility(results.subjects, sweeps),
             "Forget quality against utility: needs kfade eval tofu with a retain model, or a sweep "
@@ -45,30 +43,56 @@ def all_charts(results: Results) -> tuple[list[Chart], list[str]]:
             predicted_measured(runs),
             "Predicted against measured KL: needs a run of kfade unlearn.",
         ),
-        (
-            change_by_block(runs),
-            "Where the update lies: needs a run of kfade unlearn.",
-        ),
+        (change_by_block(runs), "Where the update lies: needs a run of kfade unlearn."),
         (stage_seconds(runs), "Seconds by stage: needs a run."),
         (stage_memory(runs), "Memory by stage: needs a run."),
-    ):
-        if made is None:
-            missing.append(otherwise)
-        else:
-            charts.append(made)
+    )
+    charts = [chart for chart, _ in made if chart is not None]
+    missing = [needs for chart, needs in made if chart is None]
     attacks = [chart for attack in results.attacks for chart in attack_curves(attack)]
     if not attacks:
         missing.append("Attack curves: need the folder of a kfade attack.")
     return charts + attacks, missing
 
 
+class _Marks:
+    """The points of a scatter chart, collected by the name of their series."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        self.references: list[str] = []
+        """Names of the series that are drawn in grey."""
+
+    def add(self, name: str, x: float | None, y: float | None, label: str) -> None:
+        """Add one point, unless a coordinate was not measured."""
+        if x is not None and y is not None:
+            self.points[name].append((x, y, label))
+
+    def add_sweeps(self, sweeps: Sequence[Log], x: str, y: str) -> None:
+        """Add the points of sweeps, by the keys of their coordinates."""
+        for sweep in sweeps:
+            for item, point in sweep.log.items.items():
+                self.add(series_name(point), point.get(x), point.get(y), point_label(item, point))
+
+    def series(self) -> tuple[Series, ...]:
+        """One series a name, its points in order of x."""
+        made = []
+        coloured = [name for name in self.points if name not in self.references]
+        for name, points in self.points.items():
+            x, y, labels = zip(*sorted(points), strict=True)
+            is_reference = name in self.references
+            symbol = (self.references if is_reference else coloured).index(name)
+            colour = None if is_reference else symbol
+            made.append(Series(name, x, y, "marks", colour, symbol, labels=labels))
+        return tuple(made)
+
+
 def quality_utility(subjects: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | None:
     """TOFU's forget quality against model utility, one mark a run or sweep point (paper, Fig. 1).
 
-    Series by method; a model that is no run (the retain model, say) is grey.
+    Series by method; a model that is not a run, such as the retain model, is grey.
     """
-    marks: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    grey = []
+    marks = _Marks()
     for subject in subjects:
         for tofu in subject.of("tofu"):
             utility = value_of(tofu.aggregate.get("model_utility"))
@@ -76,16 +100,11 @@ def quality_utility(subjects: Sequence[MeasuredModel], sweeps: Sequence[Log]) ->
             if utility is None or quality is None:
                 continue
             name = method_of(subject)
-            marks[name].append((utility.value, quality.value, subject.name))
-            if subject.kind != "run":
-                grey.append(name)
-    for sweep in sweeps:
-        for label, point in sweep.log.items.items():
-            if _has(point, "model_utility", "forget_quality"):
-                told = point_label(label, point)
-                mark = (point["model_utility"], point["forget_quality"], told)
-                marks[series_name(point)].append(mark)
-    if not marks:
+            marks.add(name, utility.value, quality.value, subject.name)
+            if subject.kind != "run" and name not in marks.references:
+                marks.references.append(name)
+    marks.add_sweeps(sweeps, "model_utility", "forget_quality")
+    if not marks.points:
         return None
     return Chart(
         "forget-quality",
@@ -95,38 +114,19 @@ def quality_utility(subjects: Sequence[MeasuredModel], sweeps: Sequence[Log]) ->
         "the forget set; 0.05 and less is told apart from it. Up and to the right is better.",
         Axis("model utility"),
         Axis("forget quality (p-value)", log=True),
-        _scatter(marks, grey),
+        marks.series(),
     )
-
-
-def _has(point: Mapping[str, Any], *names: str) -> bool:
-    """Whether all of these were measured: null in a log is as good as not there."""
-    return all(point.get(name) is not None for name in names)
-
-
-def _scatter(
-    marks: Mapping[str, Sequence[tuple[float, float, str]]], grey: Iterable[str] = ()
-) -> tuple[Series, ...]:
-    """Marks by series, in order of x."""
-    made, grey = [], list(dict.fromkeys(grey))
-    coloured = [name for name in marks if name not in grey]
-    for name, points in marks.items():
-        x, y, labels = zip(*sorted(points), strict=True)
-        colour = None if name in grey else coloured.index(name)
-        symbol = grey.index(name) if colour is None else colour
-        made.append(Series(name, x, y, "marks", colour, symbol, labels=labels))
-    return tuple(made)
 
 
 def series_name(point: Mapping[str, Any]) -> str:
     """A sweep point's method, with estimator, objective and refinement where it has them."""
     refined = refinement((point.get("settings") or {}).get("refine"))
-    parts = [*(point.get(part) for part in ("method", "estimator", "objective")), refined]
+    parts = (point.get("method"), point.get("estimator"), point.get("objective"), refined)
     return ", ".join(str(part) for part in parts if part)
 
 
 def point_label(item: str, point: Mapping[str, Any]) -> str:
-    """A sweep point in words: what was varied, or its id."""
+    """The settings that a sweep varied, at one of its points; the point's id if it names none."""
     settings = point.get("settings") or {}
     return ", ".join(f"{k} {short(v)}" for k, v in settings.items()) or item
 
@@ -146,7 +146,7 @@ def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | Non
             band = bootstrap(quantiles, len(values), seed=seed, resamples=RESAMPLES)
             series.append(
                 Series(
-                    run.name if len(run.of("kl")) == 1 else f"{run.name}: {kl.path.name}",
+                    run.name_of(kl),
                     tuple(100 * QUANTILES),
                     tuple(point["value"] for point in band),
                     "line",
@@ -164,7 +164,7 @@ def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | Non
         "A point (q, v): q % of the completions have a mean KL of at most v. Bands: 95 %, from "
         f"{RESAMPLES} resamples of the completions.",
         Axis("share of completions, %"),
-        Axis(KL_AXIS, log=True),
+        KL_AXIS,
         tuple(series),
     )
 
@@ -172,19 +172,24 @@ def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | Non
 def kl_forgetting(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | None:
     """Retain KL against the loss on the forget set, a series an estimator (paper, Fig. 3 left).
 
-    Of a run, its steps and what it tried on the way to each step's size; of a baseline, what was
-    measured on the way.
+    A run gives a mark for each step and each trial of a step's size; a baseline, for each
+    measurement during its training.
     """
-    marks: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    marks = _Marks()
     for run in runs:
-        marks[method_of(run)] += _way(run)
-    for sweep in sweeps:
-        for label, point in sweep.log.items.items():
-            if _has(point, "forget_loss", "retain_kl"):
-                told = point_label(label, point)
-                marks[series_name(point)].append((point["forget_loss"], point["retain_kl"], told))
-    marks = {name: points for name, points in marks.items() if points}
-    if not marks:
+        name = method_of(run)
+        for number, step in enumerate(run.metrics.get("steps", []), start=1):
+            label = f"{run.name}, step {number}"
+            marks.add(name, step["forget_loss_after"], step["retain_kl"], label)
+            for trial in step.get("probes", [])[:-1]:  # the last one is the step itself
+                tried = f"{label}, trial α {short(trial['alpha'])}"
+                marks.add(name, trial["forget_loss"], trial["retain_kl"], tried)
+        for row in run.metrics.get("curve", []):
+            if row["step"]:  # before the first, the model is the base model: a KL of 0
+                label = f"{run.name}, step {row['step']}"
+                marks.add(name, row["forget_loss"], row["retain_kl"], label)
+    marks.add_sweeps(sweeps, "forget_loss", "retain_kl")
+    if not marks.points:
         return None
     return Chart(
         "kl-forgetting",
@@ -192,24 +197,9 @@ def kl_forgetting(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart
         "KL on held-out retain data against the loss on the forget set: steps, trials of their "
         "sizes, a baseline's training, points of sweeps. At equal forgetting, lower is better.",
         Axis("loss on the forget set, nats per token"),
-        Axis(KL_AXIS, log=True),
-        _scatter(marks),
+        KL_AXIS,
+        marks.series(),
     )
-
-
-def _way(run: MeasuredModel) -> list[tuple[float, float, str]]:
-    """(forget loss, retain KL, label) of all that was measured while the run was made."""
-    marks = []
-    for number, step in enumerate(run.metrics.get("steps", []), start=1):
-        told = f"{run.name}, step {number}"
-        marks.append((step["forget_loss_after"], step["retain_kl"], told))
-        for trial in step.get("probes", [])[:-1]:
-            tried = f"{told}, trial α {short(trial['alpha'])}"
-            marks.append((trial["forget_loss"], trial["retain_kl"], tried))
-    for row in run.metrics.get("curve", []):
-        if row["step"]:  # before the first, the model is the base model: a KL of 0
-            marks.append((row["forget_loss"], row["retain_kl"], f"{run.name}, step {row['step']}"))
-    return marks
 
 
 def kl_seconds(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | None:
@@ -217,19 +207,14 @@ def kl_seconds(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | 
 
     None with fewer than two marks.
     """
-    marks: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    marks = _Marks()
     for run in runs:
-        seconds, kl = run.metrics.get("seconds", {}).get("total"), run.metrics.get("retain_kl")
-        if seconds is not None and kl is not None:
-            forgot = run.metrics.get("forget_loss", {}).get("after")
-            told = run.name if forgot is None else f"{run.name}, forget loss {short(forgot)}"
-            marks[method_of(run)].append((seconds, kl, told))
-    for sweep in sweeps:
-        for label, point in sweep.log.items.items():
-            if _has(point, "seconds", "retain_kl"):
-                told = point_label(label, point)
-                marks[series_name(point)].append((point["seconds"], point["retain_kl"], told))
-    if sum(map(len, marks.values())) < 2:
+        loss = run.metrics.get("forget_loss", {}).get("after")
+        label = run.name if loss is None else f"{run.name}, forget loss {short(loss)}"
+        seconds = run.metrics.get("seconds", {}).get("total")
+        marks.add(method_of(run), seconds, run.metrics.get("retain_kl"), label)
+    marks.add_sweeps(sweeps, "seconds", "retain_kl")
+    if sum(map(len, marks.points.values())) < 2:
         return None
     return Chart(
         "kl-seconds",
@@ -237,32 +222,28 @@ def kl_seconds(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | 
         "KL on held-out retain data against all the time taken. Compare at equal forgetting: point "
         "at a mark to see how much it forgot.",
         Axis("seconds", log=True),
-        Axis(KL_AXIS, log=True),
-        _scatter(marks),
+        KL_AXIS,
+        marks.series(),
     )
 
 
 def attack_curves(attack: Log) -> list[Chart]:
     """Each metric over the steps of fine-tuning, by data; dashed: re-applied (paper, Fig. 4)."""
-    rows = list(attack.log.items.values())
-    data = list(dict.fromkeys(row["data"] for row in rows))
-    metrics = list(dict.fromkeys(name for row in rows for name in row["values"]))
+    rows = sorted(attack.log.items.values(), key=lambda row: row["step"])
+    data = dict.fromkeys(row["data"] for row in attack.log.items.values())
+    metrics = dict.fromkeys(name for row in attack.log.items.values() for name in row["values"])
     charts = []
     for metric in metrics:
+        measured = [row for row in rows if metric in row["values"]]
         series = []
-        for colour, one in enumerate(data):
+        for colour, source in enumerate(data):
             for state in ("attacked", "reapplied"):
-                own = [
-                    row
-                    for row in rows
-                    if (row["data"], row["state"]) == (one, state) and metric in row["values"]
-                ]
+                own = [row for row in measured if (row["data"], row["state"]) == (source, state)]
                 if own:
-                    series.append(_attack_series(own, metric, colour, f"{one}, {state}"))
+                    series.append(_attack_series(own, metric, colour))
         base = attack.log.header.get("base", {}).get(metric)
         if base is not None:
-            steps = sorted({row["step"] for row in rows})
-            ends = (steps[0], steps[-1])
+            ends = (rows[0]["step"], rows[-1]["step"])
             series.append(
                 Series("before unlearning", ends, (base, base), "line", None, dashed=True)
             )
@@ -281,22 +262,21 @@ def attack_curves(attack: Log) -> list[Chart]:
     return charts
 
 
-def _attack_series(
-    rows: Sequence[Mapping[str, Any]], metric: str, colour: int, name: str
-) -> Series:
-    rows = sorted(rows, key=lambda row: row["step"])
-    ends = [row.get("intervals", {}).get(metric) for row in rows]
-    known = all(end is not None for end in ends)
+def _attack_series(rows: Sequence[Mapping[str, Any]], metric: str, colour: int) -> Series:
+    """The measurements of one kind of data in one state, with intervals if all rows have them."""
+    source, state = rows[0]["data"], rows[0]["state"]
+    intervals = [row.get("intervals", {}).get(metric) for row in rows]
+    known = all(interval is not None for interval in intervals)
     return Series(
-        name,
+        f"{source}, {state}",
         tuple(row["step"] for row in rows),
         tuple(row["values"][metric] for row in rows),
         "line and marks",
         colour,
         colour,
-        dashed=name.endswith("reapplied"),
-        low=tuple(end[0] for end in ends) if known else (),
-        high=tuple(end[1] for end in ends) if known else (),
+        dashed=state == "reapplied",
+        low=tuple(low for low, _ in intervals) if known else (),
+        high=tuple(high for _, high in intervals) if known else (),
     )
 
 

@@ -1,4 +1,4 @@
-"""Charts of what happened inside runs: predictions, blocks, seconds, memory."""
+"""Charts of what happened within runs: predictions, change by block, seconds, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kfade.report.charts import Axis, Chart, Place, Series
+from kfade.report.charts import Axis, Chart, Series
 from kfade.report.data import MeasuredModel
 from kfade.report.names import short
 
@@ -25,9 +25,9 @@ def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
             for number, step in enumerate(run.metrics.get("steps", []), start=1):
                 points.append((step[key], step["measured_kl"], f"step {number}"))
                 for trial in step.get("probes", [])[:-1] if number == 1 else []:
-                    share = (trial["alpha"] / step["alpha"]) ** 2
-                    told = f"trial, α {short(trial['alpha'])}"
-                    points.append((share * step[key], trial["retain_kl"], told))
+                    predicted = (trial["alpha"] / step["alpha"]) ** 2 * step[key]
+                    label = f"trial, α {short(trial['alpha'])}"
+                    points.append((predicted, trial["retain_kl"], label))
             if points:
                 x, y, labels = zip(*sorted(points), strict=True)
                 name = f"{run.name}, {which} quadratic"
@@ -52,44 +52,36 @@ def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
 def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
     """‖ΔW‖/‖W‖ by block: by kind of weight for one run, root mean square over kinds for several.
 
-    The changes of several steps add up to at most what is shown, their sum.
+    The norms of several steps are summed: an upper bound of the norm of their total change.
     """
     tables = {run.name: changes(run.metrics.get("steps", [])) for run in runs}
     tables = {name: table for name, table in tables.items() if table}
     if not tables:
         return None
+    several = len(tables) > 1
+    lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, table in tables.items():
+        for (block, kind), change in table.items():
+            lines[name if several else kind][block].append(change)
     series = []
-    if len(tables) == 1:
-        ((_, table),) = tables.items()
-        kinds = list(dict.fromkeys(kind for _, kind in table))
-        for colour, kind in enumerate(kinds):
-            own = sorted((block, v) for (block, k), v in table.items() if k == kind)
-            series.append(_blocks(kind, own, colour))
-        several = ""
-    else:
-        for colour, (name, table) in enumerate(tables.items()):
-            blocks: dict[int, list[float]] = defaultdict(list)
-            for (block, _), value in table.items():
-                blocks[block].append(value)
-            own = sorted(
-                (b, math.sqrt(sum(v * v for v in vs) / len(vs))) for b, vs in blocks.items()
-            )
-            series.append(_blocks(name, own, colour))
-        several = " Root mean square over the weights of a block."
+    for colour, (name, blocks) in enumerate(lines.items()):
+        x = tuple(sorted(blocks))
+        y = tuple(100 * _root_mean_square(blocks[block]) for block in x)
+        series.append(Series(name, x, y, "line and marks", colour, colour))
     return Chart(
         "update-blocks",
         "Where in the network the update lies",
         "Norm of the change over the norm of the weight, by transformer block from the input on. "
-        f"Of several steps, the sum: their true total is at most that.{several}",
+        "Of several steps, the sum: their true total is at most that."
+        + (" Root mean square over the weights of a block." if several else ""),
         Axis("block"),
         Axis("‖ΔW‖ / ‖W‖, %"),
         tuple(series),
     )
 
 
-def _blocks(name: str, values: Sequence[tuple[int, float]], colour: int) -> Series:
-    x: tuple[Place, ...] = tuple(block for block, _ in values)
-    return Series(name, x, tuple(100 * v for _, v in values), "line and marks", colour, colour)
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
 
 
 def changes(steps: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
@@ -110,29 +102,31 @@ def block_and_kind(name: str) -> tuple[int, str]:
 
 def stage_seconds(runs: Sequence[MeasuredModel]) -> Chart | None:
     """Seconds by stage, a set of bars a run."""
-    series = _stages(runs, "seconds", 1.0)
-    if not series:
-        return None
     caption = "Wall-clock time. Check: measuring, and the search for each step's size."
-    return Chart("seconds", "Time by stage", caption, Axis("stage"), Axis("seconds"), series)
+    return _stages(runs, "seconds", 1.0, "seconds", "Time by stage", caption, Axis("seconds"))
 
 
 def stage_memory(runs: Sequence[MeasuredModel]) -> Chart | None:
     """Peak memory by stage, a set of bars a run."""
-    series = _stages(runs, "peak_bytes_by_stage", 1e-9)
-    if not series:
-        return None
     caption = "Peak memory while a stage ran: of the GPU where there was one, else of the process."
-    return Chart(
-        "memory", "Memory by stage", caption, Axis("stage"), Axis("GB (10⁹ bytes)"), series
-    )
+    unit = Axis("GB (10⁹ bytes)")
+    return _stages(runs, "peak_bytes_by_stage", 1e-9, "memory", "Memory by stage", caption, unit)
 
 
-def _stages(runs: Sequence[MeasuredModel], key: str, unit: float) -> tuple[Series, ...]:
-    made = []
+def _stages(
+    runs: Sequence[MeasuredModel],
+    metric: str,
+    scale: float,
+    key: str,
+    title: str,
+    caption: str,
+    y: Axis,
+) -> Chart | None:
+    """A bar chart of ``scale`` times what ``metrics[metric]`` holds for each stage."""
+    series = []
     for colour, run in enumerate(runs):
-        values = {k: v for k, v in run.metrics.get(key, {}).items() if k != "total"}
-        if values:
-            y = tuple(unit * v for v in values.values())
-            made.append(Series(run.name, tuple(values), y, "bars", colour))
-    return tuple(made)
+        stages = {k: v for k, v in run.metrics.get(metric, {}).items() if k != "total"}
+        if stages:
+            heights = tuple(scale * value for value in stages.values())
+            series.append(Series(run.name, tuple(stages), heights, "bars", colour))
+    return Chart(key, title, caption, Axis("stage"), y, tuple(series)) if series else None

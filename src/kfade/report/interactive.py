@@ -1,39 +1,33 @@
 """Charts for the page: plain dictionaries that plotly.js draws.
 
-Colours of text and grid are left to the page's script, which knows whether it is light or dark.
+The page's script sets the colours of text and grid: it knows whether the page is light or dark.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from kfade.report.charts import Axis, Chart, Place, Series
-from kfade.report.escape import escape
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star")
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-GLYPHS = "●■◆▲✚✖▼★"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+GLYPHS = "●■◆▲✚✖▼★"  # the same symbols as characters, for the legend
 MODES = {"line": "lines", "marks": "markers", "line and marks": "lines+markers"}
 
 
 def plotly_chart(chart: Chart) -> dict[str, Any]:
     """``{"data", "layout"}`` of a chart that :func:`~kfade.report.charts.drawable` gave."""
-    data: list[dict[str, Any]] = []
-    for series in chart.series:
-        if series.form == "line" and series.low:
-            data += _band(series)
-        data.append(_trace(chart, series))
-    words = any(isinstance(x, str) for s in chart.series for x in s.x)
+    x = [x for series in chart.series for x in series.x]
+    y = [y for series in chart.series for y in (*series.y, *series.low, *series.high)]
+    categories = any(isinstance(value, str) for value in x)
     return {
-        "data": data,
+        "data": [trace for series in chart.series for trace in _traces(chart, series)],
         "layout": {
-            "xaxis": {
-                **_axis(chart.x, [x for s in chart.series for x in s.x]),
-                **({"type": "category"} if words else {}),
-            },
-            "yaxis": _axis(chart.y, [y for s in chart.series for y in (*s.y, *s.low, *s.high)]),
+            "xaxis": _axis(chart.x, x) | ({"type": "category"} if categories else {}),
+            "yaxis": _axis(chart.y, y),
             "hovermode": "closest",
             "barmode": "group",
         },
@@ -42,25 +36,22 @@ def plotly_chart(chart: Chart) -> dict[str, Any]:
 
 def legend(chart: Chart) -> list[dict[str, Any]]:
     """What the page's own legend shows of each series, and the numbers of its traces."""
-    entries, at = [], 0
+    entries, first = [], 0
     for series in chart.series:
-        count = 3 if series.form == "line" and series.low else 1
+        count = len(_traces(chart, series))
+        glyph = {"bars": "■", "line": ""}.get(series.form, GLYPHS[series.symbol % len(GLYPHS)])
         entries.append(
             {
                 "name": series.name,
                 "hue": series.hue,
                 "line": "line" in series.form,
                 "dashed": series.dashed,
-                "glyph": "■" if series.form == "bars" else _glyph(series),
-                "traces": str(list(range(at, at + count))),
+                "glyph": glyph,
+                "traces": str(list(range(first, first + count))),
             }
         )
-        at += count
+        first += count
     return entries
-
-
-def _glyph(series: Series) -> str:
-    return "" if series.form == "line" else GLYPHS[series.symbol % len(GLYPHS)]
 
 
 def _axis(axis: Axis, values: Sequence[Place]) -> dict[str, Any]:
@@ -73,7 +64,7 @@ def _axis(axis: Axis, values: Sequence[Place]) -> dict[str, Any]:
 
 
 def log_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2, 5 times powers of ten around the values; over many decades, some whole ones."""
+    """1, 2, 5 times powers of ten around the values; over many decades, some powers of ten only."""
     positive = [value for value in values if value > 0] or [1.0]
     first = math.floor(math.log10(min(positive)))
     last = math.ceil(math.log10(max(positive)))
@@ -88,29 +79,27 @@ def power(value: float) -> str:
     if 1e-3 <= value <= 1e4:
         return f"{value:g}"
     mantissa, _, exponent = f"{value:e}".partition("e")
-    raised = str(int(exponent)).translate(RAISED)
+    raised = str(int(exponent)).translate(SUPERSCRIPTS)
     front = f"{float(mantissa):g}·" if float(mantissa) != 1 else ""
     return f"{front}10{raised}"
 
 
-def _trace(chart: Chart, series: Series) -> dict[str, Any]:
+def _traces(chart: Chart, series: Series) -> list[dict[str, Any]]:
     """One series; plotly reads a little HTML in names and labels, so they are escaped."""
-    names = [*map(escape, series.labels)] if series.labels else [""] * len(series.x)
+    name = escape(series.name)
+    categories = any(isinstance(x, str) for x in series.x)
+    hover = [f"<b>{name}</b>", *(["%{customdata}"] if series.labels else [])]
+    hover += [f"{escape(chart.x.title)}: {'%{x}' if categories else '%{x:.3~g}'}"]
+    hover += [f"{escape(chart.y.title)}: %{{y:.3~g}}<extra></extra>"]
     trace: dict[str, Any] = {
-        "name": escape(series.name),
+        "name": name,
         "x": list(series.x),
         "y": list(series.y),
-        "customdata": names,
-        "hovertemplate": f"<b>{escape(series.name)}</b><br>%{{customdata}}<br>"
-        f"{escape(chart.x.title)}: %{{x:.3~g}}<br>{escape(chart.y.title)}: %{{y:.3~g}}"
-        "<extra></extra>",
+        "customdata": [*map(escape, series.labels)] or [""] * len(series.x),
+        "hovertemplate": "<br>".join(hover),
     }
-    if not series.labels:
-        trace["hovertemplate"] = trace["hovertemplate"].replace("%{customdata}<br>", "")
-    if any(isinstance(x, str) for x in series.x):
-        trace["hovertemplate"] = trace["hovertemplate"].replace("%{x:.3~g}", "%{x}")
     if series.form == "bars":
-        return {**trace, "type": "bar", "marker": {"color": series.hue}}
+        return [{**trace, "type": "bar", "marker": {"color": series.hue}}]
     trace |= {
         "type": "scatter",
         "mode": MODES[series.form],
@@ -121,11 +110,14 @@ def _trace(chart: Chart, series: Series) -> dict[str, Any]:
             "symbol": SYMBOLS[series.symbol % len(SYMBOLS)],
         },
     }
-    if series.low and series.form != "line":
-        up = [high - y for high, y in zip(series.high, series.y, strict=True)]
-        down = [y - low for low, y in zip(series.low, series.y, strict=True)]
-        trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1}
-    return trace
+    if not series.low:
+        return [trace]
+    if series.form == "line":
+        return [*_band(series), trace]
+    up = [high - y for high, y in zip(series.high, series.y, strict=True)]
+    down = [y - low for low, y in zip(series.low, series.y, strict=True)]
+    trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1}
+    return [trace]
 
 
 def _band(series: Series) -> list[dict[str, Any]]:

@@ -20,6 +20,11 @@ class Metric:
     formula: str
     better: Literal["higher", "lower", ""] = ""
 
+    @property
+    def unit_shown(self) -> str:
+        """What stands beside the name; a percent sign stands beside each number instead."""
+        return "" if self.unit == SHARE else self.unit
+
 
 FORGET_LOSS = Metric(
     "Forgetting",

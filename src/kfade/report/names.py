@@ -8,13 +8,12 @@ from typing import Any
 from kfade.evaluate.questions import name_of_set
 from kfade.report.data import Measured, MeasuredModel
 
-# Header entries that may name the data of an evaluation, the most telling first.
+# Header entries that may name the data of an evaluation; the first that is there does.
 DATA_KEYS = ("questions", "tasks", "members", "prompts", "data", "split")
 
 
 def method_of(subject: MeasuredModel) -> str:
-    """How the subject was made, as a legend says it: "K-FADE, ekfac, margin, refined 2"; else its
-    name."""
+    """How a run made its model, as in "K-FADE, ekfac, margin, refined 2"; else the model's name."""
     config = subject.manifest.get("config", {})
     if subject.manifest.get("kind") == "unlearn":
         fit, step = config.get("fit", {}), config.get("step", {})
@@ -29,7 +28,7 @@ def method_of(subject: MeasuredModel) -> str:
 
 
 def refinement(iterations: int | None) -> str | None:
-    """Words for a direction that was refined."""
+    """How often a direction was refined, in words; None for one that was not."""
     return f"refined {iterations}" if iterations else None
 
 
@@ -47,7 +46,7 @@ def short(value: Any) -> str:
 
 
 def set_name(measured: Measured) -> str:
-    """What an evaluation's data are called: by their file or folder, else by its own folder."""
+    """What an evaluation's data are called: their file or folder, else the evaluation's folder."""
     header = measured.log.header
     for key in DATA_KEYS:
         if isinstance(header.get(key), str):

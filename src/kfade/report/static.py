@@ -1,4 +1,4 @@
-"""The same charts as SVG and PNG files, for papers."""
+"""Charts as SVG and PNG files, for papers: the same as on the page, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError
-from kfade.report.charts import Axis, Chart, Series, drawable
+from kfade.report.charts import Chart, Series, drawable
 from kfade.runtime.files import writing
 
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "v", "*")
@@ -44,8 +44,8 @@ def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
 def draw(axes: Any, chart: Chart) -> None:
     """Draw a chart on matplotlib's axes."""
     chart, _ = drawable(chart)
-    _scale(axes.set_xlabel, axes.set_xscale, chart.x)
-    _scale(axes.set_ylabel, axes.set_yscale, chart.y)
+    axes.set(xlabel=_plain(chart.x.title), ylabel=_plain(chart.y.title))
+    axes.set(xscale="log" if chart.x.log else "linear", yscale="log" if chart.y.log else "linear")
     bars = [series for series in chart.series if series.form == "bars"]
     for series in chart.series:
         if series.form == "bars":
@@ -58,18 +58,16 @@ def draw(axes: Any, chart: Chart) -> None:
         axes.legend(frameon=False, fontsize=7.5)
 
 
-def _scale(label: Any, scale: Any, axis: Axis) -> None:
-    label(axis.title.replace("$", r"\$"))
-    if axis.log:
-        scale("log")
+def _plain(text: str) -> str:
+    """Text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
 
 
 def _points(axes: Any, series: Series) -> None:
     line = "" if series.form == "marks" else "--" if series.dashed else "-"
     marker = "" if series.form == "line" else SYMBOLS[series.symbol % len(SYMBOLS)]
     style = {"color": series.hue, "linestyle": line, "marker": marker, "markersize": 5}
-    label = series.name.replace("$", r"\$")
-    axes.plot(series.x, series.y, label=label, linewidth=1.5, **style)
+    axes.plot(series.x, series.y, label=_plain(series.name), linewidth=1.5, **style)
     if series.low and series.form == "line":
         band = {"color": series.hue, "alpha": 0.18, "linewidth": 0}
         axes.fill_between(series.x, series.low, series.high, **band)
@@ -85,5 +83,5 @@ def _bars(axes: Any, series: Series, all_bars: Sequence[Series]) -> None:
     width = 0.8 / len(all_bars)
     shift = (all_bars.index(series) - (len(all_bars) - 1) / 2) * width
     places = [names.index(str(x)) + shift for x in series.x]
-    axes.bar(places, series.y, width, color=series.hue, label=series.name)
+    axes.bar(places, series.y, width, color=series.hue, label=_plain(series.name))
     axes.set_xticks(range(len(names)), names)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from kfade.report.charts import Chart, Series
+from kfade.report.charts import Chart
 from kfade.report.data import MeasuredModel, Results
 from kfade.report.metrics import GROUPS, SHARE
 from kfade.report.names import method_of, short
 from kfade.report.values import Row, Value
 
-NUMBER_ROWS = 40  # rows of the table below a chart, at most about so many a series
+NUMBER_ROWS = 40  # rows of the table below a chart: about so many a series, at most
 ROLES = {"base": "base", "run": "", "model": "as it came"}
-DIGESTS = "_sha256"
 
 
 def written(value: float, unit: str) -> str:
@@ -32,146 +32,87 @@ def details(value: Value, unit: str) -> list[str]:
     return parts
 
 
-def headline_table(
-    rows: Sequence[Row], names: Sequence[str]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(group, rows with a cell for each name) of the groups that have rows."""
-    groups: list[tuple[str, list[dict[str, Any]]]] = []
-    for group in GROUPS:
-        own: list[dict[str, Any]] = [
-            {
-                "name": row.metric.name,
-                # The last word stays on one line with the button behind it.
-                "start": row.metric.name.rpartition(" ")[0],
-                "end": row.metric.name.rpartition(" ")[2],
-                # Accuracies are written with their unit.
-                "unit": "" if row.metric.unit == SHARE else row.metric.unit,
-                "formula": row.metric.formula,
-                "better": row.metric.better,
-                "cells": [_cell(row.values.get(name), row.metric.unit) for name in names],
-            }
-            for row in rows
-            if row.metric.group == group
-        ]
-        if own:
-            groups.append((group, own))
-    return groups
-
-
-def _cell(value: Value | None, unit: str) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    return {"value": written(value.value, unit), "details": details(value, unit)}
-
-
-def cards(rows: Sequence[Row], results: Results) -> list[dict[str, str]]:
-    """One figure of each group, for a page of one run."""
+def cards(rows: Sequence[Row], results: Results) -> list[tuple[Row, Value, Value | None]]:
+    """(row, the run's value, its base's value) of one row of each group, for a page of one run."""
     if len(results.runs) != 1:
         return []
     run = results.runs[0]
     base = results.base_of(run)
+
+    def before(row: Row) -> Value | None:
+        return row.values.get(base.name) if base else None
+
     made = []
     for group in GROUPS[:3]:
         own = [row for row in rows if row.metric.group == group and run.name in row.values]
-        if not own:
-            continue
-        # A figure beside its base says most; of others an evaluation's, made apart from the run.
-        row = max(own, key=lambda row: (_has(row, base), row.values[run.name].low is not None))
-        unit, value = row.metric.unit, row.values[run.name]
-        before = row.values.get(base.name) if base else None
-        made.append(
-            {
-                "group": group,
-                "name": row.metric.name,
-                "unit": "" if unit == SHARE else unit,
-                "value": written(value.value, unit),
-                "before": written(before.value, unit) if before else "",
-                "detail": ", ".join(details(value, unit)),
-            }
-        )
+        if own:
+            # The best figure has one of the base beside it; the next best has an interval: it
+            # comes from an evaluation, not from the run itself.
+            best = max(
+                own, key=lambda r: (before(r) is not None, r.values[run.name].low is not None)
+            )
+            made.append((best, best.values[run.name], before(best)))
     return made
 
 
-def _has(row: Row, subject: MeasuredModel | None) -> bool:
-    return subject is not None and subject.name in row.values
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its head, and a row's value in it."""
+
+    name: str
+    value: Callable[[Any], Any]
+    unit: str = ""
+    number: bool = True
+
+
+RUN_COLUMNS = (
+    Column("run", lambda run: run.name, number=False),
+    Column("made by", lambda run: method_of(run), number=False),
+    Column("size asked", lambda run: _size(run.manifest.get("config", {})), number=False),
+    Column("forget loss before", lambda run: _metric(run, "forget_loss", "before"), "nats/token"),
+    Column("forget loss after", lambda run: _metric(run, "forget_loss", "after"), "nats/token"),
+    Column("retain KL", lambda run: _metric(run, "retain_kl"), "nats/token"),
+    Column("lost to rounding", lambda run: _metric(run, "lost_in_dtype", scale=100), "%"),
+    Column("time", lambda run: _metric(run, "seconds", "total"), "s"),
+    Column("peak memory", lambda run: _metric(run, "peak_bytes", scale=1e-9), "GB"),
+)
+STEP_COLUMNS = (
+    Column("run", lambda step: step["run"], number=False),
+    Column("step", lambda step: step["number"]),
+    Column("α", lambda step: step.get("alpha")),
+    Column("predicted KL", lambda step: step.get("predicted_kl"), "fitted"),
+    Column("predicted KL", lambda step: step.get("exact_kl"), "exact"),
+    Column("measured KL", lambda step: step.get("measured_kl")),
+    Column("retain KL so far", lambda step: step.get("retain_kl")),
+    Column("forget loss before", lambda step: step.get("forget_loss_before")),
+    Column("forget loss after", lambda step: step.get("forget_loss_after")),
+    Column("measured / exact", lambda step: _ratio(step)),
+)
 
 
 def run_tables(results: Results) -> list[dict[str, Any]]:
-    """A table of the runs, and one of their steps."""
+    """A table of the runs, if there are several, and one of their steps."""
     runs = [run for run in results.runs if run.metrics]
-    tables = []
-    if len(runs) > 1:
-        tables.append(_table("Runs, one a row.", RUN_COLUMNS, [_run_row(run) for run in runs]))
     steps = [
-        [run.name, number, *(step.get(key) for key in STEP_KEYS), _ratio(step)]
+        {**step, "run": run.name, "number": number}
         for run in runs
         for number, step in enumerate(run.metrics.get("steps", []), start=1)
         if "predicted_kl" in step
     ]
+    tables = []
+    if len(runs) > 1:
+        tables.append(_table("Runs, one a row.", RUN_COLUMNS, runs))
     if steps:
         caption = "Steps: what each predicted and did. KL and losses in nats per token."
         tables.append(_table(caption, STEP_COLUMNS, steps))
     return tables
 
 
-RUN_COLUMNS = (
-    ("run", "", False),
-    ("made by", "", False),
-    ("size asked", "", False),
-    ("forget loss before", "nats/token", True),
-    ("forget loss after", "nats/token", True),
-    ("retain KL", "nats/token", True),
-    ("lost to rounding", "%", True),
-    ("time", "s", True),
-    ("peak memory", "GB", True),
-)
-STEP_KEYS = (
-    "alpha", "predicted_kl", "exact_kl", "measured_kl", "retain_kl",
-    "forget_loss_before", "forget_loss_after",
-)  # fmt: skip
-STEP_COLUMNS = (
-    ("run", "", False),
-    ("step", "", True),
-    ("α", "", True),
-    ("predicted KL", "fitted", True),
-    ("predicted KL", "exact", True),
-    ("measured KL", "", True),
-    ("retain KL so far", "", True),
-    ("forget loss before", "", True),
-    ("forget loss after", "", True),
-    ("measured / exact", "", True),
-)
-
-
-def _run_row(run: MeasuredModel) -> list[Any]:
-    metrics = run.metrics
-    loss, lost, peak = (metrics.get(k) for k in ("forget_loss", "lost_in_dtype", "peak_bytes"))
-    return [
-        run.name,
-        method_of(run),
-        _size(run.manifest.get("config", {}).get("size", {})),
-        *((loss["before"], loss["after"]) if loss else (None, None)),
-        metrics.get("retain_kl"),
-        None if lost is None else 100 * lost,
-        metrics.get("seconds", {}).get("total"),
-        None if peak is None else peak / 1e9,
-    ]
-
-
-def _size(asked: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in asked.items() if v is not None)
-
-
-def _ratio(step: Mapping[str, Any]) -> float | None:
-    return step["measured_kl"] / step["exact_kl"] if step.get("exact_kl") else None
-
-
-def _table(
-    caption: str, columns: Sequence[tuple[str, str, bool]], rows: Sequence[Sequence[Any]]
-) -> dict[str, Any]:
+def _table(caption: str, columns: Sequence[Column], items: Sequence[Any]) -> dict[str, Any]:
+    rows = [[column.value(item) for column in columns] for item in items]
     return {
         "caption": caption,
-        "columns": [{"name": n, "unit": u, "number": number} for n, u, number in columns],
+        "columns": columns,
         "rows": [
             [{"text": "·", "sort": ""} if v is None else {"text": short(v), "sort": v} for v in row]
             for row in rows
@@ -179,58 +120,60 @@ def _table(
     }
 
 
+def _metric(run: MeasuredModel, *keys: str, scale: float | None = None) -> float | None:
+    """A number of a run's metrics, times ``scale``; None where it was not measured."""
+    value: Any = run.metrics
+    for key in keys:
+        value = (value or {}).get(key)
+    return value if value is None or scale is None else scale * value
+
+
+def _size(config: Mapping[str, Any]) -> str:
+    """The size of step that was asked for, as in ``kl 0.05``."""
+    asked = config.get("size", {})
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in asked.items() if v is not None)
+
+
+def _ratio(step: Mapping[str, Any]) -> float | None:
+    return step["measured_kl"] / step["exact_kl"] if step.get("exact_kl") else None
+
+
 def chart_rows(chart: Chart) -> tuple[list[dict[str, str]], int]:
-    """A chart's numbers as rows, and that only one in so many is among them."""
+    """(a chart's numbers as rows, n): of each series only every n-th point has a row."""
     longest = max((len(series.x) for series in chart.series), default=0)
     every = -(-longest // NUMBER_ROWS)
-    rows = [_chart_row(s, i) for s in chart.series for i in range(0, len(s.x), every)]
+    rows = []
+    for series in chart.series:
+        for i in range(0, len(series.x), every):
+            ends = f"{short(series.low[i])} to {short(series.high[i])}" if series.low else ""
+            rows.append(
+                {
+                    "name": series.name,
+                    "label": series.labels[i] if series.labels else "",
+                    "x": short(series.x[i]),
+                    "y": short(series.y[i]),
+                    "interval": ends,
+                }
+            )
     return rows, every
 
 
-def _chart_row(series: Series, index: int) -> dict[str, str]:
-    ends = (series.low[index], series.high[index]) if series.low else None
-    return {
-        "name": series.name,
-        "label": series.labels[index] if series.labels else "",
-        "x": short(series.x[index]),
-        "y": short(series.y[index]),
-        "interval": f"{short(ends[0])} to {short(ends[1])}" if ends else "",
-    }
-
-
-def provenance(results: Results) -> list[dict[str, Any]]:
-    """Where each subject's numbers come from: facts, and longer texts to unfold."""
-    return [
-        {
-            "name": subject.name,
-            "role": ROLES[subject.kind],
-            "facts": _facts(subject.manifest),
-            "texts": [
-                *_settings(subject),
-                *(
-                    (f"{m.path.name}: {m.benchmark}", _pretty(m.log.header))
-                    for m in subject.measured
-                ),
-            ],
-        }
-        for subject in results.subjects
-    ]
-
-
-def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    facts = []
+def facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of what a manifest tells in one line each."""
     for name, value in manifest.items():
-        words = name.replace(DIGESTS, " SHA-256").replace("_", " ")
+        words = name.replace("_sha256", " SHA-256").replace("_", " ")
         if name == "versions":
-            facts.append((words, ", ".join(f"{k} {v}" for k, v in value.items())))
+            yield words, ", ".join(f"{k} {v}" for k, v in value.items())
         elif not isinstance(value, dict | list) and value is not None:
-            facts.append((words, str(value)))
-    return facts
+            yield words, str(value)
 
 
-def _settings(subject: MeasuredModel) -> list[tuple[str, str]]:
-    config = subject.manifest.get("config")
-    return [("settings", _pretty(config))] if config else []
+def settings(subject: MeasuredModel) -> Iterator[tuple[str, str]]:
+    """(name, JSON) of the settings of a run and of its evaluations."""
+    if config := subject.manifest.get("config"):
+        yield "settings", _pretty(config)
+    for measured in subject.measured:
+        yield f"{measured.path.name}: {measured.benchmark}", _pretty(measured.log.header)
 
 
 def _pretty(content: Any) -> str:

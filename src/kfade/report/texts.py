@@ -8,104 +8,80 @@ from typing import Any
 from kfade.report.data import Measured, MeasuredModel, Results
 from kfade.report.names import short
 
-GENERATIONS, COMPLETIONS = 1200, 400  # shown in all; the logs have the others
+GENERATIONS, COMPLETIONS = 1200, 400  # the most that a page shows; the logs have the others
 
 
 def generations(results: Results) -> tuple[list[dict[str, Any]], int]:
-    """What runs answer, the base's answer beside it; and how many are left out.
+    """(answers of the runs beside those of their bases, how many answers are left out).
 
-    ``part`` is what the page filters by, ``change`` what it orders by: how far the answer's score
-    went.
+    The page filters by ``part`` and sorts by ``change``: by how much the answer's score changed.
     """
     made = []
-    runs = results.runs
-    for run in runs:
+    for run in results.runs:
         base = results.base_of(run)
         for measured in (*run.of("tofu"), *run.of("mt-bench")):
-            before = _counterpart(measured, base)
-            answer = _tofu_answer if measured.benchmark == "tofu" else _bench_answer
-            for item, values in measured.log.items.items():
-                group = item.partition("/")[0] if measured.benchmark == "tofu" else "MT-Bench"
-                part = _part(run, runs, group.replace("_", " "))
-                made.append(answer(values, before.get(item), part))
-    return _spread(made, GENERATIONS)
+            before = _same_evaluation(measured, base)
+            is_tofu = measured.benchmark == "tofu"
+            answer = _tofu_answer if is_tofu else _bench_answer
+            for item, after in measured.log.items.items():
+                group = item.partition("/")[0].replace("_", " ") if is_tofu else "MT-Bench"
+                old = before.get(item)
+                if old is not None and old["question"] != after["question"]:
+                    old = None
+                part = group if len(results.runs) == 1 else f"{run.name}: {group}"
+                made.append({"part": part, "prompt": after["question"], **answer(old, after)})
+    count = min(len(made), GENERATIONS)  # evenly spread over all
+    return [made[i * len(made) // count] for i in range(count)], len(made) - count
 
 
-def _counterpart(measured: Measured, base: MeasuredModel | None) -> Mapping[str, Mapping[str, Any]]:
-    """The base's items of the same evaluation, else of the same benchmark; none without it."""
-    if base is None:
-        return {}
-    others = base.of(measured.benchmark)
+def _same_evaluation(
+    measured: Measured, base: MeasuredModel | None
+) -> Mapping[str, Mapping[str, Any]]:
+    """The base's items of the same evaluation, else of the same benchmark; else none."""
+    others = base.of(measured.benchmark) if base is not None else []
     same = [other for other in others if other.what == measured.what]
-    return (same or others)[0].log.items if others else {}
+    return next((other.log.items for other in (*same, *others)), {})
 
 
-def _part(run: MeasuredModel, runs: tuple[MeasuredModel, ...], group: str) -> str:
-    return group if len(runs) == 1 else f"{run.name}: {group}"
-
-
-def _tofu_answer(
-    values: Mapping[str, Any], before: Mapping[str, Any] | None, part: str
-) -> dict[str, Any]:
-    after = values["rouge_l"]
-    if before is None or before["question"] != values["question"]:
-        said, facts, change = None, f"ROUGE-L recall {short(after)}", None
-    else:
-        said, change = before["generated"], abs(after - before["rouge_l"])
-        facts = f"ROUGE-L recall {short(before['rouge_l'])} → {short(after)}"
+def _tofu_answer(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> dict[str, Any]:
+    scores = [answer["rouge_l"] for answer in (before, after) if answer is not None]
     return {
-        "part": part,
-        "prompt": values["question"],
-        "expected": values["answer"],
-        "before": said,
-        "after": values["generated"],
-        "facts": facts,
-        "change": change,
+        "expected": after["answer"],
+        "before": before["generated"] if before else None,
+        "after": after["generated"],
+        "facts": f"ROUGE-L recall {' → '.join(map(short, scores))}",
+        "change": abs(scores[1] - scores[0]) if before else None,
     }
 
 
-def _bench_answer(
-    values: Mapping[str, Any], before: Mapping[str, Any] | None, part: str
-) -> dict[str, Any]:
-    if before is not None and before["question"] != values["question"]:
-        before = None
-    after, old = values["rating"], before["rating"] if before else None
-    told = " → ".join(short(rating) for rating in (old, after) if rating is not None)
+def _bench_answer(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> dict[str, Any]:
+    ratings = [before["rating"] if before else None, after["rating"]]
+    known = [rating for rating in ratings if rating is not None]
     return {
-        "part": part,
-        "prompt": values["question"],
         "expected": None,
         "before": before["answer"] if before else None,
-        "after": values["answer"],
-        "facts": f"rated {told}" if told else "not rated",
-        "change": None if None in (old, after) else abs(after - old),
+        "after": after["answer"],
+        "facts": f"rated {' → '.join(map(short, known))}" if known else "not rated",
+        "change": abs(known[1] - known[0]) if len(known) == 2 else None,
     }
 
 
 def completions(results: Results) -> tuple[list[dict[str, Any]], int]:
-    """The completions that each run changed most, with their tokens; and how many are left out."""
+    """(the completions that each run changed most, with their tokens; how many are left out)."""
     measured = [(run, kl) for run in results.runs for kl in run.of("kl")]
-    each = max(20, COMPLETIONS // max(1, len(measured)))
+    most = max(20, COMPLETIONS // max(1, len(measured)))
     made, left = [], 0
     for run, kl in measured:
-        name = run.name if len(run.of("kl")) == 1 else f"{run.name}: {kl.path.name}"
         items = sorted(kl.log.items.values(), key=lambda item: -item["kl"])
-        left += max(0, len(items) - each)
-        for item in items[:each]:
-            made.append(
-                {
-                    "part": name,
-                    "prompt": item["prompt"],
-                    "mean": item["kl"],
-                    "tokens": item["strings"],
-                    "values": item["token_kl"],
-                }
-            )
+        left += max(0, len(items) - most)
+        made += [
+            {
+                "part": run.name_of(kl),
+                "prompt": item["prompt"],
+                "mean": item["kl"],
+                "tokens": item["strings"],
+                "values": item["token_kl"],
+            }
+            for item in items[:most]
+        ]
     return made, left
-
-
-def _spread(made: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
-    """At most so many, evenly spread over all."""
-    if len(made) <= most:
-        return made, 0
-    return [made[i * len(made) // most] for i in range(most)], len(made) - most

@@ -14,7 +14,7 @@ from kfade.baselines.weights import Dense, LowRank, Trainable
 from kfade.data.sequences import continuation, open_tokens
 from kfade.errors import InputError
 from kfade.models.layers import Target, find_targets
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 from kfade.runs.session import Loaded
 
 METHODS = "ga, gd, kl-min, npo, simnpo, rmu, elm or soul"

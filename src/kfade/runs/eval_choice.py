@@ -13,7 +13,7 @@ from kfade.evaluate.lm_eval import check_installed, run_tasks
 from kfade.evaluate.log import digest
 from kfade.evaluate.questions import Question, read_sets
 from kfade.models.layers import digest_weights
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 from kfade.runs.evaluation import (
     Evaluation,
     Judged,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,10 @@ def evaluate_mt_bench(
         "judge_max_tokens": judge.max_tokens,
     }
     how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume),
-        "chat": chat_of(settings["template"] or "auto"),
+        "template": replace(
+            rendering_of(settings, out, resume=resume),
+            enabled=chat_of(settings["template"] or "auto"),
+        ),
         "max_new_tokens": request.max_new_tokens,
         "batch_tokens": request.batch_tokens,
         "seed": request.seed,

@@ -34,8 +34,8 @@ from kfade.evaluate.divergence import (
 )
 from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models.layers import digest_weights
-from kfade.models.lengths import length_class
-from kfade.models.load import load_skeleton, load_tokenizer, model_window
+from kfade.models.lengths import length_class, model_window
+from kfade.models.load import load_skeleton, load_tokenizer
 from kfade.runs.config import ModelConfig
 from kfade.runs.evaluation import (
     Evaluation,
@@ -92,8 +92,10 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
         raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
     settings = settings_of(request)
     how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume),
-        "chat": chat_of(settings["template"] or "auto"),
+        "template": replace(
+            rendering_of(settings, out, resume=resume),
+            enabled=chat_of(settings["template"] or "auto"),
+        ),
         "max_new_tokens": request.max_new_tokens,
     }
     examples = read_prompts(request.prompts, request.limit)

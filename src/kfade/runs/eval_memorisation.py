@@ -21,7 +21,7 @@ from kfade.evaluate.memorisation import (
 )
 from kfade.evaluate.tokens import token_values
 from kfade.models.layers import digest_weights
-from kfade.models.load import model_window
+from kfade.models.lengths import model_window
 from kfade.runs.evaluation import (
     Judged,
     Rendering,
@@ -68,8 +68,10 @@ def evaluate_memorisation(
     """
     settings = settings_of(request)
     how: dict[str, Any] = {
-        "template": rendering_of(settings, out, resume=resume),
-        "chat": chat_of(settings["template"] or "auto"),
+        "template": replace(
+            rendering_of(settings, out, resume=resume),
+            enabled=chat_of(settings["template"] or "auto"),
+        ),
         "truncate": bool(request.truncate),
     }
     sources = {"member": request.members}

@@ -14,7 +14,8 @@ from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
 from kfade.models.interface import check_readable
 from kfade.models.layers import Target, choose_targets, decoder_blocks
-from kfade.models.load import default_device, load_model, model_window
+from kfade.models.lengths import model_window
+from kfade.models.load import default_device, load_model
 from kfade.models.sources import Source
 from kfade.runs.config import DataConfig, FitConfig, ModelConfig
 from kfade.runs.template import template_of
@@ -151,8 +152,7 @@ def to_tokens(
         loaded.tokenizer,
         length=length,
         window=model_window(loaded.model),
-        chat=chat_of(config.template),
-        template=template_of(config),
+        template=replace(template_of(config), enabled=chat_of(config.template)),
         pack=config.pack,
         truncate=config.truncate,
         score_end=config.score_end,

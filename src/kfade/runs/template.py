@@ -75,8 +75,8 @@ def as_used(config: DataConfig, tokenizer: Any) -> DataConfig:
 
     Two runs that differ in nothing else are then told alike.
     """
-    used = template_of(config).used_by(tokenizer, chat_of(config.template))
-    return config if used else replace(config, template_date=None)
+    template = replace(template_of(config), enabled=chat_of(config.template))
+    return config if template.used_by(tokenizer) else replace(config, template_date=None)
 
 
 def rendering_of(

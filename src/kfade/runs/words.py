@@ -48,7 +48,7 @@ def objective_of(word: str, flag: str = "--objective") -> Objective:
 
 
 def chat_of(word: str) -> bool | None:
-    """What ``encode`` calls ``chat``."""
+    """What ``ChatTemplate`` calls ``enabled``."""
     match word:
         case "auto":
             return None

@@ -1,9 +1,8 @@
-"""Several processes: who does what, and one sum at the end. The only file that knows
-torch.distributed.
+"""Several processes that share work and sum what they find.
 
-Every process holds the model (or, after :func:`shard`, a part of its weights) and the same list of
-work, takes its own share of it, and sums. With one process (no process group) each function is the
-identity.
+This is the only file that imports torch.distributed. Every process holds the model (or, after
+:func:`shard`, a part of its weights) and the whole list of work. It does its share, and results are
+summed over processes. In a single process there is nothing to sum: tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Within the ``with``, the processes that ``torchrun`` started are one group, if it did.
+    """Within the ``with`` the processes that ``torchrun`` started, if any, form a group.
 
-    NCCL where there is a GPU for each process of the machine, gloo otherwise.
+    The backend is NCCL where there is a GPU for each process of the machine, else gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -36,7 +35,7 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(local)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local))
     else:
-        with _stdout_is_stderr():  # PyTorch 2.8's gloo greets on stdout, where results are printed
+        with _stdout_is_stderr():  # gloo of PyTorch 2.8 prints to stdout, where results belong
             dist.init_process_group("gloo")
     try:
         yield
@@ -46,7 +45,7 @@ def processes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[None]:
-    """What libraries in C++ print to stdout goes to stderr."""
+    """Within the ``with`` all output to stdout, that of C++ libraries too, goes to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -68,10 +67,12 @@ def rank() -> int:
 
 
 def assign_by_cost(costs: Sequence[float], among: int | None = None) -> list[int]:
-    """The process that does each piece of work: the dearest first, to whoever has least so far.
+    """The process that does each piece of work.
+
+    Greedy: in order of falling cost, each piece goes to the process with the least work so far.
 
     Args:
-        among: number of processes; None: those that there are.
+        among: number of processes; None: those of the group.
     """
     load = [0.0] * (among or count())
     owner = [0] * len(costs)
@@ -88,7 +89,7 @@ def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
 
 
 def reduce_to(owner: int, tensor: Tensor) -> None:
-    """Sum over processes, in place, in process ``owner``; the others' ``tensor`` is spent."""
+    """Sum over processes, in place, in process ``owner``; the values of the others are lost."""
     if _grouped():
         dist.reduce(tensor, dst=owner)
 
@@ -146,14 +147,14 @@ def broadcast(owner: int, tensor: Tensor) -> Tensor:
 def broadcast_optional(
     owner: int, tensor: Tensor | None, device: torch.device | str
 ) -> Tensor | None:
-    """``tensor`` of process ``owner``, or that it has none, in all of them."""
+    """What process ``owner`` has, a tensor or None, in all processes."""
     if not _grouped():
         return tensor
-    what = [None if tensor is None else (tensor.shape, tensor.dtype)]
-    dist.broadcast_object_list(what, src=owner)
-    if what[0] is None:
+    kind = [None if tensor is None else (tensor.shape, tensor.dtype)]
+    dist.broadcast_object_list(kind, src=owner)
+    if kind[0] is None:
         return None
-    shape, dtype = what[0]
+    shape, dtype = kind[0]
     if rank() != owner:
         tensor = torch.empty(shape, dtype=dtype, device=device)
     assert tensor is not None
@@ -161,7 +162,7 @@ def broadcast_optional(
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait for all processes."""
     if _grouped():
         dist.barrier()
 
@@ -169,8 +170,8 @@ def barrier() -> None:
 def shard(blocks: Iterable[nn.Module]) -> None:
     """Spread the weights of each of a model's ``blocks`` over the processes, in place (FSDP2).
 
-    A block's weights are gathered when it runs, forward and backward, and dropped after it. What
-    is outside of the blocks (embeddings, last norm, head) stays whole in every process.
+    A block's weights are gathered when it runs, forward and backward, and dropped after it. Weights
+    outside the blocks (embeddings, last norm, head) stay whole in every process.
     """
     if not _grouped():
         return
@@ -189,11 +190,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def extra_passes(model: nn.Module, passes: int) -> int:
-    """How many passes through ``model`` this process makes fewer than the one that makes most.
+    """How many passes through ``model`` this process has to add to reach the largest number.
 
-    All processes gather the weights of a sharded model together, so each has to make as many: after
-    its own it repeats any batch, which counts for nothing. To be asked before the first of them. 0
-    where the model is whole.
+    Processes gather the weights of a sharded model together, so all need the same number of passes.
+    An added pass repeats any batch, and its results are dropped. Every process must call this
+    before its first pass. 0 where the model is not sharded.
     """
     if not is_sharded(model):
         return 0
@@ -204,7 +205,7 @@ def extra_passes(model: nn.Module, passes: int) -> int:
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may hold a part; every process must ask."""
+    """The whole of a tensor of which this process may hold a part; every process must call it."""
     return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 

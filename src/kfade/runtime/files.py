@@ -1,4 +1,4 @@
-"""Files written whole or not at all; what stops one from being written, in one line."""
+"""Files written whole or not at all; errors of writing in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CODE = re.compile(r"\((?:os error|errno) (\d+)\)|\[Errno (\d+)\]")
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what any library raises when ``path`` cannot be written into one line.
+    """Turn any library's error of writing ``path`` into an InputError.
 
     Raises:
         InputError: the disk is full, the folder is read-only, or whatever the system says.
@@ -38,13 +38,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path | str, error: Exception) -> InputError:
-    """What to tell of a file or folder that cannot be written."""
+    """The error for a file or folder that cannot be written."""
     code = _code_of(error)
     reason = os.strerror(code) if code is not None else first_line(error)
     about = getattr(error, "filename", None)
     advice = ""
     if about is not None and not Path(about).absolute().is_relative_to(Path(path).absolute()):
-        reason += f": {about}"  # what was to be copied, or a folder above
+        reason += f": {about}"  # the file to be copied, or a folder above
     if code in FULL:
         advice = "; free some space, or choose a place on another disk"
     elif code in _CLOSED:
@@ -53,7 +53,7 @@ def unwritable(path: Path | str, error: Exception) -> InputError:
 
 
 def _code_of(error: Exception) -> int | None:
-    """The system's number; libraries in Rust and copies of folders have it in their text only."""
+    """The system's error number; libraries in Rust and shutil.copytree tell it in text only."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _CODE.search(str(error))
@@ -61,19 +61,19 @@ def _code_of(error: Exception) -> int | None:
 
 
 def write_file(path: Path, write: Callable[[Path], object], aside: Path | None = None) -> None:
-    """``write`` a file aside, then give it its name; where that fails nothing is left.
+    """Have ``write`` make a file under another name, then rename it; a failure leaves nothing.
 
     Args:
-        aside: where to write it first, on the same disk; None: beside it.
+        aside: the other name, on the same disk; None: beside ``path``.
 
     Raises:
         InputError: it cannot be written.
     """
-    target = Path(os.path.realpath(path))  # what a link points to, not the link
+    target = Path(os.path.realpath(path))  # a link stays, and its target is replaced
     aside = aside or target.with_name(f"{target.name}.writing")
     with writing(path):
         if target.exists() and not (target.is_file() and os.access(target, os.W_OK)):
-            write(target)  # a device takes it as it is; a folder or a closed file refuses it
+            write(target)  # a device is written to directly; a folder or a closed file fails here
             return
         try:
             write(aside)
@@ -97,7 +97,7 @@ def write_tensors(
 
     def write(aside: Path) -> None:
         aside.touch()
-        mode = aside.stat().st_mode  # of new files; the library may let nobody but the owner read
+        mode = aside.stat().st_mode  # of new files; the library may allow only the owner to read
         save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata)
         aside.chmod(mode)
 
@@ -106,11 +106,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def reading_kept(path: Path) -> Iterator[None]:
-    """Reading what an unfinished run has kept, the safetensors file ``path``.
-
-    Raises:
-        InputError: it is broken; says what to do.
-    """
+    """Raises InputError where a safetensors file of an unfinished run is broken, and what to do."""
     try:
         yield
     except (SafetensorError, InputError) as error:
@@ -124,7 +120,7 @@ def reading_kept(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """``folder``, made if it is not there; if so, and the ``with`` fails, it is removed again.
+    """``folder``, which is made if it is missing, and removed then if the ``with`` fails.
 
     Raises:
         InputError: it cannot be made.
@@ -141,7 +137,7 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder and all that is in it, if it is there."""
+    """Remove a file, or a folder with all that is in it; nothing if it does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -13,27 +13,22 @@ T = TypeVar("T")
 
 
 class Reporter(Protocol):
-    """Whatever shows progress: told when a task starts, how far it is, and when it ends."""
+    """What shows progress, as the command line does."""
 
     def start(self, name: str, total: float | None) -> int:
-        """A task of that much work begins, None: nobody knows how much; returns its number."""
-        ...
+        """Begin a task of ``total`` work, None if it is unknown; returns the task's number."""
 
     def advance(self, task: int, amount: float) -> None:
-        """That much of it is done."""
-        ...
+        """Add work that was done."""
 
     def received(self, task: int, done: int, total: int) -> None:
-        """So many bytes of a download that is part of it have come."""
-        ...
+        """Set the bytes so far, and in all, of a download that is part of a task."""
 
     def stop(self, task: int) -> None:
-        """It is over, or was cut short."""
-        ...
+        """End a task that is finished or was interrupted."""
 
     def say(self, line: str) -> None:
-        """Something that whoever watches wants to know."""
-        ...
+        """Show a line of text."""
 
 
 _reporter: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar(
@@ -52,7 +47,7 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Tell whoever watches; nobody does in a library call."""
+    """Show a line of text where progress is shown; nothing in a library call."""
     reporter = _reporter.get()
     if reporter is not None:
         reporter.say(line)
@@ -60,7 +55,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def counted(name: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A task of that much work; what is yielded is called with each part that is done."""
+    """A task of ``total`` work; yields a function to call with the amount of each finished part."""
     reporter = _reporter.get()
     if reporter is None:
         yield lambda amount: None
@@ -75,7 +70,7 @@ def counted(name: str, total: float) -> Iterator[Callable[[float], None]]:
 def track(
     items: Sequence[T], name: str, size: Callable[[T], float] = lambda item: 1.0
 ) -> Iterable[T]:
-    """Iterate over ``items``; ``size`` is an item's share of the work, so that estimates hold."""
+    """Iterate over ``items`` as a task; ``size`` is the work of an item."""
     with counted(name, sum(size(item) for item in items)) as advance:
         for item in items:
             yield item
@@ -86,45 +81,33 @@ def track(
 def waiting(name: str) -> Iterator[type[tqdm]]:
     """A task of unknown length; yields the class of bars for downloads that are part of it.
 
-    The hub's functions take it as ``tqdm_class``. Its bars draw nothing and tell of their bytes.
+    The hub's functions take it as ``tqdm_class``. Its bars are not drawn: they report their bytes.
     """
     reporter = _reporter.get()
-    if reporter is None:
-        yield _Download
-        return
-    task, received = reporter.start(name, None), reporter.received
+    task = reporter.start(name, None) if reporter else 0
 
-    class Told(_Download):
-        def tell(self, done: int, total: int) -> None:
-            received(task, done, total)
+    class Download(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Other bars count files, or the bytes that came over the network.
+            form = options.get("bar_format", "total")
+            self._counts = options.get("unit") == "B" and "total" in form
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if reporter and self._counts:
+                reporter.received(task, int(self.n), int(self.total or 0))
 
     try:
-        yield Told
+        yield Download
     finally:
-        reporter.stop(task)
-
-
-class _Download(tqdm):
-    """A bar that is not drawn."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        # Others count files, or what came over the network of files that are partly there.
-        self._counts = options.get("unit") == "B" and "total" in options.get("bar_format", "total")
-        super().__init__(*args, **{**options, "disable": True})
-
-    def update(self, n: float | None = 1) -> None:
-        """That many bytes more."""
-        self.n += n or 0
-        if self._counts:
-            self.tell(int(self.n), int(self.total or 0))
-
-    def tell(self, done: int, total: int) -> None:
-        """Nobody listens."""
+        if reporter:
+            reporter.stop(task)
 
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Within the ``with`` no library draws a bar of its own with tqdm."""
+    """Within the ``with`` no library draws bars with tqdm."""
     own = tqdm.__init__
 
     def hidden(bar: tqdm, *args: Any, **options: Any) -> None:

@@ -1,9 +1,8 @@
-"""Output folders: a folder's existence means that its run is whole.
+"""Output folders: a folder exists only if its run is finished.
 
-A run works in ``DIR.part`` and is renamed to ``DIR`` at its end. What an interrupted run has
-finished lies in ``DIR.part/state``, each file written aside and renamed, so that ``--resume`` goes
-on from there. A run that fails before it has anything worth keeping leaves nothing; one that is
-refused after that says what it leaves.
+A run writes into ``DIR.part``, which is renamed to ``DIR`` at the end. Finished pieces of an
+interrupted run lie in ``DIR.part/state``, and ``--resume`` goes on from them. A run that fails
+without such pieces leaves nothing; one that fails later says what it leaves.
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ from kfade.errors import InputError
 from kfade.runtime import distributed
 from kfade.runtime.files import unwritable, write_file, write_text, writing
 
-CONFIG = "config.json"  # what an unfinished run was asked for
+CONFIG = "config.json"  # the settings of an unfinished run
 INPUTS = "inputs.json"  # digests of what it reads
 
 
 def check_free(path: Path) -> None:
-    """Raises InputError where ``path`` is no folder, one that holds something, or the folder that
-    one is in; or where it begins with a ~ that no shell has replaced."""
+    """Raises InputError where ``path`` cannot become an output folder.
+
+    It is a file, a folder that is not empty, the working directory, or begins with a ``~`` that the
+    shell did not replace.
+    """
     with contextlib.suppress(RuntimeError):  # a name after ~ that is nobody's
         if path.expanduser() != path:
             raise InputError(
@@ -57,7 +59,7 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def interrupted(path: Path) -> dict[str, Any]:
-    """What an interrupted run into ``path`` was asked for; nothing where there is none.
+    """The settings of an interrupted run into ``path``; empty where there is none.
 
     Raises:
         InputError: it cannot be read.
@@ -66,32 +68,28 @@ def interrupted(path: Path) -> dict[str, Any]:
     return _read(saved) if saved.is_file() else {}
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Settings of two runs that differ, each as ``--option VALUE (here VALUE)``."""
     found = []
-    for name in [*there, *(name for name in asked if name not in there)]:
+    for name in there | asked:
         one, other = there.get(name), asked.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if isinstance(one, dict) and isinstance(other, dict):
             found += differences(one, other)
         elif one != other:
-            called = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            told = (shorten(str(value), 60, placeholder=" ...") for value in (one, other))
-            found.append(f"{called} {next(told)} (here {next(told)})")
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            before, now = (shorten(str(value), 60, placeholder=" ...") for value in (one, other))
+            found.append(f"{option} {before} (here {now})")
     return found
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object that a run keeps of itself.
-
-    Raises:
-        InputError: it is none.
-    """
+    """The JSON object of a file of an interrupted run; raises InputError if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(content, dict)
     except (ValueError, AssertionError):  # not UTF-8, not JSON, or something else in it
         raise InputError(
-            f"{path}: not what the interrupted run wrote, so that it cannot be gone on with; "
+            f"{path}: not what the interrupted run wrote, so that it cannot be resumed; "
             f"remove {path.parent}"
         ) from None
     return content
@@ -100,18 +98,18 @@ def _read(path: Path) -> dict[str, Any]:
 class RunDir:
     """The output folder of one run; use it in a ``with``, and :meth:`finish` at the end.
 
-    With several processes all read it and the first one writes.
+    Of several processes all read it and the first one writes.
 
     Args:
         path: the folder to make.
-        config: everything that decides the result; a resumed run must ask for the same.
-        resume: go on with an interrupted run, where there is one.
-        free: settings of ``config`` that a resumed run may ask for anew, each by its name, as long
-            as no file of the state matches the glob that is given with it.
+        config: all settings that decide the result; a resumed run must have the same.
+        resume: go on with an interrupted run, if there is one.
+        free: {name of a setting: glob}. A resumed run may change the setting as long as no file of
+            the state matches the glob.
 
     Raises:
-        InputError: the folder exists, cannot be written, or holds an interrupted run that was not
-            asked to be resumed or that asked for something else.
+        InputError: the folder exists or cannot be written; or there is an interrupted run, and
+            ``resume`` is False or the settings differ.
     """
 
     def __init__(
@@ -149,7 +147,7 @@ class RunDir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._writes or self._finished:  # the first process may be removing the state now
+        if not self._writes or self._finished:
             return
         kept = self._files()
         if not kept:
@@ -162,15 +160,14 @@ class RunDir:
             ) from error
 
     def reads(self, digests: Mapping[str, str], *, resumed: bool | None = None) -> None:
-        """Note what the run reads.
+        """Record the run's inputs, or compare them with those of the resumed run.
 
         Args:
-            digests: by what each is called in a message.
-            resumed: whether what was kept depends on them; None: if anything was kept.
+            digests: of the inputs, by the names that messages use.
+            resumed: whether kept pieces depend on the inputs; None: if there are any.
 
         Raises:
-            InputError: the interrupted run that is gone on with read something else, or does not
-                tell.
+            InputError: the resumed run had other inputs, or their record is gone.
         """
         path = self.part / INPUTS
         if bool(self._files()) if resumed is None else resumed:
@@ -186,10 +183,9 @@ class RunDir:
             self._write(path, digests)
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
-        """Keep a finished piece: ``write`` a file aside, then give it its name in the state."""
-        if not self._writes:
-            return
-        write_file(self.state / name, write, self.part / f"{name}.writing")
+        """Have ``write`` make a file of the state, a finished piece; see :func:`write_file`."""
+        if self._writes:
+            write_file(self.state / name, write, self.part / f"{name}.writing")
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one line to ``log.jsonl``."""
@@ -201,12 +197,12 @@ class RunDir:
             file.write(json.dumps(line) + "\n")
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """``write`` a file or folder that will lie in DIR."""
+        """Have ``write`` make a file or folder of DIR."""
         if self._writes:
             write_file(self.part / name, write)
 
     def publish(self, name: str) -> None:
-        """Move a file of the state, now whole, to where it will lie in DIR."""
+        """Move a finished file of the state into DIR."""
         if self._writes:
             os.replace(self.state / name, self.part / name)
 
@@ -216,32 +212,26 @@ class RunDir:
         metrics: Mapping[str, Any],
         config_yaml: str | None = None,
     ) -> None:
-        """Write manifest, metrics and configuration, drop the state, and give DIR its name."""
+        """Write manifest, metrics and configuration, remove the state, and rename the folder."""
         if self._writes:
-            self._finish(manifest, metrics, config_yaml)
+            self._write(self.part / "manifest.json", manifest)
+            self._write(self.part / "metrics.json", metrics)
+            if config_yaml is not None:
+                write_text(self.part / "config.yaml", config_yaml)
+            with writing(self.path):
+                shutil.rmtree(self.state)  # before the files that describe it
+                (self.part / CONFIG).unlink()
+                (self.part / INPUTS).unlink(missing_ok=True)
+                os.replace(self.part, self.path)
         self._finished = True
 
-    def _finish(
-        self, manifest: Mapping[str, Any], metrics: Mapping[str, Any], config_yaml: str | None
-    ) -> None:
-        self._write(self.part / "manifest.json", manifest)
-        self._write(self.part / "metrics.json", metrics)
-        if config_yaml is not None:
-            write_text(self.part / "config.yaml", config_yaml)
-        with writing(self.path):
-            shutil.rmtree(self.state)  # first: where there is a state, what it was made of is told
-            (self.part / CONFIG).unlink()
-            (self.part / INPUTS).unlink(missing_ok=True)
-            os.replace(self.part, self.path)
-
     def _files(self) -> set[Path]:
-        """All that is kept; of a process that does not write, nothing."""
-        if not self._writes:
-            return set()
-        return {path for path in self.state.rglob("*") if path.is_file()}
+        """The finished pieces; none in a process that does not write."""
+        paths = self.state.rglob("*") if self._writes else ()
+        return {path for path in paths if path.is_file()}
 
     def _free_now(self) -> list[str]:
-        """Settings that a resumed run may ask for anew."""
+        """Names of the settings that a resumed run may change."""
         return [name for name, files in self._free.items() if not list(self.state.glob(files))]
 
     def _check_resume(self, resume: bool) -> None:
@@ -252,8 +242,11 @@ class RunDir:
             )
         if self._files():
             self._check_told(self.part / CONFIG, "was asked for")
-        asked, free = interrupted(self.path), self._free_now()
-        there, here = ({k: v for k, v in c.items() if k not in free} for c in (asked, self._config))
+        asked = interrupted(self.path)
+        there, here = dict(asked), dict(self._config)
+        for name in self._free_now():
+            there.pop(name, None)
+            here.pop(name, None)
         if asked and there != here:
             told = ", ".join(differences(there, here))
             raise InputError(
@@ -262,7 +255,7 @@ class RunDir:
             )
 
     def _remove_torn(self) -> None:
-        """Drop what a killed write of safetensors has left, so that it is not published."""
+        """Remove what a killed process has left of safetensors files."""
         for path in self.part.rglob(".tmp*"):
             path.unlink()
 

@@ -1,4 +1,4 @@
-"""Where time and memory go: seconds and peak bytes of named stages of a run."""
+"""Seconds and peak bytes of the named stages of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 @dataclass
 class Clock:
-    """Seconds and peak bytes by stage; repeated stages add up, peaks take the largest."""
+    """Seconds and peak bytes by stage: of repeated stages the sum and the maximum."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -34,7 +34,7 @@ _clock: contextvars.ContextVar[Clock | None] = contextvars.ContextVar("kfade_clo
 
 @contextlib.contextmanager
 def timing(clock: Clock) -> Iterator[None]:
-    """Note the stages of everything inside the ``with`` in ``clock``."""
+    """Record the stages within the ``with`` in ``clock``."""
     token = _clock.set(clock)
     try:
         yield
@@ -44,7 +44,7 @@ def timing(clock: Clock) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Name a stage; stages may nest, and an outer one's peak covers its inner ones'."""
+    """Record what is within the ``with`` as a stage; the peak of a stage covers those in it."""
     clock = _clock.get()
     if clock is None:
         yield
@@ -57,9 +57,8 @@ def stage(name: str) -> Iterator[None]:
     finally:
         _synchronise()
         seconds = time.perf_counter() - start
-        peak = max([_peak(), *clock.peak_bytes.values()])
-        inner = {**clock.peak_bytes, name: peak}
-        for key, value in inner.items():
+        clock.peak_bytes[name] = max([_peak(), *clock.peak_bytes.values()])
+        for key, value in clock.peak_bytes.items():
             outer_peaks[key] = max(value, outer_peaks.get(key, 0))
         clock.peak_bytes = outer_peaks
         clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
@@ -75,9 +74,8 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    # glibc keeps what was freed: the next stage would seem to hold it, and its tensors do not fit
-    # into the holes.
-    with contextlib.suppress(OSError, AttributeError):  # not every system has it, or allows it
+    # glibc keeps freed memory, which would count as used by the next stage.
+    with contextlib.suppress(OSError, AttributeError):  # not every system has or allows it
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
