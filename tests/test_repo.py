@@ -121,12 +121,8 @@ LONG = {
     "runs/unlearning.py:unlearn": "a run from its first check to its last file, in order",
     "method/sweep.py:sweep": "the method for a grid, on one page",
     "models/layers.py:choose_targets": "one reason after the other why a weight is left out",
-    "baselines/loop.py:train": "one training loop for eight methods",
 }
 MANY = {
-    "baselines/loop.py:train": "to become an object of settings, as those of unlearn",
-    "evaluate/mt_bench.py:answer_questions": "what the benchmark fixes, each by its name",
-    "evaluate/tofu.py:evaluate_tofu": "what the benchmark fixes, each by its name",
     "planning/memory.py:curvature_budget": "the settings that bytes depend on",
     "data/sequences.py:encode": "how text is encoded, each by its name",
 }

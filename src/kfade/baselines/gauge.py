@@ -1,7 +1,7 @@
-"""Measure the model that is being trained against the model that it was.
+"""Measure a model in training against the model that it was.
 
-The figures of :class:`kfade.method.gauge.Gauge`; but here the vocabulary head may be among what is
-trained (as it is wherever it is tied to trained embeddings), so each side has its own.
+As :class:`kfade.method.gauge.Gauge` does, but here the vocabulary head may be trained too, as it is
+where it is tied to trained embeddings. So the base model has a head of its own.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Measured:
 
 
 class DriftGauge:
-    """Made while the model is the base model; :meth:`measure` takes it as it is by then."""
+    """Measures drift from the base model: make it while the model is the base model."""
 
     def __init__(self, net: Net, forget: Sequence[Batch], held_out: Sequence[Batch]) -> None:
         self._net, self._forget = net, forget
         self._base = hidden_reference(net.model, held_out, "base reference")
 
     def measure(self) -> Measured:
-        """Forward passes over the forget and the held-out batches."""
+        """Measure the model as it is now, by forward passes."""
         head, base_head = self._net.head, self._net.base_head
         losses = TokenLosses()
         (forget_loss,) = mean_objectives(self._net.model, self._forget, [losses], head)

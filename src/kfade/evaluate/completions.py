@@ -1,13 +1,14 @@
-"""What a model says to instructions: prompts in, greedy completions out.
+"""Completions of instructions by a model: prompts in, greedy completions out.
 
-{"instruction": ..., "input": ...}  the input, where there is one, after a blank line; "system" and
-                                    "history" go before it
-{"prompt": ...}, {"question": ...}  any answer beside it is not looked at
+{"instruction": ..., "input": ...}  the input, if any, follows after a blank line; "system" and
+                                    "history" come before the instruction
+{"prompt": ...}, {"question": ...}  an answer in the row is not used
 {"messages": [...]}                 up to the last answer; also the other forms of conversations
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from kfade.data.examples import PLAIN_INSTRUCTION, PLAIN_QA, PLAIN_TURNS, Exampl
 from kfade.data.rows import read_rows
 from kfade.data.sequences import TokenSequence, encode_prompt
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.log import ItemLog
 
 FORMS = (
@@ -29,11 +30,12 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion follows: the user's words, and the tokens as the model sees them."""
+    """What a completion follows."""
 
     where: str
     """File and line, for messages."""
     text: str
+    """The user's last turn."""
     tokens: tuple[int, ...]
 
 
@@ -43,11 +45,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[Example]:
     Raises:
         InputError: no such file, a row of another form, no rows.
     """
-    examples: list[Example] = []
-    for where, row in read_rows(source):
-        if limit is not None and len(examples) == limit:
-            break
-        examples.append(_parse(row, where))
+    examples = [_parse(row, where) for where, row in itertools.islice(read_rows(source), limit)]
     warn_of_unread(source, examples)
     if not examples:
         raise InputError(f"{source} holds no prompts: give at least one line of the form {FORMS}")
@@ -81,30 +79,15 @@ def encode_prompts(
 
 
 def complete(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    log: ItemLog,
-    *,
-    max_new_tokens: int,
-    batch_tokens: int = 4096,
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], log: ItemLog, decoding: Decoding
 ) -> None:
     """Write the completions that ``log`` lacks, as ``{"prompt", "tokens", "text"}`` by number."""
-    missing = [i for i in range(len(prompts)) if str(i) not in log.items]
-
-    def note(place: int, tokens: list[int]) -> None:
-        index = missing[place]
+    missing = [int(item) for item in log.missing(map(str, range(len(prompts))))]
+    asked = [prompts[i].tokens for i in missing]
+    for place, tokens in generate(model, tokenizer, asked, decoding):
+        number = missing[place]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        log.add(str(index), prompt=prompts[index].text, tokens=tokens, text=text)
-
-    generate(
-        model,
-        tokenizer,
-        [prompts[i].tokens for i in missing],
-        note,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-    )
+        log.add(str(number), prompt=prompts[number].text, tokens=tokens, text=text)
 
 
 def completed(prompt: Prompt, tokens: Sequence[int]) -> TokenSequence:

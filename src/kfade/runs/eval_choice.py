@@ -92,30 +92,27 @@ def _ask(
     }
     digests["data_sha256"] = digest(list(questions.values()))
     with run.items(**digests) as log:
-        missing = [item for item in questions if item not in log.items]
-
-        def note(place: int, scores: dict[str, list[float]]) -> None:
-            question = questions[missing[place]]
-            log.add(
-                missing[place],
-                question=question.question[:200],
-                subject=question.subject,
-                choices=len(question.choices),
-                answer=question.answer,
-                correct=verdict(scores, question.answer),
-                scores=scores,
-            )
-
+        missing = log.missing(questions)
         with stage("questions"):
-            answer_questions(
+            answered = answer_questions(
                 subject.model,
                 subject.tokenizer,
                 [questions[item] for item in missing],
-                note,
                 cloze=request.cloze,
                 window=model_window(subject.model),
                 batch_tokens=request.batch_tokens,
             )
+            for number, scores in answered:
+                question = questions[missing[number]]
+                log.add(
+                    missing[number],
+                    question=question.question[:200],
+                    subject=question.subject,
+                    choices=len(question.choices),
+                    answer=question.answer,
+                    correct=verdict(scores, question.answer),
+                    scores=scores,
+                )
         figures = {name: summarise_choice([log.items[i] for i in own]) for name, own in ids.items()}
         several = {"questions": len(questions), "sets": figures}
         run.finish(log, several if len(sets) > 1 else figures[next(iter(sets))], **digests)
