@@ -55,7 +55,7 @@ class References:
         return any(key not in self._rows for key in self._needed(drawn))
 
     def compute(self, coming: Iterable[Sequence[Drawn]]) -> None:
-        """Compute the missing rows of the first ``coming`` step, and of as many as ``ahead`` allows.
+        """Compute the missing rows of the first ``coming`` step, and of later ones up to ``ahead``.
 
         Call it while the model is the base model.
         """
