@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 from kfade.errors import InputError
