@@ -24,6 +24,7 @@ from kfade.baselines.weights import Trainable
 from kfade.data.batches import draw_without_replacement
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
+from kfade.method.settings import at_least
 from kfade.method.unlearn import MEASURED_SEQUENCES, base_facts, check_sets
 from kfade.method.update import Update
 from kfade.models.head import read_head
@@ -71,14 +72,15 @@ class Settings:
     """Keys the order of batches and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{_flag(name)} {value}: give 1 or more")
-        for name in ("lr", "weight_decay", "warm_up"):
-            value = getattr(self, name)
+        at_least("--steps", self.steps, 1)
+        at_least("--batch", self.batch, 1)
+        at_least("--accumulate", self.accumulate, 1)
+        if self.evaluate_every is not None:
+            at_least("--evaluate-every", self.evaluate_every, 1)
+        rest = {"lr": self.lr, "weight-decay": self.weight_decay, "warm-up": self.warm_up}
+        for flag, value in rest.items():
             if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{_flag(name)} {value}: give a finite number, 0 or more")
+                raise InputError(f"--{flag} {value}: give a finite number, 0 or more")
         if self.max_kl is not None and not self.max_kl > 0:
             raise InputError(f"--max-kl {self.max_kl}: give a number above 0")
 
@@ -274,8 +276,3 @@ def _net(model: nn.Module, trainable: Trainable) -> Net:
     trained = any(owners[memory_of(p)] & set(trainable.names) for p in head.linear.parameters())
     base_head = replace(head, linear=copy.deepcopy(head.linear)) if trained else head
     return Net(model, head, base_head)
-
-
-def _flag(name: str) -> str:
-    """The command-line option of a setting."""
-    return f"--{name.replace('_', '-')}"

@@ -23,7 +23,7 @@ from kfade.models.masters import Masters, master_dtype, restored
 
 
 class Trainable(Protocol):
-    """What the training loop asks of the weights that it trains."""
+    """The weights of a training run, as the training loop uses them."""
 
     names: list[str]
     """Parameters of the model that training changes."""
@@ -74,7 +74,7 @@ class Dense(Masters):
             yield
 
     def reseed(self, seed: int) -> None:
-        """Nothing is random."""
+        """Nothing to do: no step is random."""
 
     def deltas(self) -> dict[str, Tensor]:
         """See :class:`Trainable`."""
@@ -140,10 +140,10 @@ class LowRank:
         self._random.manual_seed(seed)
 
     def collect(self) -> None:
-        """Nothing to do: backward passes add to the tensors' own gradients."""
+        """Nothing to do: backward passes add to the gradients of ``tensors``."""
 
     def push(self) -> None:
-        """Nothing to do: the hooks read the tensors."""
+        """Nothing to do: the hooks read ``tensors``."""
 
     def deltas(self) -> dict[str, Tensor]:
         """See :class:`Trainable`."""

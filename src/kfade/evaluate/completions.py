@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,14 @@ def complete(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], log: ItemLog, decoding: Decoding
 ) -> None:
     """Write the completions that ``log`` lacks, as ``{"prompt", "tokens", "text"}`` by number."""
-    missing = [int(item) for item in log.missing(map(str, range(len(prompts))))]
-    asked = [prompts[i].tokens for i in missing]
-    for place, tokens in generate(model, tokenizer, asked, decoding):
-        number = missing[place]
+
+    def continued(some: list[Prompt]) -> Iterator[tuple[int, list[int]]]:
+        return generate(model, tokenizer, [prompt.tokens for prompt in some], decoding)
+
+    numbered = {str(number): prompt for number, prompt in enumerate(prompts)}
+    for name, prompt, tokens in log.measure(numbered, continued):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        log.add(str(number), prompt=prompts[number].text, tokens=tokens, text=text)
+        log.add(name, prompt=prompt.text, tokens=tokens, text=text)
 
 
 def completed(prompt: Prompt, tokens: Sequence[int]) -> TokenSequence:

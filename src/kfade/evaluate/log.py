@@ -5,14 +5,17 @@
     {"aggregate": {...}}                                     last, when all items are there
 
 An interrupted evaluation leaves a log without an aggregate. Opened again with the same header, it
-is continued after the items that it has. An incomplete last line is dropped.
+is continued after the items that it has. An incomplete last line is dropped. So an evaluation is
+
+    for name, item, value in log.measure(items, values):
+        log.add(name, ...)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +27,7 @@ from kfade.runtime.files import write_text, writing
 
 FORMAT = "kfade-eval-1"
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,18 @@ class ItemLog:
         with writing(self._path):
             self._file.close()
 
-    def missing(self, items: Iterable[str]) -> list[str]:
-        """Those of the ``items`` that have not been measured yet."""
-        return [item for item in items if item not in self.items]
+    def measure(
+        self, items: Mapping[str, T], values: Callable[[list[T]], Iterable[tuple[int, V]]]
+    ) -> Iterator[tuple[str, T, V]]:
+        """Yield (name, item, value) of each of the ``items`` that is not in the log yet.
+
+        Args:
+            items: what is measured, by the name that it has in the log.
+            values: measures a list of items, and yields (number in the list, value) in any order.
+        """
+        missing = [name for name in items if name not in self.items]
+        for number, value in values([items[name] for name in missing]):
+            yield missing[number], items[missing[number]], value
 
     def add(self, item: str, **values: Any) -> None:
         """Write one item's values, on disk at once."""

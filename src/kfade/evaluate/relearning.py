@@ -30,6 +30,7 @@ from kfade.evaluate.questions import Question
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.objectives import cross_entropy
+from kfade.method.settings import at_least
 from kfade.method.unlearn import check_sets
 from kfade.method.update import Update
 from kfade.models.head import Head, hidden_states, read_head
@@ -66,10 +67,9 @@ class Tuning:
     """Keys the order of the data."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "batch_tokens"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {getattr(self, name)}: give 1 or more")
+        at_least("--steps", self.steps, 1)
+        at_least("--batch", self.batch, 1)
+        at_least("--batch-tokens", self.batch_tokens, 1)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"--lr {self.learning_rate}: give a positive, finite number")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +93,18 @@ def _ask(
     }
     digests["data_sha256"] = digest(list(questions.values()))
     with run.items(**digests) as log:
-        missing = log.missing(questions)
+        answer = partial(
+            answer_questions,
+            subject.model,
+            subject.tokenizer,
+            cloze=request.cloze,
+            window=model_window(subject.model),
+            batch_tokens=request.batch_tokens,
+        )
         with stage("questions"):
-            answered = answer_questions(
-                subject.model,
-                subject.tokenizer,
-                [questions[item] for item in missing],
-                cloze=request.cloze,
-                window=model_window(subject.model),
-                batch_tokens=request.batch_tokens,
-            )
-            for number, scores in answered:
-                question = questions[missing[number]]
+            for item, question, scores in log.measure(questions, answer):
                 log.add(
-                    missing[number],
+                    item,
                     question=question.question[:200],
                     subject=question.subject,
                     choices=len(question.choices),

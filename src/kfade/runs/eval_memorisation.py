@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +139,17 @@ def _measure(
 ) -> None:
     """Every text's statistics into the log, of the model as it is now."""
     texts = dict(zip(names, sequences, strict=True))
-    missing = log.missing(texts)
-    found = token_values(
+    values_of = partial(
+        token_values,
         subject.model,
-        [texts[name] for name in missing],
-        token_statistics,
+        measure=token_statistics,
         name="texts",
         batch_tokens=request.batch_tokens,
     )
-    for number, values in found:
-        sequence = texts[missing[number]]
+    for name, sequence, values in log.measure(texts, values_of):
         scored = [t for t, s in zip(sequence.tokens, sequence.scored, strict=True) if s]
         text = subject.tokenizer.decode(scored, skip_special_tokens=True)
-        log.add(missing[number], **text_statistics(values, text, request.min_k), text=text[:200])
+        log.add(name, **text_statistics(values, text, request.min_k), text=text[:200])
 
 
 def _aggregate(log: ItemLog, names: list[str]) -> dict[str, Any]:
