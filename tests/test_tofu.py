@@ -20,7 +20,7 @@ from kfade.errors import InputError
 from kfade.evaluate import tofu
 from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog, digest, read_log
-from kfade.evaluate.rouge import load_rouge_l_recall
+from kfade.evaluate.rouge import RougeLRecall
 from kfade.evaluate.tofu import (
     TofuQuestion,
     evaluate_tofu,
@@ -173,13 +173,13 @@ def test_values_are_those_of_a_plain_loop(folder, tmp_path, batch_tokens):
             assert values["false_losses"] == [loss(text) for text in question.false]
             assert values["answer_loss"] != values["base_loss"] or question.base == question.answer
             said = values["generated"]
-            assert values["rouge_l"] == load_rouge_l_recall()(question.answer, said)
+            assert values["rouge_l"] == RougeLRecall()(question.answer, said)
     assert {q.base == q.answer for q in questions if q.set == "world_facts"} == {True}
     assert {q.base == q.answer for q in questions if q.set == "forget"} == {False}
 
 
 def test_rouge_is_recall_of_stemmed_words_in_order():
-    recall = load_rouge_l_recall()
+    recall = RougeLRecall()
     # cat, sat, on, mat of the, cat, sat, on, mat
     assert recall("the cats sat on mats", "a cat sat on a mat") == pytest.approx(4 / 5)
     assert recall("one two", "two one and much more") == pytest.approx(1 / 2)

@@ -98,7 +98,7 @@ class Lab:
         prompts = [(*user, *question, *assistant) for question in asked]
         answers = said(prompts, self.sizes.seed + 1)
         return [
-            completed(Prompt("own text", "", prompt), tokens)
+            completed(Prompt("", prompt), tokens)
             for prompt, tokens in zip(prompts, answers, strict=True)
         ]
 

@@ -17,8 +17,8 @@ from kfade.baselines.weights import Trainable
 from kfade.runtime.files import write_tensors
 
 Row = dict[str, float]
-"""One evaluation: ``step``, the fields of :class:`~kfade.baselines.gauge.Measured` and, but for the
-first, ``loss``, the mean training loss since the previous evaluation."""
+"""One evaluation: ``step``, what :meth:`~kfade.baselines.gauge.DriftGauge.measure` gives and, but
+for the first, ``loss``, the mean training loss since the previous evaluation."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -123,7 +123,7 @@ def train(
         curve, kept = [], {}
         if start is None:
             with stage("check"):
-                curve.append({"step": 0, **asdict(gauge.measure())})
+                curve.append({"step": 0, **gauge.measure()})
         else:
             start.restore(trainable, run.optimizer)
             curve += start.curve
@@ -134,7 +134,7 @@ def train(
             if not settings.evaluates_after(step + 1):
                 continue
             with stage("check"):
-                row = {"step": step + 1, **asdict(gauge.measure())}
+                row = {"step": step + 1, **gauge.measure()}
             curve.append({**row, "loss": sum(losses) / len(losses)})
             losses = []
             deltas = trainable.deltas()
@@ -162,39 +162,37 @@ def steps_per_epoch(sequences: int, batch: int, accumulate: int) -> int:
     return max(1, sequences // (batch * accumulate))
 
 
+@dataclass
 class _Training:
     """The steps of a training run; use it within ``trainable.training()``."""
 
-    def __init__(
-        self,
-        net: Net,
-        terms: Sequence[Term],
-        trainable: Trainable,
-        sets: Mapping[str, Sequence[TokenSequence]],
-        settings: Settings,
-    ) -> None:
-        self._net, self._terms, self._trainable = net, terms, trainable
-        self._sets, self._settings = sets, settings
-        self._references = References(net, terms, sets)
-        self.optimizer = _optimizer(trainable, settings)
+    net: Net
+    terms: Sequence[Term]
+    trainable: Trainable
+    sets: Mapping[str, Sequence[TokenSequence]]
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        self.references = References(self.net, self.terms, self.sets)
+        self.optimizer = _optimizer(self.trainable, self.settings)
 
     def gauge(self) -> DriftGauge:
         """Measures the model against what it is now, on some of the forget sequences."""
-        forget, settings = self._sets["forget"], self._settings
+        forget, settings = self.sets["forget"], self.settings
         drawn = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, settings.seed)
-        measured, held_out = [forget[i] for i in drawn], self._sets["held_out"]
-        batches = (
-            batches_for(self._net.model, s, settings.batch_tokens) for s in (measured, held_out)
+        measured, held_out = (
+            batches_for(self.net.model, sequences, settings.batch_tokens)
+            for sequences in ([forget[i] for i in drawn], self.sets["held_out"])
         )
-        return DriftGauge(self._net, *batches)
+        return DriftGauge(self.net, measured, held_out)
 
     def step(self, number: int) -> float:
         """Optimiser step ``number``, from 0; returns its loss."""
-        settings, tensors = self._settings, self._trainable.tensors.values()
+        settings, tensors = self.settings, self.trainable.tensors.values()
         self._compute_references(number)
         with stage("train"):
-            self._trainable.reseed(settings.seed * 1_000_003 + number)
-            drawn = _draw(self._sets, settings, number)
+            self.trainable.reseed(settings.seed * 1_000_003 + number)
+            drawn = _draw(self.sets, settings, number)
             loss = sum(map(self._backward, drawn)) / settings.accumulate
             if not math.isfinite(loss):
                 raise InputError(
@@ -209,36 +207,34 @@ class _Training:
                 group["lr"] = rate(settings, number)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self._trainable.push()
+            self.trainable.push()
         return loss
 
     def _backward(self, drawn: Drawn) -> float:
         """Add the gradients of one batch of each set; returns its loss."""
-        model = self._net.model
+        model = self.net.model
         device = next(model.parameters()).device
         total = torch.zeros((), device=device, dtype=torch.float64)
-        for number, term in enumerate(self._terms):
+        for number, term in enumerate(self.terms):
             own = drawn[term.on]
-            sequences = [self._sets[term.on][i] for i in own]
-            pieces = batches_for(model, sequences, self._settings.batch_tokens)
-            rows = [
-                self._references.rows(number, [own[i] for i in p.id_B.tolist()]) for p in pieces
-            ]
+            sequences = [self.sets[term.on][i] for i in own]
+            pieces = batches_for(model, sequences, self.settings.batch_tokens)
+            rows = [self.references.rows(number, [own[i] for i in p.id_B.tolist()]) for p in pieces]
             count = sum(term.count(p, r) for p, r in zip(pieces, rows, strict=True))
             for piece, known in zip(pieces, rows, strict=True):
-                loss = term.weight / count * term.values(self._net, piece, known).sum()
+                loss = term.weight / count * term.values(self.net, piece, known).sum()
                 loss.backward()
-                self._trainable.collect()
+                self.trainable.collect()
                 total += loss.detach()
         return total.item()
 
     def _compute_references(self, step: int) -> None:
         """Where this step lacks outputs of the base model, compute its own and later steps'."""
-        settings = self._settings
-        coming = (_draw(self._sets, settings, later) for later in range(step, settings.steps))
-        if any(map(self._references.missing, _draw(self._sets, settings, step))):
-            with stage("reference"), self._trainable.at_base():
-                self._references.compute(coming)
+        settings = self.settings
+        coming = (_draw(self.sets, settings, later) for later in range(step, settings.steps))
+        if any(map(self.references.missing, _draw(self.sets, settings, step))):
+            with stage("reference"), self.trainable.at_base():
+                self.references.compute(coming)
 
 
 def _draw(

@@ -32,8 +32,6 @@ FORMS = (
 class Prompt:
     """What a completion follows."""
 
-    where: str
-    """File and line, for messages."""
     text: str
     """The user's last turn."""
     tokens: tuple[int, ...]
@@ -74,7 +72,7 @@ def encode_prompts(
                 f"{example.where}: {len(tokens)} tokens, and with {max_new_tokens} new ones over "
                 f"the model's window of {window}; shorten it, or lower --max-new-tokens"
             )
-        prompts.append(Prompt(example.where, example.turns[-1][1], tokens))
+        prompts.append(Prompt(example.turns[-1][1], tokens))
     return prompts
 
 

@@ -7,7 +7,7 @@ other letters lose all or part of their words, and identical texts may score 0.
 from __future__ import annotations
 
 import unicodedata
-from typing import Any, Protocol
+from typing import Any
 
 import regex
 
@@ -34,17 +34,6 @@ _INVISIBLE = regex.compile(r"[\p{Cf}--[\u200b]]", regex.V1)  # all but the zero-
 _AM_VOWELS = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3"}
 
 
-class Recall(Protocol):
-    """A loaded ROUGE-L recall."""
-
-    def __call__(self, truth: str, generated: str, item: str = "the item") -> float:
-        """Longest common subsequence of tokens / number of tokens of ``truth``, 0 to 1.
-
-        Raises:
-            InputError: ``truth`` is empty; the message names ``item``.
-        """
-
-
 def check_truth(truth: str, item: str) -> None:
     """Raises :class:`InputError` where a true answer is empty."""
     if not truth or truth.isspace():
@@ -60,8 +49,8 @@ def reference_reads(truth: str) -> bool:
     return 2 * sum(letter.isascii() for letter in counted) > len(counted)
 
 
-def load_rouge_l_recall() -> Recall:
-    """ROUGE-L recall of (truth, generated, name of the item).
+class RougeLRecall:
+    """ROUGE-L recall: longest common subsequence of tokens / number of tokens of the truth, 0 to 1.
 
     Both texts are tokenised by the same rule, the first that fits both:
 
@@ -73,26 +62,33 @@ def load_rouge_l_recall() -> Recall:
     Raises:
         InputError: rouge-score is not installed.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.tokenizers import DefaultTokenizer
-    except ImportError:
-        raise InputError("TOFU needs the package rouge-score: pip install 'kfade[tofu]'") from None
-    reference = DefaultTokenizer(use_stemmer=True)
-    unicode, characters = _UnicodeTokenizer(reference), _CharacterTokenizer()
-    scorers = {
-        tokenizer: RougeScorer(["rougeL"], tokenizer=tokenizer)
-        for tokenizer in (reference, unicode, characters)
-    }
 
-    def recall(truth: str, generated: str, item: str = "the item") -> float:
+    def __init__(self) -> None:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+            from rouge_score.tokenizers import DefaultTokenizer
+        except ImportError:
+            raise InputError(
+                "TOFU needs the package rouge-score: pip install 'kfade[tofu]'"
+            ) from None
+        self._words: Any = DefaultTokenizer(use_stemmer=True)
+        self._unicode, self._characters = _UnicodeTokenizer(self._words), _CharacterTokenizer()
+        self._scorers = {
+            tokenizer: RougeScorer(["rougeL"], tokenizer=tokenizer)
+            for tokenizer in (self._words, self._unicode, self._characters)
+        }
+
+    def __call__(self, truth: str, generated: str, item: str = "the item") -> float:
+        """The recall of ``truth`` by ``generated``.
+
+        Raises:
+            InputError: ``truth`` is empty; the message names ``item``.
+        """
         check_truth(truth, item)
-        tokenizer = unicode if _beyond_ascii(truth, generated) else reference
+        tokenizer = self._unicode if _beyond_ascii(truth, generated) else self._words
         if not tokenizer.tokenize(truth):
-            tokenizer = characters
-        return float(scorers[tokenizer].score(truth, generated)["rougeL"].recall)
-
-    return recall
+            tokenizer = self._characters
+        return float(self._scorers[tokenizer].score(truth, generated)["rougeL"].recall)
 
 
 def _beyond_ascii(*texts: str) -> bool:

@@ -22,7 +22,7 @@ from kfade.data.sequences import TokenSequence, continuation, encode, open_token
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding, generate_texts
 from kfade.evaluate.log import ItemLog, blocks
-from kfade.evaluate.rouge import check_truth, load_rouge_l_recall
+from kfade.evaluate.rouge import RougeLRecall, check_truth
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.models.load import model_window
@@ -104,7 +104,7 @@ def evaluate_tofu(
         InputError: rouge-score is not installed; an answer is empty; a sequence is over the
             model's window.
     """
-    recall = load_rouge_l_recall()
+    recall = RougeLRecall()
     template = template_for(template, model, tokenizer)
     pending = [question for question in questions if question.id not in log.items]
     for question in pending:

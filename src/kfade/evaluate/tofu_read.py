@@ -21,7 +21,7 @@ from typing import Any
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
-from kfade.evaluate.rouge import load_rouge_l_recall, reference_reads
+from kfade.evaluate.rouge import RougeLRecall, reference_reads
 from kfade.evaluate.tofu_logs import SETS, TofuItem, TofuLog
 
 LOG_NAME, REFERENCE_NAME = "items.jsonl", "eval_log_aggregated.json"
@@ -119,7 +119,7 @@ def _with_recalls(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
             continue  # without the texts the log's value stays
         if reference_reads(truth):
             continue
-        recall = recall or load_rouge_l_recall()
+        recall = recall or RougeLRecall()
         item = sets[name][number]
         sets[name][number] = replace(item, rouge_l=recall(truth, generated))
         changed += sets[name][number] != item

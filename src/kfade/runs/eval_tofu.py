@@ -12,7 +12,7 @@ from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog, digest
-from kfade.evaluate.rouge import load_rouge_l_recall
+from kfade.evaluate.rouge import RougeLRecall
 from kfade.evaluate.tofu import LEGACY_ITEMS, TofuQuestion, read_tofu, template_for
 from kfade.evaluate.tofu import evaluate_tofu as measure_tofu
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, load_ks_test, notes_on
@@ -72,7 +72,7 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
     if request.retain_model:
         load_ks_test()
     retain = _read_retain(request.retain_log)
-    load_rouge_l_recall()
+    RougeLRecall()
     if request.retain_model:  # is it there?
         trusted = config.trust_remote_code
         load_tokenizer(request.retain_model, trust_remote_code=trusted, tokenizer=config.tokenizer)
