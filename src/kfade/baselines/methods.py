@@ -127,11 +127,7 @@ def elm(guidance: erasing.Guidance, *, retain_weight: float = 1.0) -> Method:
 
     3000 forget sequences one by one, four a step.
     """
-    terms = (
-        erasing.erasure(guidance),
-        closeness(retain_weight),
-        erasing.fluency(guidance, 1.0),
-    )
+    terms = (erasing.erasure(guidance), closeness(retain_weight), erasing.fluency(guidance, 1.0))
     defaults = Defaults(lr=5e-5, batch=1, accumulate=4, steps=750, lora=256, layers="4-7")
     return Method(terms, defaults)
 

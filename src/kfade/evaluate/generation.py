@@ -16,11 +16,13 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor
 
 from kfade.errors import InputError
@@ -200,10 +202,7 @@ def _keys(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
 
 
 def _groups(
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    window: int | None,
-    writer: _Writer,
+    prompts: Sequence[Sequence[int]], decoding: Decoding, window: int | None, writer: _Writer
 ) -> list[tuple[int, list[int]]]:
     """(most new tokens, numbers of the prompts) of each batch.
 
@@ -273,15 +272,11 @@ def _first_logits(model: Any, texts: Sequence[Sequence[int]], pad: int) -> tuple
 def _left_padded(model: Any, texts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
     """Tokens [B, T] and, where the model takes one, the mask of the padding."""
     device = next(model.parameters()).device
-    width = max(map(len, texts))
-    tokens_BT = torch.full((len(texts), width), pad)
-    mask_BT = torch.zeros_like(tokens_BT)
-    for row, text in enumerate(texts):
-        tokens_BT[row, width - len(text) :] = torch.tensor(text)
-        mask_BT[row, width - len(text) :] = 1
-    inputs = {"input_ids": tokens_BT.to(device)}
+    rows = [torch.tensor(text) for text in texts]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    inputs = {"input_ids": pad_left(rows, padding_value=pad).to(device)}
     if _takes_mask(model):
-        inputs["attention_mask"] = mask_BT.to(device)
+        inputs["attention_mask"] = pad_left([torch.ones_like(row) for row in rows]).to(device)
     return inputs
 
 

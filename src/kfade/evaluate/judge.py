@@ -105,10 +105,7 @@ class Judge:
         return f"{base}/chat/completions" if base.endswith("/v1") else f"{base}/v1/chat/completions"
 
     def ask(
-        self,
-        messages: Sequence[dict[str, str]],
-        *,
-        sleep: Callable[[float], None] = time.sleep,
+        self, messages: Sequence[dict[str, str]], *, sleep: Callable[[float], None] = time.sleep
     ) -> Reply:
         """The judge's reply at temperature 0, which may be empty.
 
