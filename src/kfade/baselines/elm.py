@@ -69,7 +69,7 @@ def erasure(guidance: Guidance) -> Term:
         return at_loss_tokens(net, batch, soft_cross_entropy, p_NK, index_NK)
 
     def reference(net: Net, sequence: TokenSequence) -> Row:
-        return steered_target(net, sequence, guidance)
+        return steered_target(net, _up_to_last_scored(sequence), guidance)
 
     return Term("forget", 1.0, values, tokens, reference)
 
@@ -89,7 +89,7 @@ def fluency(guidance: Guidance, weight: float) -> Term:
         return sum(int(scored) for _, scored in rows)
 
     def reference(net: Net, sequence: TokenSequence) -> Row:
-        prompt = fluent_prompt(sequence.tokens, guidance)
+        prompt = fluent_prompt(_up_to_last_scored(sequence).tokens, guidance)
         written = steered_sample(net, prompt, guidance)
         scored = len(guidance.bridge) + len(written)
         return torch.tensor([*prompt, *written]), torch.tensor(scored)
@@ -192,3 +192,9 @@ def _hidden_after(
 
 def _log_p(head: Head, hidden_ND: Tensor, guidance: Guidance) -> Tensor:
     return (head(hidden_ND).double() / guidance.temperature).log_softmax(dim=-1)
+
+
+def _up_to_last_scored(sequence: TokenSequence) -> TokenSequence:
+    """The sequence without what follows its last scored token."""
+    end = sequence.live + 1
+    return TokenSequence(sequence.tokens[:end], sequence.scored[:end])
