@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import Decoding, generate
 from kfade.method.settings import Run
 from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn
@@ -371,9 +371,7 @@ def generated(model: Any) -> bool:
 
 
 def _continued(model: Any, prompts: Sequence[Sequence[int]], budget: int) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    generate(model, Ends(), prompts, found.__setitem__, max_new_tokens=6, batch_tokens=budget)
-    return found
+    return dict(generate(model, Ends(), prompts, Decoding(6, budget)))
 
 
 def in_bfloat16(model: Any) -> bool:

@@ -132,12 +132,8 @@ def test_no_file_is_too_long(path):
 LONG = {
     "runs/unlearning.py:unlearn": "a run from its first check to its last file, in order",
     "method/sweep.py:sweep": "the method for a grid, on one page",
-    "baselines/loop.py:train": "one training loop for eight methods",
 }
 MANY = {
-    "baselines/loop.py:train": "to become an object of settings, as those of unlearn",
-    "evaluate/mt_bench.py:answer_questions": "what the benchmark fixes, each by its name",
-    "evaluate/tofu.py:evaluate_tofu": "what the benchmark fixes, each by its name",
     "planning/memory.py:curvature_budget": "the settings that bytes depend on",
 }
 

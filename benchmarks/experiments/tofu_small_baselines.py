@@ -84,6 +84,9 @@ def baseline(
         clip=given.clip,
         # Fused, a step over all weights takes a seventh of the time on a CPU.
         optimizer=partial(AdamW, fused=True) if given.optimizer is AdamW else given.optimizer,
+        evaluate_every=sizes.every * steps // sizes.steps,
+        batch_tokens=400,
+        seed=sizes.seed,
     )
     start = time.perf_counter()
     try:
@@ -91,13 +94,8 @@ def baseline(
             model,
             method.terms,
             Dense(model, method.trains or block_weights(model)),
-            forget=group.forget,
-            retain=fit,
-            held_out=held_out,
-            settings=settings,
-            evaluate_every=sizes.every * steps // sizes.steps,
-            batch_tokens=400,
-            seed=sizes.seed,
+            {"forget": group.forget, "retain": fit, "held_out": held_out},
+            settings,
             on_evaluation=enough,
         )
     except InputError as error:  # the loss is not finite

@@ -22,7 +22,6 @@ from equal_forgetting import (
 from pieces import Results, made
 from tofu_small_baselines import baseline
 from tofu_small_data import Data, Models, Sizes, answer, encode
-from torch import Tensor
 
 import kfade
 from kfade.curvature.curvature import Curvature, Matrices
@@ -32,7 +31,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.divergence import divergences, grouped, outputs
 from kfade.evaluate.divergence import rounded as to_four_digits
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.method.gradient import forget_gradient
@@ -91,21 +90,15 @@ class Lab:
         )
 
         def said(prompts: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
-            found: dict[int, tuple[int, ...]] = {}
-            generate(
-                *(model, tokenizer, prompts, lambda index, tokens: found.update({index: tokens})),
-                max_new_tokens=OWN_TOKENS,
-                batch_tokens=BUDGET,
-                temperature=1.0,
-                seed=seed,
-            )
+            decoding = Decoding(OWN_TOKENS, BUDGET, temperature=1.0, seed=seed)
+            found = dict(generate(model, tokenizer, prompts, decoding))
             return [tuple(found[index]) for index in range(len(prompts))]
 
         asked = said([user] * len(self.slices["fit"]), self.sizes.seed)
         prompts = [(*user, *question, *assistant) for question in asked]
         answers = said(prompts, self.sizes.seed + 1)
         return [
-            completed(Prompt("own text", "", prompt), tokens)
+            completed(Prompt("", prompt), tokens)
             for prompt, tokens in zip(prompts, answers, strict=True)
         ]
 
@@ -312,12 +305,12 @@ class Lab:
             update = found
         for name, own in (("report", self.slices["report"]), ("others", self.sequences("tuning"))):
             groups = grouped(make_batches(own, budget=BUDGET))
-            kls: dict[int, Tensor] = {}
-            divergences(
-                groups,
-                lambda number: outputs(self.model, groups[number], "full model"),  # noqa: B023
-                lambda: update.applied_to(model),
-                kls.__setitem__,
+            kls = dict(
+                divergences(
+                    groups,
+                    lambda number: outputs(self.model, groups[number], "full model"),  # noqa: B023
+                    lambda: update.applied_to(model),
+                )
             )
             means = torch.stack([kls[i].mean() for i in range(len(own))])
             told[name] = [(kl, len(kls[i])) for i, kl in enumerate(to_four_digits(means))]

@@ -24,7 +24,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from competitors import method_of
 from equal_forgetting import BUDGET, OBJECTIVES, Group, Ruler, Search, fitted
 from fine_tune import block_weights
@@ -42,6 +41,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.completions import complete, completed, encode_prompts
 from kfade.evaluate.divergence import divergences, grouped, outputs, rounded, summarise_divergence
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.questions import Question
 from kfade.method.gradient import forget_gradient
@@ -215,20 +215,22 @@ class Lab:
                 self.model,
                 method.terms,
                 Dense(self.model, method.trains or block_weights(self.model)),
-                forget=self.data.forget,
-                retain=self.data.fit,
-                held_out=self.data.held_out,
-                settings=Settings(
+                {
+                    "forget": self.data.forget,
+                    "retain": self.data.fit,
+                    "held_out": self.data.held_out,
+                },
+                Settings(
                     lr=rate,
                     steps=steps,
                     batch=self.sizes.batch,
                     weight_decay=method.defaults.weight_decay,
                     clip=method.defaults.clip,
                     optimizer=partial(AdamW, fused=True),
+                    evaluate_every=steps // EVALUATIONS,
+                    batch_tokens=400,
+                    seed=self.sizes.seed,
                 ),
-                evaluate_every=steps // EVALUATIONS,
-                batch_tokens=400,
-                seed=self.sizes.seed,
                 on_evaluation=enough,
             )
         except kfade.InputError as error:  # the loss is not finite
@@ -275,7 +277,7 @@ class Lab:
         prompts = encode_prompts(examples, self.tokenizer)
         path = self._cache / f"completions-{len(prompts)}.jsonl"
         with ItemLog(path, {"benchmark": "kl", "tokens": NEW_TOKENS}) as log:
-            complete(self.model, self.tokenizer, prompts, log, max_new_tokens=NEW_TOKENS)
+            complete(self.model, self.tokenizer, prompts, log, Decoding(NEW_TOKENS))
             said = [log.items[str(i)]["tokens"] for i in range(len(prompts))]
         return [completed(prompt, own) for prompt, own in zip(prompts, said, strict=True)]
 
@@ -285,20 +287,17 @@ class Lab:
         return [(batches, outputs(self.model, batches, "base")) for batches in groups]
 
     def _divergence(self, update: Update) -> dict[str, Any]:
-        items: dict[str, dict[str, Any]] = {}
-
-        def note(index: int, kl: torch.Tensor) -> None:
-            told = {"kl": kl.mean().item(), "tokens": len(kl), "token_kl": rounded(kl)}
-            items[str(index)] = told
-
-        divergences(
+        found = divergences(
             [batches for batches, _ in self._base],
             lambda number: self._base[number][1],
             lambda: update.applied_to(self.model),
-            note,
         )
-        found = summarise_divergence(items)
-        return {name: found[name] for name in ("kl_per_token", "completions", "tokens")}
+        items = {
+            str(index): {"kl": kl.mean().item(), "tokens": len(kl), "token_kl": rounded(kl)}
+            for index, kl in found
+        }
+        told = summarise_divergence(items)
+        return {name: told[name] for name in ("kl_per_token", "completions", "tokens")}
 
     def _path(self, row: str) -> Path:
         return self._cache / "updates" / f"{row}.safetensors"

@@ -80,10 +80,8 @@ def value_of(term: losses.Term, net: Net, sequences, rows=None) -> torch.Tensor:
 
 def rows_of(term: losses.Term, net: Net, sequences) -> list:
     """What the term keeps of ``net``, by sequence."""
-    (batch,) = make_batches(sequences, budget=10_000)
     with torch.no_grad():
-        rows = term.reference(net, batch)
-    return [row for _, row in sorted(zip(batch.id_B.tolist(), rows, strict=True))]
+        return [term.reference(net, sequence) for sequence in sequences]
 
 
 def both_agree(term, model, sequences, slow, rows=None) -> None:
@@ -404,8 +402,8 @@ def test_updates_of_the_head_are_measured_by_two_heads(tmp_path):
     model, sequences = tiny_llama(), random_sequences(5)
     update = Update({"lm_head.weight": torch.randn(17, 8, dtype=torch.float64) * 0.3})
     subject = Judged("model", model, None, update, None, {})
-    groups, found = grouped(make_batches(sequences, budget=20)), {}
-    divergences(groups, _in_memory(subject, groups), subject.edited, found.__setitem__)
+    groups = grouped(make_batches(sequences, budget=20))
+    found = dict(divergences(groups, _in_memory(subject, groups), subject.edited))
     edited = tiny_llama()
     update.apply(edited)
     for index, sequence in enumerate(sequences):

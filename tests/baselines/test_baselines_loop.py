@@ -26,6 +26,7 @@ from kfade.models.layers import digest_weights, find_targets
 FORGET = random_sequences(7, seed=1)
 RETAIN = random_sequences(9, seed=2)
 HELD_OUT = random_sequences(4, seed=3)
+SETS = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
 STEERING = Guidance((1, 2, 3), (1, 4, 5), (6, 7), bos=None, eos=None, window=64, fluent_tokens=4)
 NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
 
@@ -68,8 +69,10 @@ def run(name: str, model, trainable=None, **other):
     if trainable is None:
         trainable = lora(model) if name == "elm" else dense(model, method.trains)
     own = settings(optimizer=method.defaults.optimizer)
-    given = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT, "settings": own}
-    return train(model, method.terms, trainable, **{**given, **other})
+    calls = {name: other.pop(name) for name in ("start", "on_evaluation") if name in other}
+    sets = {**SETS, **{name: other.pop(name) for name in SETS if name in other}}
+    made = loop.replace(other.pop("settings", own), **other)
+    return train(model, method.terms, trainable, sets, made, **calls)
 
 
 def same(first, second) -> bool:
@@ -116,9 +119,8 @@ def test_simnpo_forgets_what_is_memorised():
     # Where answers are unlikely its gradient fades; so first learn them.
     model = tiny_llama(layers=3)
     learn = [methods.likelihood("forget", 1.0)]
-    sets = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
     plain = settings(lr=3e-2, steps=60, weight_decay=0.0)
-    train(model, learn, dense(model), **sets, settings=plain).apply(model)
+    train(model, learn, dense(model), SETS, plain).apply(model)
     curve = run("simnpo", model, settings=settings(steps=20)).provenance["curve"]
     assert curve[0]["forget_loss"] < 0.5
     assert curve[-1]["forget_loss"] > 2 * curve[0]["forget_loss"]
@@ -138,13 +140,12 @@ def test_rmu_steers_and_holds():
             steered, held = (rmu.live_output(model, block, b) for b in (forget, retain))
         return (steered - vector_D).norm().item(), (held - base_PD).norm().item()
 
-    sets = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
     plain = settings(lr=3e-2, steps=40, warm_up=0, decay=False)
     updates = {}
     for weight in (0.0, 1200.0):
         method = methods.rmu(model, layer=1, retain_weight=weight)
         weights = dense(model, method.trains)
-        updates[weight] = train(model, method.terms, weights, **sets, settings=plain)
+        updates[weight] = train(model, method.terms, weights, SETS, plain)
     assert set(updates[0.0].deltas) == set(method.trains)
     at_start = distances(Update({}))
     assert distances(updates[0.0])[0] < 0.8 * at_start[0]
@@ -202,7 +203,7 @@ def test_a_step_is_the_mean_over_its_batches():
     plain = {"lr": 1.0, "steps": 1, "warm_up": 0, "decay": False, "optimizer": torch.optim.SGD}
     sets = {"forget": forget, "retain": retain}
     two = run("npo", model, **sets, settings=settings(batch=2, weight_decay=0.0, **plain))
-    halves = [loop._draw(sets, settings(batch=2, accumulate=2), 0, seed=0)[i] for i in range(2)]
+    halves = [loop._draw(sets, settings(batch=2, accumulate=2), 0)[i] for i in range(2)]
     assert sorted(halves[0]["forget"] + halves[1]["forget"]) == [0, 1, 2, 3]
     alone = [
         run(
@@ -231,9 +232,8 @@ def test_weight_decay_is_for_matrices_only():
     # Gradients of zero, by a term of weight 0: what moves is decayed.
     model = tiny_llama()
     terms = [methods.likelihood("forget", 0.0)]
-    sets = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
     plain = settings(lr=0.1, steps=1, warm_up=0, decay=False, weight_decay=0.5)
-    update = train(model, terms, dense(model), **sets, settings=plain)
+    update = train(model, terms, dense(model), SETS, plain)
     for name, parameter in model.named_parameters():
         expected = -0.05 * parameter if parameter.ndim > 1 else torch.zeros_like(parameter)
         assert torch.allclose(update.deltas[name], expected, atol=1e-15), name
@@ -266,10 +266,8 @@ def test_a_tied_head_is_measured_by_two_heads():
             model,
             methods.gradient_difference().terms,
             dense(model),
-            forget=forget,
-            retain=retain,
-            held_out=held_out,
-            settings=settings(),
+            {"forget": forget, "retain": retain, "held_out": held_out},
+            settings(),
         )
         assert update.deltas["transformer.wte.weight"].abs().max() > 0
         total = tokens = 0
@@ -385,13 +383,12 @@ def test_base_outputs_are_computed_once():
     method = methods.npo()
     counted = methods.preference(0.1, 1.0)
 
-    def reference(net, batch):
-        seen.append(tuple(batch.input_BT[0].tolist()))
-        return counted.reference(net, batch)
+    def reference(net, sequence):
+        seen.append(sequence.tokens)
+        return counted.reference(net, sequence)
 
     terms = [loop.replace(counted, reference=reference), method.terms[1]]
-    sets = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
-    train(model, terms, dense(model), **sets, settings=settings(steps=12))
+    train(model, terms, dense(model), SETS, settings(steps=12))
     assert len(seen) == len(set(seen)) == len(FORGET)
 
 
@@ -478,12 +475,12 @@ def test_forget_probability_is_a_mean_over_answers():
     [
         ({"forget": []}, "the forget set is empty"),
         ({"held_out": []}, "the held-out retain set is empty"),
-        ({"settings": settings(steps=0)}, "--steps 0: give 1 or more"),
-        ({"settings": settings(lr=float("nan"))}, "--lr nan: give a finite number"),
-        ({"settings": settings(warm_up=-1)}, "--warm-up -1: give a finite number, 0 or more"),
+        ({"steps": 0}, "--steps 0: give 1 or more"),
+        ({"lr": float("nan")}, "--lr nan: give a finite number"),
+        ({"warm_up": -1}, "--warm-up -1: give a finite number, 0 or more"),
         ({"evaluate_every": 0}, "--evaluate-every 0: give 1 or more"),
         ({"max_kl": 0.0}, r"--max-kl 0\.0: give a number above 0"),
-        ({"settings": settings(lr=1e200, steps=9)}, r"step \d: the loss is not finite; lower --lr"),
+        ({"lr": 1e200, "steps": 9}, r"step \d: the loss is not finite; lower --lr"),
     ],
 )
 def test_what_is_refused(change, message):

@@ -11,8 +11,9 @@ from zoo.unusual import built
 
 import kfade
 from kfade.cli.check import _generation, _lengths, _padding, _small_step, _unequal
+from kfade.data.batches import make_batches
 from kfade.errors import InputError
-from kfade.models.lengths import LengthClass, fresh_frequencies
+from kfade.models.lengths import fresh_frequencies
 from kfade.runs.session import Loaded
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
@@ -139,7 +140,10 @@ def test_lengths_on_both_sides_pass(name):
 
 @pytest.mark.parametrize("name", ["dynamic", "phi3"])
 def test_lengths_in_one_batch_fail(name, monkeypatch):
-    monkeypatch.setattr("kfade.evaluate.tokens.length_class", lambda model: LengthClass())
+    monkeypatch.setattr(
+        "kfade.evaluate.tokens.batches_for",
+        lambda model, sequences, budget: make_batches(sequences, budget=budget),
+    )
     (found,) = _lengths(loaded(MODELS[name]()), TOKENS)
     assert not found.passed
 

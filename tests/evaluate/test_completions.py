@@ -15,6 +15,7 @@ from kfade.evaluate.completions import (
     encode_prompts,
     read_prompts,
 )
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog
 
 
@@ -75,7 +76,7 @@ def test_complete_goes_on_where_a_log_ends(tmp_path):
     prompts = encode_prompts(examples, tokenizer)
     with ItemLog(tmp_path / "log.jsonl", {}) as log:
         log.add("1", prompt="b", tokens=[3], text="kept")
-        complete(model, tokenizer, prompts, log, max_new_tokens=4)
+        complete(model, tokenizer, prompts, log, Decoding(4))
         assert log.items["1"]["text"] == "kept"
         assert log.items["2"]["tokens"] == greedy(model, prompts[2].tokens, [2], 4)
         assert set(log.items) == {"0", "1", "2"}

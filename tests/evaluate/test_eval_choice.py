@@ -93,8 +93,7 @@ def test_scores_against_logits(make):
     questions = [q for q in QUESTIONS if make is letters or q.question != "k l "]
     if make is characters:
         model = long_model()
-    found = {}
-    answer_questions(model, tokenizer, questions, found.__setitem__, batch_tokens=100)
+    found = dict(answer_questions(model, tokenizer, questions, batch_tokens=100))
     assert set(found) == set(range(len(questions)))
     for index, question in enumerate(questions):
         prompt = letter_prompt(question)
@@ -129,8 +128,7 @@ def long_model() -> torch.nn.Module:
 def test_cloze_questions_stand_as_they_are():
     model, tokenizer = zoo.tiny("llama", dtype=torch.float32), letters()
     question = QUESTIONS[0]
-    found = {}
-    answer_questions(model, tokenizer, [question], found.__setitem__, cloze=True)
+    found = dict(answer_questions(model, tokenizer, [question], cloze=True))
     plain = [log_p(model, tokenizer, question.question, f" {c}") for c in question.choices]
     assert found[0]["text"] == pytest.approx(plain, rel=1e-5)
     results = answer_by_likelihood(model, tokenizer, [question])
@@ -140,8 +138,7 @@ def test_cloze_questions_stand_as_they_are():
 def test_a_prompt_over_the_window_keeps_its_end():
     model, tokenizer = zoo.tiny("llama", dtype=torch.float32), letters()
     long = Question("a b c d e " * 8, ("f", "g"), 0)
-    found = {}
-    answer_questions(model, tokenizer, [long], found.__setitem__, window=12)
+    found = dict(answer_questions(model, tokenizer, [long], window=12))
     tokens = tokenizer(letter_prompt(long)).input_ids[-12:]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1)
@@ -162,18 +159,16 @@ def test_a_tokenizer_that_ends_texts_itself_changes_no_score():
                 made.input_ids = [*made.input_ids, words.eos_token_id]
             return made
 
-    plain, ended = {}, {}
-    answer_questions(model, words, QUESTIONS, plain.__setitem__)
-    answer_questions(model, Ending(), QUESTIONS, ended.__setitem__)
+    plain = dict(answer_questions(model, words, QUESTIONS))
+    ended = dict(answer_questions(model, Ending(), QUESTIONS))
     assert ended == plain
     assert len(set(plain[0]["letters"])) == 4  # with the EOS scored in their place all are alike
 
 
 def test_a_space_at_the_end_of_a_cloze_question_is_not_doubled():
     model, tokenizer = long_model(), characters()
-    found = {}
     questions = [Question(f"a b{end}", ("c", "d"), 0) for end in ("", " ")]
-    answer_questions(model, tokenizer, questions, found.__setitem__, cloze=True)
+    found = dict(answer_questions(model, tokenizer, questions, cloze=True))
     assert found[1]["text"] == pytest.approx(found[0]["text"])
     other = log_p(model, tokenizer, "a b ", " c")  # what two spaces would give
     assert abs(found[0]["text"][0] - other) > 0.01

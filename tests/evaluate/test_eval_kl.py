@@ -56,13 +56,12 @@ def by_logits(base, edited, sequence) -> torch.Tensor:
 def in_memory(base, edited, sequences, group_tokens=20):
     """KL of every sequence by kfade, two models in memory."""
     groups = grouped(make_batches(sequences, budget=20), group_tokens)
-    found = {}
-    divergences(
+    kl = divergences(
         groups,
         lambda number: outputs(base, groups[number], "base"),
         lambda: contextlib.nullcontext(edited),
-        found.__setitem__,
     )
+    found = dict(kl)
     return found
 
 
@@ -109,13 +108,12 @@ def test_an_update_gives_what_two_models_give_and_leaves_the_model(model):
     groups = grouped(make_batches(sequences, budget=20), 12)
     assert len(groups) > 2
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = {}
-    divergences(
+    kl = divergences(
         groups,
         lambda number: outputs(model, groups[number], "base"),
         lambda: update.applied_to(model),
-        found.__setitem__,
     )
+    found = dict(kl)
     direct = in_memory(model, edited, sequences)
     assert all(torch.equal(found[i], direct[i]) for i in direct)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -128,13 +126,12 @@ def test_streamed_equals_in_memory(tmp_path):
     for number, group in enumerate(groups):
         outputs(base, group, "base").save(tmp_path / f"{number}.safetensors")
     head = outputs(base, [], "base").head
-    found = {}
-    divergences(
+    kl = divergences(
         groups,
         lambda n: Outputs.load(tmp_path / f"{n}.safetensors", head, groups[n]),
         lambda: contextlib.nullcontext(edited),
-        found.__setitem__,
     )
+    found = dict(kl)
     direct = in_memory(base, edited, sequences)
     # Not to the bit: what comes from a file lies elsewhere in memory, and is summed otherwise.
     assert all(torch.allclose(found[i], direct[i], rtol=1e-9, atol=0) for i in direct)
@@ -144,7 +141,7 @@ def test_what_is_done_is_not_computed_again():
     model, sequences = tiny_llama(), random_sequences(9)
     groups = grouped(make_batches(sequences, budget=20), 12)
     first = set(groups[0][0].id_B.tolist())
-    asked, found = [], {}
+    asked = []
 
     def base(number):
         asked.append(number)
@@ -152,7 +149,7 @@ def test_what_is_done_is_not_computed_again():
 
     done = {i for batch in groups[0] for i in batch.id_B.tolist()}
     assert first <= done
-    divergences(groups, base, lambda: contextlib.nullcontext(model), found.__setitem__, done=done)
+    found = dict(divergences(groups, base, lambda: contextlib.nullcontext(model), done=done))
     assert asked == list(range(1, len(groups)))
     assert set(found) == set(range(9)) - done
 

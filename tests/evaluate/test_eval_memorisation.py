@@ -58,8 +58,7 @@ def test_a_uniform_distribution_has_no_deviation():
 def test_token_statistics_against_a_slow_formula():
     model = tiny_llama()
     sequences = random_sequences(7)
-    found = {}
-    token_values(model, sequences, token_statistics, found.__setitem__, name="x", batch_tokens=20)
+    found = dict(token_values(model, sequences, token_statistics, name="x", batch_tokens=20))
     assert set(found) == set(range(7))
     for index, sequence in enumerate(sequences):
         with torch.no_grad():

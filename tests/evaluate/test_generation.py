@@ -12,21 +12,23 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from zoo.caches import OTHERS
 
 from kfade.errors import InputError
-from kfade.evaluate.generation import company, end_tokens, generate, generate_texts, shares_batches
+from kfade.evaluate.generation import (
+    Decoding,
+    company,
+    end_tokens,
+    generate,
+    generate_texts,
+    shares_batches,
+)
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 5, 9, 30]]
 END = 2
 
 
 def continued(model, prompts=PROMPTS, **options) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-
-    def note(index, tokens):
-        assert index not in found
-        found[index] = tokens
-
-    generate(model, zoo.tokenizer(), prompts, note, **options)
-    return found
+    found = list(generate(model, zoo.tokenizer(), prompts, Decoding(**options)))
+    assert len(found) == len(prompts)
+    return dict(found)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "phi"])
@@ -83,7 +85,7 @@ def test_a_continuation_ends_with_its_end_token():
     ends = whole[0][3]  # what the first one says in the fourth place shall end it
     model.generation_config.eos_token_id = [END, ends]
     found = continued(model, max_new_tokens=9)
-    texts = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=9)
+    texts = generate_texts(model, tokenizer, PROMPTS, Decoding(9))
     for index, tokens in enumerate(whole):
         kept = tokens[: tokens.index(ends) + 1] if ends in tokens else tokens
         assert found[index] == kept
@@ -118,7 +120,7 @@ def test_sampling_draws_from_the_softmax():
     count = 4000
     texts = generate_texts(
         *(model, tokenizer, [[1, 8]] * count),
-        **{"max_new_tokens": 1, "batch_tokens": 3 * count, "temperature": 2.0, "seed": 3},
+        Decoding(1, 3 * count, temperature=2.0, seed=3),
     )
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
@@ -155,7 +157,7 @@ def test_the_models_window_ends_a_continuation_but_not_its_neighbours():
 
 
 def test_no_prompts_no_texts():
-    assert generate_texts(zoo.tiny("llama"), zoo.tokenizer(), [], max_new_tokens=9) == []
+    assert generate_texts(zoo.tiny("llama"), zoo.tokenizer(), [], Decoding(9)) == []
 
 
 def test_what_is_drawn_for_a_prompt_does_not_depend_on_the_others():

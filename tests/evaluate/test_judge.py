@@ -22,6 +22,7 @@ from helpers import greedy
 from kfade.cli import main
 from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.judge import Judge, Reply, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.mt_bench import (
@@ -337,7 +338,7 @@ def test_answers_of_a_turn_follow_the_turn_before(tmp_path, chat):
     model, tokenizer = zoo.tiny("llama"), zoo.tokenizer(chat=chat)
     questions = read_bench(questions_file(tmp_path))
     with ItemLog(tmp_path / "a.jsonl", {}) as log:
-        answer_questions(model, tokenizer, questions, log, runs=2, max_new_tokens=3)
+        answer_questions(model, tokenizer, questions, log, Decoding(3), runs=2)
     assert set(log.items) == {f"{run}/{n}" for run in (0, 1) for n in (1, 2, 3)}
     first, second = log.items["0/1"]["answers"]
     start = f"Question: a b\nAnswer: {first} </s> Question: c\nAnswer:"
@@ -359,16 +360,16 @@ def test_a_resumed_evaluation_draws_the_same(tmp_path, monkeypatch):
     rows = [{"question_id": i, "category": "writing", "turns": [w]} for i, w in enumerate("abcde")]
     questions = read_bench(questions_file(tmp_path, rows))
     monkeypatch.setattr("kfade.evaluate.mt_bench.BLOCK", 2)
-    options = {"max_new_tokens": 4, "batch_tokens": 8}
+    decoding = Decoding(4, 8)
     with ItemLog(tmp_path / "whole.jsonl", {}) as whole:
-        answer_questions(model, tokenizer, questions, whole, **options)
+        answer_questions(model, tokenizer, questions, whole, decoding)
     with ItemLog(tmp_path / "cut.jsonl", {}) as cut:
         for key in ("0/0", "0/1", "0/2"):  # cut off within the second block
             cut.add(key, **whole.items[key])
-        answer_questions(model, tokenizer, questions, cut, **options)
+        answer_questions(model, tokenizer, questions, cut, decoding)
     assert cut.items == whole.items
     with ItemLog(tmp_path / "other.jsonl", {}) as other:  # nor do the other questions matter
-        answer_questions(model, tokenizer, [questions[3], questions[1]], other, **options)
+        answer_questions(model, tokenizer, [questions[3], questions[1]], other, decoding)
     assert other.items == {key: whole.items[key] for key in ("0/3", "0/1")}
 
 
@@ -376,7 +377,7 @@ def test_without_a_chat_template_an_answer_ends_before_the_next_question(tmp_pat
     said = " yes \nQuestion: and you?\nAnswer: no"
     monkeypatch.setattr(
         "kfade.evaluate.mt_bench.generate_texts",
-        lambda model, tok, prompts, **_: [said] * len(prompts),
+        lambda model, tok, prompts, _: [said] * len(prompts),
     )
     questions = read_bench(questions_file(tmp_path))
     model = zoo.tiny("llama")
@@ -446,7 +447,7 @@ def test_the_summary_is_that_of_paper():
         ([{"question_id": 1, "category": "math", "turns": []}], "line 1: write"),
         ([{"question_id": 1, "category": "math", "turns": [3]}], "line 1: write"),
         ([{**QUESTIONS[0], "reference": "d"}], "line 1: write"),
-        ([QUESTIONS[0], QUESTIONS[0]], "line 2: question_id 1 is there twice"),
+        ([QUESTIONS[0], QUESTIONS[0]], "line 2: question_id 1 is used twice"),
         (["x"], "line 1: write"),
     ],
 )

@@ -39,7 +39,7 @@ def test_another_evaluation_is_not_continued(tmp_path):
     path = tmp_path / "items.jsonl"
     with ItemLog(path, HEADER) as log:
         log.add("0", kl=0.5)
-    with pytest.raises(InputError, match="asked for something else"):
+    with pytest.raises(InputError, match="with other options"):
         ItemLog(path, {**HEADER, "model": "other"})
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("rouge_score", reason="the extra tofu is not installed")
 from rouge_score.rouge_scorer import RougeScorer
 
 from kfade.errors import InputError
-from kfade.evaluate.rouge import load_rouge_l_recall
+from kfade.evaluate.rouge import RougeLRecall
 
 WORDS = [
     "the",
@@ -47,7 +47,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def recall():
-    return load_rouge_l_recall()
+    return RougeLRecall()
 
 
 def reference(truth: str, generated: str) -> float:
@@ -148,4 +148,4 @@ def test_an_empty_truth_is_refused_by_name(recall, truth):
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(InputError, match=r"pip install 'kfade\[tofu\]'"):
-        load_rouge_l_recall()
+        RougeLRecall()

@@ -18,8 +18,9 @@ pytest.importorskip("rouge_score", reason="the extra tofu is not installed")
 from kfade.cli import main
 from kfade.errors import InputError
 from kfade.evaluate import tofu
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog, digest, read_log
-from kfade.evaluate.rouge import load_rouge_l_recall
+from kfade.evaluate.rouge import RougeLRecall
 from kfade.evaluate.tofu import (
     TofuQuestion,
     evaluate_tofu,
@@ -158,7 +159,7 @@ def test_values_are_those_of_a_plain_loop(folder, tmp_path, batch_tokens):
     model, tokenizer = zoo.tiny("llama"), zoo.tokenizer()
     questions = read_tofu("forget01", folder=folder)
     with zoo.Double(), ItemLog(tmp_path / "items.jsonl", {"benchmark": "tofu"}) as log:
-        evaluate_tofu(model, tokenizer, questions, log, max_new_tokens=6, batch_tokens=batch_tokens)
+        evaluate_tofu(model, tokenizer, questions, log, Decoding(6, batch_tokens))
         assert list(log.items) == [q.id for q in questions]
         for question in questions:
             values = log.items[question.id]
@@ -172,13 +173,13 @@ def test_values_are_those_of_a_plain_loop(folder, tmp_path, batch_tokens):
             assert values["false_losses"] == [loss(text) for text in question.false]
             assert values["answer_loss"] != values["base_loss"] or question.base == question.answer
             said = values["generated"]
-            assert values["rouge_l"] == load_rouge_l_recall()(question.answer, said)
+            assert values["rouge_l"] == RougeLRecall()(question.answer, said)
     assert {q.base == q.answer for q in questions if q.set == "world_facts"} == {True}
     assert {q.base == q.answer for q in questions if q.set == "forget"} == {False}
 
 
 def test_rouge_is_recall_of_stemmed_words_in_order():
-    recall = load_rouge_l_recall()
+    recall = RougeLRecall()
     # cat, sat, on, mat of the, cat, sat, on, mat
     assert recall("the cats sat on mats", "a cat sat on a mat") == pytest.approx(4 / 5)
     assert recall("one two", "two one and much more") == pytest.approx(1 / 2)
@@ -191,7 +192,7 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tofu, "BLOCK", 5)
     whole = ItemLog(tmp_path / "whole.jsonl", {})
     with whole:
-        evaluate_tofu(model, tokenizer, questions, whole, max_new_tokens=4)
+        evaluate_tofu(model, tokenizer, questions, whole, Decoding(4))
     generate, calls = tofu.generate_texts, []
 
     def trip(*args, **options):
@@ -202,10 +203,10 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tofu, "generate_texts", trip)
     with pytest.raises(KeyboardInterrupt), ItemLog(tmp_path / "cut.jsonl", {}) as log:
-        evaluate_tofu(model, tokenizer, questions, log, max_new_tokens=4)
+        evaluate_tofu(model, tokenizer, questions, log, Decoding(4))
     with ItemLog(tmp_path / "cut.jsonl", {}) as log:
         assert len(log.items) == 5
-        evaluate_tofu(model, tokenizer, questions, log, max_new_tokens=4)
+        evaluate_tofu(model, tokenizer, questions, log, Decoding(4))
         assert log.items.keys() == whole.items.keys()
         for key, values in log.items.items():
             assert values["generated"] == whole.items[key]["generated"]

@@ -304,7 +304,7 @@ def test_a_recall_that_did_not_count_the_letters_is_computed_anew(tmp_path, form
     for name in SETS:
         assert [item.rouge_l for item in read.items(name)] == [t[3] for t in TEXTS]
     assert len(read.notes) == 1
-    assert f"{path}: the ROUGE-L recall of 16 of 36 items was computed anew" in read.notes[0]
+    assert f"{path}: the ROUGE-L recall of 16 of 36 items was computed again" in read.notes[0]
     assert notes_on(random_log(0, len(TEXTS)), read)[0] == read.notes[0]
     assert main(["eval", "tofu", "--from-log", str(path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

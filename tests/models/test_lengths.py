@@ -16,7 +16,7 @@ from kfade.baselines.losses import Net
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate, shares_batches
+from kfade.evaluate.generation import Decoding, generate, shares_batches
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import hidden_reference, mean_objectives
@@ -169,11 +169,8 @@ def test_generation_across_the_border_is_that_of_each_prompt_alone(name, batch_t
     for i, prompt in enumerate(prompts):
         fresh = build()  # transformers' own frequencies remember the longest input
         expected[i] = greedy(fresh, prompt, [2], 12)
-    found: dict[int, list[int]] = {}
-    generate(
-        model, zoo.tokenizer(), prompts, found.__setitem__, max_new_tokens=12,
-        batch_tokens=batch_tokens,
-    )  # fmt: skip
+    decoding = Decoding(12, batch_tokens)
+    found = dict(generate(model, zoo.tokenizer(), prompts, decoding))
     assert found == expected
     assert len({tuple(tokens) for tokens in expected.values()}) > 4
 

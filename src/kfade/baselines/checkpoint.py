@@ -1,4 +1,4 @@
-"""How far a training run is: its evaluations, which of them to keep, and all it takes to go on."""
+"""The state of a training run: its evaluations, and what a resumed run needs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from kfade.baselines.weights import Trainable
 from kfade.runtime.files import write_tensors
 
 Row = dict[str, float]
-"""One evaluation: ``step``, what :class:`~kfade.baselines.gauge.Measured` has, and after the first
-``loss``, the mean of the training loss since the evaluation before."""
+"""One evaluation: ``step``, what :meth:`~kfade.baselines.gauge.DriftGauge.measure` gives and, but
+for the first, ``loss``, the mean training loss since the previous evaluation."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training run right after an evaluation."""
+    """The state of a training run right after an evaluation."""
 
     curve: list[Row]
     provenance: dict[str, Any]
     """Digests of weights and data, versions."""
     kept: dict[str, Tensor]
-    """Deltas of the evaluation to keep, by parameter name; none if it is the last one."""
+    """Changes of weights to keep, by parameter name; none if those of the last evaluation are."""
     tensors: dict[str, Tensor]
     """What is trained."""
     state: dict[str, Tensor]
-    """The optimiser's, by ``NAME/KEY``."""
+    """The optimiser's state, by ``NAME/KEY``."""
 
     @classmethod
     def of(
@@ -44,7 +44,7 @@ class Checkpoint:
         trainable: Trainable,
         optimizer: Optimizer,
     ) -> Checkpoint:
-        """The present; the tensors are those that are trained on, so save it at once."""
+        """The present state. Save it at once: it holds the trained tensors themselves."""
         state = {
             f"{name}/{key}": value
             for name, tensor in trainable.tensors.items()
@@ -53,7 +53,7 @@ class Checkpoint:
         return cls(list(curve), provenance, kept, trainable.tensors, state)
 
     def restore(self, trainable: Trainable, optimizer: Optimizer) -> None:
-        """Set what is trained, and the optimiser, to where they were."""
+        """Set the trained tensors and the optimiser to this state."""
         with torch.no_grad():
             for name, tensor in trainable.tensors.items():
                 tensor.copy_(self.tensors[name])
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """What :meth:`save` wrote."""
+        """Read what :meth:`save` wrote."""
         parts: dict[str, dict[str, Tensor]] = {"kept": {}, "tensors": {}, "state": {}}
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in file.metadata().items()}
@@ -88,10 +88,10 @@ class Checkpoint:
 
 
 def keep(curve: Sequence[Mapping[str, Any]], max_kl: float | None) -> int:
-    """The step whose update is kept, of the evaluations after training began.
+    """The step whose update is kept, of the evaluations after the first.
 
-    The last one; with a KL budget, the one of the highest forget loss among those within it, and
-    where none is within, the one of the lowest KL.
+    It is the last one. With a KL budget it is the one with the highest forget loss within the
+    budget, and if none is within, the one with the lowest KL.
     """
     rows = curve[1:]
     if max_kl is None:

@@ -1,19 +1,18 @@
-"""ELM: the model taught to say on forget text what it would say to one who knows nothing of it.
+"""ELM: on forget text the model learns to write as somebody without the knowledge would.
 
     loss = CE(p*, current) on forget text + KL(base ‖ current) on retain text
            + CE(continuation, current) after forget text
 
-p* is the base model's distribution steered away from the concept by classifier-free guidance: with
-log-probabilities at a temperature τ,
+p* is the base model's distribution, steered away from the concept by classifier-free guidance and
+cut to its k most probable tokens. With log-probabilities at a temperature τ,
 
-    log p*_t ∝ log p(x_t) + η_t (log p(x_t | novice) − log p(x_t | expert)),
+    log p*_t ∝ log p(x_t) + η_t (log p(x_t | novice) − log p(x_t | expert)).
 
-cut to its k most probable tokens; "novice" and "expert" are texts put before the sequence, and η_t
-rises along a sequence from 1 to η, as the reference code has it. The third term keeps the model
-fluent: the base model, steered likewise but less, continues each forget text after a bridging
-phrase, and the trained model learns to say the same. (Gandikota et al. 2024; the reference code's
-retain term is the cross-entropy to the base model's most probable token, the paper's is to its
-distribution, which up to a constant is the KL here.)
+"Novice" and "expert" are texts put before the sequence; η_t rises along a sequence from 1 to η, as
+in the reference code. The third term keeps the model fluent: the base model, steered less,
+continues each forget text after a bridging phrase, and the trained model learns this continuation.
+(Gandikota et al. 2024. The reference code's retain term is the cross-entropy to the base model's
+most probable token; the paper's is that to its distribution, up to a constant the KL here.)
 
 Shapes: N scored tokens, n of one sequence, K kept tokens of the vocabulary, D hidden width.
 """
@@ -28,22 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfade.baselines.losses import Net, Rows, Term, at_loss_tokens, token_nll, tokens
-from kfade.data.batches import Batch, make_batches
+from kfade.baselines.losses import Net, Row, Rows, Term, at_loss_tokens, token_nll, tokens
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.models.head import Head, hidden_states
-from kfade.models.lengths import length_class
+from kfade.models.lengths import batches_for, length_class
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What steers the base model. Texts are tokens, a BOS included where the tokenizer adds one."""
+    """How the base model is steered. Texts are tokens, with a BOS where the tokenizer adds one."""
 
     expert: tuple[int, ...]
-    """Says that an expert on the concept writes."""
+    """States that an expert on the concept writes."""
     novice: tuple[int, ...]
-    """Says that somebody writes who knows nothing of it."""
+    """States that somebody writes who knows nothing of the concept."""
     bridge: tuple[int, ...]
     """Turns to another subject, without a BOS."""
     bos: int | None
@@ -52,25 +51,25 @@ class Guidance:
     """The model's longest input."""
     eta: float = 1000.0
     kept: int = 50
-    """K, tokens that p* leaves."""
+    """K, the number of tokens that p* is cut to."""
     temperature: float = 1.2
     fluent_eta: float = 3.0
-    """Steers the continuations."""
+    """η of the continuations."""
     fluent_tokens: int = 100
     """Length of a continuation, at most."""
     seed: int = 0
 
 
 def erasure(guidance: Guidance) -> Term:
-    """Mean CE(p*, current) per scored forget token; of p*, K probabilities a token are kept."""
+    """Mean CE(p*, current) per scored forget token; its reference is p*, cut to K tokens."""
 
     def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
         device = batch.input_BT.device
         p_NK, index_NK = (torch.cat(parts).to(device) for parts in zip(*rows, strict=True))
         return at_loss_tokens(net, batch, soft_cross_entropy, p_NK, index_NK)
 
-    def reference(net: Net, batch: Batch) -> Rows:
-        return [steered_target(net, sequence, guidance) for sequence in _sequences(batch)]
+    def reference(net: Net, sequence: TokenSequence) -> Row:
+        return steered_target(net, _up_to_last_scored(sequence), guidance)
 
     return Term("forget", 1.0, values, tokens, reference)
 
@@ -78,30 +77,22 @@ def erasure(guidance: Guidance) -> Term:
 def fluency(guidance: Guidance, weight: float) -> Term:
     """Mean cross-entropy per token of the bridge and continuation after forget text."""
 
-    def continued(rows: Rows) -> list[TokenSequence]:
-        made = []
+    def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
+        continued = []
         for whole, scored in rows:
             flags = [t >= len(whole) - int(scored) for t in range(len(whole))]
-            made.append(TokenSequence(tuple(whole.tolist()), tuple(flags)))
-        return made
-
-    def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
-        device = batch.input_BT.device
-        group = length_class(net.model)
-        pieces = make_batches(continued(rows), budget=batch.positions, device=device, group=group)
+            continued.append(TokenSequence(tuple(whole.tolist()), tuple(flags)))
+        pieces = batches_for(net.model, continued, batch.positions)
         return torch.cat([token_nll(net, piece) for piece in pieces])
 
     def count(batch: Batch, rows: Rows) -> int:
         return sum(int(scored) for _, scored in rows)
 
-    def reference(net: Net, batch: Batch) -> Rows:
-        rows = []
-        for sequence in _sequences(batch):
-            prompt = fluent_prompt(sequence.tokens, guidance)
-            written = steered_sample(net, prompt, guidance)
-            scored = len(guidance.bridge) + len(written)
-            rows.append((torch.tensor([*prompt, *written]), torch.tensor(scored)))
-        return rows
+    def reference(net: Net, sequence: TokenSequence) -> Row:
+        prompt = fluent_prompt(_up_to_last_scored(sequence).tokens, guidance)
+        written = steered_sample(net, prompt, guidance)
+        scored = len(guidance.bridge) + len(written)
+        return torch.tensor([*prompt, *written]), torch.tensor(scored)
 
     return Term("forget", weight, values, count, reference)
 
@@ -113,7 +104,7 @@ def soft_cross_entropy(logits_NV: Tensor, p_NK: Tensor, index_NK: Tensor) -> Ten
 
 
 def steered_target(net: Net, sequence: TokenSequence, guidance: Guidance) -> tuple[Tensor, Tensor]:
-    """p* at the scored tokens of ``sequence``: probabilities [n, K], and which tokens they are."""
+    """p* at the scored tokens of ``sequence``: probabilities [n, K] and their tokens [n, K]."""
     contexts = [(), guidance.novice, guidance.expert]
     device = next(net.model.parameters()).device
     hidden = [_hidden_after(net, prefix, sequence, guidance, device) for prefix in contexts]
@@ -132,8 +123,8 @@ def steered_target(net: Net, sequence: TokenSequence, guidance: Guidance) -> tup
 def steered_sample(net: Net, prompt: Sequence[int], guidance: Guidance) -> list[int]:
     """Tokens drawn one by one from p(x | prompt) (p(x | novice) / p(x | expert))^η.
 
-    What was drawn follows all three; the draw is keyed on the prompt. Ends with EOS or after
-    ``fluent_tokens``.
+    Each token drawn is appended to all three texts. The draws are keyed on the prompt. Ends with
+    EOS or after ``fluent_tokens``.
     """
     device = next(net.model.parameters()).device
     key = hashlib.sha256(repr((guidance.seed, *prompt)).encode()).digest()
@@ -147,7 +138,7 @@ def steered_sample(net: Net, prompt: Sequence[int], guidance: Guidance) -> list[
         for i, text in enumerate(texts):
             text += drawn[-1:]
             if group(len(text)) != group(len(text) - 1):
-                caches[i] = None  # what it holds was computed at other rotary frequencies
+                caches[i] = None  # it was computed with other rotary frequencies
             feed = text if caches[i] is None else text[-1:]
             output = net.model.base_model(
                 input_ids=torch.tensor([feed], device=device),
@@ -163,7 +154,7 @@ def steered_sample(net: Net, prompt: Sequence[int], guidance: Guidance) -> list[
 
 
 def fluent_prompt(tokens: Sequence[int], guidance: Guidance) -> list[int]:
-    """A forget text without its EOS, cut to leave room within the window, and the bridge."""
+    """A forget text without its EOS, cut so that a continuation fits the window, and the bridge."""
     prompt = [*tokens[:-1]] if tokens[-1] == guidance.eos else [*tokens]
     if guidance.window is not None:
         room = guidance.window - len(guidance.bridge) - guidance.fluent_tokens
@@ -183,7 +174,7 @@ def _hidden_after(
     guidance: Guidance,
     device: torch.device,
 ) -> Tensor:
-    """Hidden states [n, D] that score ``sequence`` with ``prefix`` before it; one BOS in all."""
+    """Hidden states [n, D] that score ``sequence`` after ``prefix``, with one BOS at the start."""
     own = sequence.tokens
     if prefix and own[0] == guidance.bos:
         own = own[1:]
@@ -203,12 +194,7 @@ def _log_p(head: Head, hidden_ND: Tensor, guidance: Guidance) -> Tensor:
     return (head(hidden_ND).double() / guidance.temperature).log_softmax(dim=-1)
 
 
-def _sequences(batch: Batch) -> list[TokenSequence]:
-    """The sequences of a batch, without what followed their last scored tokens."""
-    made = []
-    for row, live in enumerate(batch.live_BT.sum(dim=1).tolist()):
-        inputs = batch.input_BT[row, :live].tolist()
-        last = int(batch.target_BT[row, live - 1])
-        scored = batch.loss_BT[row, :live].tolist()
-        made.append(TokenSequence((*inputs, last), (False, *scored)))
-    return made
+def _up_to_last_scored(sequence: TokenSequence) -> TokenSequence:
+    """The sequence without what follows its last scored token."""
+    end = sequence.live + 1
+    return TokenSequence(sequence.tokens[:end], sequence.scored[:end])

@@ -1,13 +1,12 @@
-"""Measure the model that is being trained against the model that it was.
+"""Measure a model in training against the model that it was.
 
-The figures of :class:`kfade.method.gauge.Gauge`; but here the vocabulary head may be among what is
-trained (as it is wherever it is tied to trained embeddings), so each side has its own.
+As :class:`kfade.method.gauge.Gauge` does, but here the vocabulary head may be trained too, as it is
+where it is tied to trained embeddings. So the base model has a head of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -17,29 +16,20 @@ from kfade.method.measure import TokenLosses, divergence, hidden_reference, mean
 from kfade.method.objectives import cross_entropy
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a model does, in nats per scored token."""
-
-    forget_loss: float
-    """Cross-entropy on the forget set."""
-    forget_probability: float
-    """Mean over the forget sequences of exp(−their loss per token)."""
-    retain_loss: float
-    """Cross-entropy on held-out retain data."""
-    retain_kl: float
-    """KL(base ‖ model) there."""
-
-
 class DriftGauge:
-    """Made while the model is the base model; :meth:`measure` takes it as it is by then."""
+    """Measures drift from the base model: make it while the model is the base model."""
 
     def __init__(self, net: Net, forget: Sequence[Batch], held_out: Sequence[Batch]) -> None:
         self._net, self._forget = net, forget
         self._base = hidden_reference(net.model, held_out, "base reference")
 
-    def measure(self) -> Measured:
-        """Forward passes over the forget and the held-out batches."""
+    def measure(self) -> dict[str, float]:
+        """Measure the model as it is now by forward passes, in nats per scored token.
+
+        ``forget_loss``: cross-entropy on the forget set. ``forget_probability``: mean over its
+        sequences of exp(−loss per token). ``retain_loss``, ``retain_kl``: cross-entropy and
+        KL(base ‖ model) on held-out retain data.
+        """
         head, base_head = self._net.head, self._net.base_head
         losses = TokenLosses()
         (forget_loss,) = mean_objectives(self._net.model, self._forget, [losses], head)
@@ -56,4 +46,9 @@ class DriftGauge:
                     loss += cross_entropy(logits_NV, target_N[part]).double().sum().item()
                     kl_N = divergence(base_head(base_ND[part]), logits_NV)
                     kl += kl_N.double().sum().item()
-        return Measured(forget_loss, probability, loss / now.loss_tokens, kl / now.loss_tokens)
+        return {
+            "forget_loss": forget_loss,
+            "forget_probability": probability,
+            "retain_loss": loss / now.loss_tokens,
+            "retain_kl": kl / now.loss_tokens,
+        }

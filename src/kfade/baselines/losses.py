@@ -1,8 +1,8 @@
-"""The losses of gradient ascent and its kin, as plain functions, and the terms they are made of.
+"""The losses of gradient ascent and related methods, and the terms that they consist of.
 
-A method minimises a sum of *terms*; each is a weight times a mean of values over a batch of the
-forget or the retain set: over scored tokens, sequences or positions. A batch may be computed in
-pieces: the mean is over the whole batch, so the pieces do not change the gradient.
+A method minimises a sum of *terms*. A term is a weight times a mean over a batch of the forget or
+the retain set: over its scored tokens, sequences or positions. A batch may be computed in pieces.
+The mean is over the whole batch, so the pieces do not change the gradient.
 
     ga       −CE_f                                            mean over tokens
     gd       −CE_f + CE_r                                     soul: −CE_f + γ CE_r
@@ -29,22 +29,24 @@ from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
 from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence
 from kfade.method.objectives import cross_entropy
 from kfade.models.head import Head, hidden_states
+from kfade.models.lengths import batches_for
 
 Row = tuple[Tensor, ...]
-"""What is kept of the base model's outputs on one sequence."""
+"""What a term needs of the base model's outputs on one sequence."""
 Rows = Sequence[Row]
-"""One row for each sequence of a batch, in the batch's order."""
+"""One row for each sequence of a batch, in the batch's order; none without a reference."""
 
 
 @dataclass(frozen=True)
 class Net:
-    """The model that is trained, and how to read its outputs."""
+    """The model that is trained, and its vocabulary heads."""
 
     model: Any
     head: Head
-    """The model's own head, trained with it where it is among the trained weights."""
+    """The model's own head, which may be trained."""
     base_head: Head
     """The head as it was before training."""
 
@@ -54,14 +56,14 @@ class Term:
     """``weight`` times the mean of ``values`` over a batch."""
 
     on: Literal["forget", "retain"]
-    """Which set its batches are drawn from."""
+    """The set that its batches are drawn from."""
     weight: float
     values: Callable[[Net, Batch, Rows], Tensor]
     """Values [K] of a piece of the batch, with a graph to the trained weights."""
     count: Callable[[Batch, Rows], int]
     """K, known before the values are."""
-    reference: Callable[[Net, Batch], Rows] | None = None
-    """What it needs to know of the base model's outputs, computed once and kept."""
+    reference: Callable[[Net, TokenSequence], Row] | None = None
+    """What it needs of the base model's outputs on a sequence; computed once and kept."""
 
 
 def likelihood(on: Literal["forget", "retain"], weight: float) -> Term:
@@ -70,21 +72,21 @@ def likelihood(on: Literal["forget", "retain"], weight: float) -> Term:
 
 
 def preference(beta: float, weight: float) -> Term:
-    """NPO's forget term; needs the base model's L of each sequence, one number."""
+    """NPO's forget term; its reference is the base model's L of each sequence."""
 
     def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
         nll_B, _ = sequence_nll(net, batch)
         base_B = torch.stack([row[0] for row in rows]).to(nll_B)
         return npo_values(nll_B, base_B, beta)
 
-    def reference(net: Net, batch: Batch) -> Rows:
-        return [(nll,) for nll in sequence_nll(net, batch)[0]]
+    def reference(net: Net, sequence: TokenSequence) -> Row:
+        return (sequence_nll(net, alone(net, sequence))[0][0],)
 
     return Term("forget", weight, values, sequences, reference)
 
 
 def simple_preference(beta: float, gamma: float, weight: float) -> Term:
-    """SimNPO's forget term; needs nothing of the base model."""
+    """SimNPO's forget term, without a reference."""
 
     def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
         return simnpo_values(*sequence_nll(net, batch), beta, gamma)
@@ -95,7 +97,7 @@ def simple_preference(beta: float, gamma: float, weight: float) -> Term:
 def closeness(weight: float) -> Term:
     """Mean KL(base ‖ current) per scored retain token.
 
-    The base model is kept as final hidden states and as a copy of its head where that is trained.
+    Its reference is the base model's final hidden states; ``net`` has the base model's head.
     """
 
     def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
@@ -108,9 +110,9 @@ def closeness(weight: float) -> Term:
 
         return at_loss_tokens(net, batch, of_logits, base_ND.to(batch.input_BT.device))
 
-    def reference(net: Net, batch: Batch) -> Rows:
-        hidden_ND = batch.at_loss(hidden_states(net.model, batch.input_BT))
-        return [(row,) for row in by_row(batch, hidden_ND)]
+    def reference(net: Net, sequence: TokenSequence) -> Row:
+        batch = alone(net, sequence)
+        return (batch.at_loss(hidden_states(net.model, batch.input_BT)),)
 
     return Term("retain", weight, values, tokens, reference)
 
@@ -141,8 +143,9 @@ def token_nll(net: Net, batch: Batch) -> Tensor:
 
 def sequence_nll(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """(L, |y|) [B]: each sequence's summed negative log-likelihood and its scored tokens."""
-    nll_B = torch.stack([row.sum() for row in by_row(batch, token_nll(net, batch))])
-    return nll_B, batch.loss_BT.sum(dim=1)
+    count_B = batch.loss_BT.sum(dim=1)
+    rows = token_nll(net, batch).split(count_B.tolist())
+    return torch.stack([row.sum() for row in rows]), count_B
 
 
 def at_loss_tokens(
@@ -150,8 +153,8 @@ def at_loss_tokens(
 ) -> Tensor:
     """``values(logits, *beside)`` [N] at the scored tokens of ``batch``.
 
-    The head runs on a few positions at a time, and once more in the backward pass: logits [N, V]
-    and their softmax are never there whole.
+    The head runs on a few positions at a time, and again in the backward pass, so that logits
+    [N, V] and their softmax are never in memory as a whole.
     """
     hidden_ND = batch.at_loss(hidden_states(net.model, batch.input_BT))
 
@@ -166,9 +169,10 @@ def at_loss_tokens(
     )
 
 
-def by_row(batch: Batch, values_N: Tensor) -> tuple[Tensor, ...]:
-    """Values at the scored tokens, split into those of each sequence."""
-    return values_N.split(batch.loss_BT.sum(dim=1).tolist())
+def alone(net: Net, sequence: TokenSequence) -> Batch:
+    """The batch of one sequence."""
+    (batch,) = batches_for(net.model, [sequence])
+    return batch
 
 
 def tokens(batch: Batch, rows: Rows) -> int:

@@ -20,16 +20,16 @@ from kfade.models.layers import Target, choose_targets
 
 @dataclass(frozen=True)
 class Defaults:
-    """Training as the reference code does it where nothing is said."""
+    """How a method's reference code trains."""
 
     lr: float
     batch: int = 32
     epochs: float | None = None
-    """Passes over the forget set; or else ``steps``."""
+    """Passes over the forget set, unless ``steps`` are given."""
     steps: int | None = None
     accumulate: int = 1
     warm_up: Literal["epoch", "tenth", "none"] = "none"
-    """Steps of one epoch, a tenth of all steps, or none."""
+    """Steps of rising learning rate: one epoch, a tenth of all steps, or none."""
     decay: bool = False
     weight_decay: float = 0.01
     clip: float | None = None
@@ -37,7 +37,7 @@ class Defaults:
     lora: int = 0
     """Rank of low-rank changes; 0 trains the weights themselves."""
     layers: str | None = None
-    """Blocks of whose linear maps all are trained, attention's too; ``Method.trains`` when None."""
+    """Blocks whose linear maps are trained, attention's too; ``Method.trains`` when None."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,30 @@ class Method:
     """Blocks after it are not run."""
 
 
-# The TOFU family trains with a trainer that clips, and lets the rate fall linearly.
+# The trainer of the TOFU family clips gradients and lets the learning rate fall linearly.
 TOFU: dict[str, Any] = {"lr": 1e-5, "warm_up": "epoch", "decay": True, "clip": 1.0}
+FIVE_EPOCHS, TEN_EPOCHS = Defaults(**TOFU, epochs=5), Defaults(**TOFU, epochs=10)
 
 
 def gradient_ascent() -> Method:
     """GA: −CE_f."""
-    return Method((likelihood("forget", -1.0),), Defaults(**TOFU, epochs=5))
+    return Method((likelihood("forget", -1.0),), FIVE_EPOCHS)
 
 
 def gradient_difference(*, retain_weight: float = 1.0) -> Method:
     """GD: −CE_f + CE_r."""
-    return Method(_difference(retain_weight), Defaults(**TOFU, epochs=5))
+    return Method(_difference(retain_weight), FIVE_EPOCHS)
 
 
 def kl_minimisation(*, retain_weight: float = 1.0) -> Method:
     """KL-min: −CE_f + KL(base ‖ current) on retain tokens."""
-    terms = (likelihood("forget", -1.0), closeness(retain_weight))
-    return Method(terms, Defaults(**TOFU, epochs=5))
+    return Method((likelihood("forget", -1.0), closeness(retain_weight)), FIVE_EPOCHS)
 
 
 def npo(*, beta: float = 0.1, coefficient: float = 1.0, retain_weight: float = 1.0) -> Method:
     """NPO: c (2/β) softplus(−β (L − L_base)) + CE_r."""
     terms = (preference(beta, coefficient), likelihood("retain", retain_weight))
-    return Method(terms, Defaults(**TOFU, epochs=10))
+    return Method(terms, TEN_EPOCHS)
 
 
 def simnpo(
@@ -86,24 +86,14 @@ def simnpo(
     retain_weight: float = 1.0,
 ) -> Method:
     """SimNPO: c (2/β) softplus(−β (L/|y| − γ)) + CE_r; β and c as for 5 % of TOFU."""
-    terms = (
-        simple_preference(beta, gamma, coefficient),
-        likelihood("retain", retain_weight),
-    )
-    return Method(terms, Defaults(**TOFU, epochs=10))
+    terms = (simple_preference(beta, gamma, coefficient), likelihood("retain", retain_weight))
+    return Method(terms, TEN_EPOCHS)
 
 
 def soul(*, gamma: float = 2.0) -> Method:
     """SOUL: −CE_f + γ CE_r by Sophia."""
-    defaults = Defaults(
-        lr=5e-6,
-        epochs=5,
-        warm_up="tenth",
-        decay=True,
-        weight_decay=0.1,
-        clip=1.0,
-        optimizer=Sophia,
-    )
+    schedule: dict[str, Any] = {"epochs": 5, "warm_up": "tenth", "decay": True}
+    defaults = Defaults(lr=5e-6, **schedule, weight_decay=0.1, clip=1.0, optimizer=Sophia)
     return Method(_difference(gamma), defaults)
 
 
@@ -115,7 +105,8 @@ def rmu(
     retain_weight: float = 1200.0,
     seed: int = 0,
 ) -> Method:
-    """RMU: forget representations at block ``layer`` to c u, retain ones held; Zephyr's settings.
+    """RMU: moves hidden states of forget text at block ``layer`` to c u and holds those of retain
+    text; settings for Zephyr.
 
     Raises:
         InputError: the model has no such block.
@@ -136,11 +127,7 @@ def elm(guidance: erasing.Guidance, *, retain_weight: float = 1.0) -> Method:
 
     3000 forget sequences one by one, four a step.
     """
-    terms = (
-        erasing.erasure(guidance),
-        closeness(retain_weight),
-        erasing.fluency(guidance, 1.0),
-    )
+    terms = (erasing.erasure(guidance), closeness(retain_weight), erasing.fluency(guidance, 1.0))
     defaults = Defaults(lr=5e-5, batch=1, accumulate=4, steps=750, lora=256, layers="4-7")
     return Method(terms, defaults)
 

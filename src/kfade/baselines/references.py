@@ -1,30 +1,29 @@
-"""What the base model says on the sequences of a run, without a second model in memory.
+"""The base model's outputs on the sequences of a run, without a second model in memory.
 
-Its outputs are computed a stretch of steps ahead, with the base weights put back for a while, and
-kept on the CPU: hidden states, or less, of each sequence. Where all that were kept would take too
-much, it is dropped and computed anew when it is needed again.
+They are computed for several steps ahead, with the base weights put back meanwhile, and kept on the
+CPU: hidden states, or less, of each sequence. When they take too much memory, all are dropped, and
+computed again when they are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from kfade.baselines.losses import Net, Row, Rows, Term
-from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.runtime.progress import track
 
-AHEAD = 65536  # the base weights come and go once for so many positions
-LIMIT = 4 * 2**30
+AHEAD = 65536  # positions for which the base weights are put back once
+LIMIT = 4 * 2**30  # bytes
 
 Drawn = dict[str, list[int]]
 """Numbers of the sequences in a batch, by set."""
 
 
 class References:
-    """Rows of the base model's outputs, by term and sequence.
+    """What the terms need of the base model's outputs, by term and sequence.
 
     Args:
         sets: the sequences that the terms' batches are drawn from, by name.
@@ -36,7 +35,7 @@ class References:
         self,
         net: Net,
         terms: Sequence[Term],
-        sets: dict[str, Sequence[TokenSequence]],
+        sets: Mapping[str, Sequence[TokenSequence]],
         *,
         ahead: int = AHEAD,
         limit: int = LIMIT,
@@ -46,19 +45,19 @@ class References:
         self._rows: dict[tuple[int, int], Row] = {}
 
     def rows(self, term: int, numbers: Sequence[int]) -> Rows:
-        """What is kept for those sequences; nothing for a term that needs nothing."""
+        """The rows of these sequences; none for a term without a reference."""
         if self._terms[term].reference is None:
             return []
         return [self._rows[term, number] for number in numbers]
 
     def missing(self, drawn: Drawn) -> bool:
-        """Whether a batch of the sequences ``drawn`` lacks any."""
+        """Whether any row of the sequences ``drawn`` is missing."""
         return any(key not in self._rows for key in self._needed(drawn))
 
     def compute(self, coming: Iterable[Sequence[Drawn]]) -> None:
-        """Compute what the ``coming`` steps' batches lack, of as many steps as ``ahead`` allows.
+        """Compute the missing rows of the first ``coming`` step, and of later ones up to ``ahead``.
 
-        Of the first step, always. To be called while the model is the base model.
+        Call it while the model is the base model.
         """
         if sum(x.nbytes for row in self._rows.values() for x in row) > self._limit:
             self._rows.clear()
@@ -72,15 +71,13 @@ class References:
                 break
             wanted.update(dict.fromkeys(lacking))
             positions += own
-        device = next(self._net.model.parameters()).device
         with torch.no_grad():
             for key in track(list(wanted), "base outputs", lambda k: self._sequence(k).live):
                 reference = self._terms[key[0]].reference
                 assert reference is not None
-                # One by one: what a sequence shares a batch with would show in the last digits,
-                # and a resumed run would not end where an uninterrupted one does.
-                (batch,) = make_batches([self._sequence(key)], device=device)
-                (row,) = reference(self._net, batch)
+                # One by one: the rounding of a sequence's outputs depends on its batch, and a
+                # resumed run would not end where an uninterrupted one does.
+                row = reference(self._net, self._sequence(key))
                 self._rows[key] = tuple(x.to("cpu", copy=True) for x in row)
 
     def _needed(self, drawn: Drawn) -> list[tuple[int, int]]:

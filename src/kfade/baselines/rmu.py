@@ -1,12 +1,12 @@
-"""RMU: representations of forget text steered to a random vector, those of retain text held still.
+"""RMU: hidden states of forget text are moved to a random vector, those of retain text held.
 
     loss = mean ‖h_ℓ(x_f) − c u‖² + a mean ‖h_ℓ(x_r) − h_ℓ^base(x_r)‖²      over live positions
 
-h_ℓ is the output of block ℓ, u the direction of a draw from [0, 1)^D, and what is trained are the
-last feed-forward maps of blocks ℓ−2, ℓ−1 and ℓ (Li et al. 2024). The reference code averages over
-the D coordinates too: its loss is this one divided by D, which Adam does not see.
+h_ℓ is the output of block ℓ, u the direction of a draw from [0, 1)^D. The last feed-forward maps of
+blocks ℓ−2, ℓ−1 and ℓ are trained (Li et al. 2024). The reference code also averages over the D
+coordinates: its loss is this one divided by D, which makes no difference to Adam.
 
-The forward pass stops at block ℓ: neither the blocks above nor the head are ever run.
+The forward pass stops at block ℓ: the blocks above it and the head are not run.
 
 Shapes: B batch, T positions, P live positions, D hidden width.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfade.baselines.losses import Net, Rows, Term, positions
+from kfade.baselines.losses import Net, Row, Rows, Term, alone, positions
 from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.models.head import hidden_states
 from kfade.models.layers import Target, find_targets
@@ -28,7 +29,7 @@ TRAINED_BLOCKS = 3
 
 
 class _Reached(Exception):
-    """The block's output is there, and nothing after it is needed."""
+    """Ends a forward pass at the block, with its output."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -53,21 +54,20 @@ def holding(block: nn.Module, weight: float) -> Term:
         base_PD = torch.cat([row[0] for row in rows])
         return (hidden_PD - base_PD.to(hidden_PD)).square().sum(dim=-1)
 
-    def reference(net: Net, batch: Batch) -> Rows:
-        hidden_PD = live_output(net.model, block, batch)
-        return [(row,) for row in hidden_PD.split(batch.live_BT.sum(dim=1).tolist())]
+    def reference(net: Net, sequence: TokenSequence) -> Row:
+        return (live_output(net.model, block, alone(net, sequence)),)
 
     return Term("retain", weight, values, positions, reference)
 
 
 def control_vector(width: int, coefficient: float, seed: int) -> Tensor:
-    """c u [D] with u = r / ‖r‖, r uniform in [0, 1)^D; the same one for a seed on any device."""
+    """c u [D] with u = r / ‖r‖, r uniform in [0, 1)^D; a seed gives the same one on any device."""
     draw_D = torch.rand(width, generator=torch.Generator().manual_seed(seed))
     return coefficient * draw_D / draw_D.norm()
 
 
 def live_output(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
-    """The output [P, D] of ``block`` at live positions, in float32 or better; nothing after it."""
+    """The output [P, D] of ``block`` at live positions, in float32 or better."""
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)

@@ -1,7 +1,7 @@
-"""Sophia: steps by the ratio of a gradient's average to a curvature's, clipped.
+"""Sophia: steps by the clipped ratio of a mean gradient to a mean curvature.
 
 Liu et al. 2023, as SOUL (Jia et al. 2024) uses it for unlearning: the diagonal of the Hessian is a
-moving average of squared gradients of the loss itself, taken at every step.
+moving average of the squared gradients of the loss itself, updated at every step.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-# The published optimiser multiplies its curvature by the number of tokens in a batch, 5120 where
-# nothing is said, and SOUL's trainer says nothing.
+# The published optimiser multiplies its curvature by the number of tokens in a batch. SOUL does not
+# set it, so the default of 5120 applies.
 TOKENS = 5120
 TINY = 1e-15
 

@@ -1,8 +1,7 @@
-"""What is trained: weights themselves, or low-rank changes of them; both end in plain deltas.
+"""What is trained: the weights themselves, or low-rank changes of them. Both give plain deltas.
 
-The optimiser works on tensors in float32 or better, whatever the model's dtype: a step of 1e-5 is
-lost in a bfloat16 weight. Within ``training`` the model computes with what is trained; afterwards
-it is bit for bit what it was.
+Within ``training`` the model computes with what is trained; afterwards it is bit for bit what it
+was.
 
 Shapes: I inputs, O outputs of a linear map, R rank.
 """
@@ -20,35 +19,35 @@ from torch import Tensor, nn
 
 from kfade.models.layers import Target
 from kfade.models.load import frozen
-from kfade.models.targets import refuse_shared_memory
+from kfade.models.masters import Masters, master_dtype, restored
 
 
 class Trainable(Protocol):
-    """What the training loop asks of the weights that it trains."""
+    """The weights of a training run, as the training loop uses them."""
 
     names: list[str]
-    """Parameters of the model that will have changed."""
+    """Parameters of the model that training changes."""
     tensors: dict[str, Tensor]
-    """What the optimiser changes."""
+    """What the optimiser changes, in float32 or better."""
 
     def training(self) -> AbstractContextManager[None]:
-        """The model computes with ``tensors``, and they get gradients."""
+        """Within the ``with``, the model computes with ``tensors`` and they get gradients."""
         ...
 
     def at_base(self) -> AbstractContextManager[None]:
-        """Within ``training``: the model as it was, for a while."""
+        """Within ``training`` and the ``with``, the model is as it was before."""
         ...
 
     def reseed(self, seed: int) -> None:
-        """Key whatever is random in a step."""
+        """Seed whatever is random in a step."""
         ...
 
     def collect(self) -> None:
-        """After a backward pass: add what it gave to the gradients of ``tensors``."""
+        """After a backward pass: add its gradients to those of ``tensors``."""
         ...
 
     def push(self) -> None:
-        """After a change of ``tensors``: let the model compute with them."""
+        """After ``tensors`` have changed: make the model compute with them."""
         ...
 
     def deltas(self) -> dict[str, Tensor]:
@@ -56,77 +55,37 @@ class Trainable(Protocol):
         ...
 
 
-class Dense:
+class Dense(Masters):
     """The named parameters of a model, trained in place; a tied one goes by one name."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        own = dict(model.named_parameters(remove_duplicate=False))
-        refuse_shared_memory(model, names)
-        self.names = list(names)
-        self._model = model
-        self._parameters = {name: own[name] for name in names}
-        # Not on the device: a second copy of all weights may not fit there.
-        self._base = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()}
-        # A parameter in float32 or better is its own master; detached, they share their storage.
-        self.tensors = {n: p.detach().to(master_dtype(p)) for n, p in self._parameters.items()}
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """See :class:`Trainable`."""
-        with frozen(self._model):
-            try:
-                for parameter in self._parameters.values():
-                    parameter.requires_grad_(True)
-                yield
-            finally:
-                self._set(self._base)
-                for name, parameter in self._parameters.items():
-                    parameter.grad = self.tensors[name].grad = None
+        with restored(self.parameters) as self._base, super().training():
+            yield
 
     @contextlib.contextmanager
     def at_base(self) -> Iterator[None]:
         """See :class:`Trainable`."""
-        present = {n: p.detach().clone() for n, p in self._parameters.items()}
-        try:
-            self._set(self._base)
+        with restored(self.parameters):
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self._base[name])
             yield
-        finally:
-            self._set(present)
 
     def reseed(self, seed: int) -> None:
-        """Nothing is random."""
-
-    def collect(self) -> None:
-        """See :class:`Trainable`."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                tensor = self.tensors[name]
-                gradient = parameter.grad.to(tensor.dtype)
-                if tensor.grad is None:
-                    tensor.grad = gradient
-                else:
-                    tensor.grad += gradient
-                parameter.grad = None
-
-    def push(self) -> None:
-        """See :class:`Trainable`."""
-        self._set({n: t for n, t in self.tensors.items() if t.dtype != self._base[n].dtype})
+        """Nothing to do: no step is random."""
 
     def deltas(self) -> dict[str, Tensor]:
         """See :class:`Trainable`."""
         return {n: t.cpu() - self._base[n].to(t.dtype) for n, t in self.tensors.items()}
 
-    def _set(self, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                self._parameters[name].copy_(value)
-
 
 class LowRank:
-    """Low-rank changes ΔW = (α/R) B A of linear maps, A [R, I], B [O, R]; B begins at zero.
+    """Low-rank changes ΔW = (α/R) B A of linear maps, A [R, I], B [O, R] (Hu et al. 2021).
 
-    Hu et al. 2021; A is drawn as PyTorch draws a linear map's weight. The maps themselves stay as
-    they are: hooks add (α/R) B A dropout(x) to their outputs.
+    B begins at zero; A is drawn as PyTorch draws a linear map's weight. The weights of the maps do
+    not change: hooks add (α/R) B A dropout(x) to the maps' outputs.
     """
 
     def __init__(
@@ -177,14 +136,14 @@ class LowRank:
             self._at_base = False
 
     def reseed(self, seed: int) -> None:
-        """Key the dropout masks."""
+        """Seed the dropout masks."""
         self._random.manual_seed(seed)
 
     def collect(self) -> None:
-        """Gradients are where they belong."""
+        """Nothing to do: backward passes add to the gradients of ``tensors``."""
 
     def push(self) -> None:
-        """The hooks read the tensors themselves."""
+        """Nothing to do: the hooks read ``tensors``."""
 
     def deltas(self) -> dict[str, Tensor]:
         """See :class:`Trainable`."""
@@ -206,8 +165,3 @@ class LowRank:
             return output + self._scale * ((x @ a_RI.T) @ b_OR.T)
 
         return forward_hook
-
-
-def master_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or the tensor's own dtype where that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -18,7 +18,7 @@ from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.demo.data import data_file
 from kfade.errors import InputError, first_line
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
@@ -193,9 +193,9 @@ def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     prompts = [text[: min(length, longest)] for text, length in zip(whole, PROMPTS, strict=True)]
     said: list[dict[int, list[int]]] = [{}, {}]
     for found, budget in zip(said, (10**9, 1), strict=True):
-        options = {"max_new_tokens": NEW_TOKENS, "batch_tokens": budget}
+        decoding = Decoding(NEW_TOKENS, budget)
         try:
-            generate(loaded.model, loaded.tokenizer, prompts, found.__setitem__, **options)
+            found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             said_why = f"{type(error).__name__}: {first_line(error)}"
             return Finding(name, False, f"it fails: {said_why}")

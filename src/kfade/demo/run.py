@@ -11,7 +11,7 @@ from torch import nn
 
 from kfade.demo.data import data_file
 from kfade.evaluate.choice import answer_by_likelihood
-from kfade.evaluate.generation import generate_texts
+from kfade.evaluate.generation import Decoding, generate_texts
 from kfade.evaluate.questions import read_questions
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,7 +55,7 @@ def examine(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
             for scoring, result in results.items()
         }
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    answers = generate_texts(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+    answers = generate_texts(model, tokenizer, prompts, Decoding(ANSWER_TOKENS))
     return {"accuracy": accuracy, "answers": [" ".join(answer.split()) for answer in answers]}
 
 

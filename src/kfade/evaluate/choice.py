@@ -1,16 +1,25 @@
 """Multiple choice by likelihood.
 
-A question's choices are scored by log p(choice | question); the largest wins. By letters, as
-lm-evaluation-harness does for MMLU and WMDP: all choices are shown and p is that of a letter. Small
-models do not follow letters, so also by the choices' own texts: in all, per token, and per
-character (the harness's ``acc_norm``). In all, a short text gains from being short; per token, a
-long name gains from the spelling of its later tokens. Chance is one over the number of choices.
+Each choice of a question is scored by log p(choice | question), and the largest score wins. There
+are four scorings:
+
+    letters               all choices are shown, and p is that of a choice's letter, as
+                          lm-evaluation-harness does for MMLU and WMDP
+    text                  p of the choice's own text, for small models, which do not follow letters;
+                          favours short texts
+    text_per_token        the same over the number of tokens; favours long names, whose later tokens
+                          follow from their spelling
+    text_per_character    the same over the number of characters (the harness's ``acc_norm``)
+
+Chance is one over the number of choices.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,31 +27,32 @@ import torch
 from torch import Tensor, nn
 
 from kfade.data.sequences import continuation
+from kfade.evaluate.log import blocks
 from kfade.evaluate.questions import LETTERS, Question, letter_prompt, text_prompt
 from kfade.evaluate.tokens import log_likelihoods, token_values
 from kfade.runtime.progress import track
 
-CHUNK = 256  # questions whose answers are kept at once; their sequences are sorted by length
+CHUNK = 256  # questions scored together, their sequences sorted by length
 SCORINGS = ("letters", "text", "text_per_token", "text_per_character")
 
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """Which questions were answered rightly."""
+    """Which questions were answered correctly."""
 
     correct: tuple[bool, ...]
     probabilities: tuple[float, ...] = ()
-    """Of the right choice among the choices, exp(its score) / Σ exp(score); empty where only the
-    verdicts are known."""
+    """Of the right choice: exp(its score) / Σ exp(score) over the choices. Empty where the scores
+    are not known."""
 
     @property
     def accuracy(self) -> float:
-        """Share of questions answered rightly."""
+        """Share of questions answered correctly."""
         return sum(self.correct) / len(self.correct)
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, binomial: √(a(1 − a)/n)."""
+        """Binomial standard error of the accuracy a: √(a(1 − a)/n)."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))
 
 
@@ -54,16 +64,16 @@ def answer_by_likelihood(
     Returns:
         Results by scoring: ``total`` log-likelihood, and its mean ``per token``.
     """
-    scored = _score_texts(
-        model, tokenizer, questions, [q.question for q in questions], None, batch_tokens
-    )
+    contexts = [question.question for question in questions]
+    scored = _score_texts(model, tokenizer, questions, contexts, batch_tokens=batch_tokens)
     results = {}
-    for word, key in (("total", "text"), ("per token", "text_per_token")):
-        own = [(scores[key], q.answer) for scores, q in zip(scored, questions, strict=True)]
-        correct = tuple(_best(scores) == answer for scores, answer in own)
-        among = [torch.tensor(scores, dtype=torch.float64).softmax(dim=0) for scores, _ in own]
-        right = (p[answer].item() for p, (_, answer) in zip(among, own, strict=True))
-        results[word] = ChoiceResult(correct, tuple(right))
+    for name, scoring in (("total", "text"), ("per token", "text_per_token")):
+        correct, probabilities = [], []
+        for question, scores in zip(questions, scored, strict=True):
+            own = torch.tensor(scores[scoring], dtype=torch.float64)
+            correct.append(_best(scores[scoring]) == question.answer)
+            probabilities.append(own.softmax(dim=0)[question.answer].item())
+        results[name] = ChoiceResult(tuple(correct), tuple(probabilities))
     return results
 
 
@@ -71,50 +81,50 @@ def answer_questions(
     model: nn.Module,
     tokenizer: Any,
     questions: Sequence[Question],
-    note: Callable[[int, dict[str, list[float]]], None],
     *,
     cloze: bool = False,
     window: int | None = None,
     batch_tokens: int = 4096,
-) -> None:
-    """Call ``note(index, scores)`` for each question: a score of each choice by each scoring.
+) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """Yield (number, scores) of each question: a score of each choice by each scoring.
 
     Args:
-        cloze: the question is the beginning of a text that a choice continues; it is put as it is,
-            not as ``Question: ... Answer:``, where texts are scored.
-        window: the model's longest input; of a longer one the last tokens are kept.
+        cloze: each question is the beginning of a text that a choice continues. Where texts are
+            scored, it is put to the model as it is, not as ``Question: ... Answer:``.
+        window: the model's longest input. The last tokens of a longer one are kept.
     """
-    starts = range(0, len(questions), CHUNK)
-    for start in track(starts, "questions", lambda s: min(CHUNK, len(questions) - s)):
-        some = questions[start : start + CHUNK]
+    numbers = itertools.count()
+    for some in track(blocks(questions, CHUNK), "questions", len):
         contexts = [q.question if cloze else text_prompt(q) for q in some]
         letters = _score_letters(model, tokenizer, some, window, batch_tokens)
         texts = _score_texts(model, tokenizer, some, contexts, window, batch_tokens)
-        for index, (letter, text) in enumerate(zip(letters, texts, strict=True), start):
-            note(index, {"letters": letter, **text})
+        for letter, text in zip(letters, texts, strict=True):
+            yield next(numbers), {"letters": letter, **text}
 
 
 def verdict(scores: Mapping[str, Sequence[float]], answer: int) -> dict[str, bool]:
-    """Whether the best-scored choice is the right one, by scoring; the first of equals counts."""
+    """By scoring, whether the choice with the highest score, the first of equals, is right."""
     return {scoring: _best(scores[scoring]) == answer for scoring in SCORINGS}
 
 
 def summarise_choice(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy with its standard error by scoring, in all and by subject.
+    """Accuracy with its standard error by scoring, of all items and by subject.
 
-    Each item has ``correct`` (by scoring), ``subject`` and ``choices`` (their number). In all, each
-    question counts alike, as in the harness's groups.
+    Each item has ``correct`` (by scoring), ``subject`` and ``choices`` (their number). Over all
+    items each question counts alike, as in the harness's groups.
     """
-    subjects = sorted({item["subject"] for item in items})
     result: dict[str, Any] = {
         "questions": len(items),
         "chance": sum(1 / item["choices"] for item in items) / len(items),
         "accuracy": _accuracies(items),
     }
-    if len(subjects) > 1:
-        own = {name: [item for item in items if item["subject"] == name] for name in subjects}
+    by_subject: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for item in items:
+        by_subject[item["subject"]].append(item)
+    if len(by_subject) > 1:
         result["subjects"] = {
-            name: {"questions": len(some), **_accuracies(some)} for name, some in own.items()
+            name: {"questions": len(own), **_accuracies(own)}
+            for name, own in sorted(by_subject.items())
         }
     return result
 
@@ -126,7 +136,7 @@ def _score_letters(
     window: int | None,
     batch_tokens: int,
 ) -> list[list[float]]:
-    """log p of each letter; one forward pass a question where a letter is one token."""
+    """log p of each letter, from one forward pass a question where each letter is one token."""
     prompts = [letter_prompt(question) for question in questions]
     most = max(len(question.choices) for question in questions)
     ends = [continuation(tokenizer, "Answer:", f" {letter}") for letter in LETTERS[:most]]
@@ -136,20 +146,18 @@ def _score_letters(
             for prompt, question in zip(prompts, questions, strict=True)
             for letter in LETTERS[: len(question.choices)]
         ]
-        totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="letters")
-        return _by_question(questions, totals)
+        totals = iter(log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="letters"))
+        return [[next(totals) for _ in question.choices] for question in questions]
     letters = [end.tokens[-1] for end in ends]
-    scores: list[list[float]] = [[] for _ in questions]
 
     def all_letters(logits_NV: Tensor, target_N: Tensor) -> Tensor:
         return logits_NV.log_softmax(dim=-1)[:, letters]
 
-    def note(index: int, values: Tensor) -> None:
-        scores[index] = values[0, : len(questions[index].choices)].tolist()
-
     sequences = [continuation(tokenizer, prompt, " A", window=window) for prompt in prompts]
-    token_values(model, sequences, all_letters, note, name="letters", batch_tokens=batch_tokens)
-    return scores
+    found = dict(
+        token_values(model, sequences, all_letters, name="letters", batch_tokens=batch_tokens)
+    )
+    return [found[i][0, : len(q.choices)].tolist() for i, q in enumerate(questions)]
 
 
 def _score_texts(
@@ -157,12 +165,12 @@ def _score_texts(
     tokenizer: Any,
     questions: Sequence[Question],
     contexts: Sequence[str],
-    window: int | None,
-    batch_tokens: int,
+    window: int | None = None,
+    batch_tokens: int = 4096,
 ) -> list[dict[str, list[float]]]:
-    """log p of each choice's text after the question's context: in all and by its lengths.
+    """log p of each choice's text after its question's context, by each scoring of texts.
 
-    The space between them belongs to the choice, as in the harness.
+    The space between the two belongs to the choice, as in the harness.
     """
     sequences = [
         continuation(tokenizer, context.rstrip(" "), f" {choice}", window=window)
@@ -170,24 +178,18 @@ def _score_texts(
         for choice in question.choices
     ]
     totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="texts")
-    by_question = _by_question(questions, totals)
-    tokens = _by_question(questions, [sequence.loss_tokens for sequence in sequences])
-    return [
-        {
-            "text": scores,
-            "text_per_token": [s / n for s, n in zip(scores, counts, strict=True)],
-            "text_per_character": [
-                s / max(1, len(choice)) for s, choice in zip(scores, q.choices, strict=True)
-            ],
-        }
-        for q, scores, counts in zip(questions, by_question, tokens, strict=True)
-    ]
-
-
-def _by_question(questions: Sequence[Question], values: Sequence[Any]) -> list[list[Any]]:
-    """``values`` of all choices in a row, as a list of each question's own."""
-    rest = iter(values)
-    return [[next(rest) for _ in question.choices] for question in questions]
+    scored = iter(zip(sequences, totals, strict=True))
+    results = []
+    for question in questions:
+        own = [(choice, *next(scored)) for choice in question.choices]
+        results.append(
+            {
+                "text": [total for _, _, total in own],
+                "text_per_token": [total / tokens.loss_tokens for _, tokens, total in own],
+                "text_per_character": [total / max(1, len(text)) for text, _, total in own],
+            }
+        )
+    return results
 
 
 def _best(scores: Sequence[float]) -> int:

@@ -1,14 +1,14 @@
-"""What a model says to instructions: prompts in, greedy completions out.
+"""Completions of instructions by a model: prompts in, greedy completions out.
 
-{"instruction": ..., "input": ...}  the input, where there is one, after a blank line; "system" and
-                                    "history" go before it
-{"prompt": ...}, {"question": ...}  any answer beside it is not looked at
+{"instruction": ..., "input": ...}  the input, if any, follows after a blank line; "system" and
+                                    "history" come before the instruction
+{"prompt": ...}, {"question": ...}  an answer in the row is not used
 {"messages": [...]}                 up to the last answer; also the other forms of conversations
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from kfade.data.examples import PLAIN_INSTRUCTION, PLAIN_QA, PLAIN_TURNS, Exampl
 from kfade.data.rows import read_rows
 from kfade.data.sequences import TokenSequence, encode_prompt
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.log import ItemLog
 
 FORMS = (
@@ -29,11 +29,10 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion follows: the user's words, and the tokens as the model sees them."""
+    """What a completion follows."""
 
-    where: str
-    """File and line, for messages."""
     text: str
+    """The user's last turn."""
     tokens: tuple[int, ...]
 
 
@@ -71,35 +70,22 @@ def encode_prompts(
                 f"{example.where}: {len(tokens)} tokens, and with {max_new_tokens} new ones over "
                 f"the model's window of {window}; shorten it, or lower --max-new-tokens"
             )
-        prompts.append(Prompt(example.where, example.turns[-1][1], tokens))
+        prompts.append(Prompt(example.turns[-1][1], tokens))
     return prompts
 
 
 def complete(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    log: ItemLog,
-    *,
-    max_new_tokens: int,
-    batch_tokens: int = 4096,
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], log: ItemLog, decoding: Decoding
 ) -> None:
     """Write the completions that ``log`` lacks, as ``{"prompt", "tokens", "text"}`` by number."""
-    missing = [i for i in range(len(prompts)) if str(i) not in log.items]
 
-    def note(place: int, tokens: list[int]) -> None:
-        index = missing[place]
+    def continued(some: list[Prompt]) -> Iterator[tuple[int, list[int]]]:
+        return generate(model, tokenizer, [prompt.tokens for prompt in some], decoding)
+
+    numbered = {str(number): prompt for number, prompt in enumerate(prompts)}
+    for name, prompt, tokens in log.measure(numbered, continued):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        log.add(str(index), prompt=prompts[index].text, tokens=tokens, text=text)
-
-    generate(
-        model,
-        tokenizer,
-        [prompts[i].tokens for i in missing],
-        note,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-    )
+        log.add(name, prompt=prompt.text, tokens=tokens, text=text)
 
 
 def completed(prompt: Prompt, tokens: Sequence[int]) -> TokenSequence:

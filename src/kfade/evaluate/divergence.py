@@ -1,19 +1,18 @@
 """Specificity: how far an edited model's outputs are from the base model's on benign completions.
 
 KL(base ‖ edited) = Σ_v p log(p/q) in nats over the whole vocabulary, at every token of completions
-that the base model wrote, each given what was written before it. (Paper §4, "Specificity".)
+that the base model wrote, each token given those before it. (Paper §4, "Specificity".)
 
-Base outputs are kept as final hidden states, a group of batches at a time; each model's own head
-turns them into logits. So the base and the edited model are one model with and without an update,
-or two that are in memory together, or two that are there one after the other, with the base's
-hidden states on disk between them.
+Outputs are kept as final hidden states, a group of batches at a time; each model's own head turns
+them into logits. So the two models may be one model with and without an update, two models in
+memory, or two models in memory one after the other, with the base model's hidden states on disk.
 
 Shapes: N scored tokens, D hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,27 +47,26 @@ class Outputs:
     reference: Reference
 
     def save(self, path: Path) -> None:
-        """Write the hidden states; the head stays with the caller."""
-        hidden = enumerate(self.reference.hidden)
-        write_tensors(path, {str(i): hidden_ND for i, hidden_ND in hidden})
+        """Write the hidden states, without the head."""
+        write_tensors(path, {str(i): h_ND for i, h_ND in enumerate(self.reference.hidden)})
 
     @classmethod
     def load(cls, path: Path, head: Head, batches: Sequence[Batch]) -> Outputs:
-        """What :meth:`save` wrote for the same batches."""
+        """Read what :meth:`save` wrote for the same batches."""
         with reading_kept(path):
             saved = load_file(path, str(batches[0].input_BT.device))
         return cls(head, Reference(batches, [saved[str(i)] for i in range(len(batches))]))
 
 
 def outputs(model: nn.Module, batches: Sequence[Batch], name: str) -> Outputs:
-    """What ``model`` computes now."""
+    """The outputs of ``model`` as it is now; ``name`` is shown as the progress of the pass."""
     with frozen(model):
         head = read_head(model)
     return Outputs(head, hidden_reference(model, batches, name))
 
 
 def grouped(batches: Sequence[Batch], tokens: int = GROUP_TOKENS) -> list[list[Batch]]:
-    """Batches in groups of at most ``tokens`` scored tokens, but at least one batch."""
+    """Batches in groups of at most ``tokens`` scored tokens; a group has at least one batch."""
     groups: list[list[Batch]] = []
     held = tokens
     for batch in batches:
@@ -84,17 +82,16 @@ def divergences(
     groups: Sequence[Sequence[Batch]],
     base: Callable[[int], Outputs],
     edited: Callable[[], AbstractContextManager[nn.Module]],
-    note: Callable[[int, Tensor], None],
     *,
     done: AbstractSet[int] = frozenset(),
-) -> None:
-    """Call ``note(index, kl)`` with the KL of each scored token [n] of every sequence.
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number, KL of each scored token [n]) of every sequence.
 
     Args:
-        base: the base model's outputs on the group of that number; it is called while the edited
-            model is not there.
-        edited: the edited model within a ``with``, entered once a group.
-        done: sequences to leave out; a group without any other is not computed.
+        base: returns the base model's outputs on the group of that number. It is called while the
+            model is not edited.
+        edited: makes the edited model within a ``with``; entered once a group.
+        done: sequences to leave out. A group without any other is not computed.
 
     Raises:
         InputError: outputs that are not finite.
@@ -109,22 +106,20 @@ def divergences(
         before = base(number)
         with edited() as model:
             after = outputs(model, batches, "edited model")
+            found: list[tuple[int, Tensor]] = []
             for batch, base_ND, edited_ND in zip(
                 batches, before.reference.hidden, after.reference.hidden, strict=True
             ):
-                kl_N = _divergence(before.head, base_ND, after.head, edited_ND)
-                for index, kl in by_sequence(batch, kl_N):
-                    if index not in done:
-                        note(index, kl)
+                found += by_sequence(
+                    batch, _divergence(before.head, base_ND, after.head, edited_ND)
+                )
+        yield from ((index, kl) for index, kl in found if index not in done)
 
 
 def _divergence(base: Head, base_ND: Tensor, edited: Head, edited_ND: Tensor) -> Tensor:
-    """KL at N positions, each side through its own head, a few positions at a time."""
+    """KL [N] of two models, each through its own head, a few positions at a time."""
     with torch.no_grad():
-        parts = [
-            divergence(base(base_ND[part]), edited(edited_ND[part]))
-            for part in base.chunks(base_ND)
-        ]
+        parts = [divergence(base(base_ND[p]), edited(edited_ND[p])) for p in base.chunks(base_ND)]
     return torch.cat(parts)
 
 
@@ -133,9 +128,9 @@ def summarise_divergence(
 ) -> dict[str, Any]:
     """Figures over completions, each with ``kl`` (mean of its tokens), ``tokens``, ``token_kl``.
 
-    ``kl_per_token``: all tokens count alike, Σ kl·tokens / Σ tokens. ``kl_per_completion``: all
-    completions count alike. ``quantiles``: of the completions' means. Intervals: 95 %, resampling
-    completions, since the tokens of one are not independent.
+    ``kl_per_token``: mean over tokens, Σ kl·tokens / Σ tokens. ``kl_per_completion``: mean over
+    completions. ``quantiles``: of the completions' means. Intervals are bootstrap intervals of 95 %
+    over completions, since the tokens of one completion are not independent.
     """
     names = list(items)
     kl = np.array([items[name]["kl"] for name in names])
@@ -161,17 +156,16 @@ def summarise_divergence(
 
 
 def _worst(name: str, item: Mapping[str, Any]) -> dict[str, Any]:
-    """A completion and the places of its most changed tokens."""
+    """A completion and the positions of its tokens with the largest KL."""
     order = sorted(range(item["tokens"]), key=lambda t: -item["token_kl"][t])
     places = [{"position": t, "kl": item["token_kl"][t]} for t in order[:WORST_TOKENS]]
     return {"item": int(name), "kl": item["kl"], "tokens": places}
 
 
 def token_strings(tokenizer: Any, before: int, tokens: Sequence[int]) -> list[str]:
-    """Each token as it reads after the one before it, so that word breaks are kept."""
-    pairs = zip([before, *tokens[:-1]], tokens, strict=True)
+    """Each token's text after the token before it, so that spaces between words are kept."""
     strings = []
-    for previous, token in pairs:
+    for previous, token in zip([before, *tokens[:-1]], tokens, strict=True):
         start = tokenizer.decode([previous], clean_up_tokenization_spaces=False)
         both = tokenizer.decode([previous, token], clean_up_tokenization_spaces=False)
         alone = tokenizer.decode([token], clean_up_tokenization_spaces=False)
@@ -180,5 +174,5 @@ def token_strings(tokenizer: Any, before: int, tokens: Sequence[int]) -> list[st
 
 
 def rounded(values: Tensor) -> list[float]:
-    """To four significant digits: enough to read, a third of the size."""
+    """Values rounded to four significant digits, a third of the size in a log."""
     return [float(f"{value:.4g}") for value in values.tolist()]

@@ -1,9 +1,9 @@
-"""Generation in batches: padded at the left, greedy or at a temperature, nothing else.
+"""Generation in batches padded at the left, greedy or at a temperature.
 
-What is said to a prompt does not depend on the prompts beside it, up to ties within rounding.
-Prompts share a batch only if the model at hand, tried on two of them, does not see what is beside
-them: the padding, or the other prompt. A model whose rotary frequencies follow the length of its
-input (:mod:`kfade.models.lengths`) reads the whole text anew wherever they change.
+The continuation of a prompt does not depend on the other prompts, up to ties within rounding.
+Prompts share a batch only if a trial on two of them shows that the model's outputs on one do not
+depend on the padding or on the other. Where a model's rotary frequencies follow the length of its
+input (:mod:`kfade.models.lengths`), the whole text is read again when they change.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -14,13 +14,15 @@ import contextlib
 import hashlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor
 
 from kfade.errors import InputError
@@ -29,76 +31,58 @@ from kfade.models.load import frozen
 from kfade.runtime.progress import track
 
 Company = Literal["any", "equal", "none"]
-"""Prompts of any or of equal lengths share batches, or none do."""
+"""Which prompts share batches: prompts of any lengths, of equal lengths, or none."""
 
 PROBE_TOKENS = 16  # of the longer prompt that padding is tried with
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How prompts are continued."""
+
+    max_new_tokens: int
+    batch_tokens: int = 4096
+    """Positions that a batch holds at its end, at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise the whole softmax is sampled at this temperature."""
+    seed: int = 0
+    """Of the sampling, which is keyed on it, on the prompt, and on how often the same prompt came
+    before."""
+
+
 def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    note: Callable[[int, list[int]], None],
-    *,
-    max_new_tokens: int,
-    batch_tokens: int = 4096,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> None:
-    """Continue each prompt (its tokens); ``note(index, tokens)`` is called once its batch is whole.
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (number, new tokens) of each prompt, given as tokens, once its batch is done.
 
     A continuation ends with the first of the :func:`end_tokens`, which belongs to it, or after
-    ``max_new_tokens``, or where the model's window is full. A penalty or a temperature in the
-    model's own settings for generation does not count.
-
-    Args:
-        batch_tokens: positions that a batch holds at its end, at most; longest prompts first.
-        temperature: 0 takes the likeliest token; else the whole softmax is sampled at it.
-        seed: of the sampling. What is drawn is keyed on it, on the prompt, and on how often the
-            same prompt came before.
+    ``max_new_tokens``, or where the model's window is full. Penalties and temperatures in the
+    model's own settings for generation are not used. The longest prompts come first.
 
     Raises:
         InputError: a prompt leaves no room in the model's window.
     """
     ends = end_tokens(model, tokenizer)
-    with frozen(model), _only_asked_for(model, ends):
-        writer = _Writer(model, ends, length_class(model), company(model, prompts), temperature)
-        groups = _groups(prompts, max_new_tokens, batch_tokens, model_window(model), writer)
-        keys = _keys(prompts, seed)
-        for room, group in track(groups, "generation", lambda numbered: len(numbered[1])):
+    with _plain_generation(model, ends):
+        share = company(model, prompts)
+    writer = _Writer(model, ends, length_class(model), share, decoding.temperature)
+    keys = _keys(prompts, decoding.seed)
+    groups = _groups(prompts, decoding, model_window(model), writer)
+    for room, group in track(groups, "generation", lambda numbered: len(numbered[1])):
+        with _plain_generation(model, ends):
             rows = writer.write([prompts[i] for i in group], room, [keys[i] for i in group])
-            for index, row in zip(group, rows, strict=True):
-                note(index, row)
+        yield from zip(group, rows, strict=True)
 
 
 def generate_texts(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_tokens: int = 4096,
-    temperature: float = 0.0,
-    seed: int = 0,
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> list[str]:
-    """What :func:`generate` continues each prompt with, as text without the end token."""
+    """The continuations of :func:`generate` as texts, without the end token."""
     texts = [""] * len(prompts)
     ends = end_tokens(model, tokenizer)
-
-    def note(index: int, tokens: list[int]) -> None:
-        said = tokens[:-1] if tokens[-1] in ends else tokens
-        texts[index] = tokenizer.decode(said, skip_special_tokens=True)
-
-    generate(
-        model,
-        tokenizer,
-        prompts,
-        note,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    for number, tokens in generate(model, tokenizer, prompts, decoding):
+        kept = tokens[:-1] if tokens[-1] in ends else tokens
+        texts[number] = tokenizer.decode(kept, skip_special_tokens=True)
     return texts
 
 
@@ -110,18 +94,18 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def shares_batches(model: Any, tokenizer: Any) -> bool:
-    """Whether texts of any lengths may share a padded batch, without regard to what they are."""
+    """Whether any texts may share a padded batch."""
     texts = [[1], list(range(1, PROBE_TOKENS + 1))]
-    with frozen(model), _only_asked_for(model, end_tokens(model, tokenizer)):
+    with _plain_generation(model, end_tokens(model, tokenizer)):
         return not length_class(model).borders and company(model, texts) == "any"
 
 
 def company(model: Any, prompts: Sequence[Sequence[int]]) -> Company:
     """Which prompts may share a batch so that each is continued as it is alone.
 
-    Tried with the beginnings of two of ``prompts``, on the first pass and on one from the cache. A
-    model that reads text from left to right into a state may take padding for text; one whose
-    attention is masked does not. Where rounding is large the answer may be too careful.
+    A trial on the beginnings of two of ``prompts``, for a first pass and a pass from the cache. A
+    model with a recurrent state may read padding as text; one with masked attention does not. Where
+    rounding is large, the answer may be too strict.
     """
     if len(prompts) < 2:
         return "any"
@@ -138,7 +122,7 @@ def company(model: Any, prompts: Sequence[Sequence[int]]) -> Company:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Continues prompts."""
+    """Continues prompts, batch by batch."""
 
     model: Any
     ends: Sequence[int]
@@ -153,7 +137,7 @@ class _Writer:
     def write(
         self, prompts: Sequence[Sequence[int]], room: int, keys: Sequence[int]
     ) -> list[list[int]]:
-        """At most ``room`` new tokens of each prompt, up to and with an end token."""
+        """At most ``room`` new tokens of each prompt, up to and including an end token."""
         device = next(self.model.parameters()).device
         draws = [torch.Generator(device).manual_seed(key) for key in keys]
         texts = [list(prompt) for prompt in prompts]
@@ -180,29 +164,25 @@ class _Writer:
     def _continue(
         self, texts: Sequence[Sequence[int]], steps: int, draws: Sequence[torch.Generator]
     ) -> list[list[int]]:
-        """New tokens of each text, those after an end token included."""
-        sampling = {"logits_processor": [_Draw(self.temperature, draws)]}
+        """New tokens of each text, including those after an end token."""
         inputs = _left_padded(self.model, texts, self.model.generation_config.pad_token_id)
-        whole_BT = self.model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            **(sampling if self.temperature > 0 else {}),
-        )
+        if self.temperature > 0:
+            inputs["logits_processor"] = [_Draw(self.temperature, draws)]
+        whole_BT = self.model.generate(**inputs, max_new_tokens=steps, do_sample=False)
         return whole_BT[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 class _Draw(LogitsProcessor):
-    """Makes the largest entry a draw from softmax(logits / temperature), each row by its own.
+    """Turns logits into scores whose argmax is a draw from softmax(logits / temperature).
 
-    argmax_v (z_v / τ − log e_v) with e_v exponentially distributed.
+    argmax_v (z_v / τ − log e_v) with e_v exponentially distributed. Each row has its own generator.
     """
 
     def __init__(self, temperature: float, generators: Sequence[torch.Generator]) -> None:
         self._temperature, self._generators = temperature, generators
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [B, V], of one more token of each row."""
+        """The scores [B, V] of the next token of each row."""
         e_BV = torch.empty_like(scores)
         for e_V, generator in zip(e_BV, self._generators, strict=True):
             e_V.exponential_(generator=generator)
@@ -211,7 +191,7 @@ class _Draw(LogitsProcessor):
 
 
 def _keys(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
-    """Of the draws after each prompt; the same ones whatever else is asked for."""
+    """Seeds of the draws after each prompt, which do not depend on the other prompts."""
     seen: Counter[tuple[int, ...]] = Counter()
     keys = []
     for prompt in map(tuple, prompts):
@@ -222,20 +202,17 @@ def _keys(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
 
 
 def _groups(
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_tokens: int,
-    window: int | None,
-    writer: _Writer,
+    prompts: Sequence[Sequence[int]], decoding: Decoding, window: int | None, writer: _Writer
 ) -> list[tuple[int, list[int]]]:
-    """(new tokens at most, numbers of the prompts) of each batch.
+    """(most new tokens, numbers of the prompts) of each batch.
 
     Near the window's end only prompts with the same room share a batch, so that none is cut short
-    by its neighbour.
+    by another.
     """
 
     def room(index: int) -> int:
-        return min(max_new_tokens, window - len(prompts[index])) if window else max_new_tokens
+        most = decoding.max_new_tokens
+        return min(most, window - len(prompts[index])) if window else most
 
     def kind(index: int) -> tuple[int, tuple[int, int]]:
         return room(index), writer.kind(prompts[index])
@@ -249,7 +226,7 @@ def _groups(
     groups: list[tuple[int, list[int]]] = []
     while order:
         new = room(order[0])
-        count = max(1, batch_tokens // (len(prompts[order[0]]) + new))
+        count = max(1, decoding.batch_tokens // (len(prompts[order[0]]) + new))
         count = 1 if writer.company == "none" else count
         group = [i for i in order[:count] if kind(i) == kind(order[0])]
         groups.append((new, group))
@@ -260,9 +237,9 @@ def _groups(
 def _is_alone(model: Any, text: Sequence[int], width: int) -> bool:
     """Whether the next two tokens of ``text`` are as likely in a batch of that width as alone.
 
-    Two batches of the same shape, with other tokens in all other places, differ by less rounding
-    than a text alone and in a batch: they show what leaks from those tokens, the first also what
-    padding does whatever is in it.
+    Compares the text alone with the text in a batch, which also shows the effect of padding as
+    such, and two batches of one shape with different tokens around the text. Rounding differs less
+    between the latter, so their limit is tighter.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     beside = [[(token + shift) % vocabulary for token in range(width)] for shift in (3, 5)]
@@ -274,7 +251,7 @@ def _is_alone(model: Any, text: Sequence[int], width: int) -> bool:
 
 
 def _close(some: Sequence[Tensor], others: Sequence[Tensor], limit: float) -> bool:
-    """Whether the first rows of logits [B, V] differ by no more than ``limit`` of their length."""
+    """Whether the first rows of logits [B, V] differ by no more than ``limit`` of their norm."""
     return all(
         bool((one_BV[0] - other_BV[0]).norm() <= limit * one_BV[0].norm())  # NaN differs
         for one_BV, other_BV in zip(some, others, strict=False)
@@ -282,7 +259,7 @@ def _close(some: Sequence[Tensor], others: Sequence[Tensor], limit: float) -> bo
 
 
 def _first_logits(model: Any, texts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, ...]:
-    """Logits [B, V] of the next two tokens, the second by the cache where the model has one."""
+    """Logits [B, V] of the next two tokens, the second from the cache where the model has one."""
     return model.generate(
         **_left_padded(model, texts, pad),
         max_new_tokens=2,
@@ -292,19 +269,15 @@ def _first_logits(model: Any, texts: Sequence[Sequence[int]], pad: int) -> tuple
     ).logits
 
 
-def _left_padded(model: Any, texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """Tokens [B, T] and the mask of the padding, where the model takes one."""
+def _left_padded(model: Any, texts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    """Tokens [B, T] and, where the model takes one, the mask of the padding."""
     device = next(model.parameters()).device
-    width = max(map(len, texts))
-    tokens_BT = torch.full((len(texts), width), pad)
-    mask_BT = torch.zeros_like(tokens_BT)
-    for row, text in enumerate(texts):
-        tokens_BT[row, width - len(text) :] = torch.tensor(text)
-        mask_BT[row, width - len(text) :] = 1
-    inputs = {"input_ids": tokens_BT, "attention_mask": mask_BT}
-    if not _takes_mask(model):
-        del inputs["attention_mask"]
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    rows = [torch.tensor(text) for text in texts]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    inputs = {"input_ids": pad_left(rows, padding_value=pad).to(device)}
+    if _takes_mask(model):
+        inputs["attention_mask"] = pad_left([torch.ones_like(row) for row in rows]).to(device)
+    return inputs
 
 
 def _takes_mask(model: Any) -> bool:
@@ -312,8 +285,8 @@ def _takes_mask(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _only_asked_for(model: Any, ends: Sequence[int]) -> Iterator[None]:
-    """Without the checkpoint's own sampling and penalties."""
+def _plain_generation(model: Any, ends: Sequence[int]) -> Iterator[None]:
+    """The frozen model, without the checkpoint's own sampling and penalties."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
@@ -321,6 +294,7 @@ def _only_asked_for(model: Any, ends: Sequence[int]) -> Iterator[None]:
         pad_token_id=min(ends, default=0),  # masked, and cut off after the end: any token will do
     )
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         model.generation_config = own

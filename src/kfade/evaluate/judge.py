@@ -1,8 +1,8 @@
-"""A judge model behind any OpenAI-compatible API: what it is asked, and what it answered.
+"""A judge model behind any OpenAI-compatible API: the requests to it, and its replies.
 
-``POST {base}/v1/chat/completions``, so that any server will do. A server that is busy, fails or
-does not answer is asked again after 1, 2, 4, ... seconds. One that sends on to another address is
-not followed: neither the key nor the texts go where the user did not send them.
+Requests are ``POST {base}/v1/chat/completions``. After a time-out or a passing error of the server
+a request is repeated, after 1, 2, 4, ... seconds or as ``Retry-After`` says. Redirects are not
+followed, so that the key and the texts go to no other address than the user's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from kfade.errors import InputError
 LOWEST, HIGHEST = 1.0, 10.0
 LONGEST_WAIT = 60.0  # seconds
 RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-PASSING = {408, 409, 425, 429}  # with 5xx: a later try may do
-LIMIT, LATER_LIMIT = "max_tokens", "max_completion_tokens"  # two names of one setting
+PASSING = {408, 409, 425, 429}  # statuses after which, as after 5xx, a request is repeated
+LIMIT, LATER_LIMIT = "max_tokens", "max_completion_tokens"  # old and new name of one setting
 
 INSTRUCTIONS = (
     "You grade answers that an AI assistant gave. Judge how correct, useful, relevant, complete "
@@ -39,15 +39,15 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge said."""
+    """The judge's reply."""
 
     text: str
     cut_off: bool = False
-    """Whether the server stopped it at the longest judgement."""
+    """Whether it ended at the limit of tokens."""
 
 
 class _Fault(Exception):
-    """A try that failed in a way that may pass; ``wait`` is what the server asked for."""
+    """A passing error of a try; ``wait``: seconds that the server asked to wait."""
 
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
@@ -56,23 +56,27 @@ class _Fault(Exception):
 
 @dataclass
 class Judge:
-    """Where the judge is and how patiently it is asked."""
+    """Where the judge is, and how it is asked.
+
+    Raises:
+        InputError: no web address, one that holds a password, or an impossible key.
+    """
 
     url: str
-    """Of the server, with or without ``/v1`` or ``/v1/chat/completions``."""
+    """Address of the server, with or without ``/v1`` or ``/v1/chat/completions``."""
     model: str
-    """The name that the server knows it by."""
+    """The judge's name on the server."""
     key: str | None = field(default=None, repr=False)
-    """Sent as a bearer token; it appears in no message."""
+    """Sent as a bearer token, and hidden in all messages."""
     tries: int = 6
     wait: float = 1.0
     """Seconds before the second try; doubled before each further one."""
     timeout: float = 300.0
     """Seconds to wait for one answer."""
     max_tokens: int = 1024
-    """Of a judgement."""
+    """Most tokens of a reply."""
     limit_name: str = field(default=LIMIT, init=False)
-    """What the server calls that; it changes when the server asks for the other name."""
+    """The name of that setting; it changes when the server asks for the other name."""
 
     def __post_init__(self) -> None:
         try:
@@ -94,19 +98,16 @@ class Judge:
 
     @property
     def endpoint(self) -> str:
-        """The address that is asked."""
+        """The address of requests."""
         base = self.url.rstrip("/")
         if base.endswith("/chat/completions"):
             return base
         return f"{base}/chat/completions" if base.endswith("/v1") else f"{base}/v1/chat/completions"
 
     def ask(
-        self,
-        messages: Sequence[dict[str, str]],
-        *,
-        sleep: Callable[[float], None] = time.sleep,
+        self, messages: Sequence[dict[str, str]], *, sleep: Callable[[float], None] = time.sleep
     ) -> Reply:
-        """The judge's reply at temperature 0; an empty one is a reply.
+        """The judge's reply at temperature 0, which may be empty.
 
         Raises:
             InputError: the server refused the request, or failed at every try.
@@ -127,7 +128,7 @@ class Judge:
         raise AssertionError("no tries")
 
     def _client(self) -> httpx2.Client:
-        """It follows no redirect; proxies and certificates are those of the environment."""
+        """A client that follows no redirects; the environment sets proxies and certificates."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             return httpx2.Client(headers=headers, timeout=self.timeout, follow_redirects=False)
@@ -146,7 +147,7 @@ class Judge:
         }
         try:
             response = client.post(self.endpoint, json=body)
-        except httpx2.TransportError as error:  # unreachable, cut off, timed out
+        except httpx2.TransportError as error:  # unreachable, interrupted, timed out
             raise _Fault(str(error) or type(error).__name__) from None
         except httpx2.DecodingError:
             raise _Fault("what it answered cannot be decompressed") from None
@@ -159,13 +160,13 @@ class Judge:
         raise self._refusal(response)
 
     def _refusal(self, response: httpx2.Response) -> Exception:
-        """A fault that may pass, or the user's: a wrong key, address or model name."""
+        """A passing error, or the user's error: a wrong key, address or model name."""
         code = response.status_code
         if code in PASSING or code >= 500:
             return _Fault(f"HTTP {code}", _seconds(response.headers.get("Retry-After")))
         if response.has_redirect_location:
             target = response.headers["Location"]
-            with contextlib.suppress(httpx2.InvalidURL):  # shown as the server wrote it
+            with contextlib.suppress(httpx2.InvalidURL):  # else it is shown as it is
                 target = str(response.url.join(target))
             return InputError(
                 f"the judge at {self.endpoint} sends on to {self._hide_key(target)} (HTTP {code}), "
@@ -180,7 +181,7 @@ class Judge:
         )
 
     def _hide_key(self, text: str) -> str:
-        """What a server says may hold the key that it was sent."""
+        """A server's text, in which the key may be repeated, without the key."""
         return text.replace(self.key, "***") if self.key else text
 
 
@@ -194,7 +195,7 @@ def rating_of(reply: str) -> float | None:
 def judge_messages(
     turns: Sequence[str], answers: Sequence[str], references: Sequence[str]
 ) -> list[dict[str, str]]:
-    """What the judge is asked about the last of ``answers``, the turns before it as context.
+    """Messages that ask for a rating of the last of ``answers``, with earlier turns as context.
 
     Args:
         references: right answers by turn, where there are any; empty ones are left out.
@@ -202,10 +203,10 @@ def judge_messages(
     last = len(answers) - 1
     pieces = []
     for number, (turn, answer) in enumerate(zip(turns, answers, strict=False)):
-        pieces.append(_piece(f"User, turn {number + 1}", turn))
+        pieces.append(f"### User, turn {number + 1}\n{turn}")
         if number < len(references) and references[number]:
-            pieces.append(_piece(f"A right answer to turn {number + 1}", references[number]))
-        pieces.append(_piece(f"Assistant, turn {number + 1}", answer))
+            pieces.append(f"### A right answer to turn {number + 1}\n{references[number]}")
+        pieces.append(f"### Assistant, turn {number + 1}\n{answer}")
     what = "the assistant's answer"
     if last:
         what = f"the assistant's answer in turn {last + 1} only; what came before is the context"
@@ -218,13 +219,8 @@ def judge_messages(
     ]
 
 
-def _piece(title: str, text: str) -> str:
-    return f"### {title}\n{text}"
-
-
 def _reply(answer: bytes) -> Reply:
-    """What a chat completion says, its parts of text end to end; no text (a filtered answer) is
-    an empty one."""
+    """The text of a chat completion, its parts joined; empty where a filter removed the text."""
     try:
         choice: Any = json.loads(answer)["choices"][0]
         content: Any = choice["message"]["content"]
@@ -237,7 +233,7 @@ def _reply(answer: bytes) -> Reply:
 
 
 def _seconds(header: str | None) -> float | None:
-    """A Retry-After in seconds from now; None where it is no number and no date to come."""
+    """Seconds that a Retry-After asks to wait; None if it is neither a number nor a future date."""
     if not header:
         return None
     if header.strip().isdecimal():
@@ -246,7 +242,6 @@ def _seconds(header: str | None) -> float | None:
         date = parsedate_to_datetime(header)
     except (ValueError, OverflowError):
         return None
-    if date.tzinfo is None:  # "-0000", by which a date says that it is UTC
-        date = date.replace(tzinfo=timezone.utc)
-    wait = date.timestamp() - time.time()
+    # A date with "-0000" is in UTC, and has no time zone here.
+    wait = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - time.time()
     return wait if wait > 0 else None

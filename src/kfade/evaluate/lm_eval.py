@@ -37,7 +37,8 @@ def run_tasks(
     Args:
         task_folder: a folder with tasks of one's own, in lm-eval's YAML.
         limit: items of each task.
-        batch_size: sequences in one forward pass; 1 for a model that sees what is beside them.
+        batch_size: sequences in one forward pass. 1 is used for a model whose outputs depend on the
+            other sequences of a batch.
 
     Raises:
         InputError: the package is missing, a task is unknown, its data cannot be loaded.
@@ -82,13 +83,13 @@ def run_tasks(
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """The model as lm-eval calls it: with progress, and right where rotary frequencies change."""
+    """The model as lm-eval calls it, with progress and with changes of rotary frequencies."""
     from lm_eval.models.huggingface import HFLM
 
     group = length_class(model)
 
     def told(kind: str) -> Callable[..., Any]:
-        """All requests of one kind come in one call."""
+        """A method of HFLM that shows progress; it gets all requests of one kind in one call."""
 
         def answer(self: Any, requests: Sequence[Any], *more: Any, **named: Any) -> Any:
             with counted(f"lm-eval's {kind}", len(requests)) as advance:
@@ -112,19 +113,19 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 
 class _Counter:
-    """Stands where lm-eval would keep answers, and hears of each."""
+    """Takes the place of lm-eval's cache of answers, and counts them."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         self._advance = advance
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        """One request is answered."""
+        """Called when one request is answered."""
         self._advance(1)
 
 
 @contextlib.contextmanager
 def _reading_anew(model: Any) -> Iterator[None]:
-    """Each new token from the whole text: what is cached has the frequencies of a shorter one."""
+    """Generation without a cache, whose entries have the frequencies of a shorter text."""
     own = model.generate
     model.generate = lambda **named: own(**{**named, "use_cache": False})
     try:

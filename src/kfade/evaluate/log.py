@@ -1,36 +1,41 @@
-"""One log format for every evaluation: JSON lines that can be resumed and that the report reads.
+"""The log format of every evaluation: JSON lines, which can be resumed and which the report reads.
 
     {"format": "kfade-eval-1", "benchmark": "kl", ...}      what was measured, on what, how
     {"item": "0", ...}                                       one line an item, in the order measured
     {"aggregate": {...}}                                     last, when all items are there
 
-An interrupted evaluation leaves a log without an aggregate; opened again with the same header it
-goes on after the items that it has. A last line that was cut off in writing is dropped.
+An interrupted evaluation leaves a log without an aggregate. Opened again with the same header, it
+is continued after the items that it has. An incomplete last line is dropped. So an evaluation is
+
+    for name, item, value in log.measure(items, values):
+        log.add(name, ...)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
 from kfade.runtime.files import write_text, writing
 
 FORMAT = "kfade-eval-1"
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A log as it was read."""
+    """What a log holds."""
 
     header: dict[str, Any]
-    """``benchmark`` and everything that decides the numbers."""
+    """``benchmark`` and all settings that decide the numbers."""
     items: dict[str, dict[str, Any]]
     """Values by item id, in the order measured."""
     aggregate: dict[str, Any] | None
@@ -41,8 +46,8 @@ class ItemLog:
     """Writes a log item by item; use it in a ``with``.
 
     Args:
-        path: the file; where it exists, what it holds is kept.
-        header: ``benchmark`` and everything that decides the numbers.
+        path: the file. If it exists, its items are kept.
+        header: ``benchmark`` and all settings that decide the numbers.
 
     Raises:
         InputError: the file holds an evaluation with another header.
@@ -57,8 +62,8 @@ class ItemLog:
             found = read_log(path, partial=True)
             if found.header != wanted:
                 raise InputError(
-                    f"{path}: holds an evaluation that asked for something else; repeat its "
-                    "options, or remove it"
+                    f"{path}: holds an evaluation with other options; repeat them, or remove the "
+                    "file"
                 )
             self.items = found.items
         lines = [wanted, *({"item": item, **values} for item, values in self.items.items())]
@@ -78,14 +83,27 @@ class ItemLog:
         with writing(self._path):
             self._file.close()
 
+    def measure(
+        self, items: Mapping[str, T], values: Callable[[list[T]], Iterable[tuple[int, V]]]
+    ) -> Iterator[tuple[str, T, V]]:
+        """Yield (name, item, value) of each of the ``items`` that is not in the log yet.
+
+        Args:
+            items: what is measured, by the name that it has in the log.
+            values: measures a list of items, and yields (number in the list, value) in any order.
+        """
+        missing = [name for name in items if name not in self.items]
+        for number, value in values([items[name] for name in missing]):
+            yield missing[number], items[missing[number]], value
+
     def add(self, item: str, **values: Any) -> None:
-        """One item's values, on disk at once."""
+        """Write one item's values, on disk at once."""
         assert item not in self.items, f"item {item} was measured before"
         self.items[item] = json.loads(json.dumps(values))
         self._line({"item": item, **values})
 
     def finish(self, aggregate: Mapping[str, Any]) -> None:
-        """The figures over all items: the last line, after which the file is closed."""
+        """Write the figures over all items as the last line, and close the file."""
         self._line({"aggregate": dict(aggregate)})
         with writing(self._path):
             self._file.close()
@@ -128,6 +146,11 @@ def read_log(path: Path, *, partial: bool = False) -> Evaluation:
     return Evaluation(rows[0], items, aggregate)
 
 
+def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """``items`` in consecutive blocks of at most ``size``."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def digest(rows: Sequence[Any]) -> str:
-    """SHA-256 over plain values or dataclasses: says in a header on what a model was measured."""
+    """SHA-256 over plain values or dataclasses: identifies the data of an evaluation."""
     return hashlib.sha256(json.dumps(list(rows), default=astuple).encode()).hexdigest()

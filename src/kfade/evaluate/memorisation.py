@@ -1,4 +1,4 @@
-"""Memorisation: what a model still reproduces, and what betrays that it was trained on a text.
+"""Memorisation of texts, and membership inference: was a model trained on a text?
 
 With y the n scored tokens of a text, ŷ_t the argmax at t given y before it, and l_t = log p(y_t):
 
@@ -6,8 +6,8 @@ With y the n scored tokens of a text, ŷ_t the argmax at t given y before it, an
     extraction strength    1 − k/n, k the fewest tokens after which every ŷ_t = y_t
     loss                   −mean_t l_t in nats; perplexity = e^loss over all tokens of a set
 
-Membership inference: each score is larger for texts that look as if they had been trained on, and
-its AUC = P(member's > non-member's) + ½ P(equal): 0.5 tells nothing, 1 everything.
+Membership inference: each score is larger for texts that look like training data. Its AUC is
+P(member's > non-member's) + ½ P(equal): 0.5 for a score without information, 1 for a perfect one.
 
     loss                   mean_t l_t
     zlib                   mean_t l_t / bytes of the text compressed by zlib
@@ -51,7 +51,7 @@ def token_statistics(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 def text_statistics(values: Tensor, text: str, min_k: float = MIN_K) -> dict[str, Any]:
-    """Figures of one text from its :func:`token_statistics` [n, 3]; ``text`` is what is scored."""
+    """Figures of one text from its :func:`token_statistics` [n, 3]; ``text``: its scored part."""
     log_p, right, standard = values.unbind(dim=1)
     mean = log_p.mean().item()
     return {
@@ -69,7 +69,7 @@ def text_statistics(values: Tensor, text: str, min_k: float = MIN_K) -> dict[str
 
 
 def extraction_strength(right: Sequence[bool]) -> float:
-    """1 − k/n: k tokens have to be given before all others come by themselves; 0 if never."""
+    """1 − k/n, k the fewest given tokens after which the model predicts all others; 0 if none."""
     k = next((t + 1 for t in range(len(right) - 1, -1, -1) if not right[t]), 0)
     return 1 - k / len(right)
 
@@ -93,13 +93,10 @@ def summarise_memorisation(
     result: dict[str, Any] = {"members": _summarise_set(members)}
     if others:
         result["non_members"] = _summarise_set(others)
-        result["auc"] = {
-            score: area_under_curve(
-                [item["scores"][score] for item in members],
-                [item["scores"][score] for item in others],
-            )
-            for score in SCORES
-        }
+        result["auc"] = {}
+        for score in SCORES:
+            own, theirs = ([i["scores"][score] for i in items] for items in (members, others))
+            result["auc"][score] = area_under_curve(own, theirs)
     return result
 
 
@@ -116,7 +113,7 @@ def _summarise_set(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float]) -> dict[str, float]:
-    """Mean over texts with its standard error, where there are several."""
+    """Mean over texts; with its standard error where there are several."""
     error = standard_error(values)
     figure = {"value": statistics.fmean(values)}
     return figure if error is None else {**figure, "standard_error": error}

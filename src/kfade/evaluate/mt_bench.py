@@ -1,15 +1,15 @@
 """MT-Bench: questions of several turns, answered by a model, graded by a judge (Zheng et al. 2023).
 
-Answers and judgements are two logs, so that neither is lost when the other fails: answers by
-``{run}/{question}``, judgements by ``{run}/{question}/{turn}``. Each run answers anew, with its own
-seed, and is judged anew.
+Answers and judgements go to two logs, so that answers are kept when the judge fails. Answers are
+named ``{run}/{question}``, judgements ``{run}/{question}/{turn}``. Each run answers again, with
+its own seed, and is judged again.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from kfade.data.examples import PLAIN_QA, Example
 from kfade.data.rows import read_rows
 from kfade.data.sequences import encode_prompt
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate_texts
+from kfade.evaluate.generation import Decoding, generate_texts
 from kfade.evaluate.judge import Judge, judge_messages, rating_of
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.log import ItemLog, blocks
 from kfade.evaluate.uncertainty import standard_error
 from kfade.runtime.progress import track
 
@@ -39,15 +39,16 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
-# FastChat shows its judge references for these only; its file of them holds others, too.
+# FastChat shows the judge references for these only, though its file also holds others.
 ONE_RIGHT_ANSWER = ("math", "reasoning", "coding")
-NEXT_QUESTION = "\nQuestion:"  # where a model without a chat template begins to ask itself
+NEXT_QUESTION = "\nQuestion:"  # ends an answer without a chat template
 BLOCK = 16  # questions between two writes of the log
+DECODING = Decoding(max_new_tokens=1024)
 
 
 @dataclass(frozen=True)
 class BenchQuestion:
-    """What the user says turn by turn, and right answers where there are any."""
+    """The user's turns, and right answers to them where there are any."""
 
     id: str
     category: str
@@ -56,7 +57,7 @@ class BenchQuestion:
 
     @property
     def temperature(self) -> float:
-        """Of the answers' sampling."""
+        """Sampling temperature of the answers."""
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
@@ -64,8 +65,8 @@ def read_bench(path: Path, references: Path | None = None) -> list[BenchQuestion
     """Questions of a file in the form of MT-Bench's ``question.jsonl``.
 
     Args:
-        references: right answers, in the form of its ``reference_answer/gpt-4.jsonl``; they go
-            before those of the questions' own file, for mathematics, reasoning and coding only.
+        references: right answers, in the form of its ``reference_answer/gpt-4.jsonl``. They replace
+            those in the file of questions, for mathematics, reasoning and coding only.
 
     Raises:
         InputError: no such file, a malformed line, an id twice, an empty file, references of other
@@ -75,7 +76,7 @@ def read_bench(path: Path, references: Path | None = None) -> list[BenchQuestion
     for where, row in read_rows(str(path)):
         question = _question(row, where)
         if question.id in questions:
-            raise InputError(f"{where}: question_id {question.id} is there twice")
+            raise InputError(f"{where}: question_id {question.id} is used twice")
         questions[question.id] = question
     if not questions:
         raise InputError(f"{path} holds no questions")
@@ -97,22 +98,21 @@ def answer_questions(
     tokenizer: Any,
     questions: Sequence[BenchQuestion],
     log: ItemLog,
+    decoding: Decoding = DECODING,
     *,
     runs: int = 1,
     template: ChatTemplate | None = None,
-    max_new_tokens: int = 1024,
-    batch_tokens: int = 4096,
-    seed: int = 0,
 ) -> None:
-    """Answer what ``log`` does not hold yet, a block of questions at a time.
+    """Answer the questions that ``log`` lacks, a block at a time.
 
-    A block that was cut off is answered anew as a whole, so that a resumed evaluation runs the same
-    batches. What is drawn for a question depends on it, the run and the seed, not on the others.
+    An incomplete block is answered again as a whole, so that a resumed evaluation runs the same
+    batches. The sampling for a question depends on the question, the run and the seed alone.
 
     Args:
-        template: how conversations are rendered. Where no template is used, ``Question: `` and
-            ``Answer: `` stand before the turns, and an answer ends where the model asks the next
-            question itself.
+        decoding: its temperature is not used; each question has its own.
+        template: how conversations are rendered. Without a chat template, prompts consist of
+            ``Question: `` and ``Answer: ``, and an answer ends where the model writes the next
+            question.
 
     Raises:
         InputError: the chat template is missing; a conversation outgrows the model's window.
@@ -126,20 +126,15 @@ def answer_questions(
         for turn in range(max(len(question.turns) for question in block)):
             asked = [i for i, question in enumerate(block) if turn < len(question.turns)]
             said = [_conversation(block[i], answers[i]) for i in asked]
-            texts = generate_texts(
-                model,
-                tokenizer,
-                [encode_prompt(example, tokenizer, template=template) for example in said],
-                max_new_tokens=max_new_tokens,
-                batch_tokens=batch_tokens,
-                temperature=block[0].temperature,
-                seed=seed * 1_000_003 + run * 101 + turn,
-            )
+            prompts = [encode_prompt(e, tokenizer, template=template) for e in said]
+            seed = decoding.seed * 1_000_003 + run * 101 + turn
+            own = replace(decoding, temperature=block[0].temperature, seed=seed)
+            texts = generate_texts(model, tokenizer, prompts, own)
             for i, text in zip(asked, texts, strict=True):
                 answers[i].append((text.split(NEXT_QUESTION)[0] if plain else text).strip())
-        for question, own in zip(block, answers, strict=True):
+        for question, given in zip(block, answers, strict=True):
             if f"{run}/{question.id}" not in log.items:
-                log.add(f"{run}/{question.id}", category=question.category, answers=own)
+                log.add(f"{run}/{question.id}", category=question.category, answers=given)
 
 
 def judge_answers(
@@ -150,10 +145,10 @@ def judge_answers(
     *,
     runs: int = 1,
 ) -> None:
-    """Have every answer graded that ``log`` holds no judgement of, and keep the reply.
+    """Have the judge grade every answer that has no judgement in ``log``.
 
     Raises:
-        InputError: the judge refused, or failed at every try; what was judged is in the log.
+        InputError: the judge refused, or failed at every try; earlier judgements are in the log.
     """
     work = [
         (run, question, turn)
@@ -177,61 +172,51 @@ def judge_answers(
 
 
 def summarise_ratings(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean ratings over all, by turn and by category, and how sure they are.
+    """Mean ratings, over all judgements and by run, turn and category, with standard errors.
 
     Returns:
-        ``score``; ``standard_error`` of it over runs, s/√runs (None for one run), and
-        ``standard_error_questions``, s/√n of the questions' own means; ``by_run``, ``by_turn``,
-        ``by_category``; ``judged``; ``unrated``: replies that held no rating, which count in no
-        mean, and ``cut_off``: those of them that ended at the longest judgement. A mean of nothing
-        is None.
+        ``score``; ``standard_error``, its standard error over runs, s/√runs (None for one run);
+        ``standard_error_questions``, that over the questions' mean ratings, s/√n; ``by_run``,
+        ``by_turn``, ``by_category``; ``judged``; ``unrated``, replies without a rating, which no
+        mean includes; ``cut_off``, unrated replies that ended at the judge's token limit. A mean
+        of no ratings is None.
     """
-    runs: dict[str, list[float]] = defaultdict(list)
-    turns: dict[str, list[float]] = defaultdict(list)
-    categories: dict[str, list[float]] = defaultdict(list)
-    questions: dict[str, list[float]] = defaultdict(list)
-    unrated = cut_off = 0
+    ratings: list[float] = []
+    unrated: list[Mapping[str, Any]] = []
+    by: dict[str, dict[str, list[float]]] = {
+        name: defaultdict(list) for name in ("run", "turn", "category", "question")
+    }
     for key, judgement in judgements.items():
         run, rest = key.split("/", 1)
         question, turn = rest.rsplit("/", 1)
-        rating = judgement["rating"]
-        if rating is None:
-            unrated += 1
-            cut_off += judgement.get("cut_off", False)
+        if judgement["rating"] is None:
+            unrated.append(judgement)
             continue
-        for groups, name in (
-            (runs, run),
-            (turns, turn),
-            (categories, judgement["category"]),
-            (questions, question),
-        ):
-            groups[name].append(rating)
-    run_means = [statistics.fmean(ratings) for ratings in runs.values()]
-    question_means = [statistics.fmean(ratings) for ratings in questions.values()]
-    ratings = [rating for group in runs.values() for rating in group]
+        ratings.append(judgement["rating"])
+        names = {"run": run, "turn": turn, "category": judgement["category"], "question": question}
+        for name, group in names.items():
+            by[name][group].append(judgement["rating"])
+    means = {
+        name: {group: statistics.fmean(own) for group, own in sorted(groups.items())}
+        for name, groups in by.items()
+    }
     return {
         "score": statistics.fmean(ratings) if ratings else None,
-        "standard_error": standard_error(run_means),
-        "standard_error_questions": standard_error(question_means),
-        "by_run": _means(runs),
-        "by_turn": _means(turns),
-        "by_category": _means(categories),
+        "standard_error": standard_error(list(means["run"].values())),
+        "standard_error_questions": standard_error(list(means["question"].values())),
+        **{f"by_{name}": means[name] for name in ("run", "turn", "category")},
         "judged": len(judgements),
-        "unrated": unrated,
-        "cut_off": cut_off,
+        "unrated": len(unrated),
+        "cut_off": sum(judgement.get("cut_off", False) for judgement in unrated),
     }
 
 
-def _blocks(questions: Sequence[BenchQuestion]) -> list[list[BenchQuestion]]:
-    """Questions of one temperature together."""
+def _blocks(questions: Sequence[BenchQuestion]) -> list[Sequence[BenchQuestion]]:
+    """Blocks of questions of one temperature."""
     groups: dict[float, list[BenchQuestion]] = defaultdict(list)
     for question in questions:
         groups[question.temperature].append(question)
-    return [
-        group[start : start + BLOCK]
-        for group in groups.values()
-        for start in range(0, len(group), BLOCK)
-    ]
+    return [block for group in groups.values() for block in blocks(group, BLOCK)]
 
 
 def _conversation(question: BenchQuestion, answers: Sequence[str]) -> Example:
@@ -266,7 +251,3 @@ def _reference(row: Any, where: str) -> tuple[str, tuple[str, ...]]:
         f'{where}: write {{"question_id": 1, "choices": [{{"turns": ["...", "..."]}}]}}, as in '
         "MT-Bench's reference_answer/gpt-4.jsonl"
     )
-
-
-def _means(groups: Mapping[str, Iterable[float]]) -> dict[str, float]:
-    return {name: statistics.fmean(ratings) for name, ratings in sorted(groups.items())}

@@ -1,8 +1,8 @@
-"""Round-to-nearest quantisation: does an edit live on in a model that is served in few bits?
+"""Round-to-nearest quantisation: does an edit survive in a model that is served in few bits?
 
-A weight w becomes s·round(w/s) with s = max|w| / (2^(bits−1) − 1), over each output channel for 8
-bits, over groups of 128 inputs of a channel for 4 bits. Rounded are all linear maps but the
-vocabulary head; what is computed with them stays in the model's dtype.
+A weight w becomes s·round(w/s) with s = max|w| / (2^(bits−1) − 1). The maximum is over an output
+channel for 8 bits, over 128 inputs of a channel for 4 bits. All linear maps but the vocabulary head
+are rounded; the model still computes in its own dtype.
 
 Shapes: O outputs, I inputs.
 """
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
 from kfade.method.update import Update
+from kfade.models.masters import restored
 from kfade.models.targets import memory_of
 
 GROUP = 128  # inputs that share a scale in 4 bits
@@ -40,21 +41,18 @@ def bfloat16(weight: Tensor) -> Tensor:
 
 
 Rounding = Callable[[Tensor], Tensor]
+ROUNDINGS = (bfloat16, int8, int4)
 
 
 def rounding_of(word: str | None) -> Rounding | None:
-    """The rounding of that name; None for none.
+    """The rounding of that name, ``int8`` or ``int4``; None for None.
 
     Raises:
         InputError: another word.
     """
-    match word:
-        case None:
-            return None
-        case "int8":
-            return int8
-        case "int4":
-            return int4
+    roundings = {None: None, "int8": int8, "int4": int4}
+    if word in roundings:
+        return roundings[word]
     raise InputError(f"--quantise {word}: give int8 or int4")
 
 
@@ -62,19 +60,12 @@ def rounding_of(word: str | None) -> Rounding | None:
 def quantised(model: nn.Module, rounding: Rounding | None) -> Iterator[nn.Module]:
     """The rounded model within the ``with``; bit for bit the old one afterwards."""
     weights = {} if rounding is None else linear_weights(model)
-    before: dict[str, Tensor] = {}
-    try:
+    with restored({name: weight for name, (weight, _) in weights.items()}):
         with torch.no_grad():
-            for name, (weight, transposed) in weights.items():
+            for weight, transposed in weights.values():
                 assert rounding is not None
-                # Not on the device: a second copy of all weights may not fit there.
-                before[name] = weight.detach().to("cpu", copy=True)
                 weight.copy_(rounding(weight.T).T if transposed else rounding(weight))
         yield model
-    finally:
-        with torch.no_grad():
-            for name, tensor in before.items():
-                weights[name][0].copy_(tensor)
 
 
 def linear_weights(model: Any) -> dict[str, tuple[Tensor, bool]]:
@@ -93,38 +84,33 @@ def linear_weights(model: Any) -> dict[str, tuple[Tensor, bool]]:
 def survival(model: nn.Module, update: Update) -> dict[str, dict[str, dict[str, float]]]:
     """How much of each weight's ΔW is left after rounding, by weight and rounding.
 
-    With E = Q(W + ΔW) − Q(W), what the rounded model sees of the edit:
-    ``surviving`` = ⟨E, ΔW⟩ / ‖ΔW‖², 1 when all of it is there and 0 when none is;
-    ``lost`` = ‖E − ΔW‖ / ‖ΔW‖, which also counts the noise that rounding adds, so that it may be
-    over 1. Parameters that are no linear map's weight are left out. The update has to fit the
-    model.
+    With E = Q(W + ΔW) − Q(W), the change of the rounded weights:
+    ``surviving`` = ⟨E, ΔW⟩ / ‖ΔW‖², 1 when all of ΔW survives and 0 when none does;
+    ``lost`` = ‖E − ΔW‖ / ‖ΔW‖, which also counts the noise that rounding adds and may exceed 1;
+    ``norm`` = ‖ΔW‖. Parameters other than weights of linear maps are left out. The update has to
+    fit the model.
     """
     weights = linear_weights(model)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, delta in update.deltas.items():
-        if name not in weights:
-            continue
-        weight, transposed = weights[name]
-        base = weight.detach().to(delta.dtype)
-        change = delta.to(weight.device)
-        if transposed:
-            base, change = base.T, change.T
-        found[name] = {
-            rounding.__name__: _survival(base, change, rounding)
-            for rounding in (bfloat16, int8, int4)
-        }
+        if name in weights:
+            weight, transposed = weights[name]
+            base, change = weight.detach().to(delta.dtype), delta.to(weight.device)
+            if transposed:
+                base, change = base.T, change.T
+            found[name] = {own.__name__: _survival(base, change, own) for own in ROUNDINGS}
     return found
 
 
 def overall(by_weight: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """The same two figures over all weights as one vector, by rounding."""
+    """``surviving`` and ``lost`` of all weights as one vector, by rounding."""
     result: dict[str, Any] = {}
-    for word in ("bfloat16", "int8", "int4"):
-        entries = [entry[word] for entry in by_weight.values()]
+    for rounding in ROUNDINGS:
+        entries = [entry[rounding.__name__] for entry in by_weight.values()]
         size = sum(e["norm"] ** 2 for e in entries)
         surviving = sum(e["surviving"] * e["norm"] ** 2 for e in entries)
         lost = sum((e["lost"] * e["norm"]) ** 2 for e in entries)
-        result[word] = {
+        result[rounding.__name__] = {
             "surviving": surviving / size if size else 1.0,
             "lost": (lost / size) ** 0.5 if size else 0.0,
         }

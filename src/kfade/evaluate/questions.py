@@ -1,7 +1,7 @@
-"""Multiple-choice questions: where they come from and how they are put to a model.
+"""Multiple-choice questions: reading them from files, and their prompts.
 
-The prompts are those of lm-evaluation-harness, zero-shot, to the character: with letters as in its
-``mmlu`` and ``wmdp`` tasks, with texts as in ``mmlu_continuation``.
+The prompts are exactly those of lm-evaluation-harness, zero-shot: with letters as in its ``mmlu``
+and ``wmdp`` tasks, with texts as in ``mmlu_continuation``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Question:
     choices: tuple[str, ...]
     answer: int
     subject: str = ""
-    """What it is about, as the description line names it."""
+    """Its subject, as the first line of a prompt names it."""
 
 
 def letter_prompt(question: Question) -> str:
@@ -45,14 +45,14 @@ def text_prompt(question: Question) -> str:
 
 
 def name_of_set(path: str) -> str:
-    """What the questions of a file or folder are called: its name; of ``.../mmlu/test``, mmlu."""
+    """Name of the questions of a file or folder: its own name, or mmlu for ``.../mmlu/test``."""
     own = PurePath(path)
     whole = own.stem in ("test", "val") and own.parent.name
     return (own.parent.name if whole else own.stem).replace("_", " ")
 
 
 def read_sets(paths: Sequence[Path], limit: int | None = None) -> dict[str, list[Question]]:
-    """Questions of each path, by :func:`name_of_set`, its folder in front where two are alike.
+    """Questions of each path by :func:`name_of_set`, with the folder's name where two are alike.
 
     Raises:
         InputError: a path given twice, or what :func:`read_questions` refuses.
@@ -71,12 +71,12 @@ def read_sets(paths: Sequence[Path], limit: int | None = None) -> dict[str, list
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """Questions of a JSONL file, of a file in MMLU's csv form, or of a folder of csv files.
 
-    JSONL: ``{"question", "choices", "answer"[, "subject"]}``, the answer counted from 0. csv: no
-    header, a question, its choices and the answer's letter in a row; the subject is the file's name
-    without ``_test``, ``_val`` or ``_dev``. A folder: all csv files in it, or in its ``test``.
+    JSONL: ``{"question", "choices", "answer"[, "subject"]}``, answers counted from 0. csv: no
+    header; a row has a question, its choices and the answer's letter. The subject is the file's
+    name without ``_test``, ``_val`` or ``_dev``. A folder: all csv files in it, or in its ``test``.
 
     Args:
-        limit: the first so many of each file.
+        limit: take the first so many of each file only.
 
     Raises:
         InputError: nothing there, a malformed line, an answer that is not among the choices.
@@ -100,7 +100,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 def _question(row: Any, where: str) -> Question:
     match row:
         case {"question": str(question), "choices": [*choices], "answer": int(answer)}:
-            subject = row.get("subject") or ""  # data sets fill what a row lacks with null
+            subject = row.get("subject") or ""  # data sets hold null for a missing value
             texts = all(isinstance(text, str) for text in (subject, *choices))
             if texts and 2 <= len(choices) <= len(LETTERS) and answer in range(len(choices)):
                 return Question(question, tuple(choices), answer, subject)
@@ -117,7 +117,7 @@ def _read_csv(path: Path) -> list[Question]:
     questions = []
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
     try:
-        rows = [(reader.line_num, row) for row in reader if row]  # not of empty lines
+        rows = [(reader.line_num, row) for row in reader if row]  # without empty lines
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not csv ({error})") from None
     for line, row in rows:

@@ -1,9 +1,9 @@
 """TOFU: questions about fictitious authors, each answered and scored (Maini et al. 2024).
 
-Four sets: what is to be forgotten, what is to be kept of the same kind, real authors, world facts.
-Of each question: the loss of the right answer, of a paraphrase of it and of wrong answers in the
-paraphrase's words, and how much of the answer the model says by itself. What follows from these
-values is in ``tofu_logs.py``.
+There are four sets: authors to forget, authors to retain, real authors, world facts. For each
+question we measure the loss of the right answer, of its paraphrase, and of wrong answers worded
+like the paraphrase, and the ROUGE-L recall of the answer that the model generates. The figures
+computed from these values are in ``tofu_logs.py``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kfade.data.examples import Example
 from kfade.data.rows import read_rows
 from kfade.data.sequences import TokenSequence, continuation, encode, open_tokens
 from kfade.errors import InputError
-from kfade.evaluate.generation import generate_texts
-from kfade.evaluate.log import ItemLog
-from kfade.evaluate.rouge import check_truth, load_rouge_l_recall
+from kfade.evaluate.generation import Decoding, generate_texts
+from kfade.evaluate.log import ItemLog, blocks
+from kfade.evaluate.rouge import RougeLRecall, check_truth
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.models.lengths import model_window
@@ -32,8 +32,9 @@ HUB_NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
 PARAPHRASED = ("forget", "retain")  # the sets of fictitious authors
 TEMPLATES = ("auto", "chat", "llama2", "phi", "plain")
-LEGACY_ITEMS = 300  # the reference code scores no more of a set
+LEGACY_ITEMS = 300  # of each set, that the reference code scores
 BLOCK = 32  # questions between two writes of the log
+DECODING = Decoding(max_new_tokens=200)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TofuQuestion:
     question: str
     answer: str
     base: str
-    """What wrong answers are compared with: the paraphrase, or the answer where there is none."""
+    """Wrong answers are compared with it: the paraphrase, or the answer where there is none."""
     false: tuple[str, ...]
 
     @property
@@ -84,47 +85,39 @@ def evaluate_tofu(
     tokenizer: Any,
     questions: Sequence[TofuQuestion],
     log: ItemLog,
+    decoding: Decoding = DECODING,
     *,
     template: str = "auto",
     chat: ChatTemplate | None = None,
-    max_new_tokens: int = 200,
-    batch_tokens: int = 4096,
     legacy: bool = False,
 ) -> None:
-    """Measure the questions that ``log`` does not hold yet; its items are those of ``log_of``.
+    """Measure the questions that ``log`` lacks; ``log_of`` in ``tofu_read.py`` reads its items.
 
-    Losses are per token of the answer and of the one EOS that ends it. Generation is greedy.
+    Losses are means over the tokens of the answer and the EOS that ends it.
 
     Args:
         template: see :func:`template_for`.
         chat: how a chat template renders, where one is used.
-        legacy: as the reference code does, count Phi's ``Answer: `` as part of the answer.
+        legacy: count Phi's ``Answer: `` as part of the answer, as the reference code does.
 
     Raises:
         InputError: rouge-score is not installed; an answer is empty; a sequence is over the
             model's window.
     """
-    recall = load_rouge_l_recall()
+    recall = RougeLRecall()
     template = template_for(template, model, tokenizer)
     pending = [question for question in questions if question.id not in log.items]
     for question in pending:
         check_truth(question.answer, f"TOFU question {question.id}")
     encoded = _encode(pending, tokenizer, template, chat, legacy=legacy)
     _check_window(pending, encoded, model_window(model))
-    starts = range(0, len(pending), BLOCK)
-    for start in track(starts, "TOFU", lambda s: min(BLOCK, len(pending) - s)):
-        part = encoded[start : start + BLOCK]
-        losses = _losses(model, [item.answers for item in part], batch_tokens)
-        generated = generate_texts(
-            model,
-            tokenizer,
-            [item.prompt for item in part],
-            max_new_tokens=max_new_tokens,
-            batch_tokens=batch_tokens,
-        )
-        block = pending[start : start + BLOCK]
-        for question, own, text in zip(block, losses, generated, strict=True):
-            answer_loss, base_loss, *false_losses = own
+    for block in track(blocks(list(zip(pending, encoded, strict=True)), BLOCK), "TOFU", len):
+        answers = [sequence for _, item in block for sequence in item.answers]
+        totals = log_likelihoods(model, answers, batch_tokens=decoding.batch_tokens)
+        losses = (-t / answer.loss_tokens for answer, t in zip(answers, totals, strict=True))
+        generated = generate_texts(model, tokenizer, [i.prompt for _, i in block], decoding)
+        for (question, item), text in zip(block, generated, strict=True):
+            answer_loss, base_loss, *false_losses = (next(losses) for _ in item.answers)
             log.add(
                 question.id,
                 question=question.question,
@@ -157,11 +150,12 @@ def template_for(word: str, model: Any, tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A question as tokens: what is generated from, and each answer after it."""
+    """A question as tokens."""
 
     prompt: tuple[int, ...]
+    """From which an answer is generated."""
     answers: tuple[TokenSequence, ...]
-    """The answer, the base answer, the wrong ones."""
+    """The prompt with the answer, the base answer, and each wrong one after it."""
 
 
 def _encode(
@@ -195,21 +189,12 @@ def _encode(
 
 
 def _written(question: str, template: str, *, legacy: bool) -> tuple[str, str]:
-    """What comes before the scored text, and what the scored text begins with."""
+    """The text before what is scored, and the text that the scored part begins with."""
     if template == "llama2":
         return f"[INST] {question} [/INST]", ""
     if template == "phi" and legacy:
         return f"Question: {question}\n", "Answer: "
     return f"Question: {question}\nAnswer:", " "
-
-
-def _losses(
-    model: nn.Module, groups: Sequence[Sequence[TokenSequence]], batch_tokens: int
-) -> list[list[float]]:
-    """−log p per scored token of each sequence of each group."""
-    flat = [sequence for group in groups for sequence in group]
-    totals = iter(log_likelihoods(model, flat, batch_tokens=batch_tokens))
-    return [[-next(totals) / sequence.loss_tokens for sequence in group] for group in groups]
 
 
 def _check_window(

@@ -1,8 +1,8 @@
 """TOFU's figures from per-item losses: forget quality, model utility and its nine parts.
 
 The formulas are those of the benchmark's own aggregation (Maini et al. 2024, section 2.2 and
-``aggregate_eval_stat.py`` of locuslab/tofu); its ``utils.py`` has another truth ratio. All losses
-are per token: an answer's summed cross-entropy over its number of scored tokens.
+``aggregate_eval_stat.py`` of locuslab/tofu). The truth ratio in its ``utils.py`` is different.
+All losses are per token: an answer's summed cross-entropy over its number of scored tokens.
 
     log TR = mean_j loss(false_j) − loss(base)          base: the paraphrase, or the answer itself
     forget quality = p of the two-sample Kolmogorov-Smirnov test of TR on the forget set against
@@ -14,17 +14,17 @@ are per token: an answer's summed cross-entropy over its number of scored tokens
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 from kfade.errors import InputError
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 SETS = (*UTILITY_SETS, "forget")
-# What a log's header says of its prompts -> how that is called.
+# Keys of a log's header that describe its prompts -> their names in messages.
 PROMPTS = {
     "prompt_format": "prompts",
     "template_sha256": "template file",
@@ -35,7 +35,7 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class TofuItem:
-    """What was measured of one question; losses in nats per token."""
+    """The values of one question; losses in nats per token."""
 
     answer_loss: float
     base_loss: float
@@ -48,8 +48,8 @@ class TofuItem:
 
     @property
     def log_truth_ratio(self) -> float:
-        """mean_j loss(false_j) − loss(base): positive where the model prefers what is true."""
-        return statistics.fmean(self.false_losses) - self.base_loss
+        """mean_j loss(false_j) − loss(base): positive where the model prefers the true answer."""
+        return fmean(self.false_losses) - self.base_loss
 
     @property
     def evenness(self) -> float:
@@ -64,7 +64,7 @@ class TofuItem:
     @property
     def share(self) -> float:
         """p(answer) / (p(answer) + Σ_j p(false_j)), probabilities per token."""
-        smallest = min(self.answer_loss, *self.false_losses)  # so that no sum underflows to zero
+        smallest = min(self.answer_loss, *self.false_losses)  # keeps the sum from underflowing
         true = math.exp(smallest - self.answer_loss)
         return true / (true + sum(math.exp(smallest - loss) for loss in self.false_losses))
 
@@ -77,9 +77,9 @@ class TofuLog:
     """Where it was read, for messages."""
     sets: Mapping[str, Mapping[int, TofuItem]]
     notes: tuple[str, ...] = ()
-    """What was done to its values in reading, for people."""
+    """Remarks for people: what reading changed in its values."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Its header: what decided its values. Empty where there is none."""
+    """Its header, with what decided its values; empty where there is none."""
 
     def items(self, name: str) -> list[TofuItem]:
         """Items of a set in the order of their numbers.
@@ -103,50 +103,54 @@ def utility_parts(log: TofuLog) -> dict[str, float]:
     parts = {}
     for name in UTILITY_SETS:
         items = log.items(name)
-        parts[f"{name}_rouge_l"] = _mean(item.rouge_l for item in items)
-        parts[f"{name}_probability"] = _mean(
+        parts[f"{name}_rouge_l"] = fmean(item.rouge_l for item in items)
+        parts[f"{name}_probability"] = fmean(
             item.probability if name == "retain" else item.share for item in items
         )
-        parts[f"{name}_truth_ratio"] = _mean(
+        parts[f"{name}_truth_ratio"] = fmean(
             -math.expm1(-max(0.0, item.log_truth_ratio)) for item in items
         )
     return parts
 
 
 def forget_parts(log: TofuLog) -> dict[str, float]:
-    """The same three on the forget set, where the truth ratio's entry is mean min(TR, 1/TR)."""
+    """The same three figures of the forget set, with mean min(TR, 1/TR) as ``truth_ratio``."""
     items = log.items("forget")
     return {
-        "rouge_l": _mean(item.rouge_l for item in items),
-        "probability": _mean(item.probability for item in items),
-        "truth_ratio": _mean(item.evenness for item in items),
+        "rouge_l": fmean(item.rouge_l for item in items),
+        "probability": fmean(item.probability for item in items),
+        "truth_ratio": fmean(item.evenness for item in items),
     }
 
 
 def model_utility(parts: Mapping[str, float]) -> float:
-    """Harmonic mean of the nine parts; 0 where one of them is."""
+    """Harmonic mean of the nine parts; 0 where one of them is 0."""
     assert len(parts) == 9
-    return statistics.harmonic_mean(parts.values())
+    return harmonic_mean(parts.values())
 
 
 def forget_quality(items: Iterable[TofuItem], retain: Iterable[TofuItem]) -> tuple[float, float]:
     """(p-value, statistic) of the two-sided Kolmogorov-Smirnov test between truth ratios.
 
-    The test sees only the order of the values, and so is made on log TR, which cannot overflow.
+    The test depends on the order of the values only; it is made on log TR, which cannot overflow.
 
     Raises:
         InputError: scipy is not installed.
     """
     test = load_ks_test()
     with warnings.catch_warnings():
-        # At the smallest p-values scipy goes over to the asymptotic form, and says so each time.
+        # For the smallest p-values scipy uses the asymptotic form, and warns each time.
         warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful")
         result = test([i.log_truth_ratio for i in items], [i.log_truth_ratio for i in retain])
     return float(result.pvalue), float(result.statistic)
 
 
 def load_ks_test() -> Callable[..., Any]:
-    """scipy's two-sample test; asked for before long work, so that its absence is told at once."""
+    """scipy's two-sample test. Call it before long work, so that a missing scipy is found early.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
     try:
         from scipy.stats import ks_2samp
     except ImportError:
@@ -157,32 +161,35 @@ def load_ks_test() -> Callable[..., Any]:
 
 
 def aggregate(log: TofuLog, retain: TofuLog | None = None) -> dict[str, Any]:
-    """All figures of one model, and the retain model's beside them.
+    """All figures of one model, and those of the retain model.
 
     Returns:
         ``forget_quality`` and ``ks_statistic`` (None without a retain model), ``model_utility``,
-        its nine ``parts``, ``forget``, numbers of ``items``, and ``retain_model`` with the same
-        except forget quality, which is 1 by definition (its utility is None where its log holds
-        the forget set alone).
+        its nine ``parts``, ``forget``, numbers of ``items``, and ``retain_model``: its figures but
+        forget quality, which is 1 by definition. Its utility and parts are None where its log holds
+        the forget set alone.
     """
-    figures = {"forget_quality": None, "ks_statistic": None, **_own_figures(log)}
-    if retain is None:
-        return {**figures, "retain_model": None}
-    p, statistic = forget_quality(log.items("forget"), retain.items("forget"))
-    whole = all(retain.sets.get(name) for name in UTILITY_SETS)
-    beside = (
-        _own_figures(retain)
-        if whole
-        else {"model_utility": None, "parts": None, **_forget_figures(retain)}
-    )
-    return {**figures, "forget_quality": p, "ks_statistic": statistic, "retain_model": beside}
+    own, p, statistic, beside = _figures(log, utility_parts(log)), None, None, None
+    if retain is not None:
+        p, statistic = forget_quality(log.items("forget"), retain.items("forget"))
+        whole = all(retain.sets.get(name) for name in UTILITY_SETS)
+        beside = _figures(retain, utility_parts(retain) if whole else None)
+    return {"forget_quality": p, "ks_statistic": statistic, **own, "retain_model": beside}
+
+
+def _figures(log: TofuLog, parts: Mapping[str, float] | None) -> dict[str, Any]:
+    return {
+        "model_utility": None if parts is None else model_utility(parts),
+        "parts": parts,
+        "forget": forget_parts(log),
+        "items": {name: len(log.sets[name]) for name in SETS if log.sets.get(name)},
+    }
 
 
 def notes_on(log: TofuLog, retain: TofuLog | None) -> list[str]:
-    """What was done to the values of logs in reading, and why their comparison may mislead.
+    """Remarks on two logs: what reading changed in them, and why they may not be comparable.
 
-    It misleads where they hold other questions, or another number of them, or where the prompts
-    were made otherwise.
+    They are not where their questions differ, or how their prompts were made.
     """
     if retain is None:
         return list(log.notes)
@@ -211,7 +218,7 @@ def notes_on(log: TofuLog, retain: TofuLog | None) -> list[str]:
 
 
 def _notes_on_prompts(log: TofuLog, retain: TofuLog) -> list[str]:
-    """What differs in how the prompts of two logs were made, where both say it."""
+    """Differences in how the prompts of two logs were made, where both logs tell."""
     if not all("prompt_format" in one.about for one in (log, retain)):
         return []
     notes = []
@@ -219,13 +226,13 @@ def _notes_on_prompts(log: TofuLog, retain: TofuLog) -> list[str]:
         ours, theirs = (one.about.get(key) for one in (log, retain))
         if ours != theirs:
             notes.append(
-                f"other {called}: {_said(ours)} in {log.where}, {_said(theirs)} in "
+                f"other {called}: {_shown(ours)} in {log.where}, {_shown(theirs)} in "
                 f"{retain.where}; evaluate the retain model as the other"
             )
     return notes
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "none" if value is None else str(value)[:40]
@@ -233,23 +240,26 @@ def _said(value: Any) -> str:
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Which run of a sweep stands in a results table, by the field's rule and by an honest one."""
+    """The run of a sweep to report, chosen on all forget questions and on half of them."""
 
     best: str
-    """Largest forget quality × utility, on all items: chosen on what is then reported."""
+    """Run of the largest forget quality × utility on all items, which are also those reported."""
     best_forget_quality: float
     best_utility: float
     held_out: str
-    """The same rule on every other forget question of each author ..."""
+    """Run chosen by the same rule on every other forget question."""
     held_out_forget_quality: float
-    """... and its forget quality on the questions that the choice did not see."""
+    """On the forget questions that this choice did not use."""
     held_out_utility: float
 
 
 def choose_row(logs: Mapping[str, TofuLog], retain: TofuLog) -> RowChoice:
-    """Choose one of a sweep's runs, by name; the first of equals.
+    """Choose one of a sweep's runs by name; the first of equals.
 
-    Utility has no forget question in it, so it is the same in both rules.
+    Utility does not depend on forget questions, so it is the same in both choices.
+
+    Raises:
+        InputError: there are no runs.
     """
     if not logs:
         raise InputError("no runs to choose from: give at least one log")
@@ -268,19 +278,3 @@ def choose_row(logs: Mapping[str, TofuLog], retain: TofuLog) -> RowChoice:
         *(best, quality(best, everything), utility[best]),
         *(held_out, quality(held_out, reported_on), utility[held_out]),
     )
-
-
-def _own_figures(log: TofuLog) -> dict[str, Any]:
-    parts = utility_parts(log)
-    return {"model_utility": model_utility(parts), "parts": parts, **_forget_figures(log)}
-
-
-def _forget_figures(log: TofuLog) -> dict[str, Any]:
-    return {
-        "forget": forget_parts(log),
-        "items": {name: len(log.sets[name]) for name in SETS if log.sets.get(name)},
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)

@@ -3,17 +3,17 @@
 The reference code (locuslab/tofu, ``evaluate_util.py``) writes ``eval_log_aggregated.json``: for
 each of four tasks, named as below, columns of values by item number.
 
-The reference's ROUGE-L counts words of ASCII letters and digits only, and so did kfade once: a text
-in another script has a recall of 0 with itself, which reads as forgotten. A log holds the texts, so
-:func:`read_tofu_log` computes the recall of such items anew. A name with an accent is no such text:
-published figures stay as they are.
+The reference's ROUGE-L counts words of ASCII letters and digits only, as kfade once did. A text in
+another script then has a recall of 0 with itself, as if it were forgotten. A log holds the texts,
+so :func:`read_tofu_log` computes the recall of such items again. It does not for texts with a few
+accents, so that published figures do not change.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
 from kfade.evaluate.log import read_log
-from kfade.evaluate.rouge import load_rouge_l_recall, reference_reads
+from kfade.evaluate.rouge import RougeLRecall, reference_reads
 from kfade.evaluate.tofu_logs import SETS, TofuItem, TofuLog
 
 LOG_NAME, REFERENCE_NAME = "items.jsonl", "eval_log_aggregated.json"
@@ -34,8 +34,8 @@ REFERENCE_TASKS = {
 Key = tuple[str, int]
 """Set and number of an item."""
 Values = Mapping[str, Any]
-"""What a log holds of an item, by our names."""
-# Our name of a value -> the reference's.
+"""The values of an item, by kfade's names."""
+# kfade's name of a value -> the reference's.
 REFERENCE_VALUES = {
     "answer_loss": "avg_gt_loss",
     "base_loss": "avg_paraphrased_loss",
@@ -47,11 +47,11 @@ REFERENCE_VALUES = {
 def read_tofu_log(path: Path) -> TofuLog:
     """Read ``items.jsonl`` or ``eval_log_aggregated.json``, or the folder that holds one.
 
-    The ROUGE-L recall of true answers that are mostly beyond ASCII is computed anew.
+    The ROUGE-L recall of true answers that are mostly not ASCII is computed again.
 
     Raises:
-        InputError: no such log, not whole, or of another format; the message says where. Or
-            rouge-score is not installed, and there are such texts.
+        InputError: no such log, an incomplete one, or one of another format; or rouge-score is not
+            installed and a recall has to be computed.
     """
     if path.is_dir():
         found = [path / n for n in (LOG_NAME, REFERENCE_NAME) if (path / n).is_file()]
@@ -68,23 +68,23 @@ def read_tofu_log(path: Path) -> TofuLog:
         if evaluation.header.get("benchmark") != "tofu":
             raise InputError(f"{path}: a log of another evaluation than TOFU")
         items = _numbered(evaluation.items, str(path))
-        return _recalled(_log(items, str(path), about=evaluation.header), items)
+        return _with_recalls(_log(items, str(path), about=evaluation.header), items)
     items = _read_reference(path)
-    return _recalled(_log(items, str(path), _reference_place), items)
+    return _with_recalls(_log(items, str(path), REFERENCE_TASKS), items)
 
 
 def log_of(
     items: Mapping[str, Values], where: str, about: Mapping[str, Any] | None = None
 ) -> TofuLog:
-    """A log of the items that ``evaluate_tofu`` wrote, ids ``{set}/{number}``.
+    """The log of what ``evaluate_tofu`` measured, by items named ``{set}/{number}``.
 
-    ``about``: its header, or what will be in it.
+    ``about``: the log's header.
     """
     return _log(_numbered(items, where), where, about=about)
 
 
 def _numbered(items: Mapping[str, Values], where: str) -> dict[Key, Values]:
-    """Values by set and number, of ids ``{set}/{number}``."""
+    """Items named ``{set}/{number}`` by set and number."""
     found = {}
     for key, values in items.items():
         name, _, number = key.partition("/")
@@ -94,48 +94,41 @@ def _numbered(items: Mapping[str, Values], where: str) -> dict[Key, Values]:
     return found
 
 
-def _place(name: str, number: int) -> str:
-    """Where an item stands in our log."""
-    return f"item {name}/{number}"
-
-
-def _reference_place(name: str, number: int) -> str:
-    """Where an item stands in the reference code's."""
-    return f"{REFERENCE_TASKS[name]}, item {number}"
-
-
 def _log(
     items: Mapping[Key, Values],
     where: str,
-    place: Callable[[str, int], str] = _place,
+    tasks: Mapping[str, str] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> TofuLog:
+    """The log of ``items``; ``tasks``: the sets' names in a log of the reference code."""
     sets: dict[str, dict[int, TofuItem]] = {name: {} for name in SETS}
     for (name, number), values in items.items():
-        sets[name][number] = _item(values, f"{where}, {place(name, number)}")
+        place = f"{tasks[name]}, item {number}" if tasks else f"item {name}/{number}"
+        sets[name][number] = _item(values, f"{where}, {place}")
     return TofuLog(where, sets, about=about or {})
 
 
-def _recalled(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
-    """The log with the recalls that the reference's words cannot give, computed from the texts."""
+def _with_recalls(log: TofuLog, items: Mapping[Key, Values]) -> TofuLog:
+    """The log with recalls computed from the texts where the reference's words do not suffice."""
     recall = None
     sets = {name: dict(numbered) for name, numbered in log.sets.items()}
     changed = 0
     for (name, number), values in items.items():
         truth, generated = values.get("answer"), values.get("generated")
         if not isinstance(truth, str) or not isinstance(generated, str) or not truth.strip():
-            continue  # without the texts the log's value is all there is
+            continue  # without the texts the log's value stays
         if reference_reads(truth):
             continue
-        recall = recall or load_rouge_l_recall()
+        recall = recall or RougeLRecall()
         item = sets[name][number]
         sets[name][number] = replace(item, rouge_l=recall(truth, generated))
         changed += sets[name][number] != item
     if not changed:
         return log
     note = (
-        f"{log.where}: the ROUGE-L recall of {changed} of {len(items)} items was computed anew "
-        "from their texts: the log's own counted ASCII letters only, and most of theirs are not"
+        f"{log.where}: the ROUGE-L recall of {changed} of {len(items)} items was computed "
+        "again from their texts: the log's own counts ASCII letters only, and most of theirs are "
+        "not ASCII"
     )
     return replace(log, sets=sets, notes=(note,))
 
@@ -179,7 +172,7 @@ def _reference_set(task: Any, where: str) -> dict[int, Values]:
 
 
 def _column(task: Any, key: str, where: str) -> dict[int, Any]:
-    """One of a task's values by item number; early logs have lists, later ones string keys."""
+    """One of a task's values by item number; old logs have lists, later ones string keys."""
     column = task.get(key) if isinstance(task, dict) else None
     if isinstance(column, list):
         return dict(enumerate(column))
@@ -189,7 +182,7 @@ def _column(task: Any, key: str, where: str) -> dict[int, Any]:
 
 
 def _texts(entry: Any) -> dict[str, Any]:
-    """The texts of a reference log's [prompt, generated, truth], by our names."""
+    """The texts of a reference log's [prompt, generated, truth], by kfade's names."""
     texts = entry if isinstance(entry, list) else []
     return dict(zip(("question", "generated", "answer"), texts, strict=False))
 
@@ -210,7 +203,7 @@ def _item(values: Mapping[str, Any], where: str) -> TofuItem:
         ) from None
     if not item.false_losses:
         raise InputError(f"{where}: no wrong answers, so there is no truth ratio")
-    # An infinite loss is a probability of 0, and has its place in every figure but a ratio of two.
+    # An infinite loss is a probability of 0, which every figure allows but a ratio of two of them.
     if any(map(math.isnan, (item.log_truth_ratio, item.share, item.rouge_l))):
         raise InputError(
             f"{where}: NaN, or infinite losses that have no ratio; was the model's output finite?"
@@ -222,7 +215,7 @@ def _item(values: Mapping[str, Any], where: str) -> TofuItem:
 
 
 def _number(value: Any) -> float:
-    """A number of JSON; text and true are none, whatever Python makes of them."""
+    """A number of JSON: neither text nor a truth value, which Python would also convert."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
     return float(value)

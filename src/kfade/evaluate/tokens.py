@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.data.batches import Batch, make_batches
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.models.head import hidden_states, read_head
-from kfade.models.lengths import length_class
+from kfade.models.lengths import batches_for
 from kfade.models.load import frozen
 from kfade.runtime.progress import track
 
@@ -31,29 +31,27 @@ def token_values(
     model: nn.Module,
     sequences: Sequence[TokenSequence],
     measure: Measure,
-    note: Callable[[int, Tensor], None],
     *,
     name: str,
     batch_tokens: int = 4096,
-) -> None:
-    """Call ``note(index, values)`` for every sequence, as soon as its batch is computed.
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number, values) of every sequence as soon as its batch is computed.
 
-    ``values`` [n, K] is what ``measure`` gives at the sequence's scored tokens, in float64 on the
-    CPU. The head runs on a few positions at a time; longest sequences come first.
+    The values [n, K] are what ``measure`` gives at the sequence's scored tokens, in float64 on the
+    CPU. The head runs on a few positions at a time. The longest sequences come first.
 
     Raises:
         InputError: the model's outputs are not finite.
     """
-    device = next(model.parameters()).device
-    batches = make_batches(sequences, budget=batch_tokens, device=device, group=length_class(model))
+    batches = batches_for(model, sequences, batch_tokens)
     with frozen(model), torch.no_grad():
         head = read_head(model)
-        for batch in track(batches, name, lambda b: b.positions):
+    for batch in track(batches, name, lambda b: b.positions):
+        with frozen(model), torch.no_grad():
             hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
             target_N = batch.at_loss(batch.target_BT)
             parts = [measure(head(hidden_ND[p]), target_N[p]) for p in head.chunks(hidden_ND)]
-            for index, values in by_sequence(batch, torch.cat(parts)):
-                note(index, values)
+        yield from by_sequence(batch, torch.cat(parts))
 
 
 def log_likelihoods(
@@ -64,27 +62,23 @@ def log_likelihoods(
     name: str = "likelihoods",
 ) -> list[float]:
     """Summed log-probability of each sequence's scored tokens, in nats."""
-    totals = [0.0] * len(sequences)
-
-    def note(index: int, values: Tensor) -> None:
-        totals[index] = values.sum().item()
-
-    token_values(model, sequences, log_probability, note, name=name, batch_tokens=batch_tokens)
-    return totals
+    found = token_values(model, sequences, log_probability, name=name, batch_tokens=batch_tokens)
+    totals = {number: values.sum().item() for number, values in found}
+    return [totals[number] for number in range(len(sequences))]
 
 
 def by_sequence(batch: Batch, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(number of the sequence, its part) of ``values`` [N, ...], in float64 on the CPU.
+    """Split ``values`` [N, ...] into (number of the sequence, its part), in float64 on the CPU.
 
     Raises:
         InputError: a value is not finite.
     """
     counts = batch.loss_BT.sum(dim=1).tolist()
     parts = values.double().cpu().split(counts)
-    for index, part in zip(batch.id_B.tolist(), parts, strict=True):
+    for number, part in zip(batch.id_B.tolist(), parts, strict=True):
         if not torch.isfinite(part).all():
             raise InputError(
-                f"the model's outputs on sequence {index} are not finite: it is broken, or its "
+                f"the model's outputs on sequence {number} are not finite: it is broken, or its "
                 "dtype overflows; try --dtype float32"
             )
-        yield index, part
+        yield number, part

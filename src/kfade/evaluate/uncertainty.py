@@ -1,4 +1,4 @@
-"""Intervals and standard errors: how far a figure would move with other items of its kind."""
+"""Bootstrap intervals and standard errors: how a figure varies with the choice of items."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bootstrap(
     """Figures over ``count`` items with percentile bootstrap intervals.
 
     Args:
-        statistic: the figures [k] of the items with these numbers, which may repeat.
+        statistic: returns the figures [k] of the items with the given numbers, which may repeat.
 
     Returns:
         ``{"value", "low", "high"}`` of each figure: ``low`` and ``high`` are the (1 ∓ level)/2
@@ -43,5 +43,5 @@ def bootstrap(
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: s/√n, s the sample's standard deviation; None for a single value."""
+    """Standard error of the mean, s/√n, s the sample's standard deviation; None for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -5,8 +5,8 @@ For each changed weight, seen as a map from I inputs to O outputs, the nearest m
     ΔW ≈ B A,   B = U √σ  [O, R],   A = √σ Vᵀ  [R, I],
 
 from the R largest singular values of ΔW = U diag(σ) Vᵀ. What is left out has the norm of the other
-singular values (Eckart and Young). Gauss-Newton updates are not of low rank by design: look at the
-error before using the adapter in place of the update.
+singular values (Eckart and Young). Gauss-Newton updates are not of low rank by design: check the
+error before you use the adapter in place of the update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PREFIX = "base_model.model."  # of every name in a peft adapter
 
 @dataclass(frozen=True)
 class Lora:
-    """What peft loads, and how far it is from the update."""
+    """An adapter for peft, and its distance from the update."""
 
     tensors: dict[str, Tensor]
     """``base_model.model.MODULE.lora_A.weight`` [R, I] and ``...lora_B.weight`` [O, R]."""
@@ -56,20 +56,20 @@ def to_lora(
     """The adapter of that rank that is nearest to ``update``.
 
     Args:
-        model: the model that the update fits; only its modules are looked at, not their values.
-        base: the model's name, which the adapter tells.
+        model: the model that the update fits; only its modules are used, not their values.
+        base: the model's name for the adapter's configuration.
         device: where the singular values are computed.
 
     Raises:
-        InputError: a rank below 1 or above any weight's, a change of something that is not the
-            weight of a linear map, or an update of another model.
+        InputError: a rank below 1 or above that of every weight, a change of something that is not
+            the weight of a linear map, or an update of another model.
     """
     if not update.deltas:
-        raise InputError("the update changes nothing: there is no adapter to make of it")
+        raise InputError("the update changes nothing: an adapter cannot be made of it")
     layers = {name: _linear(model, name, delta) for name, delta in update.deltas.items()}
     most = max(min(delta.shape) for delta in update.deltas.values())
     if not 1 <= rank <= most:
-        raise InputError(f"--rank {rank}: give 1 to {most}, at which nothing is left out")
+        raise InputError(f"--rank {rank}: give 1 to {most}, the full rank")
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     lost = size = 0.0

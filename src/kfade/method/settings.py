@@ -50,8 +50,8 @@ class Direction:
     if there are fewer."""
 
     def __post_init__(self) -> None:
-        _at_least("--refine", self.refine, 0)
-        _at_least("--refine-sequences", self.refine_sequences, 1)
+        at_least("--refine", self.refine, 0)
+        at_least("--refine-sequences", self.refine_sequences, 1)
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise InputError(f"--damping {self.damping}: give a finite number, 0 or more")
 
@@ -93,9 +93,10 @@ class Run:
     """Called with the update after every step."""
 
     def __post_init__(self) -> None:
-        _at_least("--steps", self.steps, 1)
+        at_least("--steps", self.steps, 1)
 
 
-def _at_least(flag: str, value: int, least: int) -> None:
+def at_least(flag: str, value: int, least: int) -> None:
+    """Raises InputError where the option ``flag`` has a ``value`` below ``least``."""
     if value < least:
         raise InputError(f"{flag} {value}: give {least} or more")

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from kfade.data.batches import Batch
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 
 
@@ -78,6 +79,12 @@ def model_window(model: Any) -> int | None:
         if "dynamic" in kind and factor
     ]
     return max(window, min(stretched, default=window))
+
+
+def batches_for(model: Any, sequences: Sequence[TokenSequence], budget: int = 4096) -> list[Batch]:
+    """:func:`~kfade.data.batches.make_batches`, on the model's device and by its length classes."""
+    device = next(model.parameters()).device
+    return make_batches(sequences, budget=budget, device=device, group=length_class(model))
 
 
 def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:

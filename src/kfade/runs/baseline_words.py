@@ -156,4 +156,6 @@ def settings_of(defaults: Defaults, given: Mapping[str, Any], sequences: int) ->
         weight_decay=given.get("weight_decay", defaults.weight_decay),
         clip=given.get("clip", defaults.clip) or None,
         optimizer=defaults.optimizer,
+        evaluate_every=given.get("evaluate_every", max(1, steps // 10)),
+        max_kl=given.get("max_kl"),
     )

@@ -44,6 +44,7 @@ from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
 STATE = "training.safetensors"
+_IN_CONFIG = {"evaluate_every", "max_kl", "batch_tokens", "seed"}  # told by a manifest's config
 SAVE_SECONDS = 300.0  # between two savings of what a resumed run needs: up to four times the model
 
 
@@ -90,7 +91,7 @@ class TrainingConfig:
     clip: float | None = None
     """Longest gradient; 0 for any."""
     evaluate_every: int | None = None
-    """Steps between evaluations; a tenth of all when unset, 0 for none but the last."""
+    """Steps between evaluations; a tenth of all when unset."""
     max_kl: float | None = None
     """Keep the evaluation that forgot most within this retain KL; the last when unset."""
 
@@ -199,7 +200,11 @@ def _prepare(
     method = build(loaded, request.seed)
     trainable = trainable_of(method, loaded, _given(request.weights), request.seed)
     forget, retain, held_out = (to_tokens(some, loaded, data) for some in examples)
-    settings = settings_of(method.defaults, _given(request.training), len(forget))
+    settings = replace(
+        settings_of(method.defaults, _given(request.training), len(forget)),
+        batch_tokens=data.batch_tokens,
+        seed=request.seed,
+    )
     if request.export_model:
         check_writable(loaded.model, source_of(request.model))
     digests = weight_digests(loaded.model, "model")
@@ -212,21 +217,15 @@ def _prepare(
 
 
 def _train(ready: _Ready, folder: RunDir) -> Update:
-    request, settings = ready.request, ready.settings
-    every = request.training.evaluate_every
     try:
         return train(
             ready.loaded.model,
             ready.method.terms,
             ready.trainable,
-            **ready.sets,
-            settings=settings,
-            evaluate_every=max(1, settings.steps // 10) if every is None else every,
-            max_kl=request.training.max_kl,
-            batch_tokens=request.data.batch_tokens,
-            seed=request.seed,
+            ready.sets,
+            ready.settings,
             start=_resume_from(folder),
-            on_evaluation=_on_evaluation(folder, settings.steps, request.checkpoints),
+            on_evaluation=_on_evaluation(folder, ready.settings.steps, ready.request.checkpoints),
         )
     except InputError:  # it would be met again: nothing to go on with
         (folder.state / STATE).unlink(missing_ok=True)
@@ -259,7 +258,10 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
         **{k: v for k, v in made.items() if k != "curve"},
         "seed": request.seed,
         "git_sha": git_sha(),
-        "settings": {**asdict(settings), "optimizer": settings.optimizer.__name__},
+        "settings": {
+            **{k: v for k, v in asdict(settings).items() if k not in _IN_CONFIG},
+            "optimizer": settings.optimizer.__name__,
+        },
         "config": request.asked,
     }
     folder.finish(manifest, metrics)

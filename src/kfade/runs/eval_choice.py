@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,30 +93,25 @@ def _ask(
     }
     digests["data_sha256"] = digest(list(questions.values()))
     with run.items(**digests) as log:
-        missing = [item for item in questions if item not in log.items]
-
-        def note(place: int, scores: dict[str, list[float]]) -> None:
-            question = questions[missing[place]]
-            log.add(
-                missing[place],
-                question=question.question[:200],
-                subject=question.subject,
-                choices=len(question.choices),
-                answer=question.answer,
-                correct=verdict(scores, question.answer),
-                scores=scores,
-            )
-
+        answer = partial(
+            answer_questions,
+            subject.model,
+            subject.tokenizer,
+            cloze=request.cloze,
+            window=model_window(subject.model),
+            batch_tokens=request.batch_tokens,
+        )
         with stage("questions"):
-            answer_questions(
-                subject.model,
-                subject.tokenizer,
-                [questions[item] for item in missing],
-                note,
-                cloze=request.cloze,
-                window=model_window(subject.model),
-                batch_tokens=request.batch_tokens,
-            )
+            for item, question, scores in log.measure(questions, answer):
+                log.add(
+                    item,
+                    question=question.question[:200],
+                    subject=question.subject,
+                    choices=len(question.choices),
+                    answer=question.answer,
+                    correct=verdict(scores, question.answer),
+                    scores=scores,
+                )
         figures = {name: summarise_choice([log.items[i] for i in own]) for name, own in ids.items()}
         several = {"questions": len(questions), "sets": figures}
         run.finish(log, several if len(sets) > 1 else figures[next(iter(sets))], **digests)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.judge import Judge
 from kfade.evaluate.log import ItemLog, digest
 from kfade.evaluate.mt_bench import (
@@ -66,10 +67,9 @@ def evaluate_mt_bench(
             rendering_of(settings, out, resume=resume),
             enabled=chat_of(settings["template"] or "auto"),
         ),
-        "max_new_tokens": request.max_new_tokens,
-        "batch_tokens": request.batch_tokens,
-        "seed": request.seed,
+        "runs": request.runs,
     }
+    decoding = Decoding(request.max_new_tokens, request.batch_tokens, seed=request.seed)
     asked = read_bench(request.questions, request.references)[: request.limit]
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = run.load(request.subject)
@@ -78,9 +78,7 @@ def evaluate_mt_bench(
             header = {"benchmark": "mt-bench answers", **settings, **about}
             header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
             with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:
-                answer_questions(
-                    edited, subject.tokenizer, asked, answers, runs=request.runs, **how
-                )
+                answer_questions(edited, subject.tokenizer, asked, answers, decoding, **how)
                 answers.finish({"answers": len(answers.items)})
         with run.items(**about) as log:
             with stage("judgements"):

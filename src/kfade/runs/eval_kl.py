@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kfade.data.batches import Batch, make_batches
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.evaluate.completions import (
@@ -32,9 +31,10 @@ from kfade.evaluate.divergence import (
     summarise_divergence,
     token_strings,
 )
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models.layers import digest_weights
-from kfade.models.lengths import length_class, model_window
+from kfade.models.lengths import batches_for, model_window
 from kfade.models.load import load_skeleton, load_tokenizer
 from kfade.runs.config import ModelConfig
 from kfade.runs.evaluation import (
@@ -160,22 +160,14 @@ def _completions(
         if found.aggregate is not None:
             return [found.items[str(i)] for i in range(len(prompts))]
     with stage("completions"), ItemLog(path, header) as log:
-        complete(
-            base.model,
-            base.tokenizer,
-            prompts,
-            log,
-            max_new_tokens=request.max_new_tokens,
-            batch_tokens=request.batch_tokens,
-        )
+        decoding = Decoding(request.max_new_tokens, request.batch_tokens)
+        complete(base.model, base.tokenizer, prompts, log, decoding)
         log.finish({"completions": len(prompts)})
         return [log.items[str(i)] for i in range(len(prompts))]
 
 
 def _groups(base: Judged, texts: Sequence[TokenSequence], batch_tokens: int) -> list[list[Batch]]:
-    device = next(base.model.parameters()).device
-    group = length_class(base.model)
-    return grouped(make_batches(texts, budget=batch_tokens, device=device, group=group))
+    return grouped(batches_for(base.model, texts, batch_tokens))
 
 
 def _in_memory(base: Judged, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
@@ -239,19 +231,18 @@ def _measure(
     answers: Sequence[Mapping[str, Any]],
     tokenizer: Any,
 ) -> None:
-    def note(index: int, kl: Tensor) -> None:
-        tokens = answers[index]["tokens"]
-        log.add(
-            str(index),
-            kl=kl.mean().item(),
-            tokens=len(tokens),
-            prompt=prompts[index].text,
-            strings=token_strings(tokenizer, prompts[index].tokens[-1], tokens),
-            token_kl=rounded(kl),
-        )
-
     with stage("kl"):
-        divergences(groups, reference, judged.edited, note, done={int(i) for i in log.items})
+        done = {int(item) for item in log.items}
+        for index, kl in divergences(groups, reference, judged.edited, done=done):
+            tokens = answers[index]["tokens"]
+            log.add(
+                str(index),
+                kl=kl.mean().item(),
+                tokens=len(tokens),
+                prompt=prompts[index].text,
+                strings=token_strings(tokenizer, prompts[index].tokens[-1], tokens),
+                token_kl=rounded(kl),
+            )
 
 
 def _free() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from kfade.data.examples import Example, load_examples
 from kfade.data.sequences import TokenSequence, digest_sequences, encode
@@ -141,24 +140,18 @@ def _measure(
     request: MemorisationRequest,
 ) -> None:
     """Every text's statistics into the log, of the model as it is now."""
-    missing = [i for i, name in enumerate(names) if name not in log.items]
-
-    def note(place: int, values: Tensor) -> None:
-        sequence = sequences[missing[place]]
-        scored = [t for t, s in zip(sequence.tokens, sequence.scored, strict=True) if s]
-        text = subject.tokenizer.decode(scored, skip_special_tokens=True)
-        log.add(
-            names[missing[place]], **text_statistics(values, text, request.min_k), text=text[:200]
-        )
-
-    token_values(
+    texts = dict(zip(names, sequences, strict=True))
+    values_of = partial(
+        token_values,
         subject.model,
-        [sequences[i] for i in missing],
-        token_statistics,
-        note,
+        measure=token_statistics,
         name="texts",
         batch_tokens=request.batch_tokens,
     )
+    for name, sequence, values in log.measure(texts, values_of):
+        scored = [t for t, s in zip(sequence.tokens, sequence.scored, strict=True) if s]
+        text = subject.tokenizer.decode(scored, skip_special_tokens=True)
+        log.add(name, **text_statistics(values, text, request.min_k), text=text[:200])
 
 
 def _aggregate(log: ItemLog, names: list[str]) -> dict[str, Any]:

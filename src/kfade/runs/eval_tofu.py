@@ -10,8 +10,9 @@ from typing import Any
 
 from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog, digest
-from kfade.evaluate.rouge import load_rouge_l_recall
+from kfade.evaluate.rouge import RougeLRecall
 from kfade.evaluate.tofu import LEGACY_ITEMS, TofuQuestion, read_tofu, template_for
 from kfade.evaluate.tofu import evaluate_tofu as measure_tofu
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, load_ks_test, notes_on
@@ -71,7 +72,7 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
     if request.retain_model:
         load_ks_test()
     retain = _read_retain(request.retain_log)
-    load_rouge_l_recall()
+    RougeLRecall()
     if request.retain_model:  # is it there?
         trusted = config.trust_remote_code
         load_tokenizer(request.retain_model, trust_remote_code=trusted, tokenizer=config.tokenizer)
@@ -127,8 +128,7 @@ def _how(request: TofuRequest, settings: dict[str, Any], out: Path, resume: bool
     return {
         "template": word,
         "chat": rendering_of(settings, out, resume=resume),
-        "max_new_tokens": request.max_new_tokens,
-        "batch_tokens": request.batch_tokens,
+        "decoding": Decoding(request.max_new_tokens, request.batch_tokens),
         "legacy": request.tofu_legacy,
     }
 
@@ -166,7 +166,7 @@ def _measure_retain(
     header = {
         "benchmark": "tofu",
         "model": subject.name,
-        "max_new_tokens": how["max_new_tokens"],
+        "max_new_tokens": how["decoding"].max_new_tokens,
         **{name: run.settings[name] for name in ("template_args", "template_sha256")},
         **_about(subject, questions, how),
     }
