@@ -16,11 +16,11 @@ WIDTH = "96"  # of the help texts, in characters
 PLAIN = {"COLUMNS": WIDTH, "TERM": "dumb", "NO_COLOR": "1"}
 HEAD = """# Command line
 
-The help texts of all commands. This page is made from the commands themselves when the site is built.
+The help texts of all commands. This page is made from the commands when the site is built.
 
-Exit codes: 0 done; 2 an error in the input, which one line on stderr explains; 130 interrupted; 1 any
-other error, or a check that failed. With `--json` a command prints one JSON object on stdout. All other
-output goes to stderr.
+Exit codes: 0 done; 2 an error in the input, which one line on stderr explains; 130 interrupted;
+1 any other error, or a check that failed. With `--json` a command prints one JSON object on
+stdout. All other output goes to stderr.
 """
 
 

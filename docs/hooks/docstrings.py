@@ -14,6 +14,7 @@ class Roles(griffe.Extension):
     """Rewrites each docstring when griffe has read it."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one object."""
         if obj.docstring is not None:
             obj.docstring.value = ROLE.sub(as_code, obj.docstring.value)
 
