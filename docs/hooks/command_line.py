@@ -12,7 +12,7 @@ import sys
 from contextlib import redirect_stdout
 from unittest import mock
 
-WIDTH = "96"  # of the help texts, in characters
+WIDTH = "92"  # of the help texts, in characters
 PLAIN = {"COLUMNS": WIDTH, "TERM": "dumb", "NO_COLOR": "1"}
 HEAD = """# Command line
 
