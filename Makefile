@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 # Two processes; one that has done its tests takes over some of the other's.
 TWO := --numprocesses 2 --dist worksteal
 
-.PHONY: help demo test test-oldest lint clean
+.PHONY: help demo test test-oldest lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,8 +29,16 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## remove the virtual environments and what runs wrote
-	rm -rf $(VENV) $(OLDEST) out
+# The page of the command line comes from the commands, so the site builds in the environment of the tests.
+docs: $(VENV)/.docs  ## the documentation site (writes site/; needs Python 3.11 or newer)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove the virtual environments, the site and what runs wrote
+	rm -rf $(VENV) $(OLDEST) site out
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet --constraint requirements/constraints.txt --editable '.[docs]'
+	touch $@
 
 $(READY): VERSIONS := constraints
 $(OLDEST)/.ready: VERSIONS := oldest
