@@ -53,6 +53,7 @@ app = App(
 )
 eval_app = App(
     name="eval",
+    group_arguments=MODEL,
     help="Measure a model, with or without an update: benchmarks, specificity, memorisation.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (

@@ -5,8 +5,6 @@ with ``items.jsonl`` (every item's values), ``metrics.json`` and ``manifest.json
 one keeps its items and goes on when it is resumed.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
