@@ -153,7 +153,7 @@ def test_a_model_is_not_spread_over_one_process(desk, tmp_path, capsys):
     assert "there is one process; start with torchrun" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
     with pytest.raises(InputError, match="there is one process"):  # before a model is looked for
-        load(ModelConfig("nowhere", shard=True), FitConfig())
+        load(ModelConfig("nowhere"), FitConfig(), shard=True)
 
 
 def test_held_out_text_that_a_step_cannot_change_is_told(desk, tmp_path, capsys):

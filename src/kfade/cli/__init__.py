@@ -8,10 +8,12 @@ goes to stderr.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from inspect import signature
+from typing import Any
 
 import torch
-import typer
+from cyclopts import App, CycloptsError, Parameter
 
 from kfade.cli import (
     attack,
@@ -31,55 +33,74 @@ from kfade.cli import (
     sweep,
     unlearn,
 )
-from kfade.cli.eval import eval_app
+from kfade.cli.defaults import fill_options, shown_default
 from kfade.cli.session import console
 from kfade.errors import InputError
+from kfade.runs.options import MODEL
 from kfade.runtime import distributed
 from kfade.runtime.files import FULL, unwritable
 
-INTERRUPTED = 130  # typer's exit code of a KeyboardInterrupt within a command
+INTERRUPTED = 130  # what a shell tells of a program that Ctrl-C ended
 
-app = typer.Typer(
+app = App(
+    name="kfade",
     help="Make a language model unlearn: a few Gauss-Newton steps with K-FAC / EK-FAC curvature.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    help_format="markdown",
+    group_arguments=MODEL,
+    config=fill_options,
+    # Of an option given twice the last one counts, as in most programs.
+    default_parameter=Parameter(show_default=shown_default, allow_repeating=True),
 )
-app.command("unlearn")(unlearn.unlearn)
-app.command("fit")(fit.fit)
-app.command("plan")(plan.plan)
-app.command("sweep")(sweep.sweep)
-app.command("baseline")(baseline.baseline)
-app.command("apply")(edit.apply)
-app.command("revert")(edit.revert)
-app.command("report")(report.report)
-app.command("merge")(edit.merge)
-app.command("export-lora")(edit.export_lora)
-app.command("attack")(attack.attack)
-app.command("check")(check.check)
-app.command("demo")(demo.demo)
-app.add_typer(eval_app, name="eval")
-eval_app.command("kl")(eval_kl.kl)
-eval_app.command("tofu")(eval_tofu.tofu)
-eval_app.command("choice")(eval_choice.choice)
-eval_app.command("mt-bench")(eval_judge.mt_bench)
-eval_app.command("memorisation")(eval_memorisation.memorisation)
-eval_app.command("quantisation")(eval_quantisation.quantisation)
+eval_app = App(
+    name="eval",
+    group_arguments=MODEL,
+    help="Measure a model, with or without an update: benchmarks, specificity, memorisation.",
+)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    unlearn.unlearn,
+    fit.fit,
+    plan.plan,
+    sweep.sweep,
+    baseline.baseline,
+    edit.apply,
+    edit.revert,
+    report.report,
+    edit.merge,
+    edit.export_lora,
+    attack.attack,
+    check.check,
+    demo.demo,
+)
+EVALUATIONS: tuple[Callable[..., None], ...] = (
+    eval_kl.kl,
+    eval_tofu.tofu,
+    eval_choice.choice,
+    eval_judge.mt_bench,
+    eval_memorisation.memorisation,
+    eval_quantisation.quantisation,
+)
+for command in COMMANDS:
+    app.command(command)
+for command in EVALUATIONS:
+    eval_app.command(command)
+app.command(eval_app)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command, in each process that ``torchrun`` started; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    resumes = False
     try:
         with distributed.processes():
+            command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+            resumes = "resume" in signature(command).parameters
             if distributed.count() > 1:
-                _check_several(given)
+                _check_several(command)
                 console.quiet = distributed.rank() > 0
-            app(args=arguments)
+            command(*given.args, **given.kwargs)
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        return _interrupted(given) if code == INTERRUPTED else code
+        return stop.code if isinstance(stop.code, int) else 1
+    except CycloptsError as error:
+        return _fail(str(error), 2)
     except InputError as error:
         return _fail(str(error), 2)
     except (torch.OutOfMemoryError, MemoryError):
@@ -93,15 +114,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(unwritable(error.filename or "what it prints", error)), 2)
     except KeyboardInterrupt:
-        return _interrupted(given)
+        goes_on = "; the same command with --resume goes on" if resumes else ""
+        return _fail(f"interrupted{goes_on}", INTERRUPTED)
     return 0
 
 
-def _check_several(arguments: list[str]) -> None:
-    if arguments[:1] not in (["fit"], ["unlearn"]):
+def _check_several(command: Callable[..., Any]) -> None:
+    if command not in (fit.fit, unlearn.unlearn):
         raise InputError(
-            f"kfade {' '.join(arguments[:1])}: only fit and unlearn run in several processes; "
-            "start it without torchrun"
+            f"kfade {command.__name__}: only fit and unlearn run in several processes; start it "
+            "without torchrun"
         )
 
 
@@ -111,15 +133,6 @@ def _out_of_memory() -> int:
         "fit, unlearn and sweep hold less with --recompute",
         2,
     )
-
-
-def _interrupted(arguments: list[str]) -> int:
-    commands = [*app.registered_commands, *eval_app.registered_commands]
-    name = next((word for word in arguments if not word.startswith("-") and word != "eval"), None)
-    called = [c.callback for c in commands if c.name == name and c.callback is not None]
-    resumes = any("resume" in signature(callback).parameters for callback in called)
-    goes_on = "; the same command with --resume goes on" if resumes else ""
-    return _fail(f"interrupted{goes_on}", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,77 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kfade.cli import baseline_options as b
 from kfade.cli import options as o
 from kfade.cli.session import session, show
-from kfade.runs.baseline_words import LORA_ALPHA, LORA_DROPOUT
 from kfade.runs.baselines import BaselineRequest
 from kfade.runs.baselines import baseline as run_baseline
 
 
 def baseline(
-    method: b.MethodName,
-    model: o.Model,
+    request: BaselineRequest = BaselineRequest(),
+    *,
     out: o.Out,
-    forget: o.Forget = None,
-    retain: o.Retain = None,
-    sequence_length: o.SequenceLength = None,
-    template: o.Template = None,
-    template_file: o.TemplateFile = None,
-    template_args: o.TemplateArgs = None,
-    template_date: o.TemplateDate = None,
-    score_end: o.ScoreEnd = None,
-    pack: o.Pack = None,
-    truncate: o.Truncate = None,
-    holdout: o.Holdout = None,
-    batch_tokens: o.BatchTokens = None,
-    beta: b.Beta = None,
-    gamma: b.Gamma = None,
-    coefficient: b.Coefficient = None,
-    retain_weight: b.RetainWeight = None,
-    layer: b.Layer = None,
-    concept: b.Concept = None,
-    eta: b.Eta = None,
-    lr: b.Lr = None,
-    epochs: b.Epochs = None,
-    steps: b.Steps = None,
-    batch: b.BatchSize = None,
-    accumulate: b.Accumulate = None,
-    warm_up: b.WarmUp = None,
-    decay: b.Decay = None,
-    weight_decay: b.WeightDecay = None,
-    clip: b.Clip = None,
-    evaluate_every: b.EvaluateEvery = None,
-    max_kl: b.MaxKl = None,
-    checkpoints: b.Checkpoints = False,
-    layers: b.Layers = None,
-    target: b.Target = None,
-    lora: b.LoraRank = None,
-    lora_alpha: b.LoraAlpha = LORA_ALPHA,
-    lora_dropout: b.LoraDropout = LORA_DROPOUT,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
-    seed: o.Seed = None,
     resume: o.Resume = False,
-    export_model: o.ExportModel = False,
     json: o.Json = False,
 ) -> None:
     """Make MODEL forget by another METHOD, to compare with: the same data, the same kind of update.
 
-    Writes `update.safetensors`, `manifest.json`, `metrics.json` and `log.jsonl` into OUT; MODEL
+    Writes `update.safetensors`, `manifest.json`, `metrics.json` and `log.jsonl` into OUT. MODEL
     itself is not changed. Defaults are those of each method's reference code, made for models of
     7 billion parameters; sweep `--lr` on any other.
 
     Example: `kfade baseline npo HuggingFaceTB/SmolLM2-135M-Instruct --forget forget.jsonl
     --retain retain.jsonl --lr 2e-5 --out out/npo`
     """
-    request = o.request_of(BaselineRequest, locals())
     with session():
         result = run_baseline(request, out, resume=resume)
-    show(result, json, summary(result, max_kl))
+    show(result, json, summary(result, request.training.max_kl))
 
 
 def summary(result: Mapping[str, Any], max_kl: float | None) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import typer
+from cyclopts import Parameter
 from torch import nn
 
 from kfade.cli import options as o
@@ -30,7 +30,8 @@ from kfade.method.update import Update
 from kfade.models.layers import find_targets, has_experts
 from kfade.models.lengths import length_class, model_window
 from kfade.models.targets import named
-from kfade.runs.config import RunConfig, override
+from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
+from kfade.runs.options import DATA, RUN
 from kfade.runs.session import Loaded, load, read_source, to_tokens
 from kfade.runs.words import draw_of, fit_of
 from kfade.runtime.stages import stage
@@ -40,6 +41,12 @@ SHORT, BEYOND = 10, 32  # tokens of a short sequence; of a long one, beyond wher
 PROMPTS, NEW_TOKENS = (2, 20, 5, 9, 20), 8  # lengths of prompts; two are the same
 SMALL_KLS = (1e-4, 1e-6, 1e-8)  # nats: small against the third order, in most models the first is
 ABOVE_ROUNDING = 10  # times the KL of rounding: what a small step measures at least
+
+Retain = Annotated[
+    str | None,
+    Parameter(group=DATA, help="Texts to check on, as for unlearn. Unset: the demo's."),
+]
+Seed = Annotated[int, Parameter(group=RUN, help="Seed of the pseudo-labels.")]
 
 
 @dataclass(frozen=True)
@@ -52,19 +59,11 @@ class Finding:
 
 
 def check(
-    model: o.Model,
-    retain: o.Retain = None,
-    estimator: o.Estimator = None,
-    labels: o.Labels = None,
-    layers: o.Layers = None,
-    target: o.Target = None,
-    joint_bias: o.JointBias = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
-    seed: o.Seed = None,
+    model: ModelConfig = ModelConfig(),
+    *,
+    curvature: CurvatureConfig = CurvatureConfig(),
+    retain: Retain = None,
+    seed: Seed = 0,
     json: o.Json = False,
 ) -> None:
     """Check in about a minute that MODEL can be unlearned with, on a few short texts.
@@ -74,21 +73,19 @@ def check(
     the exact-quadratic and the measured KL of a small step relate. Exit code 1 if one of them
     fails.
     """
-    given = {name: value for name, value in locals().items() if name != "json"}
-    run = override(RunConfig(), **given, template="plain")
-    fit, draw = fit_of(run.fit.estimator), draw_of(run.fit.labels)
+    fit, draw = fit_of(curvature.estimator), draw_of(curvature.labels)
     with session() as clock:
-        examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
-        loaded = load(run.model, run.fit)
-        preflight(loaded.model, loaded.targets)
+        examples = read_source(retain or str(data_file("retain.jsonl")), "--retain")
+        loaded = load(model, curvature)
+        preflight(loaded.model, loaded.targets, recompute=curvature.recompute)
         length = min(LENGTH, model_window(loaded.model) or LENGTH)
-        run = override(run, sequence_length=length)
+        plain = RetainConfig(template="plain", sequence_length=length)
         texts = [example for example in examples if example.text] or examples
-        tokens = to_tokens(texts[: 4 * SEQUENCES], loaded, run.data)[:SEQUENCES]
+        tokens = to_tokens(texts[: 4 * SEQUENCES], loaded, plain)[:SEQUENCES]
         findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
         findings.append(_generation(loaded, tokens))
-        few = _few_blocks(loaded, run)
-        findings += _small_step(few, tokens, fit, draw, run.seed)
+        few = _few_blocks(loaded, curvature)
+        findings += _small_step(few, tokens, fit, draw, seed)
     result: dict[str, Any] = {
         "passed": all(finding.passed for finding in findings),
         "findings": [vars(finding) for finding in findings],
@@ -97,7 +94,7 @@ def check(
     marks = {True: "ok    ", False: "FAILED"}
     show(result, json, [f"{marks[f.passed]} {f.name}: {f.text}" for f in findings])
     if not result["passed"]:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def _targets(loaded: Loaded) -> Finding:
@@ -225,7 +222,7 @@ def _gap(loaded: Loaded, prompt: tuple[int, ...], one: list[int], other: list[in
     return abs(first - second)
 
 
-def _few_blocks(loaded: Loaded, run: RunConfig) -> Loaded:
+def _few_blocks(loaded: Loaded, curvature: CurvatureConfig) -> Loaded:
     """At most ``BLOCKS`` of the targeted blocks, spread evenly."""
     blocks = sorted({t.block for t in loaded.targets})
     if len(blocks) > BLOCKS:
@@ -233,8 +230,8 @@ def _few_blocks(loaded: Loaded, run: RunConfig) -> Loaded:
     targets = find_targets(
         loaded.model,
         layers=",".join(map(str, blocks)),
-        pattern=run.fit.target,
-        joint_bias=run.fit.joint_bias,
+        pattern=curvature.target,
+        joint_bias=curvature.joint_bias,
     )
     return replace(loaded, targets=targets)
 

@@ -6,7 +6,7 @@ import json as json_module
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 from rich.table import Table
 
 from kfade.cli import options as o
@@ -22,7 +22,9 @@ from kfade.runtime.files import write_text
 from kfade.runtime.run_dir import check_free
 from kfade.runtime.stages import stage
 
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet.")]
+OtherModel = Annotated[
+    str | None, Parameter(help="Hub id, folder or GGUF file. Unset: SmolLM2-135M-Instruct.")
+]
 
 
 def demo_config(model: str) -> RunConfig:
@@ -41,13 +43,7 @@ def demo_config(model: str) -> RunConfig:
     )
 
 
-def demo(
-    out: Out = Path("out/demo"),
-    model: Annotated[
-        str | None, typer.Option(help="Another model: hub id, folder or GGUF file.")
-    ] = None,
-    json: o.Json = False,
-) -> None:
+def demo(*, out: o.Out = Path("out/demo"), model: OtherModel = None, json: o.Json = False) -> None:
     """Make SmolLM2-135M-Instruct forget the capitals of the world, and show what changed.
 
     Fits on statements about 74 countries and asks in other words; neighbouring geography and

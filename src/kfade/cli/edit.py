@@ -5,40 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
 from kfade.cli import options as o
 from kfade.cli.session import session, show
 from kfade.runs import editing
 from kfade.runs.config import ModelConfig
+from kfade.runs.options import MODEL, argument
 
-UpdatePath = Annotated[Path, typer.Argument(help="Folder of a kfade unlearn run, or its file.")]
-
+UpdatePath = Annotated[
+    Path,
+    argument("update"),
+    Parameter(required=True, help="Folder of a kfade run, or its update file."),
+]
 UpdatePaths = Annotated[
-    list[Path], typer.Argument(help="Folders of kfade runs, or their update files; two or more.")
-]
-Rank = Annotated[int, typer.Option("--rank", help="Rank of each weight's adapter.")]
-BaseModel = Annotated[
-    str | None,
-    typer.Option("--model", help="Where the model lies. [as UPDATE says]", show_default=False),
-]
-LoraOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", help="Folder to write. [lora-RANK in the update's folder]", show_default=False
+    list[Path],
+    Parameter(
+        name="UPDATES",
+        group=MODEL,
+        help="Folders of kfade runs, or their update files; two or more.",
     ),
 ]
 
 
 def apply(
-    model: o.Model,
-    update: UpdatePath,
+    model: ModelConfig = ModelConfig(),
+    update: UpdatePath = Path(),
+    *,
     out: o.Out,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
     json: o.Json = False,
 ) -> None:
     """Write MODEL with UPDATE added, as a folder that `from_pretrained` loads.
@@ -46,28 +40,22 @@ def apply(
     MODEL may be the one that the update was computed on or a fine-tuned descendant of it; a model
     of other shapes is refused.
     """
-    config = o.request_of(ModelConfig, locals())
     with session():
-        result = editing.apply(config, update, out)
-    show(result, json, _lines(result, model, "added to"))
+        result = editing.apply(model, update, out)
+    show(result, json, _lines(result, model.model, "added to"))
 
 
 def revert(
-    model: o.Model,
-    update: UpdatePath,
+    model: ModelConfig = ModelConfig(),
+    update: UpdatePath = Path(),
+    *,
     out: o.Out,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
     json: o.Json = False,
 ) -> None:
     """Write MODEL with UPDATE taken away: undoes `kfade apply`, up to one rounding."""
-    config = o.request_of(ModelConfig, locals())
     with session():
-        result = editing.revert(config, update, out)
-    show(result, json, _lines(result, model, "taken from"))
+        result = editing.revert(model, update, out)
+    show(result, json, _lines(result, model.model, "taken from"))
 
 
 def _lines(result: dict[str, Any], model: str, done: str) -> list[str]:
@@ -77,11 +65,11 @@ def _lines(result: dict[str, Any], model: str, done: str) -> list[str]:
     ]
 
 
-def merge(updates: UpdatePaths, out: o.Out, json: o.Json = False) -> None:
+def merge(updates: UpdatePaths, /, *, out: o.Out, json: o.Json = False) -> None:
     """Write the sum of several updates as one: `kfade apply` then makes all changes at once.
 
-    Updates of different models, or of one model at different times, are added all the same, and it
-    is said.
+    Updates of different models, or of one model at different times, are added all the same, with
+    a note that says so.
     """
     with session():
         result = editing.merge(updates, out)
@@ -89,28 +77,18 @@ def merge(updates: UpdatePaths, out: o.Out, json: o.Json = False) -> None:
     show(result, json, [told])
 
 
-def export_lora(
-    update: UpdatePath,
-    rank: Rank,
-    out: LoraOut = None,
-    model: BaseModel = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    json: o.Json = False,
-) -> None:
+def export_lora(request: editing.LoraRequest, *, json: o.Json = False) -> None:
     """Write the LoRA adapter that is nearest to UPDATE, as the package peft loads it.
 
-    Each weight's change is cut to its largest singular values; the relative error, ‖ΔW − BA‖ /
+    Each weight's change is cut to its largest singular values. The relative error, ‖ΔW − BA‖ /
     ‖ΔW‖, is told in all and, in `metrics.json`, by weight. MODEL's weights are not needed.
     """
-    request = o.request_of(editing.LoraRequest, locals())
     with session():
         result = editing.export_lora(request)
     errors = result["relative_errors"]
     worst = max(errors, key=lambda weight: errors[weight])
     lines = [
-        f"adapter of rank {rank} for {len(errors)} weights written to {result['out']}",
+        f"adapter of rank {request.rank} for {len(errors)} weights written to {result['out']}",
         f"{100 * result['relative_error']:.3g} % of the update's norm is left out; of {worst} "
         f"{100 * errors[worst]:.3g} %",
     ]

@@ -1,16 +1,8 @@
-"""``kfade eval``: the group of its commands, and how they write a figure."""
+"""How the commands of ``kfade eval`` write a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import typer
-
-eval_app = typer.Typer(
-    help="Measure a model, with or without an update: benchmarks, specificity, memorisation.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
 
 
 def interval(figure: Mapping[str, float], digits: int = 3) -> str:

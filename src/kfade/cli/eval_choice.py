@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from kfade.cli import options as o
 from kfade.cli.eval import interval
@@ -17,55 +14,11 @@ from kfade.runs.eval_choice import ChoiceRequest, evaluate_choice
 NAME_WIDTH = 24  # of the printed table's first column
 COLUMNS = ("letters", "text", "/token", "/character")  # SCORINGS in that table
 
-Questions = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--questions",
-        help="JSONL of {question, choices, answer}, MMLU's csv, or a folder of csv files; may be "
-        "given several times.",
-        show_default=False,
-        rich_help_panel=o.DATA,
-    ),
-]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        "--tasks", help="lm-eval's own tasks, as in mmlu,wmdp_bio.", rich_help_panel=o.DATA
-    ),
-]
-TaskFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--task-folder", help="Folder of further lm-eval tasks (YAML).", rich_help_panel=o.DATA
-    ),
-]
-Cloze = Annotated[
-    bool,
-    typer.Option(
-        "--cloze",
-        help="Questions are beginnings of texts that a choice continues.",
-        rich_help_panel=o.DATA,
-    ),
-]
-
 
 def choice(
-    model: o.Model,
+    request: ChoiceRequest = ChoiceRequest(),
+    *,
     out: o.Out,
-    questions: Questions = None,
-    tasks: Tasks = None,
-    task_folder: TaskFolder = None,
-    cloze: Cloze = False,
-    update: o.UpdateDir = None,
-    quantise: o.Quantise = None,
-    limit: o.Limit = None,
-    batch_tokens: o.Positions = 4096,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
-    seed: o.ResamplingSeed = 0,
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
@@ -73,7 +26,6 @@ def choice(
 
     Example: `kfade eval choice MODEL --update out/run --questions mmlu/test --out out/mmlu`
     """
-    request = o.request_of(ChoiceRequest, locals())
     with session():
         result = evaluate_choice(request, out, resume=resume)
     show(result, json, _lines(result))

@@ -6,30 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
 from kfade.cli import options as o
 from kfade.cli.session import session, show
+from kfade.runs.config import ModelConfig
 from kfade.runs.eval_quantisation import evaluate_quantisation
-from kfade.runs.evaluation import Subject
+from kfade.runs.options import JUDGED
 
-Update = Annotated[
-    Path,
-    typer.Option(
-        "--update", help="Folder of a kfade unlearn run, or its file.", rich_help_panel=o.JUDGED
-    ),
-]
+Update = Annotated[Path, Parameter(group=JUDGED, help="Folder of a kfade run, or its update file.")]
 
 
 def quantisation(
-    model: o.Model,
+    model: ModelConfig = ModelConfig(),
+    *,
     update: Update,
     out: o.Out,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
@@ -37,9 +29,8 @@ def quantisation(
 
     For what that does to a metric, give `--quantise int8` or `int4` to the other commands.
     """
-    subject = o.request_of(Subject, locals())
     with session():
-        result = evaluate_quantisation(subject, out, resume=resume)
+        result = evaluate_quantisation(model, update, out, resume=resume)
     show(result, json, _lines(result))
 
 

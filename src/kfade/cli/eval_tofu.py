@@ -6,101 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
 from kfade.cli import options as o
 from kfade.cli.session import console, session, show
 from kfade.errors import InputError
 from kfade.runs.eval_tofu import TofuRequest, aggregate_tofu, evaluate_tofu
+from kfade.runs.options import LOGS
 
-LOGS = "Saved logs"
-
-OptionalModel = Annotated[
-    str | None,
-    typer.Argument(help="Hub id, local folder, GGUF file, or LoRA adapter. [none with --from-log]"),
-]
-OptionalOut = Annotated[
-    Path | None,
-    typer.Option("--out", help="Folder to write; it must not exist yet.", rich_help_panel=o.RUN),
-]
-Split = Annotated[
-    str,
-    typer.Option("--split", help="forget01, forget05 or forget10.", rich_help_panel=o.DATA),
-]
-DataFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        help="Folder with a copy of the data set. [the hub's locuslab/TOFU]",
-        show_default=False,
-        rich_help_panel=o.DATA,
-    ),
-]
-Template = Annotated[
-    str,
-    typer.Option("--template", help="auto, chat, llama2, phi or plain.", rich_help_panel=o.DATA),
-]
-MaxNewTokens = Annotated[
-    int, typer.Option(min=1, help="Longest generated answer.", rich_help_panel=o.DATA)
-]
-Legacy = Annotated[
-    bool,
-    typer.Option(
-        "--tofu-legacy",
-        help="As the reference code: the first 300 items of each set, and Phi's 'Answer: ' scored.",
-        rich_help_panel=o.DATA,
-    ),
-]
 FromLog = Annotated[
     Path | None,
-    typer.Option(
-        "--from-log",
+    Parameter(
+        group=LOGS,
         help="Aggregate this log instead of measuring: a folder of kfade eval tofu, or the "
         "reference code's eval_log_aggregated.json.",
-        rich_help_panel=LOGS,
-    ),
-]
-RetainLog = Annotated[
-    Path | None,
-    typer.Option(
-        "--retain-log",
-        help="The retain model's log, of either kind: what forget quality compares with.",
-        rich_help_panel=LOGS,
-    ),
-]
-RetainModel = Annotated[
-    str | None,
-    typer.Option(
-        "--retain-model",
-        help="Or measure the retain model itself, after MODEL.",
-        rich_help_panel=o.JUDGED,
     ),
 ]
 
 
 def tofu(
-    model: OptionalModel = None,
-    update: o.UpdateDir = None,
-    quantise: o.Quantise = None,
-    split: Split = "forget10",
-    data: DataFolder = None,
-    template: Template = "auto",
-    template_file: o.TemplateFile = None,
-    template_args: o.TemplateArgs = None,
-    template_date: o.TemplateDate = None,
-    max_new_tokens: MaxNewTokens = 200,
-    tofu_legacy: Legacy = False,
+    request: TofuRequest = TofuRequest(),
+    *,
     from_log: FromLog = None,
-    retain_log: RetainLog = None,
-    retain_model: RetainModel = None,
-    limit: o.Limit = None,
-    batch_tokens: o.Positions = 4096,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    revision: o.Revision = None,
-    tokenizer: o.Tokenizer = None,
-    out: OptionalOut = None,
+    out: o.Out | None = None,
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
@@ -111,14 +39,14 @@ def tofu(
 
     Example: `kfade eval tofu MODEL --update out/run --retain-log out/retain --out out/tofu`
     """
+    subject = request.subject
     if from_log:
-        if model or update or out or retain_model:
+        if subject.model.model or subject.update or out or request.retain_model:
             raise InputError("--from-log only reads saved logs: leave out MODEL, --update, --out")
-        _show(aggregate_tofu(from_log, retain_log), json)
+        _show(aggregate_tofu(from_log, request.retain_log), json)
         return
-    if model is None or out is None:
+    if not subject.model.model or out is None:
         raise InputError("give MODEL and --out, or --from-log with a saved log")
-    request = o.request_of(TofuRequest, locals())
     with session():
         result = evaluate_tofu(request, out, resume=resume)
     _show(result, json)

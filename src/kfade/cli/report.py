@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
 from kfade.cli import options as o
 from kfade.cli.session import show
@@ -13,24 +13,31 @@ from kfade.report.data import read_results
 from kfade.report.figures import all_charts
 from kfade.report.page import build_page
 from kfade.report.static import write_figures
+from kfade.runs.options import MODEL
 from kfade.runtime.files import write_text, writing
 
 Folders = Annotated[
     list[Path],
-    typer.Argument(
-        help="Folders of runs, evaluations, sweeps and attacks, searched to the bottom.",
-        show_default=False,
+    Parameter(
+        name="FOLDERS",
+        group=MODEL,
+        help="Folders of runs, evaluations, sweeps and attacks; subfolders are searched too.",
     ),
 ]
+Page = Annotated[Path, Parameter(help="The HTML file to write.")]
+Figures = Annotated[
+    Path | None, Parameter(help="Also write each figure into this folder, as SVG and PNG.")
+]
+Title = Annotated[str | None, Parameter(help="The page's heading. Unset: the run's name.")]
 
 
 def report(
     folders: Folders,
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    figures: Annotated[
-        Path | None, typer.Option(help="Also write each figure there, as SVG and PNG.")
-    ] = None,
-    title: Annotated[str | None, typer.Option(help="The page's heading. [the run's name]")] = None,
+    /,
+    *,
+    out: Page = Path("report.html"),
+    figures: Figures = None,
+    title: Title = None,
     json: o.Json = False,
 ) -> None:
     """Write one HTML page of runs and their evaluations, side by side; it needs no network.

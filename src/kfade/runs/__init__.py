@@ -19,33 +19,37 @@ from kfade.runs.baselines import (
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
+    FitRequest,
     ModelConfig,
     RefinementConfig,
     RunConfig,
     SizeConfig,
     StepConfig,
+    TemplateConfig,
     read_config,
 )
 from kfade.runs.editing import LoraRequest, apply, export_lora, merge, revert
 from kfade.runs.eval_choice import ChoiceRequest, evaluate_choice
-from kfade.runs.eval_judge import BenchRequest, evaluate_mt_bench
+from kfade.runs.eval_judge import BenchRequest, JudgeConfig, evaluate_mt_bench
 from kfade.runs.eval_kl import KlRequest, evaluate_kl
 from kfade.runs.eval_memorisation import MemorisationRequest, evaluate_memorisation
 from kfade.runs.eval_quantisation import evaluate_quantisation
 from kfade.runs.eval_tofu import TofuRequest, aggregate_tofu, evaluate_tofu
-from kfade.runs.evaluation import Rendering, Subject
+from kfade.runs.evaluation import Subject
 from kfade.runs.fitting import fit
-from kfade.runs.sweeping import sweep
+from kfade.runs.planning import PlanRequest, plan
+from kfade.runs.sweeping import SweepRequest, sweep
 from kfade.runs.unlearning import unlearn
 
 __all__ = [
-    "unlearn", "fit", "sweep", "apply", "revert", "merge", "export_lora", "LoraRequest",
+    "unlearn", "fit", "FitRequest", "sweep", "SweepRequest", "plan", "PlanRequest",
+    "apply", "revert", "merge", "export_lora", "LoraRequest",
     "baseline", "BaselineRequest", "LossConfig", "TrainingConfig", "WeightsConfig",
     "attack", "AttackRequest",
     "evaluate_kl", "KlRequest", "evaluate_tofu", "aggregate_tofu", "TofuRequest",
-    "evaluate_choice", "ChoiceRequest", "evaluate_mt_bench", "BenchRequest",
+    "evaluate_choice", "ChoiceRequest", "evaluate_mt_bench", "BenchRequest", "JudgeConfig",
     "evaluate_memorisation", "MemorisationRequest", "evaluate_quantisation",
-    "Subject", "Rendering",
+    "Subject", "TemplateConfig",
     "RunConfig", "ModelConfig", "DataConfig", "FitConfig", "StepConfig", "RefinementConfig",
     "SizeConfig", "read_config",
 ]  # fmt: skip

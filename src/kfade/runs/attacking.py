@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from kfade.data.batches import draw_without_replacement
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog, read_log
 from kfade.evaluate.questions import Question, read_questions
-from kfade.evaluate.relearning import AT, Examination, Tuning
+from kfade.evaluate.relearning import (
+    AT,
+    BATCH,
+    LEARNING_RATE,
+    STEPS,
+    WEIGHT_DECAY,
+    Examination,
+    Tuning,
+)
 from kfade.evaluate.relearning import attack as attack_model
 from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.models.layers import digest_weights
-from kfade.runs.config import RunConfig
+from kfade.runs import options as o
+from kfade.runs.config import DataConfig, ModelConfig
 from kfade.runs.evaluation import Judged, Subject, load_judged
 from kfade.runs.inputs import inputs
 from kfade.runs.session import Loaded, read_retain, read_source, to_tokens, with_length
@@ -27,32 +39,102 @@ from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
 ATTACK = "attack.jsonl"
+KINDS = ("benign", "related", "forget")
 _FORGET, _HELD_OUT = "measured forget set", "held-out retain set"  # beside kinds of data
 
 
+@o.settings(o.TRAINING)
 @dataclass(frozen=True)
 class AttackRequest:
-    """What is asked for."""
+    """What to fine-tune, on what, and what to measure."""
 
-    run: RunConfig
-    """Model and data."""
-    sources: dict[str, str]
-    """What to fine-tune on, by kind."""
-    update: Path | None = None
-    """Of the model; None to fine-tune it as it is."""
-    questions: Path | None = None
-    """Multiple choice on what was forgotten."""
-    tuning: Tuning = field(default_factory=Tuning)
-    """How to fine-tune."""
-    at: Sequence[int] = AT
-    """Numbers of steps after which to measure, rising."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model."""
+    data: DataConfig = field(default_factory=DataConfig, kw_only=True)
+    """What was forgotten, whose loss is measured; the run's retain set, of which what is held out
+    gives the KL; and how text becomes sequences."""
+    sources: Annotated[
+        list[str], Parameter(name="--data", group=o.DATA, required=True), o.REPEATED
+    ] = field(default_factory=list, kw_only=True)
+    """What to fine-tune on. Each one given is an attack from the start."""
+    kinds: Annotated[list[str], Parameter(name="--kind", group=o.DATA), o.REPEATED] = field(
+        default_factory=list, kw_only=True
+    )
+    """What each --data is: benign, related or forget. Unset, and one --data: benign."""
+    update: Annotated[Path | None, Parameter(group=o.JUDGED)] = field(default=None, kw_only=True)
+    """Attack MODEL with this update: folder of a run, or its file. Unset: MODEL as it is."""
+    questions: Annotated[Path | None, Parameter(group=o.DATA)] = field(default=None, kw_only=True)
+    """Multiple choice on what was forgotten, as for kfade eval choice."""
+    steps: int = field(default=STEPS, kw_only=True)
+    """Optimiser steps."""
+    lr: float = field(default=LEARNING_RATE, kw_only=True)
+    """Learning rate of AdamW."""
+    batch: int = field(default=BATCH, kw_only=True)
+    """Sequences in a step."""
+    warmup: Annotated[int, o.at_least(0)] = field(default=0, kw_only=True)
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, o.at_least(0)] = field(default=WEIGHT_DECAY, kw_only=True)
+    """Weight decay of AdamW."""
+    at: Annotated[list[int], o.separated(int)] = field(
+        default_factory=lambda: list(AT), kw_only=True
+    )
+    """Numbers of steps after which to measure, separated by commas."""
+    seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
+    """Seed of batches and of the held-out split."""
+
+    @property
+    def by_kind(self) -> dict[str, str]:
+        """What to fine-tune on, by kind.
+
+        Raises:
+            InputError: not one kind for each source.
+        """
+        kinds = self.kinds or (["benign"] if len(self.sources) == 1 else [])
+        if len(kinds) != len(self.sources) or len(set(kinds)) < len(kinds):
+            raise InputError("give each --data a --kind of its own: benign, related or forget")
+        for kind in kinds:
+            if kind not in KINDS:
+                raise InputError(f"--kind {kind}: give benign, related or forget")
+        return dict(zip(kinds, self.sources, strict=True))
+
+    @property
+    def measured_at(self) -> list[int]:
+        """Numbers of steps after which to measure, rising.
+
+        Raises:
+            InputError: one that is not between 0 and ``steps``.
+        """
+        if not self.at or not all(0 <= number <= self.steps for number in self.at):
+            given = ",".join(map(str, self.at))
+            raise InputError(
+                f"--at {given}: give numbers from 0 to --steps {self.steps}, separated by commas"
+            )
+        return sorted(set(self.at))
+
+    @property
+    def tuning(self) -> Tuning:
+        """How to fine-tune."""
+        return Tuning(
+            self.steps,
+            self.lr,
+            self.batch,
+            self.warmup,
+            self.weight_decay,
+            self.data.batch_tokens,
+            self.seed,
+        )
 
     @property
     def asked(self) -> dict[str, Any]:
         """What a manifest tells of it."""
-        paths = {"update": self.update, "questions": self.questions}
-        texts = {name: None if path is None else str(path) for name, path in paths.items()}
-        return {**asdict(self), "at": list(self.at), **texts}
+        return {
+            "run": {"model": asdict(self.model), "data": asdict(self.data), "seed": self.seed},
+            "sources": self.by_kind,
+            "update": None if self.update is None else str(self.update),
+            "questions": None if self.questions is None else str(self.questions),
+            "tuning": asdict(self.tuning),
+            "at": self.measured_at,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,12 +160,13 @@ def attack(request: AttackRequest, out: Path, *, resume: bool = False) -> dict[s
         InputError: what is asked for cannot be done; or an interrupted attack in ``out`` that is
             resumed was asked for something else.
     """
-    data = dated(request.run.data, out, resume=resume, update=request.update)
-    request = replace(request, run=replace(request.run, data=data))
+    data = dated(request.data, out, resume=resume, update=request.update)
+    request = replace(request, data=data)
+    asked = request.asked
     examples = _read(request)
     questions = read_questions(request.questions) if request.questions else []
     clock = Clock()
-    with timing(clock), RunDir(out, request.asked, resume=resume) as folder:
+    with timing(clock), RunDir(out, asked, resume=resume) as folder:
         ready = _prepare(request, examples, questions, folder)
         rows = _measure(ready, folder)
         folder.publish(ATTACK)
@@ -107,11 +190,11 @@ def attack(request: AttackRequest, out: Path, *, resume: bool = False) -> dict[s
 
 def _read(request: AttackRequest) -> dict[str, list[Example]]:
     """Everything to be read, before any long work: by kind what is trained on, then the rest."""
-    run = request.run
+    data = request.data
     return {
-        **{kind: read_source(source, "--data") for kind, source in request.sources.items()},
-        _FORGET: read_source(run.data.forget, "--forget"),
-        _HELD_OUT: read_retain(run.data, run.seed)[1] if run.data.retain else [],
+        **{kind: read_source(source, "--data") for kind, source in request.by_kind.items()},
+        _FORGET: read_source(data.forget, "--forget"),
+        _HELD_OUT: read_retain(data, request.seed)[1] if data.retain else [],
     }
 
 
@@ -122,15 +205,14 @@ def _prepare(
     folder: RunDir,
 ) -> _Ready:
     """Everything before the fine-tuning."""
-    run = request.run
-    subject = load_judged(Subject(run.model, request.update))
+    subject = load_judged(Subject(request.model, update=request.update))
     loaded = Loaded(subject.model, subject.tokenizer, [])
-    run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-    request = replace(request, run=run)
-    tokens = {name: to_tokens(some, loaded, run.data) for name, some in examples.items()}
+    data = as_used(with_length(request.data, loaded), loaded.tokenizer)
+    request = replace(request, data=data)
+    tokens = {name: to_tokens(some, loaded, data) for name, some in examples.items()}
     # Those that a kfade unlearn with the same data and seed measures: figures agree with it.
     forget = tokens.pop(_FORGET)
-    chosen = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, run.seed)
+    chosen = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, request.seed)
     forget, held_out = [forget[i] for i in chosen], tokens.pop(_HELD_OUT)
     with stage("check"):
         examine = Examination(
@@ -139,8 +221,8 @@ def _prepare(
             held_out=held_out,
             questions=questions,
             tokenizer=subject.tokenizer,
-            batch_tokens=run.data.batch_tokens,
-            seed=run.seed,
+            batch_tokens=data.batch_tokens,
+            seed=request.seed,
         )
         base = examine(subject.model).values
     with subject.edited() as edited:
@@ -149,7 +231,7 @@ def _prepare(
     asked = request.asked
     header = {
         "benchmark": "attack",
-        "model": run.model.model,
+        "model": request.model.model,
         "update": asked["update"],
         "base_sha256": digest_weights(subject.model),
         "edited_sha256": edited_digest,
@@ -168,11 +250,12 @@ def _measure(ready: _Ready, folder: RunDir) -> list[dict[str, Any]]:
     header = {**ready.header, "base": ready.base}
     if path.is_file():  # measured by the interrupted run, perhaps on another device
         header["base"] = read_log(path, partial=True).header["base"]
-    again = bool(subject.update.deltas) and max(request.at) > 0
+    at = request.measured_at
+    again = bool(subject.update.deltas) and at[-1] > 0
     with ItemLog(path, header) as log:
         try:
             for kind, sequences in ready.tokens.items():
-                if f"{kind}/{'reapplied' if again else 'attacked'}/{max(request.at)}" in log.items:
+                if f"{kind}/{'reapplied' if again else 'attacked'}/{at[-1]}" in log.items:
                     continue
                 with stage(kind):
                     found = attack_model(
@@ -181,7 +264,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[dict[str, Any]]:
                         sequences,
                         ready.examine,
                         tuning=request.tuning,
-                        at=request.at,
+                        at=at,
                     )
                 for one in found:
                     name = f"{kind}/{one.state}/{one.step}"

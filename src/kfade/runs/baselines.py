@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.loop import Settings, train
@@ -18,6 +20,7 @@ from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, provenance, save_model
+from kfade.runs import options as o
 from kfade.runs.baseline_words import (
     LORA_ALPHA,
     LORA_DROPOUT,
@@ -48,27 +51,30 @@ _IN_CONFIG = {"evaluate_every", "max_kl", "batch_tokens", "seed"}  # told by a m
 SAVE_SECONDS = 300.0  # between two savings of what a resumed run needs: up to four times the model
 
 
-@dataclass(frozen=True)
+@o.settings(o.LOSS)
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The method's loss; what is unset is as in its reference code, what it lacks is refused."""
 
     beta: float | None = None
-    """β of npo and simnpo."""
+    """β of npo (unset: 0.1) and simnpo (2.5)."""
     gamma: float | None = None
-    """γ of simnpo; the retain loss's weight in soul."""
+    """γ of simnpo (unset: 0); the retain loss's weight in soul (2)."""
     coefficient: float | None = None
-    """The forget term's weight in npo and simnpo; the length of rmu's control vector."""
+    """Forget term's weight in npo (unset: 1) and simnpo (0.1375); length c of rmu's control
+    vector (6.5)."""
     retain_weight: float | None = None
-    """The retain term's weight."""
+    """Retain term's weight. Unset: 1, of rmu 1200."""
     layer: int | None = None
-    """Block whose output rmu steers, from 0."""
+    """Block whose output rmu steers, from 0. Unset: 7."""
     concept: str | None = None
-    """What elm erases, in words."""
+    """What elm erases, in words: 'Greek mythology, its gods'."""
     eta: float | None = None
-    """Strength of elm's guidance."""
+    """Strength of elm's guidance. Unset: 1000."""
 
 
-@dataclass(frozen=True)
+@o.settings(o.TRAINING)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The training loop; what is unset is as in the method's reference code."""
 
@@ -77,58 +83,68 @@ class TrainingConfig:
     epochs: float | None = None
     """Passes over the forget set."""
     steps: int | None = None
-    """Optimiser steps, in place of ``epochs``."""
+    """Optimiser steps, in place of --epochs."""
     batch: int | None = None
-    """Sequences of each set in a batch."""
+    """Sequences of each set in a batch. Unset: 32, of rmu 4, of elm 1."""
     accumulate: int | None = None
-    """Batches a step, their losses averaged."""
+    """Batches in a step, their losses averaged. Unset: 1, of elm 4."""
     warm_up: int | None = None
-    """Steps of rising learning rate."""
+    """Steps of rising learning rate. Unset: an epoch's; of soul a tenth of all; of rmu and elm
+    none."""
     decay: bool | None = None
-    """Let the rate fall to 0 after it."""
+    """Let the rate fall to 0 after it. Unset: yes, of rmu and elm no."""
     weight_decay: float | None = None
-    """The optimiser's."""
+    """The optimiser's weight decay. Unset: 0.01, of soul 0.1."""
     clip: float | None = None
-    """Longest gradient; 0 for any."""
+    """Longest gradient; 0 for any. Unset: 1, of rmu and elm any."""
     evaluate_every: int | None = None
-    """Steps between evaluations; a tenth of all when unset."""
+    """Steps between evaluations. Unset: a tenth of all."""
     max_kl: float | None = None
-    """Keep the evaluation that forgot most within this retain KL; the last when unset."""
+    """Keep the evaluation that forgot most within this retain KL. Unset: the last."""
 
 
-@dataclass(frozen=True)
+@o.settings(o.WEIGHTS)
+@dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
     """Which weights are trained; what is unset is as in the method's reference code."""
 
     layers: str | None = None
-    """Blocks as in 3-6 or 0,2,8-11, from 0."""
+    """Blocks, counted from 0, as in 3-6 or 0,2,8-11."""
     target: str | None = None
-    """Glob over weight names."""
+    """Glob over parameter names."""
     lora: int | None = None
-    """Rank of low-rank changes; 0 for whole weights."""
+    """Rank of low-rank changes; 0 for whole weights. Unset: 0, of elm 256."""
     lora_alpha: float = LORA_ALPHA
     """Their scale is this over the rank."""
     lora_dropout: float = LORA_DROPOUT
     """Dropout of their inputs."""
 
 
+@o.settings(o.RUN)
 @dataclass(frozen=True)
 class BaselineRequest:
-    """What is asked for."""
+    """Another method, and what it is to forget."""
 
-    method: str
+    method: Annotated[str, o.argument("method")] = ""
     """ga, gd, kl-min, npo, simnpo, rmu, elm or soul."""
-    model: ModelConfig
-    data: DataConfig
-    loss: LossConfig = field(default_factory=LossConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    seed: int = 0
-    """Keys the order of batches, dropout and the held-out split."""
-    checkpoints: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model."""
+    data: DataConfig = field(default_factory=DataConfig, kw_only=True)
+    """Which data."""
+    loss: LossConfig = field(default_factory=LossConfig, kw_only=True)
+    """The method's loss."""
+    training: TrainingConfig = field(default_factory=TrainingConfig, kw_only=True)
+    """The training loop."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig, kw_only=True)
+    """Which weights are trained."""
+    seed: int = field(default=0, kw_only=True)
+    """Seed of the order of batches, of dropout and of the held-out split."""
+    checkpoints: Annotated[bool, o.FLAG, Parameter(group=o.TRAINING)] = field(
+        default=False, kw_only=True
+    )
     """Keep the update of every evaluation."""
-    export_model: bool = False
-    """Also write the edited model."""
+    export_model: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
+    """Also write the edited model, for from_pretrained."""
 
     @property
     def asked(self) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from kfade.method.update import OTHER, Update
 from kfade.models.layers import digest_names
 from kfade.models.load import check_writable, default_device, load_skeleton, save_model
 from kfade.models.sources import Source, resolve
+from kfade.runs import options as o
 from kfade.runs.config import ModelConfig
 from kfade.runs.session import notes_on_base, open_model, source_of
 from kfade.runtime import progress
@@ -28,24 +29,25 @@ from kfade.runtime.run_dir import RunDir, beside, check_free
 from kfade.runtime.stages import Clock, stage, timing
 
 
+@o.settings(o.RUN)
 @dataclass(frozen=True)
 class LoraRequest:
     """Which update is to become an adapter, and of which rank."""
 
-    update: Path
-    """Folder of a run, or its file."""
-    rank: int
-    """Of each weight's adapter."""
-    out: Path | None = None
-    """Folder to write; lora-RANK in the update's folder when unset."""
-    model: str | None = None
-    """Where the model lies; as the update says when unset."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub; as the update says when unset."""
-    trust_remote_code: bool = False
+    update: Annotated[Path, o.argument("update")]
+    """Folder of a kfade run, or its update file."""
+    rank: int = field(kw_only=True)
+    """Rank of each weight's adapter."""
+    out: Path | None = field(default=None, kw_only=True)
+    """Folder to write. Unset: lora-RANK in the update's folder."""
+    model: str | None = field(default=None, kw_only=True)
+    """Where the model lies. Unset: as UPDATE says."""
+    revision: str | None = field(default=None, kw_only=True)
+    """Branch, tag or commit of the model on the hub. Unset: as UPDATE says."""
+    trust_remote_code: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
     """Let code that comes with a hub model run."""
-    device: str | None = None
-    """Where the changes are decomposed; the GPU if there is one when unset."""
+    device: str | None = field(default=None, kw_only=True)
+    """Where the changes are decomposed. Unset: the GPU if there is one."""
 
 
 def apply(model: ModelConfig, update: Path, out: Path) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from kfade.errors import InputError
 from kfade.evaluate.choice import answer_questions, summarise_choice, verdict
@@ -15,10 +17,11 @@ from kfade.evaluate.log import digest
 from kfade.evaluate.questions import Question, read_sets
 from kfade.models.layers import digest_weights
 from kfade.models.lengths import model_window
+from kfade.runs import options as o
 from kfade.runs.evaluation import (
     Evaluation,
+    EvaluationRequest,
     Judged,
-    Subject,
     evaluation,
     settings_of,
 )
@@ -27,26 +30,22 @@ from kfade.runtime.stages import stage
 TASK_TOKENS = 512  # positions that an item of lm-eval is taken to have, to size its batches
 
 
-@dataclass(frozen=True)
-class ChoiceRequest:
-    """What is asked for: questions, or tasks."""
+@o.settings(o.DATA)
+@dataclass(frozen=True, kw_only=True)
+class ChoiceRequest(EvaluationRequest):
+    """Questions, or tasks of lm-eval."""
 
-    subject: Subject
-    """What is judged."""
-    questions: Sequence[Path] = ()
-    """Files, or folders of files."""
+    questions: Annotated[list[Path], o.REPEATED] = field(default_factory=list)
+    """JSONL of {question, choices, answer}, MMLU's csv, or a folder of csv files. May be given
+    several times."""
     tasks: str | None = None
-    """lm-eval's own tasks, as in mmlu,wmdp_bio."""
+    """Tasks of lm-eval, as in mmlu,wmdp_bio."""
     task_folder: Path | None = None
-    """Folder of further lm-eval tasks."""
-    cloze: bool = False
+    """Folder of further tasks of lm-eval (YAML)."""
+    cloze: Annotated[bool, o.FLAG] = False
     """Questions are beginnings of texts that a choice continues."""
-    limit: int | None = None
-    """Take the first so many items only."""
-    batch_tokens: int = 4096
-    """Positions in one forward pass."""
-    seed: int = 0
-    """Of what is resampled."""
+    seed: Annotated[int, Parameter(group=o.RUN)] = 0
+    """Seed of what is resampled."""
 
 
 def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
@@ -36,18 +37,18 @@ from kfade.evaluate.log import ItemLog, digest, read_log
 from kfade.models.layers import digest_weights
 from kfade.models.lengths import batches_for, model_window
 from kfade.models.load import load_skeleton, load_tokenizer
-from kfade.runs.config import ModelConfig
+from kfade.runs import options as o
+from kfade.runs.config import ModelConfig, TemplateConfig
 from kfade.runs.evaluation import (
     Evaluation,
+    EvaluationRequest,
     Judged,
-    Rendering,
     Subject,
     evaluation,
     load_judged,
     settings_of,
 )
 from kfade.runs.template import rendering_of
-from kfade.runs.words import chat_of
 from kfade.runtime.files import writing
 from kfade.runtime.stages import stage
 
@@ -55,28 +56,25 @@ COMPLETIONS = "completions.jsonl"
 MAX_NEW_TOKENS = 256
 
 
-@dataclass(frozen=True)
-class KlRequest:
-    """What is asked for."""
+@o.settings(o.DATA)
+@dataclass(frozen=True, kw_only=True)
+class KlRequest(EvaluationRequest):
+    """The base model, and what it became: by an update, by rounding, or another model."""
 
-    subject: Subject
-    """The base model, and what it became: its update, or its rounding."""
     prompts: str
-    """Instructions: a JSONL file or hf:NAME[:CONFIG][:SPLIT]."""
-    edited: str | None = None
-    """Another model that is judged against the base model, in place of an update."""
+    """Instructions: JSONL of {instruction, input}, {prompt}, {question} or {messages}, or
+    hf:NAME[:CONFIG][:SPLIT]."""
+    edited: Annotated[str | None, Parameter(group=o.JUDGED)] = None
+    """Judge this model against MODEL."""
     completions: Path | None = None
-    """Folder that keeps the base model's completions for further runs; the run's own when unset."""
-    max_new_tokens: int = MAX_NEW_TOKENS
+    """Folder that keeps MODEL's completions for further runs; made if missing. Unset: the run's
+    own."""
+    max_new_tokens: Annotated[int, o.at_least(1)] = MAX_NEW_TOKENS
     """Longest completion."""
-    rendering: Rendering = field(default_factory=Rendering)
+    rendering: TemplateConfig = field(default_factory=TemplateConfig)
     """How conversations are rendered."""
-    limit: int | None = None
-    """Take the first so many prompts only."""
-    batch_tokens: int = 4096
-    """Positions in one forward pass."""
-    seed: int = 0
-    """Of what is resampled."""
+    seed: Annotated[int, Parameter(group=o.RUN)] = 0
+    """Seed of what is resampled."""
 
 
 def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -92,10 +90,7 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
         raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
     settings = settings_of(request)
     how: dict[str, Any] = {
-        "template": replace(
-            rendering_of(settings, out, resume=resume),
-            enabled=chat_of(settings["template"] or "auto"),
-        ),
+        "template": rendering_of(request.rendering, settings, out, resume=resume),
         "max_new_tokens": request.max_new_tokens,
     }
     examples = read_prompts(request.prompts, request.limit)

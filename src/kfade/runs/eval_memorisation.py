@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from kfade.data.examples import Example, load_examples
 from kfade.data.sequences import TokenSequence, digest_sequences, encode
@@ -21,40 +24,35 @@ from kfade.evaluate.memorisation import (
 from kfade.evaluate.tokens import token_values
 from kfade.models.layers import digest_weights
 from kfade.models.lengths import model_window
+from kfade.runs import options as o
+from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (
+    EvaluationRequest,
     Judged,
-    Rendering,
-    Subject,
     evaluation,
     settings_of,
 )
 from kfade.runs.template import rendering_of
-from kfade.runs.words import chat_of
 from kfade.runtime.stages import stage
 
 
-@dataclass(frozen=True)
-class MemorisationRequest:
-    """What is asked for."""
+@o.settings(o.DATA)
+@dataclass(frozen=True, kw_only=True)
+class MemorisationRequest(EvaluationRequest):
+    """Texts that were trained on, and texts that were not."""
 
-    subject: Subject
-    """What is judged."""
     members: str
-    """Texts that were trained on, or forgotten: JSONL or hf:NAME[:CONFIG][:SPLIT]."""
+    """Texts that were trained on (or forgotten): JSONL or hf:NAME[:CONFIG][:SPLIT]."""
     non_members: str | None = None
     """Texts of the same kind that were not; without them there is no membership inference."""
     retain_log: Path | None = None
-    """``items.jsonl`` of the same evaluation of a model that never saw the members."""
-    min_k: float = MIN_K
+    """items.jsonl of the same evaluation of a model that never saw the members."""
+    min_k: Annotated[float, Parameter(validator=Number(gte=0, lte=1))] = MIN_K
     """Share of tokens that Min-K % looks at."""
-    rendering: Rendering = field(default_factory=Rendering)
+    rendering: TemplateConfig = field(default_factory=TemplateConfig)
     """How conversations are rendered."""
-    truncate: bool | None = None
-    """Cut what is longer than the model's window instead of refusing it."""
-    limit: int | None = None
-    """Take the first so many texts only."""
-    batch_tokens: int = 4096
-    """Positions in one forward pass."""
+    truncate: bool = False
+    """Cut texts that are longer than the model's window instead of refusing them."""
 
 
 def evaluate_memorisation(
@@ -67,11 +65,8 @@ def evaluate_memorisation(
     """
     settings = settings_of(request)
     how: dict[str, Any] = {
-        "template": replace(
-            rendering_of(settings, out, resume=resume),
-            enabled=chat_of(settings["template"] or "auto"),
-        ),
-        "truncate": bool(request.truncate),
+        "template": rendering_of(request.rendering, settings, out, resume=resume),
+        "truncate": request.truncate,
     }
     sources = {"member": request.members}
     if request.non_members:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kfade.errors import InputError
 from kfade.evaluate.quantisation import overall, survival
 from kfade.models.layers import digest_weights
+from kfade.runs.config import ModelConfig
 from kfade.runs.evaluation import Subject, evaluation, settings_of
 from kfade.runtime.stages import stage
 
 
-def evaluate_quantisation(subject: Subject, out: Path, *, resume: bool = False) -> dict[str, Any]:
+def evaluate_quantisation(
+    model: ModelConfig, update: Path, out: Path, *, resume: bool = False
+) -> dict[str, Any]:
     """How much of an update survives bfloat16, int8 and int4, weight by weight.
 
     Raises:
-        InputError: no update, or one that does not fit the model.
+        InputError: no such update, or one that does not fit the model.
     """
-    if subject.update is None or subject.quantise is not None:
-        raise InputError("give an update, and no quantise: every rounding is tried")
+    subject = Subject(model, update=update)
     settings = settings_of(subject)
     del settings["quantise"]
     with evaluation("quantisation", out, resume, settings) as run:

@@ -6,7 +6,9 @@ import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
@@ -19,10 +21,12 @@ from kfade.evaluate.tofu_logs import TofuLog, aggregate, load_ks_test, notes_on
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
 from kfade.models.layers import digest_weights
 from kfade.models.load import load_tokenizer
+from kfade.runs import options as o
+from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (
     Evaluation,
+    EvaluationRequest,
     Judged,
-    Rendering,
     Subject,
     evaluation,
     load_judged,
@@ -34,30 +38,40 @@ from kfade.runtime.stages import stage
 RETAIN_ITEMS = "retain.jsonl"
 
 
-@dataclass(frozen=True)
-class TofuRequest:
-    """What is asked for."""
+@o.settings(o.DATA)
+@dataclass(frozen=True, kw_only=True)
+class TofuTemplate(TemplateConfig):
+    """How questions are put."""
 
-    subject: Subject
-    """What is judged."""
+    template: str = "auto"
+    """auto, chat, llama2, phi or plain."""
+
+    @property
+    def enabled(self) -> bool | None:
+        """None: :func:`kfade.evaluate.tofu.template_for` decides."""
+        return None
+
+
+@o.settings(o.DATA)
+@dataclass(frozen=True, kw_only=True)
+class TofuRequest(EvaluationRequest):
+    """One split of TOFU, and the retain model to compare with."""
+
     split: str = "forget10"
     """forget01, forget05 or forget10."""
     data: Path | None = None
-    """Folder with a copy of the data set; the hub's when unset."""
-    rendering: Rendering = field(default_factory=lambda: Rendering("auto"))
-    """How questions are put: its template is auto, chat, llama2, phi or plain."""
-    max_new_tokens: int = 200
+    """Folder with a copy of the data set. Unset: the hub's locuslab/TOFU."""
+    rendering: TofuTemplate = field(default_factory=TofuTemplate)
+    """How questions are put."""
+    max_new_tokens: Annotated[int, o.at_least(1)] = 200
     """Longest generated answer."""
-    tofu_legacy: bool = False
+    tofu_legacy: Annotated[bool, o.FLAG] = False
     """As the reference code: the first 300 items of each set, and Phi's 'Answer: ' scored."""
-    retain_log: Path | None = None
-    """The retain model's log: what forget quality compares with."""
-    retain_model: str | None = None
-    """Or the retain model itself, which is then measured after the other."""
-    limit: int | None = None
-    """Take the first so many items of each set only."""
-    batch_tokens: int = 4096
-    """Positions in one forward pass."""
+    retain_log: Annotated[Path | None, Parameter(group=o.LOGS)] = None
+    """Log of the retain model, which forget quality compares with: a folder of kfade eval tofu,
+    or the reference code's eval_log_aggregated.json."""
+    retain_model: Annotated[str | None, Parameter(group=o.JUDGED)] = None
+    """Or the retain model itself, which is measured after MODEL."""
 
 
 def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -124,10 +138,9 @@ def _read_retain(path: Path | None) -> TofuLog | None:
 
 def _how(request: TofuRequest, settings: dict[str, Any], out: Path, resume: bool) -> dict[str, Any]:
     """How questions are put and answered; ``settings`` then hold the template that is used."""
-    settings["template"] = word = request.rendering.template or "auto"
     return {
-        "template": word,
-        "chat": rendering_of(settings, out, resume=resume),
+        "template": request.rendering.template,
+        "chat": rendering_of(request.rendering, settings, out, resume=resume),
         "decoding": Decoding(request.max_new_tokens, request.batch_tokens),
         "legacy": request.tofu_legacy,
     }

@@ -5,13 +5,11 @@ with ``items.jsonl`` (every item's values), ``metrics.json`` and ``manifest.json
 one keeps its items and goes on when it is resumed.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -19,6 +17,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
 from kfade.method.update import Update
 from kfade.models.load import provenance
+from kfade.runs import options as o
 from kfade.runs.config import ModelConfig
 from kfade.runs.session import notes_on_base, open_model, source_of
 from kfade.runtime import progress
@@ -36,32 +35,33 @@ _CALLED = {
 }
 
 
-_NOT_SETTINGS = {"batch_tokens", "device", "trust_remote_code", "shard"}
+_NOT_SETTINGS = {"batch_tokens", "device", "trust_remote_code"}
 
 
+@o.settings(o.JUDGED)
 @dataclass(frozen=True)
 class Subject:
     """Which model is judged, and as what."""
 
-    model: ModelConfig
-    update: Path | None = None
-    """With this update: folder of a run, or its file."""
-    quantise: str | None = None
-    """Rounded to nearest: int8 or int4."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """As it is loaded."""
+    update: Path | None = field(default=None, kw_only=True)
+    """Judge MODEL with this update: folder of a run, or its file."""
+    quantise: str | None = field(default=None, kw_only=True)
+    """Judge it rounded to nearest: int8 or int4. Unset: as it is."""
 
 
+@o.settings(o.DATA)
 @dataclass(frozen=True)
-class Rendering:
-    """How conversations are rendered."""
+class EvaluationRequest:
+    """What every evaluation on data is asked for."""
 
-    template: str | None = None
-    """chat, plain, or auto: the tokenizer's chat template if it has one; auto when unset."""
-    template_file: str | None = None
-    """A chat template in Jinja, in place of the tokenizer's own."""
-    template_args: list[str] | None = None
-    """What the template is told, each as name=value."""
-    template_date: str | None = None
-    """The date that a template is told that asks for it."""
+    subject: Subject = field(default_factory=Subject)
+    """What is judged."""
+    limit: Annotated[int | None, o.at_least(1)] = field(default=None, kw_only=True)
+    """Take the first so many items only. Unset: all."""
+    batch_tokens: Annotated[int, o.at_least(1)] = field(default=4096, kw_only=True)
+    """Positions in one forward pass. Lower it to save memory."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def evaluation(
 def settings_of(request: Any) -> dict[str, Any]:
     """What of a request decides a number, by name: its fields, and those of its parts."""
     found: dict[str, Any] = {}
-    for field in fields(request):
-        value = getattr(request, field.name)
-        found.update(settings_of(value) if is_dataclass(value) else {field.name: value})
+    for one in fields(request):
+        value = getattr(request, one.name)
+        found.update(settings_of(value) if is_dataclass(value) else {one.name: value})
     return {name: value for name, value in found.items() if name not in _NOT_SETTINGS}

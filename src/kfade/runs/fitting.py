@@ -14,7 +14,7 @@ from kfade.method.preflight import preflight
 from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.models.load import provenance
-from kfade.runs.config import RunConfig, deciding, write_config
+from kfade.runs.config import FitRequest, deciding, write_config
 from kfade.runs.inputs import inputs
 from kfade.runs.session import Loaded, load, read_retain, source_of, spread, to_tokens, with_length
 from kfade.runs.template import as_used, dated
@@ -26,17 +26,17 @@ from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
 
-def fit(run: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Fit the curvature of the configuration's model on its retain set; returns the metrics."""
     run = replace(run, data=dated(run.data, out, resume=resume))
     fit_function, draw = fit_of(run.fit.estimator), draw_of(run.fit.labels)
     examples, _ = read_retain(run.data, run.seed)
     clock = Clock()
     with timing(clock), RunDir(out, deciding(run), resume=resume) as folder:
-        loaded = load(run.model, run.fit)
+        loaded = load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         budget = curvature_bytes(run, loaded)
-        spread(run.model, loaded.model)
+        spread(run, loaded.model)
         with stage("load"):
             preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
@@ -75,7 +75,9 @@ def fit(run: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
     return {"out": str(out), **metrics}
 
 
-def _made_for(run: RunConfig, loaded: Loaded, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+def _made_for(
+    run: FitRequest, loaded: Loaded, sequences: Sequence[TokenSequence]
+) -> dict[str, Any]:
     """What the curvature belongs to, kept with it."""
     return {
         "model": run.model.model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ def inputs(
     }
     curvature = {"the curvature": saved.digest} if saved is not None else {}
     return {"the weights of MODEL": model_digest, **data, **curvature}
+
+
+MADE_WITH = ("estimator", "labels", "joint_bias", "memory")
+"""Settings of a fit that a run with this curvature cannot choose."""
 
 
 @dataclass(frozen=True)
@@ -67,32 +71,23 @@ class SavedFit:
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def settled(self, run: RunConfig, given: Mapping[str, Any]) -> RunConfig:
-        """``run`` with the settings that this fit was made with.
+    def check(self, run: RunConfig) -> None:
+        """Compare the settings of a run with those of this fit.
 
         Blocks and weights are the run's own, some of those that the fit covers; so is the memory
         of later fits, where a run has any.
 
-        Args:
-            given: options by name; those that are not None were given, equal to a default or not.
-
         Raises:
             InputError: another estimator, other labels and the like were asked for.
         """
-        own, default = self.settings, FitConfig()
         refits = run.step.refit and run.step.steps > 1
-        free = ["layers", "target", "recompute"]
-        if refits and run.fit.memory is not None:
-            free.append("memory")
-        for name in ("estimator", "labels", "joint_bias", "memory"):
-            asked, fitted = getattr(run.fit, name), getattr(own, name)
-            is_asked = given.get(name) is not None or asked != getattr(default, name)
-            if is_asked and asked != fitted and name not in free:
+        for name in MADE_WITH:
+            asked, fitted = getattr(run.fit, name), getattr(self.settings, name)
+            if asked != fitted and not (name == "memory" and refits):
                 raise InputError(
                     f"--curvature {self.path} was fitted {_words(name, fitted)}, asked for is "
                     f"{_words(name, asked)}: leave that out, or fit anew with kfade fit"
                 )
-        return replace(run, fit=replace(own, **{name: getattr(run.fit, name) for name in free}))
 
     def facts(self) -> dict[str, Any]:
         """What a manifest tells of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,11 +17,12 @@ from kfade.models.layers import Target, choose_targets, decoder_blocks
 from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
 from kfade.models.sources import Source
-from kfade.runs.config import DataConfig, FitConfig, ModelConfig
+from kfade.runs.config import BatchConfig, EstimatorConfig, FitRequest, ModelConfig, RetainConfig
 from kfade.runs.template import template_of
-from kfade.runs.words import chat_of
 from kfade.runtime import distributed, progress
 from kfade.runtime.stages import stage
+
+Batching = TypeVar("Batching", bound=BatchConfig)
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,20 @@ class Loaded:
     targets: list[Target]
 
 
-def load(config: ModelConfig, fit: FitConfig) -> Loaded:
-    """The model, and its targets, found before any data are read."""
-    if not config.model:
-        raise InputError("no MODEL: give a hub id, a local folder, a GGUF file, or a LoRA adapter")
-    if config.shard and distributed.count() == 1:
+def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> Loaded:
+    """The model, and its targets, found before any data are read.
+
+    Args:
+        shard: the model's blocks are going to be spread over several processes.
+    """
+    if shard and distributed.count() == 1:
         raise InputError(
             "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
             "unlearn, or leave shard out"
         )
     with stage("load"):  # with all that is tried before data are read
-        model, tokenizer = open_model(config)
+        # A model to be spread may be larger than a device.
+        model, tokenizer = open_model(replace(config, device="cpu") if shard else config)
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
@@ -56,11 +60,12 @@ def load(config: ModelConfig, fit: FitConfig) -> Loaded:
 
 def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn.Module, Any]:
     """(model, tokenizer) that the configuration names."""
+    if not config.model:
+        raise InputError("no MODEL: give a hub id, a local folder, a GGUF file, or a LoRA adapter")
     return load_model(
         config.model,
         dtype=config.dtype,
-        # A model to be spread may be larger than a device.
-        device="cpu" if config.shard else config.device,
+        device=config.device,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
         tokenizer=config.tokenizer,
@@ -102,16 +107,16 @@ def notes_on_base(
     return notes
 
 
-def spread(config: ModelConfig, model: nn.Module) -> None:
+def spread(request: FitRequest, model: nn.Module) -> None:
     """Spread a model's blocks over the processes, on their devices, if it is asked for."""
-    if not config.shard:
+    if not request.shard:
         return
     with stage("load"):
         distributed.shard(decoder_blocks(model)[1])
-        model.to(config.device or default_device())
+        model.to(request.model.device or default_device())
 
 
-def read_retain(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
+def read_retain(config: RetainConfig, seed: int) -> tuple[list[Example], list[Example]]:
     """(fit, held out) retain examples."""
     examples = read_source(config.retain, "--retain")
     if len(examples) < 2:
@@ -133,7 +138,7 @@ def read_source(source: str | None, option: str) -> list[Example]:
     return load_examples(source)
 
 
-def with_length(config: DataConfig, loaded: Loaded) -> DataConfig:
+def with_length(config: Batching, loaded: Loaded) -> Batching:
     """The settings with the length of packed sequences in numbers, as this model has it."""
     if config.sequence_length is not None:
         return config
@@ -141,7 +146,7 @@ def with_length(config: DataConfig, loaded: Loaded) -> DataConfig:
 
 
 def to_tokens(
-    examples: Sequence[Example], loaded: Loaded, config: DataConfig
+    examples: Sequence[Example], loaded: Loaded, config: RetainConfig
 ) -> list[TokenSequence]:
     """Token sequences as the data settings ask for."""
     length = config.sequence_length
@@ -152,7 +157,7 @@ def to_tokens(
         loaded.tokenizer,
         length=length,
         window=model_window(loaded.model),
-        template=replace(template_of(config), enabled=chat_of(config.template)),
+        template=template_of(config),
         pack=config.pack,
         truncate=config.truncate,
         score_end=config.score_end,

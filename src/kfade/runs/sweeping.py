@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from safetensors.torch import load_file
 from torch import nn
 
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.errors import InputError
 from kfade.evaluate.log import ItemLog
 from kfade.method.gradient import forget_gradient
-from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
+from kfade.method.grid import ALL, RULE, Outcome, Point, grid, pareto, pick
 from kfade.method.objectives import Objective
-from kfade.method.settings import Direction, Run
+from kfade.method.settings import DEFAULT_DAMPING, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
@@ -26,7 +28,18 @@ from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
 from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
-from kfade.runs.config import RunConfig, SizeConfig, deciding, write_config
+from kfade.runs import options as o
+from kfade.runs.config import (
+    DataConfig,
+    FitConfig,
+    ModelConfig,
+    RefinementConfig,
+    RunConfig,
+    SizeConfig,
+    StepConfig,
+    deciding,
+    write_config,
+)
 from kfade.runs.inputs import SavedFit, inputs
 from kfade.runs.session import (
     Loaded,
@@ -37,7 +50,7 @@ from kfade.runs.session import (
     to_tokens,
     with_length,
 )
-from kfade.runs.template import as_used
+from kfade.runs.template import as_used, dated
 from kfade.runs.unlearning import run_metrics
 from kfade.runs.words import objective_of
 from kfade.runtime import progress
@@ -47,26 +60,109 @@ from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, timing
 
 POINTS = "points.jsonl"
+DEFAULT_KLS = (0.001, 0.003, 0.01, 0.03)
+DEFAULT_MAX_KL = 0.02  # twice what an unlearn that is told nothing aims at
 
 
+@o.settings(o.GRID)
+@dataclass(frozen=True, kw_only=True)
+class GridStep:
+    """Directions of the points."""
+
+    objective: Annotated[list[str], o.separated(str)] = field(default_factory=lambda: ["margin"])
+    """margin, ce (cross-entropy)."""
+    damping: Annotated[list[float], o.separated(float)] = field(default_factory=list)
+    """Dampings λ, absolute."""
+    relative_damping: Annotated[list[float], o.separated(float)] = field(default_factory=list)
+    """Dampings λ as multiples of each layer's mean eigenvalue. Unset, and --damping too: 0.1."""
+    forget_batch: Annotated[int | None, Parameter(group=o.STEP)] = None
+    """Forget sequences in a step, drawn without replacement. Unset: all."""
+
+
+@o.settings(o.GRID)
+@dataclass(frozen=True, kw_only=True)
+class GridRefinement:
+    """How the directions of the points are improved."""
+
+    refine: Annotated[list[int], o.separated(int)] = field(default_factory=lambda: [0])
+    """Iterations of conjugate gradients on exact Gauss-Newton products."""
+    refine_sequences: Annotated[int, Parameter(group=o.STEP)] = 64
+    """Retain sequences in each of those products."""
+
+
+@o.settings(o.GRID)
 @dataclass(frozen=True)
-class Request:
-    """What is asked for."""
+class SweepRequest:
+    """A grid of steps from one saved curvature; a point for each choice of values."""
 
-    run: RunConfig
-    """Model, data, and the settings of the fit."""
-    points: Sequence[Point]
-    saved: SavedFit
-    """The curvature."""
-    max_kl: float
-    """A point is picked within this measured KL."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model."""
+    curvature: Annotated[Path, Parameter(group=o.FIT)] = field(kw_only=True)
+    """Folder that kfade fit wrote."""
+    data: DataConfig = field(default_factory=DataConfig, kw_only=True)
+    """Which data."""
+    step: GridStep = field(default_factory=GridStep, kw_only=True)
+    """Which directions."""
+    refinement: GridRefinement = field(default_factory=GridRefinement, kw_only=True)
+    """How the directions are improved."""
+    layers: Annotated[list[str], o.separated(str, by=";")] = field(
+        default_factory=lambda: [ALL], kw_only=True
+    )
+    """Blocks, counted from 0; choices are separated by semicolons, as in '0-5;6-11;all'."""
+    alpha: Annotated[list[float], o.separated(float)] = field(default_factory=list, kw_only=True)
+    """G-norms of the step."""
+    kl: Annotated[list[float], o.separated(float)] = field(default_factory=list, kw_only=True)
+    """Measured KLs, nats per token. Unset, and --alpha too: 0.001,0.003,0.01,0.03."""
+    max_kl: Annotated[float, Parameter(group=o.RUN)] = field(default=DEFAULT_MAX_KL, kw_only=True)
+    """A point is picked within this measured KL, nats per token."""
+    recompute: Annotated[bool, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
+    """Run each block again in a backward pass instead of keeping its activations: less memory,
+    more work, the same result."""
+    seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
+    """Seed of the draws, the order of forget batches and the held-out split."""
+
+    def points(self) -> list[Point]:
+        """The grid.
+
+        Raises:
+            InputError: two kinds of damping, two kinds of size, or a value out of its range.
+        """
+        step = self.step
+        if step.damping and step.relative_damping:
+            raise InputError("give --damping or --relative-damping, not both")
+        if self.alpha and self.kl:
+            raise InputError("give --alpha or --kl, not both")
+        if not self.max_kl > 0:
+            raise InputError(f"--max-kl {self.max_kl}: give a positive number")
+        return grid(
+            step.objective,
+            self.layers,
+            step.damping or step.relative_damping or [DEFAULT_DAMPING],
+            [StepSize(alpha=value) for value in self.alpha]
+            or [StepSize(kl=value) for value in self.kl or DEFAULT_KLS],
+            relative=not step.damping,
+            refine=self.refinement.refine,
+        )
+
+    def run(self, fitted: FitConfig) -> RunConfig:
+        """What all points share, as the configuration of a run; each names blocks of its own."""
+        return RunConfig(
+            self.model,
+            data=self.data,
+            fit=replace(fitted, recompute=self.recompute),
+            step=StepConfig(forget_batch=self.step.forget_batch),
+            refinement=RefinementConfig(refine_sequences=self.refinement.refine_sequences),
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
 class _Ready:
     """What is asked for, read and checked."""
 
-    request: Request
+    points: Sequence[Point]
+    run: RunConfig
+    saved: SavedFit
     loaded: Loaded
     digests: dict[str, str]
     """Of all weights."""
@@ -77,23 +173,31 @@ class _Ready:
     held_out: list[TokenSequence]
 
 
-def sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """From a request to its folder; returns what is told about it."""
-    run, saved, max_kl = request.run, request.saved, request.max_kl
-    objectives = {name: objective_of(name) for name in {p.objective for p in request.points}}
+def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Measure all points, and write the update of the best one; returns the metrics.
+
+    The best: the highest forget loss among the points whose measured KL is within ``max_kl``.
+
+    Raises:
+        InputError: what is asked for cannot be done; or an interrupted sweep in ``out`` that is
+            resumed was asked for something else.
+    """
+    points, max_kl, saved = request.points(), request.max_kl, SavedFit.read(request.curvature)
+    run = request.run(saved.settings)
+    run = replace(run, data=dated(run.data, out, resume=resume))
+    objectives = {name: objective_of(name) for name in {point.objective for point in points}}
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {
         **deciding(run),
         "curvature": str(saved.path),
-        "points": [point.id for point in request.points],
+        "points": [point.id for point in points],
         "max_kl": max_kl,
     }
     clock = Clock()
     with timing(clock), RunDir(out, asked, resume=resume) as folder:
         loaded = load(run.model, run.fit)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        request = replace(request, run=run)
         asked = {**asked, "data": deciding(run)["data"]}
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
@@ -101,9 +205,9 @@ def sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"])
         folder.reads(inputs(digests["model_sha256"], sets_by_name, saved))
-        ready = _Ready(request, loaded, digests, curvature, objectives, *tokens)
+        ready = _Ready(points, run, saved, loaded, digests, curvature, objectives, *tokens)
         saved.note_other_texts(ready.retain)
-        outcomes = _measure(ready, folder)
+        outcomes = _measure(ready, max_kl, folder)
         best = pick(outcomes, max_kl)
         metrics: dict[str, Any] = {"sweep": _aggregate(outcomes, max_kl)}
         manifest: dict[str, Any] = {"kind": "sweep", "versions": versions()}
@@ -124,14 +228,13 @@ def sweep(request: Request, out: Path, *, resume: bool = False) -> dict[str, Any
     return {"out": str(out), **metrics, "points": rows}
 
 
-def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
+def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
     """All outcomes, each in the log as soon as it is there."""
-    request, model = ready.request, ready.loaded.model
-    run, points = request.run, request.points
+    model, run, points = ready.loaded.model, ready.run, ready.points
     header = {
         "benchmark": "sweep",
         "model": run.model.model,
-        "curvature": str(request.saved.path),
+        "curvature": str(ready.saved.path),
         "weights_sha256": digest_weights(model, parameter_names(ready.loaded.targets)),
         "forget_sha256": digest_sequences(ready.forget),
         "held_out_sha256": digest_sequences(ready.held_out),
@@ -162,7 +265,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
                     recompute=run.fit.recompute,
                     seed=run.seed,
                     gradient=_kept(folder, header),
-                    seconds=_fit_seconds(request.saved.path),
+                    seconds=_fit_seconds(ready.saved.path),
                 ),
                 forget=ready.forget,
                 held_out=ready.held_out,
@@ -170,7 +273,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[Outcome]:
                 done={point: _outcome(point, values) for point, values in known.items()},
                 on_point=note,
             )
-            log.finish(_aggregate(outcomes, request.max_kl))
+            log.finish(_aggregate(outcomes, max_kl))
         finally:
             if not log.items:  # nothing worth keeping
                 path.unlink(missing_ok=True)
@@ -228,7 +331,7 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
     about = {
         **ready.digests,
         **update.edited_digest(ready.loaded.model),
-        **ready.request.saved.facts(),
+        **ready.saved.facts(),
         "model": run.model.model,
         **provenance(source_of(run.model)),
         "config": asdict(run),
@@ -270,7 +373,7 @@ def _aggregate(outcomes: Sequence[Outcome], max_kl: float) -> dict[str, Any]:
 
 def _outcome(point: Point, values: Mapping[str, Any]) -> Outcome:
     """What :attr:`Outcome.values` told."""
-    own = [field.name for field in fields(Outcome) if field.name in values]
+    own = [one.name for one in fields(Outcome) if one.name in values]
     return Outcome(point, **{name: values[name] for name in own})
 
 

@@ -6,10 +6,10 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -17,16 +17,16 @@ from kfade.data.chat import ChatTemplate
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
 from kfade.method.update import Update
-from kfade.runs.config import DataConfig
-from kfade.runs.words import chat_of
+from kfade.runs.config import TemplateConfig
 from kfade.runtime import distributed
 from kfade.runtime.run_dir import interrupted
 
 _DATE = "template_date"
+Rendering = TypeVar("Rendering", bound=TemplateConfig)
 logger = logging.getLogger(__name__)
 
 
-def template_of(config: DataConfig) -> ChatTemplate:
+def template_of(config: TemplateConfig) -> ChatTemplate:
     """How conversations are rendered, as the data settings ask for.
 
     Raises:
@@ -41,12 +41,12 @@ def template_of(config: DataConfig) -> ChatTemplate:
             raise InputError(f"--template-file {path}: no such file; give a chat template in Jinja")
         text = read_utf8(path)
     arguments = dict(_argument(word) for word in config.template_args)
-    return ChatTemplate(text, arguments, _moment(config.template_date))
+    return ChatTemplate(text, arguments, _moment(config.template_date), config.enabled)
 
 
 def dated(
-    config: DataConfig, out: Path, *, resume: bool = False, update: Path | None = None
-) -> DataConfig:
+    config: Rendering, out: Path, *, resume: bool = False, update: Path | None = None
+) -> Rendering:
     """The settings with the date that templates are told, and the digest of the template's file.
 
     What was given goes first; then the date of the interrupted run in ``out`` that is resumed, then
@@ -70,40 +70,29 @@ def dated(
     return replace(config, template_date=date, template_sha256=_digest(config))
 
 
-def as_used(config: DataConfig, tokenizer: Any) -> DataConfig:
+def as_used(config: Rendering, tokenizer: Any) -> Rendering:
     """The settings for a manifest: without the date where conversations go through no template.
 
     Two runs that differ in nothing else are then told alike.
     """
-    template = replace(template_of(config), enabled=chat_of(config.template))
+    template = template_of(config)
     return config if template.used_by(tokenizer) else replace(config, template_date=None)
 
 
 def rendering_of(
-    settings: dict[str, Any],
-    out: Path,
-    *,
-    resume: bool,
+    given: TemplateConfig, settings: dict[str, Any], out: Path, *, resume: bool
 ) -> ChatTemplate:
-    """How an evaluation renders conversations, by its settings, which then hold what is used.
+    """How an evaluation renders conversations; its ``settings`` then hold what is used.
 
     With a --template other than chat and auto no template is used.
     """
-    config = DataConfig(
-        template=settings["template"] or "auto",
-        template_file=settings["template_file"],
-        template_args=settings["template_args"] or [],
-        template_date=settings[_DATE],
-    )
-    config = dated(config, out, resume=resume, update=settings["update"])
-    settings["template_file"] = config.template_file
+    config = dated(given, out, resume=resume, update=settings["update"])
+    settings.update(asdict(config))
     settings["template_args"] = config.template_args or None
-    settings["template_sha256"] = config.template_sha256
-    settings[_DATE] = config.template_date
     return template_of(config)
 
 
-def _with_templates_of(made: Mapping[str, Any], config: DataConfig) -> DataConfig:
+def _with_templates_of(made: Mapping[str, Any], config: Rendering) -> Rendering:
     """The settings with the template file and arguments of a run, where none are given."""
     if config.template not in ("auto", "chat"):
         return config
@@ -128,7 +117,7 @@ def _with_templates_of(made: Mapping[str, Any], config: DataConfig) -> DataConfi
     return replace(config, **taken)
 
 
-def _digest(config: DataConfig) -> str | None:
+def _digest(config: TemplateConfig) -> str | None:
     """Of the template file's text."""
     text = template_of(config).text
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()

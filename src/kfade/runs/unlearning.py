@@ -22,7 +22,7 @@ from kfade.method.update import Update
 from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.planning.memory import curvature_budget
-from kfade.runs.config import RunConfig, deciding, write_config
+from kfade.runs.config import FitRequest, RunConfig, deciding, write_config
 from kfade.runs.inputs import SavedFit, inputs
 from kfade.runs.session import (
     Loaded,
@@ -62,10 +62,17 @@ def unlearn(
 ) -> dict[str, Any]:
     """One run of the method from its configuration to its folder; returns the metrics.
 
-    ``saved``: the first step's curvature, whose settings are the configuration's. ``loaded`` is the
-    configuration's model, where the caller has it already.
+    Args:
+        saved: the curvature of the first step.
+        loaded: the configuration's model, where the caller has it already.
+
+    Raises:
+        InputError: what is asked for cannot be done; ``saved`` was fitted with other settings; or
+            an interrupted run in ``out`` that is resumed was asked for something else.
     """
-    if export_model and run.model.shard:
+    if saved is not None:
+        saved.check(run)
+    if export_model and run.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     run = replace(run, data=dated(run.data, out, resume=resume))
     source, fit = source_of(run.model), fit_of(run.fit.estimator)
@@ -76,10 +83,11 @@ def unlearn(
     clock = Clock()
     asked, free = {**deciding(run), **given}, {"size": "update-*"}  # no fit depends on the size
     with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
-        loaded = loaded or load(run.model, run.fit)
+        loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        budget = curvature_bytes(run, loaded)
-        spread(run.model, loaded.model)
+        refitted = run.step.refit and run.step.steps > 1
+        budget = curvature_bytes(run, loaded, vectors=3 if refitted else 0)
+        spread(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
@@ -150,12 +158,15 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     progress.say(step_line(len(steps), total, steps[-1]))
 
 
-def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
-    """What ``--memory`` leaves for the curvature beside the model, still whole, and a pass."""
+def curvature_bytes(run: FitRequest, loaded: Loaded, *, vectors: int = 0) -> int | None:
+    """What ``--memory`` leaves for the curvature beside the model, not yet sharded, and a pass.
+
+    Args:
+        vectors: how many vectors of the targets' size are held besides.
+    """
     if run.fit.memory is None:
         return None
     total = bytes_of(run.fit.memory)
-    refitted = run.step.refit and run.step.steps > 1
     length = run.data.sequence_length
     assert length is not None, "with_length comes first"
     return curvature_budget(
@@ -166,8 +177,8 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         sequence_length=length,
         estimator=run.fit.estimator,
         recompute=run.fit.recompute,
-        vectors=3 if refitted else 0,
-        shards=distributed.count() if run.model.shard else 1,
+        vectors=vectors,
+        shards=distributed.count() if run.shard else 1,
     )
 
 

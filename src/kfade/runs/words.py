@@ -47,18 +47,6 @@ def objective_of(word: str, flag: str = "--objective") -> Objective:
     raise InputError(f"{flag} {word}: give margin or ce")
 
 
-def chat_of(word: str) -> bool | None:
-    """What ``ChatTemplate`` calls ``enabled``."""
-    match word:
-        case "auto":
-            return None
-        case "chat":
-            return True
-        case "plain":
-            return False
-    raise InputError(f"--template {word}: give auto, chat or plain")
-
-
 def until_of(word: str | None) -> dict[str, float]:
     """``forget_loss=2.7`` or ``forget_probability=0.1`` as ``unlearn`` calls it."""
     if word is None:

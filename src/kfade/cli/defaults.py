@@ -1,0 +1,59 @@
+"""Where options that are not given get their values: a file of settings, a saved curvature."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, Token
+from cyclopts.argument import ArgumentCollection
+
+from kfade.runs.config import settings_in
+from kfade.runs.inputs import MADE_WITH, SavedFit
+
+EXCLUSIVE = (
+    {("step", "damping"), ("step", "relative_damping")},
+    {("size", "alpha"), ("size", "kl"), ("size", "until")},
+)
+"""Settings of which one is given: then the file's value of another does not count."""
+
+
+def fill_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give each option that is not on the command line the value that a file says.
+
+    The files are that of ``--config`` and, for the settings of a fit, the saved ``--curvature``;
+    of a sweep, all settings of the run that fitted it. Cyclopts calls this before it converts
+    values.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    config, curvature = (_path(arguments, name) for name in ("--config", "--curvature"))
+    if curvature is not None and commands[-1:] == ("sweep",):
+        config = config or curvature / "config.yaml"
+    found = settings_in(config) if config is not None else {}
+    if curvature is not None:
+        fitted = SavedFit.read(curvature).settings
+        found = {**{("fit", name): getattr(fitted, name) for name in MADE_WITH}, **found}
+    given = {argument.keys for argument in arguments if argument.tokens}
+    for argument in arguments:
+        keys = argument.keys
+        excluded = any(keys in group and group & given for group in EXCLUSIVE)
+        if keys in found and keys not in given and not excluded and found[keys] is not None:
+            value = found[keys]
+            if typing.get_origin(argument.hint) is list and not isinstance(value, list):
+                value = [value]
+            argument.append(Token(keyword=argument.name, source=str(config), implicit_value=value))
+
+
+def shown_default(value: Any) -> str | None:
+    """What the help says of a default: nothing where the text says it, or where it is no."""
+    if value in (None, False, "", []):
+        return None
+    return "yes" if value is True else str(value)
+
+
+def _path(arguments: ArgumentCollection, name: str) -> Path | None:
+    values: list[Any] = [a.tokens[0].value for a in arguments if a.name == name and a.tokens]
+    return Path(values[0]) if values else None
