@@ -149,6 +149,32 @@ def draw_prediction(results: Mapping[str, Mapping[str, Any]], path: Path) -> Non
     _write(figure, path)
 
 
+def draw_growth(
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    stages: Sequence[str],
+    length: int,
+    path: Path,
+) -> None:
+    """Seconds of each stage of a fit against each quantity, both axes logarithmic.
+
+    Args:
+        length: tokens of a sequence.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(10, 3.2), sharey=True)
+    for axis, (varied, rows) in zip(axes, curves.items(), strict=True):
+        values = [row[varied] * (length if varied == "sequences" else 1) for row in rows]
+        for stage in stages:
+            axis.plot(values, [row[stage] for row in rows], marker="o", label=stage)
+        axis.set(xlabel="tokens" if varied == "sequences" else varied, xscale="log", yscale="log")
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend()
+    figure.tight_layout()
+    _write(figure, path, boxed=True)
+
+
 def _axes() -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
@@ -161,9 +187,11 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     _write(figure, path)
 
 
-def _write(figure: Any, path: Path) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+def _write(figure: Any, path: Path, *, boxed: bool = False) -> None:
+    """Save the figure, the same bytes each time; axes without their top and right unless boxed."""
+    if not boxed:
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
     plt.rcParams["svg.hashsalt"] = "kfade"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
