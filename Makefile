@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-oldest lint clean
+.PHONY: help demo test test-oldest lint results clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,11 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+results: $(READY)  ## draw the pages and figures of the benchmarks again from their committed results
+	$(BIN)/python benchmarks/experiments/results.py
+	$(BIN)/python benchmarks/fit_growth.py --draw
+	$(BIN)/python benchmarks/families.py --page
 
 clean:  ## remove the virtual environments and what runs wrote
 	rm -rf $(VENV) $(OLDEST) out

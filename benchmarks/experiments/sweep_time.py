@@ -33,6 +33,7 @@ def main() -> None:
     )
     options.add_argument("--data", type=Path, required=True, help="folder with tofu/")
     options.add_argument("--model", default=demo_model(), help="[the demo's model]")
+    options.add_argument("--results", type=Path, default=FILE)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -41,7 +42,7 @@ def main() -> None:
         write_lines(folder / "forget.jsonl", lines[first:])
         write_lines(folder / "retain.jsonl", lines[first - RETAIN_AUTHORS * OF_AUTHOR : first])
         result = measured(str(given.model), folder)
-    write(FILE, result)
+    write(given.results, result)
     print(result)
 
 
