@@ -14,9 +14,19 @@ from pathlib import Path
 import prediction
 import tofu_page
 import topic_page
-from lab.records import DOCS, RESULTS, read
+from lab.records import DOCS, NOT_RUN, RESULTS, read
 
 TEMPLATE = Path(__file__).parent / "results_template.md"
+
+
+class NotRun(dict):
+    """Records by name. A record that is missing, and every value in it, reads *not run*."""
+
+    def __missing__(self, name: str) -> NotRun:
+        return NotRun()
+
+    def __format__(self, spec: str) -> str:
+        return NOT_RUN
 
 
 def write_results(results: Path, docs: Path) -> None:
@@ -24,8 +34,13 @@ def write_results(results: Path, docs: Path) -> None:
     tofu, anew, topic = (
         read(results / f"{name}.jsonl") for name in ("tofu_small", "tofu_small_anew", "topic_small")
     )
-    template = TEMPLATE.read_text(encoding="utf-8")
-    text = template.format(**tofu_page.slots(tofu, anew), **topic_page.slots(topic))
+    text = TEMPLATE.read_text(encoding="utf-8").format(
+        tofu=NotRun(tofu),
+        anew=NotRun(anew),
+        topic=NotRun(topic),
+        **tofu_page.slots(tofu),
+        **topic_page.slots(topic),
+    )
     (docs / "results.md").write_text(text, encoding="utf-8")
     tofu_page.draw(tofu, docs / "images")
     topic_page.draw(topic, docs / "images")

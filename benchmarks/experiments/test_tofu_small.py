@@ -15,7 +15,7 @@ import pytest
 import results as results_page
 import tofu_ablations
 import tofu_attacks
-import tofu_questions
+import tofu_rows
 import tofu_small
 from conftest import WORDS, run_script
 from lab.baselines import at_target
@@ -24,7 +24,7 @@ from lab.records import RESULTS, read, write
 from lab.rows import request_seconds
 from lab.tuning import lowest, rates
 from tofu_attacks import AT, GIVEN
-from tofu_data import OF_AUTHOR, Authors
+from tofu_data import OF_AUTHOR, authors_by_role
 from tofu_lab import run_pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -170,7 +170,7 @@ def test_the_mean_over_questions_is_the_rows(results):
     for name, told in found.items():
         assert len(told["others"]) == QUESTIONS
         if told.get("alpha", 1.0) == 1.0:  # at the target as it was reported
-            assert tofu_questions.mean(told["report"]) == pytest.approx(wanted[name], rel=1e-3)
+            assert tofu_rows.mean(told["report"]) == pytest.approx(wanted[name], rel=1e-3)
     assert found["retrained"]["report"] != found["steps 3 then ce"]["report"]
 
 
@@ -242,11 +242,10 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
 
 def test_authors_have_one_role():
     for count in (3, 10, 20):
-        authors = Authors.choose(200, count)
-        roles = (authors.unseen, authors.common, authors.tuning, authors.report)
-        everyone = [author for role in roles for author in role]
+        authors = authors_by_role(200, count)
+        everyone = [author for role in authors.values() for author in role]
         assert everyone == list(range(200 - count - 2, 200))
-        assert len(authors.report) == len(authors.tuning) == max(1, count // 5)
+        assert len(authors["report"]) == len(authors["tuning"]) == max(1, count // 5)
 
 
 def test_the_kl_at_a_target_lies_between_evaluations():

@@ -129,7 +129,7 @@ def test_a_passage_begins_with_the_sentence_that_uses_the_term():
 
 
 def test_the_page_tells_of_it(results):
-    tables = {name: text for name, text in slots(results).items() if name != "topic"}
+    tables = slots(results)
     methods = tables["topic_methods"]
     assert "| K-FADE, EK-FAC | damping" in methods
     assert "| K-FADE, identity | damping 0 |" in methods

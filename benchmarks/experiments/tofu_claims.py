@@ -23,8 +23,7 @@ from lab.rows import (
 )
 from lab.tuning import VARIANTS
 from tofu_lab import PART
-from tofu_questions import interval, measured, rival_of
-from tofu_rows import best_objective, log_of_retrained, logs_of
+from tofu_rows import best_objective, interval, log_of_retrained, logs_of, measured, rival_of
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
 

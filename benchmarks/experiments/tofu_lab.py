@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from lab.baselines import at_target, method_of
 from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, token_kls
 from lab.lab import Lab
-from lab.pieces import Piece, Results, read_options, run
+from lab.pieces import Piece, Results, make_once, read_options, run
 from lab.records import RESULTS, Record
-from tofu_data import Data, Models, Sizes, answer, encode
+from tofu_data import Data, Sizes, answer, encode, train_model
 
 import kfade
 from kfade.curvature.curvature import Curvature
@@ -34,7 +34,6 @@ from kfade.method.update import Update
 
 FILE = RESULTS / "tofu_small.jsonl"
 SHOWN = 6  # forgotten questions whose answers are kept
-CURVE_LENGTHS = (0.3, 0.5, 0.75, 1.25)  # multiples of an update that are measured for the figure
 OWN_TOKENS = 48  # of a turn that the model generates
 TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # before a question, and after it
 PART = 4  # the cheap request looks at one question in so many
@@ -45,13 +44,24 @@ RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to it
 class TofuLab(Lab):
     """The full model, and what it is asked to forget."""
 
-    def __init__(self, data: Data, models: Models, sizes: Sizes, cache: Path, results: Results):
+    def __init__(self, data: Data, base: str, sizes: Sizes, cache: Path, results: Results):
         super().__init__(sizes, cache, results)
-        self.data, self.models = data, models
+        self.data, self._base = data, base
+
+    def train_once(self, name: str) -> Record:
+        """Train ``full`` or ``retrained`` and keep it, if it is not there: how it was trained."""
+        examples = self.data.of("common", "tuning", *(("report",) if name == "full" else ()))
+        train = partial(train_model, self._base, examples, self.sizes)
+        return make_once(self.cache / name, train)
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """(model, tokenizer) of ``full`` or ``retrained``."""
+        self.train_once(name)
+        return kfade.load_model(str(self.cache / name))
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
-        return self.models.load("full")
+        return self.load("full")
 
     @cached_property
     def slices(self) -> dict[str, Sequence[TokenSequence]]:
@@ -59,7 +69,7 @@ class TofuLab(Lab):
 
     def sequences(self, role: str) -> list[TokenSequence]:
         """All questions of the authors of a role: report, tuning, unseen."""
-        return encode(self.data.of(getattr(self.data.authors, role)), self.tokenizer)
+        return encode(self.data.of(role), self.tokenizer)
 
     def group(self, name: str) -> Group:
         """The authors of the role ``report`` or ``tuning``."""
@@ -112,7 +122,7 @@ class TofuLab(Lab):
         """Forget probabilities of the full model and of the retrained one."""
         roles = ("report", "tuning", "unseen")
         found = {role: forgetting(self.model, self.sequences(role)) for role in roles}
-        retrained, _ = self.models.load("retrained")
+        retrained, _ = self.load("retrained")
         found["retrained"] = {
             **forgetting(retrained, self.sequences("report")),
             "kl": self.ruler.kl("held_out", retrained),
@@ -211,11 +221,6 @@ class TofuLab(Lab):
             best = update
         return self.keep(keep, {**row, **found}, best if keep else None)
 
-    def curve(self, row: str) -> Record:
-        """The kept update of a row at other lengths."""
-        deltas, search = self.kept(row).deltas, self.search("report")
-        return {"curve": [search.at(Update({}).plus(deltas, part)) for part in CURVE_LENGTHS]}
-
     def tofu(self, row: str, factor: float = 1.0) -> Record:
         """TOFU's items of ``full``, ``retrained``, or a row's update times a factor."""
         path = self.cache / f"tofu-{self.sizes.utility}" / f"{row} x{factor:g}.jsonl"
@@ -256,7 +261,7 @@ class TofuLab(Lab):
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:
         """A model and the update to apply to it, which is empty for ``full`` and ``retrained``."""
         if row == "retrained":
-            return self.models.load(row)[0], Update({})
+            return self.load(row)[0], Update({})
         deltas = {} if row == "full" else self.kept(row).deltas
         return self.model, Update({}).plus(deltas, factor)
 
@@ -298,5 +303,5 @@ def run_pieces(
     trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
     cache = given.cache / f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
     data = Data(given.data, sizes)
-    models = Models(data, sizes, given.model, cache)
-    run(pieces(TofuLab(data, models, sizes, cache, results), results), results, given)
+    lab = TofuLab(data, given.model, sizes, cache, results)
+    run(pieces(lab, results), results, given)

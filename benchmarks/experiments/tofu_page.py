@@ -8,39 +8,37 @@ from typing import Any
 
 import tofu_ablations
 import tofu_attacks
-import tofu_questions
 from lab import figures
 from lab.pieces import Results
 from lab.records import number, table
-from lab.rows import BASELINES, ESTIMATORS, Row, least, request_seconds
+from lab.rows import BASELINES, Row, least, request_seconds
 from lab.tuning import chosen
 from tofu_claims import claims
-from tofu_rows import best_objective, figures_of, log_of_retrained, logs_of, rows_of
+from tofu_rows import (
+    best_objective,
+    figures_of,
+    log_of_retrained,
+    logs_of,
+    questions_table,
+    rows_of,
+)
 from tofu_small import LENGTHS
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
 
-def slots(results: Results, anew: Results) -> dict[str, Any]:
-    """What the template says of TOFU-small, by the names of its slots.
-
-    Args:
-        anew: values of models that were trained again on another machine.
-    """
+def slots(results: Results) -> dict[str, Any]:
+    """What the template says of TOFU-small beside single results, by the names of its slots."""
     rows = rows_of(results)
     questions = results.get("by question retrained", {"report": (), "others": ()})
-    fits = {title: results.get(f"fit {name}", {}) for name, title in ESTIMATORS.items()}
-    seconds = {title: number(told.get("fit_seconds"), ".0f") for title, told in fits.items()}
     return {
-        "tofu": results,
-        "tofu_trained": training_table(results),
-        "tofu_anew": anew_table(results, anew),
+        "full_epochs": len(results["full"]["epochs"]),
+        "retrained_epochs": len(results["retrained"]["epochs"]),
         "pace": max(told.get("pace", 1.0) for told in results.values()),
         "tofu_methods": methods_table(results, rows),
-        "tofu_fits": ", ".join(f"{title} {value} s" for title, value in seconds.items()),
         "report_questions": len(questions["report"]),
         "other_questions": len(questions["others"]),
-        "tofu_questions": tofu_questions.questions_table(results, rows),
+        "tofu_questions": questions_table(results, rows),
         "lengths": ", ".join(f"{factor:g}" for factor in LENGTHS),
         "tofu_choices": choices_table(results, rows),
         "tofu_claims": table("claim | measured | holds?", claims(results, rows)),
@@ -59,45 +57,11 @@ def draw(results: Results, images: Path) -> None:
     retrained = log_of_retrained(results)
     utility = aggregate(retrained)["model_utility"] if retrained else None
     figures.draw_utility(qualities, utility, images / "tofu_small_utility.svg")
-    curves = {
-        row.label: row.told["curve"] + results.get(f"curve {row.name}", {}).get("curve", [])
-        for row in rows
-        if row.told
-    }
+    curves = {row.label: row.told["curve"] for row in rows if row.told}
     target = results.get("targets", {}).get("retrained")
     figures.draw_kl(curves, target, images / "tofu_small_kl.svg")
     if attacks := tofu_attacks.measured(results, rows):
         figures.draw_attacks(attacks, images / "tofu_small_attacks.svg")
-
-
-def training_table(results: Results) -> str:
-    """How the full and the retrained model were trained."""
-    lines = []
-    for name in ("full", "retrained"):
-        told = results[name]
-        questions, epochs = str(told["questions"]), str(len(told["epochs"]))
-        seconds = f"{told['train_seconds']:.0f}"
-        lines.append([name, questions, epochs, f"{told['loss']:.3f}", seconds])
-    return table("model | questions | epochs | answer loss | seconds", lines)
-
-
-def anew_table(results: Results, anew: Results) -> str:
-    """The same values on both machines."""
-    names = {"full model: answer loss": ("full", "loss")}
-    names["retrained model: forget probability"] = ("targets", "forget_probability")
-    names["retrained model: KL, report slice"] = ("targets", "report_kl")
-    for piece in anew:
-        if piece.startswith("report "):
-            names[f"`{piece}`: KL, report slice"] = (piece, "report_kl")
-
-    def value(found: Results, piece: str, key: str) -> str:
-        told = found.get(piece, {})
-        return number(told.get("retrained", told).get(key))
-
-    return table(
-        "value | first machine | second machine",
-        [[name, value(results, *at), value(anew, *at)] for name, at in names.items()],
-    )
 
 
 def methods_table(results: Results, rows: Sequence[Row]) -> str:

@@ -32,8 +32,8 @@ LENGTHS = (1.25, 1.5, 2.0, 3.0)  # multiples of an update among which the best i
 
 def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
     """All pieces. Each part reads from the results so far what was chosen."""
-    yield "full", partial(lab.models.train, "full")
-    yield "retrained", partial(lab.models.train, "retrained")
+    yield "full", partial(lab.train_once, "full")
+    yield "retrained", partial(lab.train_once, "retrained")
     yield "targets", lab.measure_targets
     for fit in ("kfac", "ekfac", "diagonal", "identity", "kfac sampled", "ekfac sampled"):
         yield f"fit {fit}", partial(lab.fit, fit)
@@ -49,9 +49,6 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
     for row in ("retrained", *rows):
         if lab.has(row):
             yield f"by question {row}", partial(lab.by_question, row)
-    for row in rows:
-        if row.split()[0] in ESTIMATORS and lab.has(row):
-            yield f"curve {row}", partial(lab.curve, row)
 
 
 def tuned(lab: TofuLab) -> Iterator[Piece]:

@@ -50,7 +50,6 @@ def slots(results: Results) -> dict[str, Any]:
     """What the template says of Topic-small, by the names of its slots."""
     sizes = results["settings"]
     return {
-        "topic": results,
         "topic_passages": sizes["tune_questions"] + sizes["questions"],
         "topic_dampings": ", ".join(f"{damping:g}" for damping in DAMPINGS),
         "topic_methods": methods_table(results),
