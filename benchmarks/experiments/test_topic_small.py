@@ -114,7 +114,7 @@ def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results
 
 def test_nothing_stands_in_two_places(data, learnt):
     found = Data.read(data, AutoTokenizer.from_pretrained(learnt), SIZES)
-    passages = [p.tokens for p in (*found.forget, *found.fit, *found.held_out)]
+    passages = [p.tokens for p in (*found.forget, *found.slices["fit"], *found.slices["held_out"])]
     assert len(set(passages)) == len(passages) == 12 + 15 + 2 * (8 + 4)
     asked = [q.question for own in found.questions.values() for q in own]
     assert len(set(asked)) == len(asked) == 12 + 15 + 2 * 12

@@ -1,7 +1,7 @@
 """Topic-small's subject: passages and questions of three OpenStax glossaries, and other text.
 
-Astronomy is forgotten: of the subjects at hand the model is furthest above chance there. Its sister
-subjects, psychology and sociology, are kept.
+Astronomy is forgotten: of the available subjects, the model is furthest above chance there. The
+related subjects psychology and sociology are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import read_prompts
 from kfade.evaluate.questions import Question, text_prompt
 
-SUBJECT, SISTERS = "astronomy", ("psychology", "sociology")
+SUBJECT, RELATED = "astronomy", ("psychology", "sociology")
 OF_THE_SKY = re.compile(
     r"planet|star|\bsun\b|sunlight|solar|moon|lunar|earth|galax|orbit|space|astro|comet|meteor"
     r"|telescope|sky|eclipse|season|tide|universe|gravit|light-year|rotat|revol",
@@ -31,28 +32,20 @@ OF_THE_SKY = re.compile(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the numbers, and is written beside them."""
+    """What decides the numbers. It is written beside them."""
 
     model: str = ""
-    tune_questions: int = 48
-    """Of the subject; settings are chosen and lengths searched by them."""
-    questions: int = 100
-    """Of the subject, in the tables; each other set has four fifths as many."""
-    passages: int = 128
-    """Of the sister subjects, and as many of WikiText, in the retain data."""
-    held_out: int = 32
-    """Passages of each of the two kinds to steer and choose by, and as many for the tables."""
-    tokens: int = 64
-    """Of a passage."""
-    completions: int = 64
-    """Of Alpaca's instructions, for the KL on benign completions."""
-    steps: int = 48
-    """Of a baseline at its first rate, at most."""
-    batch: int = 4
-    """Passages of each set in a baseline's batch."""
+    tune_questions: int = 48  # on the subject, to choose settings and find lengths
+    questions: int = 100  # on the subject, in the tables; each other set has four fifths as many
+    passages: int = 128  # retained of the related subjects, and as many of WikiText
+    held_out: int = 32  # of each of these two, to steer and choose by; as many for the tables
+    tokens: int = 64  # of a passage
+    completions: int = 64  # of Alpaca's instructions
+    steps: int = 48  # of a baseline at its first rate, at most
+    batch: int = 4  # passages of each set in a baseline's batch
+    # Mean probability of the right choice at which methods are compared; chance is 0.25. Passages
+    # alone do not lower it to 0.30 before the KL on retained text is 5 nats.
     target: float = 0.45
-    """Mean probability of the right choice at which methods are compared; chance is a quarter, and
-    0.30 is not reached by passages alone before the KL on retained text is 5 nats."""
     seed: int = 0
 
 
@@ -66,15 +59,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Data:
-    """Who is what. No passage, and no question, stands in two places."""
+    """Passages and questions by role. None has two roles."""
 
     forget: Sequence[TokenSequence]
-    fit: Sequence[TokenSequence]
-    held_out: Sequence[TokenSequence]
-    report: Sequence[TokenSequence]
-    """Retain text for the tables, as much as is held out."""
+    slices: dict[str, Sequence[TokenSequence]]
+    """Retain data: ``fit``, ``held_out``, and for the tables ``report``."""
     questions: dict[str, Sequence[Question]]
-    """``tune``, and of the tables: ``topic``, ``sisters``, ``general``."""
+    """``tune``; for the tables ``topic``, ``sisters`` (the related subjects) and ``general``."""
 
     @classmethod
     def read(cls, folder: Path, tokenizer: Any, sizes: Sizes) -> Data:
@@ -86,16 +77,16 @@ class Data:
 
         own = terms(folder / "openstax" / SUBJECT, sizes.seed)
         own = own[: sizes.tune_questions + sizes.questions]
-        other = [term for name in SISTERS for term in terms(folder / "openstax" / name, sizes.seed)]
+        other = [term for name in RELATED for term in terms(folder / "openstax" / name, sizes.seed)]
         random.Random(sizes.seed).shuffle(other)
-        fitted, steered = sizes.passages, sizes.passages + sizes.held_out
-        end, kept = steered + sizes.held_out, sizes.questions * 4 // 5
-        sisters, wiki = encode([term.passage for term in other[:end]]), encode(paragraphs(folder))
+        bounds = [0, sizes.passages]
+        bounds += [bounds[-1] + sizes.held_out, bounds[-1] + 2 * sizes.held_out]
+        end, kept = bounds[-1], sizes.questions * 4 // 5
+        related, wiki = encode([term.passage for term in other[:end]]), encode(paragraphs(folder))
+        parts = zip(("fit", "held_out", "report"), pairwise(bounds), strict=True)
         return cls(
             encode([term.passage for term in own]),
-            [*sisters[:fitted], *wiki[:fitted]],
-            [*sisters[fitted:steered], *wiki[fitted:steered]],
-            [*sisters[steered:end], *wiki[steered:end]],
+            {name: [*related[i:j], *wiki[i:j]] for name, (i, j) in parts},
             {
                 "tune": [term.question for term in own[: sizes.tune_questions]],
                 "topic": [term.question for term in own[sizes.tune_questions :]],

@@ -91,7 +91,7 @@ class TopicLab(Lab):
 
     @cached_property
     def slices(self) -> dict[str, Sequence[TokenSequence]]:
-        return {"fit": self.data.fit, "held_out": self.data.held_out, "report": self.data.report}
+        return self.data.slices
 
     def group(self, name: str) -> Subject:
         """The subject, measured by the questions of that name: ``tune``, ``topic``."""

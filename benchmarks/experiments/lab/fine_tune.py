@@ -1,4 +1,4 @@
-"""Fine-tune a model on answers until it knows them: what the experiments unlearn from."""
+"""Fine-tuning until a model knows its training data, which the experiments then unlearn."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ def fine_tune(
     budget: int = 10**6,
     seed: int = 0,
 ) -> list[float]:
-    """Train the named parameters in place, by AdamW without decay; the mean loss of each epoch.
+    """Train the named parameters in place by AdamW without decay.
 
     Args:
-        enough: asked after each epoch, with its mean loss per scored token: whether to stop.
-        warm_up: steps of rising rate.
-        budget: positions in one forward pass; a batch is cut into as many as it takes.
+        enough: called after each epoch with its mean loss per scored token; True stops.
+        warm_up: steps over which the learning rate rises linearly.
+        budget: positions in one forward pass; larger batches are split.
+
+    Returns:
+        The mean loss of each epoch.
     """
     own = dict(model.named_parameters())
     parameters = [own[name] for name in names]
@@ -72,6 +75,6 @@ def fine_tune(
 
 
 def block_weights(model: Any) -> list[str]:
-    """All parameters of the decoder's blocks: what is trained; embeddings and head are not."""
+    """Names of all parameters of the decoder's blocks, so without embeddings and head."""
     name, _ = decoder_blocks(model)
     return [own for own, _ in model.named_parameters() if own.startswith(f"{name}.")]
