@@ -107,13 +107,14 @@ class PredictionLab(Lab):
         step, changes = self.direction(fit)
         slices = {"fit": "report", "held_out": "held_out"}
         exact = {name: self.exact_form(own, step) for name, own in slices.items()}
+        ruler = self.ruler  # made of the unedited model
         forget, rows = make_batches(self.sets[0]), []
         for predicted in PREDICTED:
             alpha = math.sqrt(predicted / step.unit_kl)
             row = {"predicted": predicted, "alpha": alpha}
             with Update({}).plus(changes, alpha).applied_to(self.model):
                 for name, own in slices.items():
-                    row[f"measured_{name}"] = self.ruler.kl(own)
+                    row[f"measured_{name}"] = ruler.kl(own)
                     row[f"exact_{name}"] = 0.5 * exact[name] * alpha**2
                 row["forget_loss"] = mean_objectives(self.model, forget, [kfade.cross_entropy])[0]
             rows.append(row)

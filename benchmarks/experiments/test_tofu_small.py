@@ -219,9 +219,9 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     assert "| NPO |  | not run |" in text
     assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
     [report] = [name for name in results if name.startswith("report ekfac margin")]
-    twice = [line for line in text.splitlines() if line.startswith(f"| `{report}`: KL")]
-    assert len(twice) == 1
-    assert len(set(twice[0].split("|")[2:4])) == 1
+    [again] = [line for line in text.splitlines() if line.startswith("| full model: answer loss |")]
+    assert len(set(again.split("|")[2:4])) == 1
+    assert "| `report ekfac margin 0.001`: KL, report slice | not run | not run |" in text
     assert "took 2 times as long on the first" in text
     assert "### Question by question" in text
     row = next(line for line in text.splitlines() if f"`'{report}'" in line)

@@ -188,6 +188,7 @@ class TofuLab(Lab):
         The update is that of the evaluation with the lowest KL at the target or below; the last one
         if there is none.
         """
+        ruler = self.ruler  # made of the model before it is trained
         target, reporting = self.group(group).target, group == "report"
         method = method_of(name, self.model, self.group(group).forget)
         steps = steps_of(name, rate, self.sizes)
@@ -196,7 +197,7 @@ class TofuLab(Lab):
 
         def enough(checkpoint: Any, update: Update) -> bool:
             nonlocal best, least_kl
-            report_kls.append(self.ruler.kl("report") if reporting else math.nan)
+            report_kls.append(ruler.kl("report") if reporting else math.nan)
             *_, before, now = (point["retain_kl"] for point in checkpoint.curve)
             if checkpoint.curve[-1]["forget_probability"] > target:
                 return False
@@ -270,9 +271,10 @@ class TofuLab(Lab):
 
     def _reported(self, group: str, row: Record, update: Update | None, keep: str = "") -> Record:
         """The row with the KL on the report slice, if it is of the report authors."""
+        ruler = self.ruler  # made of the unedited model
         if update is not None and group == "report":
             with update.applied_to(self.model):
-                row["report_kl"] = self.ruler.kl("report")
+                row["report_kl"] = ruler.kl("report")
         return self.keep(keep, row, update if keep else None)
 
 

@@ -138,6 +138,7 @@ class TopicLab(Lab):
     def report(self, row: str) -> Record:
         """The tables' figures of a kept update, scaled to the target on the subject's questions; of
         the base model for the row ``base``."""
+        ruler = self.ruler  # made of the unedited model
         update, scaled = Update({}), {}
         if row != "base":
             scaled, found = self.search("topic").along(self.kept(row).deltas)
@@ -146,7 +147,7 @@ class TopicLab(Lab):
             update = found
         with update.applied_to(self.model):
             told = {name: self._asked(own) for name, own in self.data.questions.items()}
-            told["retain_kl"] = self.ruler.kl("report") if update.deltas else 0.0
+            told["retain_kl"] = ruler.kl("report") if update.deltas else 0.0
         return {**scaled, **told, "completions": self._on_completions(update)}
 
     def _asked(self, questions: Sequence[Question]) -> Record:

@@ -72,6 +72,7 @@ class Lab:
 
     @cached_property
     def ruler(self) -> Ruler:
+        """Measures KL from the model as it is at the first access: not while it is edited."""
         return Ruler(self.model, {name: self.slices[name] for name in ("held_out", "report")})
 
     def search(self, group: str) -> Search:
