@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 # Two processes; one that has done its tests takes over some of the other's.
 TWO := --numprocesses 2 --dist worksteal
 
-.PHONY: help demo test test-oldest lint docs clean
+.PHONY: help demo test test-oldest lint docs results clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,11 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+results: $(READY)  ## draw the pages and figures of the benchmarks again from their committed results
+	$(BIN)/python benchmarks/experiments/results.py
+	$(BIN)/python benchmarks/fit_growth.py --draw
+	$(BIN)/python benchmarks/families.py --page
 
 # The page of the command line comes from the commands, so the site builds in the environment of the tests.
 docs: $(VENV)/.docs  ## the documentation site (writes site/; needs Python 3.11 or newer)

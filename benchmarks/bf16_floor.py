@@ -9,21 +9,20 @@ the float32 model's KL where the edited weights are rounded to bfloat16; what th
 measures for the same rounded weights, with the head's product rounded to bfloat16 and with the
 product in float32. Then the floor: the KL of a change that is like rounding, of the model in both
 dtypes, in bfloat16 also of one weight moved by one unit; and what the head's product costs. Writes
-``benchmarks/results/bf16_floor.json`` and prints it.
+``benchmarks/results/bf16_floor.jsonl`` and prints it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from experiments.lab.records import RESULTS, write
 from torch import Tensor, nn
 
 import kfade
@@ -37,7 +36,7 @@ from kfade.models.head import Head, read_head
 from kfade.models.load import load_model
 from kfade.runtime.stages import Clock, timing
 
-RESULT = Path(__file__).parent / "results" / "bf16_floor.json"
+FILE = RESULTS / "bf16_floor.jsonl"
 AIMS = (1e-5, 1e-4, 1e-3, 1e-2)
 CHANGED = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(10, 20)]
 LOW = torch.bfloat16
@@ -179,11 +178,11 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
-        "changes": small_changes(full, low, batches),
+        "changes": {"rows": small_changes(full, low, batches)},
         "floors": floors(full, low, batches),
         "seconds": timings(low, batches, args.rounds),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(FILE, result)
 
 
 if __name__ == "__main__":

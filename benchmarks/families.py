@@ -6,8 +6,8 @@ For every model type that transformers maps to a causal language model: its defa
 made tiny (:func:`tiny_config`, fields by their names), random float32 weights, random tokens. Tried
 are ``unlearn`` by EK-FAC to a measured KL of 1e-5 nats, small enough that predictions must hold;
 an update's apply and revert; a saved folder; generation in a batch against one prompt at a time;
-and ``unlearn`` in bfloat16. Writes ``benchmarks/results/families.json`` and ``docs/models.md``;
-with model types as arguments only prints.
+and ``unlearn`` in bfloat16. Writes ``benchmarks/results/families.jsonl`` and ``docs/models.md``;
+with model types as arguments it only prints. ``--page`` writes the page from the results.
 
 A family works where everything passes, works in part where ``unlearn`` does and something else
 does not, is refused where kfade says why not in a line of its own, and crashes where anything else
@@ -19,17 +19,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import signal
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.lab.records import DOCS, RESULTS, Record, read, table, write
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -44,8 +43,7 @@ from kfade.models.layers import choose_targets
 from kfade.models.load import frozen
 from kfade.runtime.provenance import versions
 
-ROOT = Path(__file__).parent
-RESULT, PAGE = ROOT / "results" / "families.json", ROOT.parent / "docs" / "models.md"
+FILE, PAGE = RESULTS / "families.jsonl", DOCS / "models.md"
 VOCABULARY, SECONDS = 64, 60
 KL, TOLERANCE = 1e-5, 0.1  # nats; of measured over predicted, whose error grows as √KL
 KL_EXPERTS = (1e-8, 1e-9)  # where a larger step changes which experts run, and outputs jump
@@ -275,7 +273,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 def attempt(model_type: str) -> dict[str, Any]:
     """What the family does; never raises but for an interrupt."""
     start = time.perf_counter()
-    row: dict[str, Any] = {"model_type": model_type}
+    row: Record = {}
     try:
         with time_limit(SECONDS):
             row["stage"] = "build"
@@ -405,85 +403,106 @@ def passed(row: dict[str, Any]) -> bool:
     return near and row["rises"] and all(row[name] is True for name in PARTS)
 
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
+def page(results: dict[str, Record]) -> str:
     """The Markdown page."""
-    tried = [row for row in rows if row["outcome"] != "left out"]
+    versions = results["versions"]
+    rows = {name: row for name, row in results.items() if name != "versions"}
+    tried = {name: row for name, row in rows.items() if row["outcome"] != "left out"}
     outcomes = ("works", "in part", "refused", "crash", "not built")
 
-    def counts(chosen: Sequence[dict[str, Any]]) -> str:
+    def counts(chosen: Sequence[Record]) -> list[str]:
         numbers = [sum(row["outcome"] == outcome for row in chosen) for outcome in outcomes]
-        return " | ".join(map(str, [len(chosen), *numbers]))
+        return [str(number) for number in (len(chosen), *numbers)]
 
-    dense = [row for row in tried if row.get("experts") is False]
-    experts = [row for row in tried if row.get("experts")]
-    lines = [
-        "# Model families",
-        "",
-        "Made by `python benchmarks/families.py`, which says what is tried and when a family",
-        "works; numbers are in `benchmarks/results/families.json`. Each is a tiny random instance",
-        f"(transformers {versions()['transformers']}, torch {versions()['torch']}).",
-        "",
-        "| families | tried | work | in part | refused | crash | no tiny instance |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| dense and hybrid | {counts(dense)} |",
-        f"| mixtures of experts: attention and dense layers only | {counts(experts)} |",
-        f"| all | {counts(tried)} |",
-        "",
-        "KL: measured over what the exact quadratic form predicts. Objective: its measured change",
-        f"over the predicted one. Both at a KL of {KL:.0e} nats per token, of mixtures of experts",
-        f"{KL_EXPERTS[0]:.0e}, or where that changes which experts run {KL_EXPERTS[1]:.0e}; right",
-        "within 10 %.",
-        "",
-        "| family | outcome | KL | objective | weights changed by default | what does not work |",
-        "| --- | --- | --- | --- | --- | --- |",
+    dense = [row for row in tried.values() if row.get("experts") is False]
+    experts = [row for row in tried.values() if row.get("experts")]
+    summary = [
+        ["dense and hybrid", *counts(dense)],
+        ["mixtures of experts: attention and dense layers only", *counts(experts)],
+        ["all", *counts(list(tried.values()))],
     ]
-    lines += [_line(row) for row in sorted(tried, key=lambda r: (r["outcome"], r["model_type"]))]
-    lines += ["", "Not tried:", ""]
+    order = sorted(tried, key=lambda name: (tried[name]["outcome"], name))
     reasons: dict[str, list[str]] = {}
-    for row in rows:
+    for name, row in rows.items():
         if row["outcome"] == "left out":
-            reasons.setdefault(row["reason"], []).append(row["model_type"])
-    lines += [f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-    return "\n".join(lines) + "\n"
+            reasons.setdefault(row["reason"], []).append(name)
+    return PAGE_TEXT.format(
+        transformers=versions["transformers"],
+        torch=versions["torch"],
+        summary=table(
+            "families | tried | work | in part | refused | crash | no tiny instance", summary
+        ),
+        kl=KL,
+        kl_experts=KL_EXPERTS,
+        families=table(
+            "family | outcome | KL | objective | weights changed by default | what does not work",
+            [cells(name, tried[name]) for name in order],
+        ),
+        reasons="\n".join(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()),
+    )
 
 
-def _line(row: dict[str, Any]) -> str:
-    name = row["model_type"] + (" (experts)" if row.get("experts") else "")
+PAGE_TEXT = """\
+# Model families
+
+Made by `python benchmarks/families.py`, which says what is tried and when a family
+works; numbers are in `benchmarks/results/families.jsonl`. Each is a tiny random instance
+(transformers {transformers}, torch {torch}).
+
+{summary}
+
+KL: measured over what the exact quadratic form predicts. Objective: its measured change
+over the predicted one. Both at a KL of {kl:.0e} nats per token, of mixtures of experts
+{kl_experts[0]:.0e}, or where that changes which experts run {kl_experts[1]:.0e}; right
+within 10 %.
+
+{families}
+
+Not tried:
+
+{reasons}
+"""
+
+
+def cells(model_type: str, row: Record) -> list[str]:
+    name = model_type + (" (experts)" if row.get("experts") else "")
     if "kl" not in row:
-        return f"| {name} | {row['outcome']} |  |  |  | {_cell(row['stage'], row['reason'])} |"
-    failed = [_cell(part, row.get(part)) for part in PARTS if row.get(part) is not True]
+        return [name, row["outcome"], "", "", "", in_a_cell(row["stage"], row["reason"])]
+    failed = [in_a_cell(part, row.get(part)) for part in PARTS if row.get(part) is not True]
     weights = ", ".join(weight.removesuffix(".weight") for weight in row["weights"])
-    ratios = f"{row['kl']:.3f} | {row['objective']:.3f}"
-    return f"| {name} | {row['outcome']} | {ratios} | {weights} | {'; '.join(failed)} |"
+    ratios = [f"{row['kl']:.3f}", f"{row['objective']:.3f}"]
+    return [name, row["outcome"], *ratios, weights, "; ".join(failed)]
 
 
-def _cell(stage: str, value: Any) -> str:
+def in_a_cell(stage: str, value: Any) -> str:
     text = "differs" if value is False else str(value)
     return f"{stage}: {text}".replace("|", "\\|")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("families", nargs="*")
-    chosen = parser.parse_args().families
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="model types; all if none is given")
+    parser.add_argument("--page", action="store_true", help="write the page from the results")
+    given = parser.parse_args()
+    if given.page:
+        PAGE.write_text(page(read(FILE)), encoding="utf-8")
+        return
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    rows = []
-    for model_type in chosen or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    rows: dict[str, Record] = {}
+    for model_type in given.families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type in LEFT_OUT:
-            rows.append(
-                {"model_type": model_type, "outcome": "left out", "reason": LEFT_OUT[model_type]}
-            )
+            rows[model_type] = {"outcome": "left out", "reason": LEFT_OUT[model_type]}
             continue
-        row = attempt(model_type)
-        rows.append(row)
+        row = rows[model_type] = attempt(model_type)
         said = {k: row.get(k) for k in ("outcome", "stage", "reason", "kl", "objective", *PARTS)}
         print(model_type, f"{row['seconds']} s", {k: v for k, v in said.items() if v}, flush=True)
-    if not chosen:
-        RESULT.write_text(json.dumps({"versions": versions(), "families": rows}, indent=1) + "\n")
-        PAGE.write_text(page(rows))
+    if not given.families:
+        results = {"versions": versions(), **rows}
+        write(FILE, results)
+        PAGE.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

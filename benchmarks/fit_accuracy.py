@@ -7,7 +7,7 @@ SmolLM2-135M with its weights rounded to bfloat16, so that all dtypes run the sa
 for the same float32 forget gradient. Reported: the cosine of the directions in the float64 fit's
 G-norm, and the forget loss at equal measured KL; as a yardstick the same of a float32 fit with
 other pseudo-labels. Writes
-``benchmarks/results/fit_accuracy.json`` and prints a table.
+``benchmarks/results/fit_accuracy.jsonl`` and prints a table.
 
 A processor without bfloat16 products takes a hundred times longer for them than for float32:
 there, each product's bfloat16 inputs are multiplied in float32 and its result rounded to bfloat16,
@@ -16,15 +16,15 @@ which is what the hardware does.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import options_of, sequences_of, token_rows
+from experiments.lab.records import RESULTS, Record, table, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +33,6 @@ from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.fit import correct_eigenvalues
 from kfade.data.batches import make_batches
 from kfade.data.chat import ChatTemplate
-from kfade.data.sequences import TokenSequence
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import margin
@@ -41,7 +40,7 @@ from kfade.method.step import StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.load import load_model
 
-RESULT = Path(__file__).parent / "results" / "fit_accuracy.json"
+FILE = RESULTS / "fit_accuracy.jsonl"
 LAYERS, DAMPING, KL = "24-29", 0.1, 0.01
 FITS = {  # name -> dtype, seed of the pseudo-labels
     "float64": (torch.float64, 0),
@@ -99,20 +98,13 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--model", type=Path, required=True)
-    options.add_argument("--text", type=Path, required=True)
+    options = options_of(__doc__)
     options.add_argument("--forget", type=Path, required=True)
     options.add_argument("--sequences", type=int, default=16)
     given = options.parse_args()
     model, tokenizer = rounded_model(given.model)
     length, count = 257, given.sequences
-    ids = tokenizer(given.text.read_text(encoding="utf-8")[: 16 * length * count]).input_ids
-    scored = (False,) + (True,) * (length - 1)
-    packed = [
-        TokenSequence(tuple(ids[i : i + length]), scored)
-        for i in range(0, (count + 4) * length, length)
-    ]
+    packed = sequences_of(token_rows(tokenizer, given.text, count + 4, length))
     fitted, held_out = make_batches(packed[:count], budget=1024), packed[count:]
     forget = kfade.encode(
         kfade.load_examples(str(given.forget)), tokenizer, template=ChatTemplate(enabled=False)
@@ -122,7 +114,7 @@ def main() -> None:
     gauge = Gauge(model, make_batches(held_out), make_batches(forget))
     base = gauge.measure(Update({}), margin)
     exact: dict[str, tuple[Curvature, Matrices]] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Record] = []
     for name, (dtype, seed) in FITS.items():
         for estimator, curvature in fits(given.model, fitted, dtype, seed):
             print(f"{estimator}, {name}", flush=True)
@@ -144,19 +136,18 @@ def main() -> None:
             row |= {"kl": probes[-1].retain_kl, "forget_loss": probes[-1].forget_loss}
             rows.append(row)
     rows.sort(key=lambda row: row["estimator"], reverse=True)
-    result = {
+    setting = {
         "loss_before": base.forget_loss,
         "tokens": count * (length - 1),
         "bfloat16 products by hand": not has_bfloat16_products(),
-        "rows": rows,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("| fit | in | cosine in the G-norm | KL | forget loss |\n| --- | --- | --- | --- | --- |")
+    named = {f"{row['estimator']}, {row['fit in']}": row for row in rows}
+    write(FILE, {"setting": setting, **named})
+    lines = []
     for row in rows:
-        print(
-            f"| {row['estimator']} | {row['fit in']} | {row['cosine']:.6f} | {row['kl']:.4f} "
-            f"| {row['forget_loss']:.2f} |"
-        )
+        cosine, kl, loss = f"{row['cosine']:.6f}", f"{row['kl']:.4f}", f"{row['forget_loss']:.2f}"
+        lines.append([row["estimator"], row["fit in"], cosine, kl, loss])
+    print(table("fit | in | cosine in the G-norm | KL | forget loss", lines))
 
 
 def rounded_model(folder: Path) -> tuple[Any, Any]:

@@ -5,18 +5,19 @@
 Llamas of random weights in the shape of SmolLM2-135M (width 576, 1536 in the feed-forward blocks,
 a vocabulary of 49,152), 8 blocks of it, sequences of 512 random tokens one at a time, float32. One
 of the three is varied at a time, with all feed-forward weights as targets. The profile is of one
-sequence. Writes ``benchmarks/results/fit_growth.json`` and ``docs/images/fit_growth.svg``, and
-prints both as tables.
+sequence. Writes ``benchmarks/results/fit_growth.jsonl`` and ``docs/images/fit_growth.svg``, and
+prints the profile. ``--draw`` draws the figure from the results and measures nothing.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from experiments.lab.figures import draw_growth
+from experiments.lab.records import DOCS, RESULTS, Record, read, table, write
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,8 +26,7 @@ from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.runtime.stages import Clock, timing
 
-HERE = Path(__file__).parent
-RESULT, PLOT = HERE / "results" / "fit_growth.json", HERE.parent / "docs/images/fit_growth.svg"
+FILE, IMAGE = RESULTS / "fit_growth.jsonl", DOCS / "images" / "fit_growth.svg"
 LENGTH, VOCABULARY = 512, 49_152
 STAGES = ("covariance", "eigh", "lambda")
 BASE = {"sequences": 2, "blocks": 8, "width": 576}
@@ -35,20 +35,29 @@ LISTED = 12  # operations in the profile
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--draw", action="store_true", help="draw the figure from the results")
+    if not options.parse_args().draw:
+        write(FILE, measure())
+    draw(FILE, IMAGE)
+    rows = [
+        [row["name"], f"{row['share']:.1%}", str(row["calls"])]
+        for row in read(FILE)["profile"]["rows"]
+    ]
+    print(table("operation | share of the time | calls", rows))
+
+
+def measure() -> dict[str, Record]:
+    """The base point, the rows of each curve, and the profile."""
     torch.set_num_threads(2)
-    curves: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, Record] = {"base": BASE}
     for varied, values in CURVES.items():
+        rows = []
         for value in values:
-            point = {**BASE, varied: value}
-            row = {varied: value, **measured(**point)}
-            curves.setdefault(varied, []).append(row)
-            print(row, flush=True)
-    result = {"base": BASE, "curves": curves, "profile": operations()}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(curves)
-    print("| operation | share of the time | calls |\n| --- | --- | --- |")
-    for row in result["profile"]:
-        print(f"| {row['name']} | {row['share']:.1%} | {row['calls']} |")
+            rows.append({varied: value, **measured(**{**BASE, varied: value})})
+            print(rows[-1], flush=True)
+        results[varied] = {"rows": rows}
+    return {**results, "profile": {"rows": operations()}}
 
 
 def llama(blocks: int, width: int) -> LlamaForCausalLM:
@@ -102,22 +111,10 @@ def operations() -> list[dict[str, Any]]:
     ]
 
 
-def draw(curves: dict[str, list[dict[str, Any]]]) -> None:
-    """One panel a quantity, seconds of each stage, both axes logarithmic."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(10, 3.2), sharey=True)
-    for axis, (varied, rows) in zip(axes, curves.items(), strict=True):
-        values = [row[varied] * (LENGTH if varied == "sequences" else 1) for row in rows]
-        for stage in STAGES:
-            axis.plot(values, [row[stage] for row in rows], marker="o", label=stage)
-        axis.set(xlabel="tokens" if varied == "sequences" else varied, xscale="log", yscale="log")
-        axis.set_xticks(values, [str(value) for value in values])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(PLOT)
-    plt.close(figure)
+def draw(results: Path, image: Path) -> None:
+    """The figure from a file of results."""
+    found = read(results)
+    draw_growth({varied: found[varied]["rows"] for varied in CURVES}, STAGES, LENGTH, image)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,19 @@
 
     python benchmarks/fit_parts.py --model FOLDER --text FILE
 
-On SmolLM2-135M: 4 sequences of 511 positions, two
-threads. Writes ``benchmarks/results/fit_parts.json`` and prints the table of
-``docs/performance.md``.
+On SmolLM2-135M: 4 sequences of 511 positions, two threads. Writes
+``benchmarks/results/fit_parts.jsonl`` and prints the table of ``docs/performance.md``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import options_of, sequences_of, token_rows
+from experiments.lab.records import RESULTS, Record, table, write
+from peers.limit import best
 from torch import Tensor
 
 import kfade
@@ -25,52 +23,36 @@ from kfade.curvature.draws import sampled_labels, square_root_draw, token_keys
 from kfade.curvature.factors import CovarianceSum, add_sequence_squares
 from kfade.curvature.fit import pseudo_gradients
 from kfade.data.batches import make_batches
-from kfade.data.sequences import TokenSequence
 from kfade.models.head import hidden_states, read_head
 from kfade.models.load import frozen, load_model
 
-RESULT = Path(__file__).parent / "results" / "fit_parts.json"
+FILE = RESULTS / "fit_parts.jsonl"
 WIDTHS = (576, 1536)
 
 
-def best(work: Callable[[], object], repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs, after one that is not counted."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--model", type=Path, required=True)
-    options.add_argument("--text", type=Path, required=True)
+    options = options_of(__doc__)
     options.add_argument("--threads", type=int, default=2)
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     model, tokenizer = load_model(str(given.model), dtype="float32", device="cpu")
-    ids = tokenizer(given.text.read_text(encoding="utf-8")[:40000]).input_ids[: 4 * 512]
-    scored = (False,) + (True,) * 511
-    sequences = [TokenSequence(tuple(ids[i : i + 512]), scored) for i in range(0, len(ids), 512)]
-    parts: list[dict[str, Any]] = []
+    sequences = sequences_of(token_rows(tokenizer, given.text, 4, 512))
+    parts: dict[str, Record] = {}
 
     def compare(name: str, without: Callable[[], object], with_: Callable[[], object]) -> None:
         before, after = best(without), best(with_)
-        parts.append({"part": name, "without": before, "with": after, "ratio": before / after})
-        print(
-            f"{name}: {before:.3f} s without, {after:.3f} s with, {before / after:.2f}x", flush=True
-        )
+        parts[name] = {"without": before, "with": after, "ratio": before / after}
+        print(name, parts[name], flush=True)
 
     with frozen(model):
         of_the_pass(compare, model, make_batches(sequences)[0])
     of_the_products(compare)
-    RESULT.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
-    print("\n| part | without, s | with, s | ratio |\n| --- | --- | --- | --- |")
-    for p in parts:
-        print(f"| {p['part']} | {p['without']:.3f} | {p['with']:.3f} | {p['ratio']:.2f} |")
+    write(FILE, parts)
+    rows = [
+        [name, f"{p['without']:.3f}", f"{p['with']:.3f}", f"{p['ratio']:.2f}"]
+        for name, p in parts.items()
+    ]
+    print(table("part | without, s | with, s | ratio", rows))
 
 
 def of_the_pass(compare: Callable[..., None], model: Any, batch: Any) -> None:

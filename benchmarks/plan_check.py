@@ -4,30 +4,29 @@
 
 Plans one step of unlearning from the model's configuration, with this machine's measured speed,
 then runs it: ``kfade unlearn`` on sequences of 512 tokens of FILE. Writes
-``benchmarks/results/plan_check.json`` and prints planned and measured bytes and seconds by stage.
+``benchmarks/results/plan_check.jsonl`` and prints planned and measured bytes and seconds by stage.
 The seconds of a step's size are left out: how many sequences and trials they take depends on data.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "plan_check.json"
+from common import options_of
+from experiments.lab.records import RESULTS, table, timed, write
+
+FILE = RESULTS / "plan_check.jsonl"
 LENGTH, BATCH_TOKENS = 512, 511
 RETAIN, FORGET, HELD_OUT = 4, 4, 2  # sequences
 STAGES = ("covariance", "eigh", "lambda", "gradient")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--model", type=Path, required=True, help="folder of the model")
-    options.add_argument("--text", type=Path, required=True, help="a text file")
+    options = options_of(__doc__)
     options.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     given = options.parse_args()
     batch = ["--batch-tokens", str(given.batch_tokens)]
@@ -42,19 +41,19 @@ def main() -> None:
             *batch,
         )
     result = compared(planned, run)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for what, rows in result.items():
-        print(f"| {what} | planned | measured | planned / measured |\n| --- | --- | --- | --- |")
-        for name, (plan, real) in rows.items():
-            print(f"| {name} | {plan:.4g} | {real:.4g} | {plan / real:.2f} |")
+    write(FILE, result)
+    for what, stages in result.items():
+        rows = [
+            [stage, f"{plan:.4g}", f"{real:.4g}", f"{plan / real:.2f}"]
+            for stage, (plan, real) in stages.items()
+        ]
+        print(table(f"{what} | planned | measured | planned / measured", rows))
 
 
 def kfade(*arguments: str) -> dict[str, Any]:
     """What a command prints with ``--json``."""
-    command = [sys.executable, "-m", "kfade", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    _, printed = timed([sys.executable, "-m", "kfade", *arguments, "--json"])
+    return json.loads(printed)
 
 
 def write_examples(model: Path, text: Path, folder: Path) -> list[Path]:

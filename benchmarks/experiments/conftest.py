@@ -1,6 +1,8 @@
-"""A tiny model whose words are ``WORDS``."""
+"""A tiny model whose words are ``WORDS``, and how a script is run on it."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
+
+
+def run_script(main, options, only):
+    """Call an experiment's main function with these options and patterns of pieces."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script", *words, "--only", *only])
+        main()
 
 
 @pytest.fixture(scope="session")

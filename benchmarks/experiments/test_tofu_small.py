@@ -9,19 +9,23 @@ import json
 import math
 import random
 import statistics
-import sys
+from functools import partial
 
 import pytest
-import results_page
-import results_questions
+import results as results_page
+import tofu_ablations
+import tofu_attacks
+import tofu_rows
 import tofu_small
-from conftest import WORDS
-from equal_forgetting import MEASURED
-from results_rows import request_seconds
-from tofu_small_attacks import AT, GIVEN
-from tofu_small_baselines import at_target
-from tofu_small_data import OF_AUTHOR, Authors
-from tuning import lowest
+from conftest import WORDS, run_script
+from lab.baselines import at_target
+from lab.forgetting import EVERY
+from lab.records import RESULTS, read, write
+from lab.rows import request_seconds
+from lab.tuning import lowest, rates
+from tofu_attacks import AT, GIVEN
+from tofu_data import OF_AUTHOR, authors_by_role
+from tofu_lab import run_pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTHORS, QUESTIONS = 8, 6
@@ -83,16 +87,14 @@ def run(data, model, tmp_path_factory):
     """Runs the pieces that match; their results so far."""
     folder = tmp_path_factory.mktemp("out")
     given = {"data": data, "model": model, "cache": folder / "cache"}
-    given |= {"results": folder / "results.json", "authors": 5, "questions": QUESTIONS}
+    given |= {"results": folder / "tofu_small.jsonl", "authors": 5, "questions": QUESTIONS}
     given |= {"utility": 4, "rate": 8e-3, "epochs": 60, "steps": 30, "every": 2}
 
     def run(*only, **other):
-        options = {**given, **other}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["tofu_small.py", *words, "--only", *only])
-            tofu_small.main()
-        return json.loads((folder / "results.json").read_text())
+        for script in (tofu_small, tofu_ablations, tofu_attacks):
+            pieces = partial(run_pieces, script.__doc__, script.pieces)
+            run_script(pieces, {**given, **other}, only)
+        return read(given["results"])
 
     return run
 
@@ -137,7 +139,7 @@ def test_a_piece_that_is_there_is_not_computed_again(run, results):
 
 
 def test_results_of_other_settings_are_refused(run, results):
-    with pytest.raises(SystemExit, match="is of other settings"):
+    with pytest.raises(SystemExit, match="has other settings"):
         run("full", seed=1)
 
 
@@ -151,7 +153,7 @@ def test_an_update_that_was_kept_does_what_was_measured(run, results, tmp_path_f
     assert len(losses(full, "forget")) == QUESTIONS
     assert all(len(losses(full, name)) == 4 for name in ("retain", "real_authors", "world_facts"))
     probabilities = [
-        statistics.fmean(math.exp(-x) for x in losses(items, "forget")[::MEASURED])
+        statistics.fmean(math.exp(-x) for x in losses(items, "forget")[::EVERY])
         for items in (full, retrained, edited)
     ]
     told = results["targets"]
@@ -168,7 +170,7 @@ def test_the_mean_over_questions_is_the_rows(results):
     for name, told in found.items():
         assert len(told["others"]) == QUESTIONS
         if told.get("alpha", 1.0) == 1.0:  # at the target as it was reported
-            assert results_questions.mean(told["report"]) == pytest.approx(wanted[name], rel=1e-3)
+            assert tofu_rows.mean(told["report"]) == pytest.approx(wanted[name], rel=1e-3)
     assert found["retrained"]["report"] != found["steps 3 then ce"]["report"]
 
 
@@ -204,24 +206,22 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
     assert control["attacked", 0]["retain_kl"] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypatch):
+def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     quick = {name: {**told, "pace": 2.0} for name, told in results.items() if name != "settings"}
-    files = {"results": {**quick, "settings": results["settings"]}, "anew": results}
-    words = ["--docs", str(tmp_path)]
-    for name, told in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(told))
-        words += [f"--{name}", str(tmp_path / f"{name}.json")]
-    monkeypatch.setattr(sys, "argv", ["results_page.py", *words])
-    results_page.main()
+    write(tmp_path / "tofu_small.jsonl", {"settings": results["settings"], **quick})
+    write(tmp_path / "tofu_small_anew.jsonl", results)
+    write(tmp_path / "topic_small.jsonl", read(RESULTS / "topic_small.jsonl"))
+    (tmp_path / "images").mkdir()
+    results_page.write_results(tmp_path, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| K-FADE, EK-FAC | margin, damping" in text
     assert f", iterate {results['report refine 1']['refined']} kept" in text
     assert "| NPO |  | not run |" in text
     assert "| diagonal needs at least 5 × K-FAC's KL | not run |" in text
     [report] = [name for name in results if name.startswith("report ekfac margin")]
-    twice = [line for line in text.splitlines() if line.startswith(f"| `{report}`: KL")]
-    assert len(twice) == 1
-    assert len(set(twice[0].split("|")[2:4])) == 1
+    [again] = [line for line in text.splitlines() if line.startswith("| full model: answer loss |")]
+    assert len(set(again.split("|")[2:4])) == 1
+    assert "| `report ekfac margin 0.001`: KL, report slice | not run | not run |" in text
     assert "took 2 times as long on the first" in text
     assert "### Question by question" in text
     row = next(line for line in text.splitlines() if f"`'{report}'" in line)
@@ -242,11 +242,10 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path, monkeypa
 
 def test_authors_have_one_role():
     for count in (3, 10, 20):
-        authors = Authors.choose(200, count)
-        roles = (authors.unseen, authors.common, authors.tuning, authors.report)
-        everyone = [author for role in roles for author in role]
+        authors = authors_by_role(200, count)
+        everyone = [author for role in authors.values() for author in role]
         assert everyone == list(range(200 - count - 2, 200))
-        assert len(authors.report) == len(authors.tuning) == max(1, count // 5)
+        assert len(authors["report"]) == len(authors["tuning"]) == max(1, count // 5)
 
 
 def test_the_kl_at_a_target_lies_between_evaluations():
@@ -275,7 +274,7 @@ def test_the_kl_at_a_target_lies_between_evaluations():
 )
 def test_rates_go_on_where_there_is_something_to_find(kl_at, tried):
     results, seen = {}, []
-    for rate in tofu_small.rates(results, "gd", 4.0, most=3):
+    for rate in rates(results, "gd", 4.0, most=3):
         seen.append(rate)
         kl = kl_at.get(rate)
         told = {"kl": kl, "curve": [{}]} if kl else {"failure": "not reached", "curve": [{}]}

@@ -5,17 +5,16 @@ python -m pytest benchmarks/experiments
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 
 import pytest
 import topic_small
-from conftest import WORDS
-from fine_tune import fine_tune
-from results_topic import topic
+from conftest import WORDS, run_script
+from lab.fine_tune import fine_tune
+from lab.records import read
 from test_tofu_small import write_rows
-from topic_small_data import Data, Sizes, sentence_with, terms
+from topic_data import Data, Sizes, sentence_with, terms
+from topic_page import slots
 from transformers import AutoTokenizer
 
 import kfade
@@ -87,23 +86,14 @@ def bands():
 def results(data, learnt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     given = {"data": data, "model": learnt, "cache": folder / "cache"}
-    given |= {"results": folder / "results.json", "tune-questions": 12, "questions": 15}
-    given |= {
-        "passages": 8,
-        "held-out": 4,
-        "tokens": 16,
-        "completions": 5,
-        "steps": 40,
-        "target": SIZES.target,
-    }
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    given |= {"results": folder / "topic_small.jsonl", "tune-questions": 12, "questions": 15}
+    given |= {"passages": 8, "held-out": 4, "tokens": 16, "completions": 5, "steps": 40}
     only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
-    only += ["* band *", "* band"]
+    only += ["* band *", "* band", "* steps 3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["topic_small.py", *words, "--only", *only, "* steps 3"])
         patch.setattr(topic_small, "START_RATE", 1e-2)
-        topic_small.main()
-    return json.loads((folder / "results.json").read_text())
+        run_script(topic_small.main, {**given, "target": SIZES.target}, only)
+    return read(given["results"])
 
 
 def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results):
@@ -124,7 +114,7 @@ def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results
 
 def test_nothing_stands_in_two_places(data, learnt):
     found = Data.read(data, AutoTokenizer.from_pretrained(learnt), SIZES)
-    passages = [p.tokens for p in (*found.forget, *found.fit, *found.held_out)]
+    passages = [p.tokens for p in (*found.forget, *found.slices["fit"], *found.slices["held_out"])]
     assert len(set(passages)) == len(passages) == 12 + 15 + 2 * (8 + 4)
     asked = [q.question for own in found.questions.values() for q in own]
     assert len(set(asked)) == len(asked) == 12 + 15 + 2 * 12
@@ -138,14 +128,14 @@ def test_a_passage_begins_with_the_sentence_that_uses_the_term():
     assert sentence_with("tar", text) is None  # not within a word
 
 
-def test_the_page_tells_of_it(results, tmp_path):
-    parts = list(topic(results))
-    text = "\n\n".join(parts)
-    assert "| K-FADE, EK-FAC | damping" in text
-    assert "| K-FADE, identity | damping 0 |" in text
-    assert f"| K-FADE, K-FAC, blocks {topic_small.best_band(results)}, 4 steps, each with" in text
-    assert "diagonal needs at least 5 × K-FAC's KL | not run" in text
-    for part in parts:
-        if part.startswith("|"):  # each row has as many cells as its table's head
-            counts = {line.count("|") for line in part.splitlines()}
-            assert len(counts) == 1, part
+def test_the_page_tells_of_it(results):
+    tables = slots(results)
+    methods = tables["topic_methods"]
+    assert "| K-FADE, EK-FAC | damping" in methods
+    assert "| K-FADE, identity | damping 0 |" in methods
+    band = topic_small.best_band(results)
+    assert f"| K-FADE, K-FAC, blocks {band}, 4 steps, each with" in methods
+    assert "diagonal needs at least 5 × K-FAC's KL | not run" in tables["topic_claims"]
+    for name in ("topic_methods", "topic_claims", "topic_tuning"):
+        counts = {line.count("|") for line in tables[name].splitlines()}
+        assert len(counts) == 1, name  # each row has as many cells as the head

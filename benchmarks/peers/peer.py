@@ -32,6 +32,7 @@ from torch import Tensor
 
 import kfade
 from kfade.curvature.draws import sampled_labels
+from kfade.data.sequences import TokenSequence
 from kfade.models.load import load_model
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -123,7 +124,7 @@ class Kfade(Peer):
 
     def _fit(self, fit: Any, tokens_ST: Tensor) -> None:
         scored = (False,) + (True,) * (tokens_ST.shape[1] - 1)
-        sequences = [kfade.data.batches.Sequence(tuple(row), scored) for row in tokens_ST.tolist()]
+        sequences = [TokenSequence(tuple(row), scored) for row in tokens_ST.tolist()]
         budget = self.settings.batch * (tokens_ST.shape[1] - 1)
         batches = kfade.make_batches(sequences, budget=budget)
         options = {"draw": sampled_labels, "recompute": self.settings.recompute}

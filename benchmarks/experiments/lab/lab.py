@@ -1,0 +1,240 @@
+"""A model with its data, and what is made of them once: curvatures, gradients, updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import kfade
+from kfade.baselines.methods import Method
+from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.fit import correct_eigenvalues
+from kfade.data.batches import Batch, make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.method.gradient import forget_gradient
+from kfade.method.settings import Direction, Run
+from kfade.method.step import StepSize
+from kfade.method.sweep import cut, targets_within
+from kfade.method.update import Update
+from kfade.models.layers import Target
+from kfade.runs.words import draw_of, fit_of, objective_of
+
+from .baselines import train_baseline
+from .forgetting import BUDGET, Group, Ruler, Search
+from .pieces import Results, make_once
+from .records import Record
+
+
+class Lab:
+    """Everything that pieces share, made when first asked for.
+
+    An experiment says in a subclass what its model and its data are.
+    """
+
+    budget = BUDGET
+    """Positions in one forward pass of fits and gradients."""
+
+    def __init__(self, sizes: Any, cache: Path, results: Results) -> None:
+        self.sizes, self.cache, self.results = sizes, cache, results
+        self._gradients: dict[tuple[str, str], tuple[Matrices, float]] = {}
+        self._guesses: dict[str, float] = {}
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        raise NotImplementedError
+
+    @cached_property
+    def slices(self) -> dict[str, Sequence[TokenSequence]]:
+        """Retain data: ``fit`` for methods to use, ``held_out`` to steer and choose by, ``report``
+        for the tables only."""
+        raise NotImplementedError
+
+    def group(self, name: str) -> Group:
+        """What is forgotten under that name."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> Any:
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded[1]
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        return kfade.find_targets(self.model)
+
+    @cached_property
+    def ruler(self) -> Ruler:
+        """Measures KL from the model as it is at the first access: not while it is edited."""
+        return Ruler(self.model, {name: self.slices[name] for name in ("held_out", "report")})
+
+    def search(self, group: str) -> Search:
+        """The search for the target of a group."""
+        return Search(self.model, self.ruler, self.group(group))
+
+    def gradient(self, group: str, objective: str) -> tuple[Matrices, float]:
+        """The forget gradient of a group, and the seconds it took."""
+        if (group, objective) not in self._gradients:
+            start = time.perf_counter()
+            batches = make_batches(self.group(group).forget, budget=self.budget)
+            found = forget_gradient(self.model, batches, self.targets, objective_of(objective))
+            self._gradients[group, objective] = found, time.perf_counter() - start
+        return self._gradients[group, objective]
+
+    def fit(self, name: str) -> Record:
+        """Fit and keep a curvature. ``fit_seconds`` includes the fit that it builds upon.
+
+        Args:
+            name: an estimator, as in ``kfac``; square-root draws unless the name gives other
+                pseudo-labels, as in ``kfac sampled``.
+        """
+
+        def make(folder: Path) -> Record:
+            start = time.perf_counter()
+            batches = make_batches(self.slices["fit"], budget=self.budget)
+            self._fitted(name, batches).save(folder / "curvature.safetensors")
+            seconds = time.perf_counter() - start
+            if name.startswith("ekfac"):
+                seconds += self.fit(name.replace("ekfac", "kfac"))["fit_seconds"]
+            return {"fit_seconds": seconds}
+
+        return make_once(self.cache / f"fit-{name}", make)
+
+    def _fitted(self, name: str, batches: Sequence[Batch]) -> Curvature:
+        estimator, _, labels = name.partition(" ")
+        data, draw = (self.model, batches, self.targets), draw_of(labels or "sqrt")
+        match estimator:
+            case "identity":
+                return kfade.fit_identity(*data)
+            case "diagonal":
+                return kfade.fit_diagonal(*data, draw=draw)
+            case "kfac":
+                return kfade.fit_kfac(*data, draw=draw)
+        kfac = self.curvature(name.replace("ekfac", "kfac"))
+        return correct_eigenvalues(*data, kfac, draw=draw)
+
+    def curvature(self, name: str) -> Curvature:
+        """The curvature that :meth:`fit` keeps under that name."""
+        self.fit(name)
+        return Curvature.load(self.cache / f"fit-{name}" / "curvature.safetensors")
+
+    def step(
+        self,
+        group: str,
+        curvature: Curvature,
+        damping: float,
+        *,
+        objective: str = "margin",
+        layers: str = "all",
+        like: str = "",
+        **options: Any,
+    ) -> tuple[Record, Update | None]:
+        """One step of K-FADE to the group's target.
+
+        Args:
+            like: steps with the same word begin their search where the last one ended.
+            options: other options of :meth:`Search.step`.
+        """
+        targets = targets_within(self.targets, layers)
+        gradient, seconds = self.gradient(group, objective)
+        options.setdefault("guess_kl", self._guesses.get(like))
+        row, update = self.search(group).step(
+            cut(curvature, targets), gradient, targets, damping=damping, **options
+        )
+        if like and "exact_kl" in row:
+            self._guesses[like] = row["exact_kl"]
+        return {**row, "gradient_seconds": seconds}, update
+
+    def unlearn(
+        self,
+        group: str,
+        fit: str,
+        size: StepSize,
+        damping: float,
+        *,
+        relative: bool = True,
+        direction: Direction = Direction(),
+        layers: str = "all",
+        **options: Any,
+    ) -> tuple[Update, Update, Record]:
+        """``kfade.unlearn`` with a kept curvature.
+
+        Returns:
+            The update before the last step, the whole update, and what is to be told of the run.
+        """
+        targets = targets_within(self.targets, layers)
+        curvature = cut(self.curvature(fit), targets)
+        estimator, _, labels = fit.partition(" ")
+        states = [Update({})]
+        start = time.perf_counter()
+        update = kfade.unlearn(
+            self.model,
+            forget=self.group(group).forget,
+            retain=self.slices["fit"],
+            held_out=self.slices["held_out"],
+            fit=fit_of(estimator),
+            direction=replace(direction, damping=damping, relative=relative),
+            size=size,
+            run=Run(
+                targets=targets,
+                curvature=curvature,
+                draw=draw_of(labels or "sqrt"),
+                batch_tokens=BUDGET,
+                on_step=states.append,
+                **{"refit": False, **options},
+            ),
+        )
+        seconds, last = time.perf_counter() - start, update.provenance["steps"][-1]
+        told = {"refined": last["refined"], "refinements": last["refinements"]}
+        return states[-2], update, {**told, "damping": damping, "run_seconds": seconds}
+
+    def train(
+        self,
+        method: Method,
+        group: str,
+        rate: float,
+        steps: int,
+        every: int,
+        on_evaluation: Callable[[Any, Update], bool],
+    ) -> Update:
+        """Train a baseline, with an evaluation after every so many steps."""
+        data = {
+            "forget": self.group(group).forget,
+            "retain": self.slices["fit"],
+            "held_out": self.slices["held_out"],
+        }
+        return train_baseline(
+            self.model,
+            method,
+            data,
+            rate=rate,
+            steps=steps,
+            batch=self.sizes.batch,
+            evaluate_every=every,
+            seed=self.sizes.seed,
+            on_evaluation=on_evaluation,
+        )
+
+    def keep(self, name: str, row: Record, update: Update | None) -> Record:
+        """Keep the update under that name, if there is one; the row."""
+        if update is not None:
+            self._path(name).parent.mkdir(exist_ok=True)
+            update.save(self._path(name))
+        return row
+
+    def has(self, name: str) -> bool:
+        """Whether an update was kept. It is not if the target was not reached."""
+        return self._path(name).is_file()
+
+    def kept(self, name: str) -> Update:
+        return Update.load(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.cache / "updates" / f"{name}.safetensors"
