@@ -127,7 +127,6 @@ MANY = {
     "baselines/loop.py:train": "to become an object of settings, as those of unlearn",
     "evaluate/mt_bench.py:answer_questions": "what the benchmark fixes, each by its name",
     "evaluate/tofu.py:evaluate_tofu": "what the benchmark fixes, each by its name",
-    "planning/memory.py:curvature_budget": "the settings that bytes depend on",
     "data/sequences.py:encode": "how text is encoded, each by its name",
 }
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import kfade
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
@@ -106,13 +105,13 @@ def fitted(
     draw = draw_of(labels or "sqrt")
     match estimator:
         case "identity":
-            return kfade.fit_identity(model, batches, targets)
+            return kfade.Identity().fit(model, batches, targets)
         case "diagonal":
-            return kfade.fit_diagonal(model, batches, targets, draw=draw)
+            return kfade.Diagonal(draw).fit(model, batches, targets)
         case "kfac":
-            return kfade.fit_kfac(model, batches, targets, draw=draw)
+            return kfade.KFAC(draw).fit(model, batches, targets)
     kfac = fit_of(name.replace("ekfac", "kfac"))
-    return correct_eigenvalues(model, batches, targets, kfac, draw=draw)
+    return kfade.EKFAC(draw).correct(kfac, model, batches, targets)
 
 
 class Search:

@@ -28,7 +28,6 @@ import torch
 from fine_tune import fine_tune
 
 import kfade
-from kfade.curvature.fit import correct_eigenvalues
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
 from kfade.data.examples import Example, load_examples, parse_example
@@ -144,13 +143,13 @@ class Fits:
             arguments = (s.model, s.retain, s.targets)
             match name:
                 case "identity":
-                    self._done[name] = kfade.fit_identity(*arguments)
+                    self._done[name] = kfade.Identity().fit(*arguments)
                 case "diagonal":
-                    self._done[name] = kfade.fit_diagonal(*arguments)
+                    self._done[name] = kfade.Diagonal().fit(*arguments)
                 case "kfac":
-                    self._done[name] = kfade.fit_kfac(*arguments)
+                    self._done[name] = kfade.KFAC().fit(*arguments)
                 case "ekfac":
-                    self._done[name] = correct_eigenvalues(*arguments, self.get("kfac"))
+                    self._done[name] = kfade.EKFAC().correct(self.get("kfac"), *arguments)
         return self._done[name]
 
 

@@ -65,10 +65,12 @@ def third_ablations(
 ) -> Iterator[Piece]:
     """Those made on the blocks ``layers``."""
 
-    def refit(sequences: list[TokenSequence], **options: Any) -> dict[str, Any]:
+    def refit(
+        sequences: list[TokenSequence], estimator: kfade.EKFAC = kfade.EKFAC()
+    ) -> dict[str, Any]:
         batches = make_batches(sequences, budget=BUDGET)
         targets = targets_within(lab.targets, layers)
-        curvature = kfade.fit_ekfac(lab.model, batches, targets, **options)
+        curvature = estimator.fit(lab.model, batches, targets)
         row = search(curvature, damping, layers, f"blocks {layers}")
         return {**row, "layers": layers, "questions": len(sequences)}
 
@@ -86,7 +88,7 @@ def third_ablations(
     yield "ablation retain 1/16", lambda: refit(fit()[::16])
     yield "ablation wikitext", lambda: refit(lab.text)
     yield "ablation own text", lambda: refit(lab.own_text)
-    yield "ablation softened outputs", lambda: refit(fit(), draw=softened_draw)
+    yield "ablation softened outputs", lambda: refit(fit(), kfade.EKFAC(softened_draw))
     yield "ablation 3 steps", lambda: steps(refit=False)
     yield "ablation 3 steps, each with its fit", lambda: steps(refit=True)
 

@@ -26,7 +26,6 @@ from torch import Tensor
 
 import kfade
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.fit import correct_eigenvalues
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
@@ -152,8 +151,8 @@ class Lab:
         every = self.slices["fit"]
         some, rest = every[::share], [s for i, s in enumerate(every) if i % share]
         first, second = (make_batches(part, budget=BUDGET) for part in (some, rest))
-        kfac = kfade.fit_kfac(self.model, first, self.targets)
-        return correct_eigenvalues(self.model, second, self.targets, kfac)
+        kfac = kfade.KFAC().fit(self.model, first, self.targets)
+        return kfade.EKFAC().correct(kfac, self.model, second, self.targets)
 
     def search(
         self,

@@ -50,7 +50,7 @@ from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.layers import Target
-from kfade.runs.words import draw_of, fit_of
+from kfade.runs.words import draw_of, estimator_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
@@ -177,13 +177,12 @@ class Lab:
             forget=self.data.forget,
             retain=self.data.fit,
             held_out=self.data.held_out,
-            fit=fit_of(word),
+            fit=estimator_of(word, draw_of(labels or "sqrt")),
             direction=replace(direction, damping=damping, relative=relative),
             size=StepSize(kl=self._results[f"tune {like}"]["kl"]),
             run=Run(
                 targets=targets,
                 curvature=curvature,
-                draw=draw_of(labels or "sqrt"),
                 steps=steps,
                 refit=refit,
                 batch_tokens=BUDGET,

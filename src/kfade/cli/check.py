@@ -13,6 +13,7 @@ from torch import nn
 
 from kfade.cli import options as o
 from kfade.cli.session import console, session, show
+from kfade.curvature.estimators import Estimator
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
@@ -33,7 +34,7 @@ from kfade.models.load import model_window
 from kfade.models.targets import named
 from kfade.runs.config import RunConfig, override
 from kfade.runs.session import Loaded, load, read_source, to_tokens
-from kfade.runs.words import draw_of, fit_of
+from kfade.runs.words import draw_of, estimator_of
 from kfade.runtime.stages import stage
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
@@ -77,7 +78,7 @@ def check(
     """
     given = {name: value for name, value in locals().items() if name != "json"}
     run = override(RunConfig(), **given, template="plain")
-    fit, draw = fit_of(run.fit.estimator), draw_of(run.fit.labels)
+    estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     with session() as clock:
         examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
         loaded = load(run.model, run.fit)
@@ -89,7 +90,7 @@ def check(
         findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
         findings.append(_generation(loaded, tokens))
         few = _few_blocks(loaded, run)
-        findings += _small_step(few, tokens, fit, draw, run.seed)
+        findings += _small_step(few, tokens, estimator, run.seed)
     result: dict[str, Any] = {
         "passed": all(finding.passed for finding in findings),
         "findings": [vars(finding) for finding in findings],
@@ -266,7 +267,9 @@ class Trial:
         return self.measured / self.exact
 
 
-def _small_step(few: Loaded, tokens: list[TokenSequence], fit, draw, seed: int) -> list[Finding]:
+def _small_step(
+    few: Loaded, tokens: list[TokenSequence], estimator: Estimator, seed: int
+) -> list[Finding]:
     """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences.
 
     The form is what the KL tends to as the step gets smaller: where the two are apart, smaller
@@ -276,7 +279,7 @@ def _small_step(few: Loaded, tokens: list[TokenSequence], fit, draw, seed: int) 
     group = length_class(model)
     batches = make_batches(tokens, device=targets[0].weight.device, group=group)
     with stage("fit"):
-        curvature = fit(model, batches, targets, draw=draw, seed=seed)
+        curvature = estimator.fit(model, batches, targets, seed=seed)
     gradient = forget_gradient(model, batches[-1:], targets, margin)
     step = gauss_newton_step(curvature, gradient, damping=DEFAULT_DAMPING, relative=True)
     gauge = Gauge(model, batches, batches[-1:])

@@ -13,12 +13,14 @@ import typer
 from kfade.cli import options as o
 from kfade.cli.plan_page import page
 from kfade.cli.session import console, session, show
-from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups, stored_bytes
+from kfade.curvature.estimators import Estimator
+from kfade.curvature.factors import factor_bytes
+from kfade.curvature.groups import group_by_input, group_targets
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
 from kfade.models.layers import Target, find_targets
 from kfade.models.load import load_skeleton, model_window
-from kfade.planning.cost import PASSES, Speed, flops, measure_speed, seconds
+from kfade.planning.cost import Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,
     Work,
@@ -28,7 +30,7 @@ from kfade.planning.memory import (
     on_shapes,
     peaks,
 )
-from kfade.runs.words import bytes_of, fit_of
+from kfade.runs.words import bytes_of, estimator_of
 
 DEVICE = "Device"
 
@@ -120,7 +122,7 @@ def plan(
     fitted and whether each stage fits; with `--speed` or `--measure`, how long each takes.
     """
     given: dict[str, Any] = {
-        "estimator": estimator,
+        "estimator": None if estimator is None else estimator_of(estimator),
         "sequence_length": sequence_length,
         "batch_tokens": batch_tokens,
         "recompute": recompute,
@@ -179,7 +181,6 @@ def _machines(memory: Sequence[str] | None, devices: int | None) -> _Machines:
 
 
 def _check(work: Work) -> None:
-    fit_of(work.estimator)
     if work.sequence_length < 2 or work.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
     if work.retain_tokens < 1 or work.forget_tokens < 1:
@@ -227,13 +228,13 @@ def _result(
             break
         stages = seconds(subject, groups or whole, work, speed, count)
         times[str(count)] = {**stages, "total": sum(stages.values())}
-    smallest = smallest_groups(subject.targets)
+    smallest = group_by_input(subject.targets)
     least = peaks(subject, smallest, work.estimator, refine=refine)
     over = [stage for stage, peak in planned.items() if machines.memory and peak > machines.memory]
     return {
         "model": name,
         "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
-        "work": asdict(work),
+        "work": {**asdict(work), "estimator": work.estimator.name},
         "batch": work.shape,
         "parameters": {"all": parameters, "targeted": subject.targeted},
         "weights": len(subject.targets),
@@ -242,7 +243,7 @@ def _result(
         "devices": machines.count,
         "shards": subject.shards,
         "groups": len(groups) if groups else None,
-        "passes": len(groups or whole) * PASSES[work.estimator],
+        "passes": len(groups or whole) * len(work.estimator.passes),
         "peak_bytes": {
             "one_group": peaks(subject, whole, work.estimator, refine=refine),
             "planned": planned,
@@ -269,16 +270,18 @@ def _groups(
                 f"{-budget / 1e9:.3g} GB: lower --batch-tokens, or take fewer --layers"
             )
     try:
-        return group_targets(subject.targets, work.estimator, budget, subject.shards), None
+        return group_targets(
+            subject.targets, work.estimator.peak_bytes, budget, subject.shards
+        ), None
     except InputError as error:
         return None, str(error)
 
 
-def _sizes(subject: Workload, estimator: str) -> dict[str, int]:
+def _sizes(subject: Workload, estimator: Estimator) -> dict[str, int]:
     """Bytes of everything that a run holds at one time or another."""
-    targets, factored = subject.targets, estimator in ("kfac", "ekfac")
-    stored = stored_bytes(targets, estimator)
-    factors = factor_bytes(targets) if factored else 0
+    targets = subject.targets
+    stored = estimator.stored_bytes(targets)
+    factors = factor_bytes(targets) if estimator.has_eigenbases else 0
     return {
         "model": subject.model_bytes,
         "factors": factors,

@@ -14,12 +14,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kfade.models.layers import Target
+
 PANEL = 192  # columns of a symmetric product at a time: nearly half its arithmetic is spared
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where the data are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def widths(group: Sequence[Target]) -> list[int]:
+    """Widths of the factors of ``group``: I of each distinct input, O of each layer."""
+    inputs = {target.input_of: target.shape[1] for target in group}
+    return [*inputs.values(), *(target.shape[0] for target in group)]
+
+
+def factor_bytes(group: Sequence[Target]) -> int:
+    """Bytes of the factors A and S of ``group``, and of its bases: Σ over distinct inputs I² + Σ
+    over layers O²."""
+    return sum_dtype(group[0].weight.dtype).itemsize * sum(width**2 for width in widths(group))
 
 
 def add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:

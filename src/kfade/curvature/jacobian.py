@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.factors import sum_dtype
-from kfade.curvature.passes import FromOutputs, Waiting, live_rows, run_pass
+from kfade.curvature.passes import FromOutputs, PendingInputs, live_rows, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.data.batches import Batch
 from kfade.models.head import hidden_states
@@ -40,7 +40,7 @@ def transpose_product(
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
 
     ``from_outputs(head, batch, hidden_ND)`` gives u [N, D] at the loss positions, from the final
-    hidden states there. ``recompute`` as for :func:`~kfade.curvature.fit.fit_ekfac`.
+    hidden states there. ``recompute``: see :func:`~kfade.curvature.recompute.recomputing`.
     """
     products = _Products(targets)
     with recomputing(model, targets, recompute):
@@ -57,7 +57,7 @@ class _Products:
             weight = target.weight
             dtype = sum_dtype(weight.dtype)
             self.sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
-        self._inputs: Waiting[Tensor] = Waiting(targets)
+        self._inputs: PendingInputs[Tensor] = PendingInputs(targets)
 
     def begin(self, batch: Batch) -> None:
         self._batch = batch

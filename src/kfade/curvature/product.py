@@ -63,8 +63,8 @@ def gauss_newton_product(
     *,
     recompute: bool = False,
 ) -> Matrices:
-    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute`` as for
-    :func:`~kfade.curvature.fit.fit_ekfac`."""
+    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute``: see
+    :func:`~kfade.curvature.recompute.recomputing`."""
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     with frozen(model):
         tangents = tangents_of(model, targets)

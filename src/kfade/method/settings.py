@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.draws import Draw, square_root_draw
+from kfade.curvature.store import Store
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, margin
 from kfade.method.update import Update
@@ -72,8 +74,6 @@ class Run:
     """Weights to change; every feed-forward weight when None."""
     curvature: Curvature | None = None
     """A fit made before, used for the first step (for all if not ``refit``)."""
-    draw: Draw = square_root_draw
-    """Makes the pseudo-labels of fits."""
     steps: int = 1
     """Gauss-Newton steps in all."""
     forget_batch: int | None = None
@@ -85,6 +85,11 @@ class Run:
     recompute: bool = False
     """Passes with gradients run each block again in their backward pass instead of keeping what it
     made: the same result for less memory and more work."""
+    memory: int | None = None
+    """Bytes of curvature that a fit may hold at a time; it then takes the layers in groups."""
+    store: Callable[[nn.Module, Sequence[Target]], Store] | None = None
+    """(model at its present weights, targets) -> where their fit is kept on disk, finished or not;
+    in memory when None."""
     seed: int = 0
     """Keys pseudo-labels and draws of sequences."""
     start: Update | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.fit import Fit, fit_ekfac
+from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
 from kfade.data.batches import Batch, draw_without_replacement, make_batches
@@ -40,7 +40,7 @@ def unlearn(
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
-    fit: Fit = fit_ekfac,
+    fit: Estimator = EKFAC(),
     direction: Direction = Direction(),
     size: StepSize = StepSize(kl=DEFAULT_KL),
     run: Run = Run(),
@@ -100,8 +100,14 @@ def unlearn(
         if curvature is None or (run.refit and index > 0):
             at, key = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), at.applied_to(model):
-                curvature = fit(
-                    model, retain_batches, targets, draw=run.draw, seed=key, recompute=run.recompute
+                curvature = fit.fit(
+                    model,
+                    retain_batches,
+                    targets,
+                    seed=key,
+                    recompute=run.recompute,
+                    memory=run.memory,
+                    store=run.store(model, targets) if run.store is not None else None,
                 )
         with stage("gradient"), update.applied_to(model):
             forget_batches = drawn(forget, run.forget_batch, index)

@@ -11,17 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from kfade.curvature.curvature import Curvature
-from kfade.curvature.fit import Fit
+from kfade.curvature.estimators import Estimator
 from kfade.curvature.store import Store
-from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
 from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
-from kfade.planning.memory import curvature_budget
+from kfade.planning.memory import Work, curvature_budget
 from kfade.runs.config import RunConfig, deciding, write_config
 from kfade.runs.inputs import SavedFit, inputs
 from kfade.runs.session import (
@@ -38,7 +36,8 @@ from kfade.runs.template import as_used, dated
 from kfade.runs.words import (
     bytes_of,
     direction_of,
-    fit_of,
+    draw_of,
+    estimator_of,
     going_of,
     step_size,
 )
@@ -68,7 +67,8 @@ def unlearn(
     if export_model and run.model.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     run = replace(run, data=dated(run.data, out, resume=resume))
-    source, fit = source_of(run.model), fit_of(run.fit.estimator)
+    source = source_of(run.model)
+    estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     direction, size, going = direction_of(run), step_size(run), going_of(run)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
@@ -78,7 +78,7 @@ def unlearn(
     with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
         loaded = loaded or load(run.model, run.fit)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        budget = curvature_bytes(run, loaded)
+        budget = curvature_bytes(run, loaded, estimator)
         spread(run.model, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
@@ -102,13 +102,15 @@ def unlearn(
             forget=forget,
             retain=retain,
             held_out=held_out,
-            fit=_kept(fit, folder, budget, made_for),
+            fit=estimator,
             direction=direction,
             size=size,
             run=replace(
                 going,
                 targets=loaded.targets,
                 curvature=curvature,
+                memory=budget,
+                store=partial(_store, folder, made_for),
                 start=_resume_from(folder),
                 on_step=partial(_keep_step, folder, run.step.steps),
             ),
@@ -150,7 +152,7 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     progress.say(step_line(len(steps), total, steps[-1]))
 
 
-def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
+def curvature_bytes(run: RunConfig, loaded: Loaded, estimator: Estimator) -> int | None:
     """What ``--memory`` leaves for the curvature beside the model, still whole, and a pass."""
     if run.fit.memory is None:
         return None
@@ -162,10 +164,12 @@ def curvature_bytes(run: RunConfig, loaded: Loaded) -> int | None:
         total,
         loaded.model,
         loaded.targets,
-        run.data.batch_tokens,
-        sequence_length=length,
-        estimator=run.fit.estimator,
-        recompute=run.fit.recompute,
+        Work(
+            estimator,
+            sequence_length=length,
+            batch_tokens=run.data.batch_tokens,
+            recompute=run.fit.recompute,
+        ),
         vectors=3 if refitted else 0,
         shards=distributed.count() if run.model.shard else 1,
     )
@@ -182,26 +186,20 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
     )
 
 
-def _kept(fit: Fit, folder: RunDir, memory: int | None, made_for: dict[str, Any]) -> Fit:
-    """``fit``, kept in the run's state, finished or not, so that a resumed run goes on from it."""
-
-    def kept(
-        model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], **arguments: Any
-    ) -> Curvature:
-        digest = digest_weights(model, parameter_names(targets))
-        place = folder.state / f"curvature-{digest[:16]}"
-        if distributed.rank() == 0:
-            for old in folder.state.glob("curvature-*"):
-                if old != place:
-                    shutil.rmtree(old)
-            place.mkdir(exist_ok=True)
-        distributed.barrier()
-        store = Store(
-            place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device
-        )
-        return fit(model, batches, targets, memory=memory, store=store, **arguments)
-
-    return kept
+def _store(
+    folder: RunDir, made_for: dict[str, Any], model: nn.Module, targets: Sequence[Target]
+) -> Store:
+    """Where the fit at the model's present weights is kept, in the state of a run; earlier fits are
+    deleted."""
+    digest = digest_weights(model, parameter_names(targets))
+    place = folder.state / f"curvature-{digest[:16]}"
+    if distributed.rank() == 0:
+        for old in folder.state.glob("curvature-*"):
+            if old != place:
+                shutil.rmtree(old)
+        place.mkdir(exist_ok=True)
+    distributed.barrier()
+    return Store(place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device)
 
 
 def _resume_from(folder: RunDir) -> Update | None:
