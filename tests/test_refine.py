@@ -233,8 +233,8 @@ def test_the_best_is_the_greatest_rise_for_its_kl(measured, best):
     records = [record(k, *pair) for k, pair in enumerate(measured)]
     best_so_far = Best(1.0)
     for one in records:
-        best_so_far.see(one, {"w": torch.tensor(one.refined)})
-    chosen, changes = best_so_far.taken
+        best_so_far.add(one, {"w": torch.tensor(one.refined)})
+    chosen, changes = best_so_far.result
     assert chosen.refined == best == changes["w"]
     assert [r["refined"] for r in chosen.refinements] == list(range(len(records)))
     assert replace(chosen, refinements=[]) == records[best]
@@ -242,8 +242,8 @@ def test_the_best_is_the_greatest_rise_for_its_kl(measured, best):
 
 def test_what_is_alone_is_taken_and_not_listed():
     alone = Best(1.0)
-    alone.see(record(3, 0.01, 2.0), {})
-    chosen, _ = alone.taken
+    alone.add(record(3, 0.01, 2.0), {})
+    chosen, _ = alone.result
     assert chosen.refined == 3
     assert chosen.refinements == []
 

@@ -119,7 +119,6 @@ def test_no_file_is_too_long(path):
 # or take more than 8 arguments, and why.
 LONG = {
     "runs/unlearning.py:unlearn": "a run from its first check to its last file, in order",
-    "method/sweep.py:sweep": "the method for a grid, on one page",
     "models/layers.py:choose_targets": "one reason after the other why a weight is left out",
     "baselines/loop.py:train": "one training loop for eight methods",
 }

@@ -31,7 +31,7 @@ from kfade.method.measure import (
 from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runs.words import draw_of
 
 Curve = list[dict[str, float]]

@@ -39,7 +39,7 @@ from kfade.method.settings import Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 
 SHOWN = 6  # forgotten questions whose answers are kept to be read
 CURVE_LENGTHS = (0.3, 0.5, 0.75, 1.25)  # of an update, beside its own

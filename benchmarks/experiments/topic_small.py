@@ -49,7 +49,7 @@ from kfade.method.settings import Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runs.words import draw_of, estimator_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "topic_small.json"

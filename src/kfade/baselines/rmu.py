@@ -22,7 +22,8 @@ from kfade.baselines.losses import Net, Rows, Term, positions
 from kfade.data.batches import Batch
 from kfade.errors import InputError
 from kfade.models.head import hidden_states
-from kfade.models.layers import Target, find_targets
+from kfade.models.layers import find_targets
+from kfade.models.targets import Target
 
 TRAINED_BLOCKS = 3
 

@@ -18,9 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kfade.models.layers import Target
 from kfade.models.load import frozen
-from kfade.models.targets import refuse_shared_memory
+from kfade.models.targets import Target, refuse_shared_memory
 
 
 class Trainable(Protocol):

@@ -18,8 +18,9 @@ from kfade.curvature.factors import factor_bytes
 from kfade.curvature.groups import group_by_input, group_targets
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
-from kfade.models.layers import Target, find_targets
+from kfade.models.layers import find_targets
 from kfade.models.load import load_skeleton, model_window
+from kfade.models.targets import Target
 from kfade.planning.cost import Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,

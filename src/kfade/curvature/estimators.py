@@ -45,7 +45,7 @@ from kfade.curvature.owners import Blocks, Owners, broadcast_blocks
 from kfade.curvature.store import Store
 from kfade.data.batches import Batch
 from kfade.models.interface import check_batches, check_model
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 
 Pass = Literal["covariance", "lambda"]

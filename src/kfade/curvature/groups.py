@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kfade.errors import InputError
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime.distributed import assign_by_cost
 
 BytesOf = Callable[[Sequence[Target]], int]

@@ -19,7 +19,7 @@ from kfade.curvature.block import EigenBlock
 from kfade.curvature.groups import BytesOf, assign_to_processes
 from kfade.curvature.passes import live_rows
 from kfade.data.batches import Batch
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 
 Rows = list[tuple[Tensor, list[int]]]

@@ -20,9 +20,9 @@ from kfade.data.batches import Batch
 from kfade.errors import InputError
 from kfade.models.faults import check_weights
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.layers import Target
 from kfade.models.lengths import refuse_mixed
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
 

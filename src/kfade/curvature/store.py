@@ -50,7 +50,8 @@ class StoredBlocks(Mapping[str, EigenBlock]):
             raise InputError(f"{path}: not a curvature file of this version of kfade")
         for name, parts in metadata["layout"].items():
             self._where[name] = (path, parts)
-        return metadata["provenance"]
+        provenance: dict[str, Any] = metadata["provenance"]
+        return provenance
 
     def only(self, names: Iterable[str], device: torch.device | str) -> StoredBlocks:
         """The blocks of the weights ``names``, read to ``device``."""

@@ -21,7 +21,7 @@ from kfade.curvature.factors import (
 from kfade.curvature.owners import Owners
 from kfade.curvature.passes import PendingInputs
 from kfade.data.batches import Batch
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
 

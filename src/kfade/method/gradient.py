@@ -15,7 +15,7 @@ from kfade.curvature.jacobian import transpose_product
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective
 from kfade.models.head import Head
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 
 
 def forget_gradient(

@@ -19,7 +19,7 @@ import torch
 from kfade.curvature.estimators import Estimator
 from kfade.curvature.factors import PANEL, factor_bytes, rows_first, widths
 from kfade.curvature.groups import assign_to_processes
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.planning.memory import Work, Workload
 from kfade.runtime.distributed import assign_by_cost
 

@@ -22,8 +22,8 @@ from kfade.curvature.groups import largest_share
 from kfade.errors import InputError
 from kfade.models.head import CHUNK
 from kfade.models.interface import check_length
-from kfade.models.layers import Target, decoder_blocks
-from kfade.models.targets import memory_of
+from kfade.models.layers import decoder_blocks
+from kfade.models.targets import Target, memory_of
 from kfade.planning.trace import PassCost, trace_pass
 
 RUNTIME_BYTES = 450_000_000

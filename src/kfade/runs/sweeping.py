@@ -24,8 +24,9 @@ from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
-from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
+from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
+from kfade.models.targets import Target
 from kfade.runs.config import RunConfig, SizeConfig, deciding, write_config
 from kfade.runs.inputs import SavedFit, inputs
 from kfade.runs.session import (

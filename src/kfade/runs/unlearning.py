@@ -17,8 +17,9 @@ from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
-from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
+from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
+from kfade.models.targets import Target
 from kfade.planning.memory import Work, curvature_budget
 from kfade.runs.config import RunConfig, deciding, write_config
 from kfade.runs.inputs import SavedFit, inputs
