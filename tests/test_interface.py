@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, flat, random_sequences, tiny_llama
+from helpers import Snapshot, flat, random_sequences, same_bits, tiny_llama
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import (
@@ -32,6 +32,7 @@ from kfade.method.sweep import Shared, sweep
 from kfade.models.interface import check_batches, check_length, check_readable
 from kfade.models.layers import choose_targets, find_targets
 from kfade.planning.memory import Work, curvature_budget, examine
+from kfade.runs.words import estimator_of
 
 
 @pytest.fixture
@@ -265,3 +266,23 @@ def test_a_memory_below_the_model_is_told_as_such():
     budget = curvature_budget(1, model, find_targets(model), work)
     with pytest.raises(InputError, match=r"the model and a pass alone are over it by 0\.4\d GB"):
         kfade.KFAC().fit(model, make_batches([sequence(1, 2)]), find_targets(model), memory=budget)
+
+
+def test_each_estimator_is_known_by_its_name():
+    kinds = (kfade.Identity, kfade.Diagonal, kfade.KFAC, kfade.EKFAC)
+    assert [estimator_of(kind.name) for kind in kinds] == [kind() for kind in kinds]
+    draw = kfade.sampled_labels
+    assert [estimator_of(kind.name, draw) for kind in kinds[1:]] == [k(draw) for k in kinds[1:]]
+
+
+def test_fit_kfac_is_short_for_kfac():
+    model = tiny_llama()
+    targets, batches = find_targets(model), make_batches(random_sequences(3))
+    draw = kfade.sampled_labels
+    short = kfade.fit_kfac(model, batches, targets, draw=draw, seed=1)
+    full = kfade.KFAC(draw).fit(model, batches, targets, seed=1)
+    other = kfade.KFAC(draw).fit(model, batches, targets)
+    assert short.provenance == full.provenance
+    for name, block in full.blocks.items():
+        assert same_bits(short.blocks[name].eigenvalues, block.eigenvalues)
+        assert not same_bits(other.blocks[name].eigenvalues, block.eigenvalues)

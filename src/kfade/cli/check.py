@@ -78,7 +78,7 @@ def check(
     """
     given = {name: value for name, value in locals().items() if name != "json"}
     run = override(RunConfig(), **given, template="plain")
-    estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
+    fit = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     with session() as clock:
         examples = read_source(run.data.retain or str(data_file("retain.jsonl")), "--retain")
         loaded = load(run.model, run.fit)
@@ -90,7 +90,7 @@ def check(
         findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
         findings.append(_generation(loaded, tokens))
         few = _few_blocks(loaded, run)
-        findings += _small_step(few, tokens, estimator, run.seed)
+        findings += _small_step(few, tokens, fit, run.seed)
     result: dict[str, Any] = {
         "passed": all(finding.passed for finding in findings),
         "findings": [vars(finding) for finding in findings],
@@ -268,7 +268,7 @@ class Trial:
 
 
 def _small_step(
-    few: Loaded, tokens: list[TokenSequence], estimator: Estimator, seed: int
+    few: Loaded, tokens: list[TokenSequence], fit: Estimator, seed: int
 ) -> list[Finding]:
     """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences.
 
@@ -279,7 +279,7 @@ def _small_step(
     group = length_class(model)
     batches = make_batches(tokens, device=targets[0].weight.device, group=group)
     with stage("fit"):
-        curvature = estimator.fit(model, batches, targets, seed=seed)
+        curvature = fit.fit(model, batches, targets, seed=seed)
     gradient = forget_gradient(model, batches[-1:], targets, margin)
     step = gauss_newton_step(curvature, gradient, damping=DEFAULT_DAMPING, relative=True)
     gauge = Gauge(model, batches, batches[-1:])

@@ -55,15 +55,15 @@ Pass = Literal["covariance", "lambda"]
 class Estimator(ABC):
     """An estimator G̃ of G, block-diagonal over the targeted weights.
 
-    A subclass gives ``name``, ``passes`` and :meth:`fit_group`. What a fit and its result take in
-    memory follows from the passes.
+    A subclass defines ``name``, ``passes`` and :meth:`fit_group`. The bytes of a fit and of its
+    result follow from the passes.
     """
 
     name: ClassVar[str]
-    """What saved curvatures call it."""
+    """Its name in saved curvatures and on the command line."""
     passes: ClassVar[tuple[Pass, ...]]
-    """Passes over the data, for each group of layers: "covariance" makes eigenbases, "lambda"
-    measures the eigenvalues."""
+    """Passes over the data for each group of layers: "covariance" for eigenbases, "lambda" for
+    measured eigenvalues."""
 
     @abstractmethod
     def fit_group(self, group: GroupFit) -> Blocks:
@@ -125,7 +125,7 @@ class Estimator(ABC):
         return Curvature(stored.only(names, store.device), {**facts, **store.provenance})
 
     def facts(self, batches: Sequence[Batch], seed: int) -> dict[str, Any]:
-        """How a fit is made, for its provenance."""
+        """Provenance of a fit."""
         return {"estimator": self.name}
 
     def fit_bytes(self, group: Sequence[Target]) -> dict[str, int]:
@@ -163,7 +163,7 @@ class Estimator(ABC):
 
 @dataclass(frozen=True)
 class Identity(Estimator):
-    """G̃ = I: no curvature at all; the batches are not used."""
+    """G̃ = I: no curvature; the batches are not used."""
 
     name = "identity"
     passes = ()
@@ -237,7 +237,7 @@ class EKFAC(_FromPseudoLabels):
 
     def fit_group(self, group: GroupFit) -> Blocks:
         """K-FAC's eigenbases, and Λ in them."""
-        return group.eigenvalues(group.eigenbases(self.draw), self.draw)
+        return group.eigenvalues(bases_of(group.kfac(self.draw)), self.draw)
 
     def correct(
         self,

@@ -40,7 +40,7 @@ CheckpointOf = Callable[[str], "Checkpoint | None"]
 
 @dataclass(frozen=True)
 class GroupFit:
-    """A fit of one group of layers: the passes over the data that it may be made of."""
+    """One group of layers to be fitted, with the passes over the data that estimators use."""
 
     model: nn.Module
     batches: Sequence[Batch]
@@ -73,16 +73,12 @@ class GroupFit:
             blocks[target.name] = EigenBlock(q_out, q_in, torch.outer(s_values, a_values))
         return blocks
 
-    def eigenbases(self, draw: Draw) -> Bases:
-        """The eigenbases of :meth:`kfac` alone."""
-        return bases_of(self.kfac(draw))
-
     def eigenvalues(self, bases: Bases, draw: Draw) -> Blocks:
         """Λ [O, I] of each layer in the given bases, from pseudo-labels of its own."""
         sums = Eigenvalues(self.owners, bases)
         name, kept = "diagonal", "diagonal"
         if any(q_out is not None for q_out, _ in bases.values()):
-            # Sums in other bases are not continued, should an eigendecomposition not repeat itself.
+            # A repeated eigendecomposition may give other bases; sums in those are not continued.
             name, kept = "eigenvalues", f"lambda-{_fingerprint(bases):08x}"
         with stage("lambda"):
             self._run(sums, draw, EIGENVALUE_STREAM, name, kept)
@@ -111,8 +107,8 @@ def bases_of(blocks: Mapping[str, EigenBlock]) -> Bases:
 
 
 def pseudo_gradients(draw: Draw, seed: int, stream: int) -> FromOutputs:
-    """For :func:`run_pass`: gradients [N, D] of the summed pseudo-log-likelihood with respect to
-    the final hidden states."""
+    """Gradients [N, D] of the summed pseudo-log-likelihood in the final hidden states, for
+    :func:`~kfade.curvature.passes.run_pass`."""
 
     def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
         row_N, position_N = batch.loss_BT.nonzero(as_tuple=True)
@@ -148,9 +144,10 @@ def fit_on_disk(
     batches: Sequence[Batch],
     store: Store,
 ) -> StoredBlocks:
-    """Fit group after group, and write each before the next. Groups that are finished are skipped.
+    """Fit group after group and write each before the next; skip groups that are finished.
 
-    Where processes keep layers of their own each writes a file a group, otherwise the first does.
+    Each group is one file, written by the first process. If layers have owners, each process writes
+    a file for each group.
     """
     spread = groups[0].spread
     processes, process = (distributed.count(), distributed.rank()) if spread else (1, 0)

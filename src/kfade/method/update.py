@@ -103,8 +103,8 @@ class Update:
             InputError: the model lacks a parameter or has it in another shape.
         """
         found = self.compare_weights(model)
-        whole = digest_names("model")
-        needed = whole[:1] if found == SAME else whole  # the first is that of the own dtype
+        digests = digest_names("model")
+        needed = digests[:1] if found == SAME else digests  # the first is that of the own dtype
         if found == OTHER or any(key not in self.provenance for key in needed):
             return found
         return found if is_copy(self.provenance, model, "model") else OTHER

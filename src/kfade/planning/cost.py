@@ -35,7 +35,7 @@ symmetric eigenvalue decomposition")."""
 EFFICIENCY = {"forward": 0.78, "backward": 0.93, "head": 0.84, "products": 0.93}
 """Speed of each kind of work over the speed of large products, measured with SmolLM2-135M in
 float32 on two cores: what is not products (norms, activations, label draws) is in it, and causal
-attention, which is counted whole."""
+attention, of which both triangles are counted."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ def symmetric_flops(width: int) -> int:
 def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
     """(products, squares) of Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² over the retain tokens.
 
-    Each side is turned row by row (2·T·D² a sequence, once for all readers of an input) or the
-    product of a sequence is (2·O·I·D), whichever ``rows_first`` says; the product itself costs
-    2·T·O·I, and squaring it 2·O·I.
+    For each side either the rows are rotated (2·T·D² a sequence, once for all layers that read an
+    input) or the product of a sequence (2·O·I·D), as ``rows_first`` decides. The product itself
+    costs 2·T·O·I, and squaring it 2·O·I.
     """
     length = work.length
     sequences = work.retain_tokens / work.sequence_length
     readers = Counter(target.input_of for target in group)
-    turned: dict[str, bool] = {}
+    rotated: dict[str, bool] = {}
     products = squares = 0.0
     for target in group:
         outputs, inputs = target.shape
         if work.estimator.has_eigenbases:
-            first = target.input_of not in turned
+            first = target.input_of not in rotated
             if first:
                 by_rows = rows_first(length, outputs, readers[target.input_of])
-                turned[target.input_of] = by_rows
-            if not turned[target.input_of]:
+                rotated[target.input_of] = by_rows
+            if not rotated[target.input_of]:
                 products += 2 * outputs * inputs * inputs
             elif first:
                 products += 2 * length * inputs**2
@@ -199,8 +199,8 @@ def seconds(
 ) -> dict[str, float]:
     """Seconds of each stage of one step on so many devices.
 
-    Data are split evenly; decompositions are dealt out by cost, and the one with most of them is
-    waited for; each computes the direction. "exchange" is what crosses their links.
+    Data are split evenly. Decompositions are assigned by cost, and the slowest device counts. Each
+    device computes the direction. "exchange" is the time that data take between devices.
     """
     rates = {kind: share * speed.products for kind, share in EFFICIENCY.items()}
     rates["float32"] = rates["rotations"] = EFFICIENCY["products"] * speed.float32
@@ -241,7 +241,7 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
 def _slowest(
     subject: Workload, group: Sequence[Target], estimator: Estimator, devices: int
 ) -> float:
-    """Flops of the decompositions of whoever has most of them."""
+    """Flops of the decompositions of the device that has most of them."""
     if subject.shards > 1:
         shares = assign_to_processes(group, estimator.peak_bytes, devices)
         return max(sum(_decompositions(own)) for own in shares)
