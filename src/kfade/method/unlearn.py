@@ -93,7 +93,15 @@ def unlearn(
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), at.applied_to(model):
-                curvature = _fit(fit, model, retain_batches, targets, run, seed)
+                curvature = fit.fit(
+                    model,
+                    retain_batches,
+                    targets,
+                    seed=seed,
+                    recompute=run.recompute,
+                    memory=run.memory,
+                    store=run.store(model, targets) if run.store is not None else None,
+                )
         with stage("gradient"), update.applied_to(model):
             forget_batches = sampler.draw(forget, run.forget_batch, index)
             gradient = forget_gradient(model, forget_batches, targets, aim, recompute=run.recompute)
@@ -104,26 +112,6 @@ def unlearn(
         if run.on_step is not None:
             run.on_step(update)
     return update
-
-
-def _fit(
-    estimator: Estimator,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    targets: Sequence[Target],
-    run: Run,
-    seed: int,
-) -> Curvature:
-    """The curvature of ``model`` as it is now, fitted as ``run`` says."""
-    return estimator.fit(
-        model,
-        batches,
-        targets,
-        seed=seed,
-        recompute=run.recompute,
-        memory=run.memory,
-        store=run.store(model, targets) if run.store is not None else None,
-    )
 
 
 def _exact_product(
