@@ -27,8 +27,8 @@ from kfade.runtime.progress import track
 
 Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """Target name -> (Q_O, Q_I)."""
-Factor = tuple[str, str, CovarianceSum, int]
-"""(name for messages, its layer or input, the sum, number of rows to divide by)."""
+Factor = tuple[str, CovarianceSum, int]
+"""(its name, the sum, number of rows to divide by)."""
 
 
 class Covariances:
@@ -129,40 +129,40 @@ def decompose_shared(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]
 
     Each is summed over the processes, decomposed by one of them, and sent to all.
     """
-    owners = distributed.assign_by_cost([total.width**3 for _, _, total, _ in work])
+    owners = distributed.assign_by_cost([total.width**3 for _, total, _ in work])
     eigen: dict[str, tuple[Tensor, Tensor]] = {}
     own = []
     for owner, piece in zip(owners, work, strict=True):
-        what, _, total, _ = piece
+        name, total, _ = piece
         distributed.reduce_to(owner, total.sum_)
         if owner == distributed.rank():
             own.append(piece)
         else:
-            eigen[what] = (total.sum_.new_empty(total.width), total.sum_)
+            eigen[name] = (total.sum_.new_empty(total.width), total.sum_)
     eigen.update(decompose(own))
-    for owner, (what, _, _, _) in zip(owners, work, strict=True):
-        for tensor in eigen[what]:
+    for owner, (name, _, _) in zip(owners, work, strict=True):
+        for tensor in eigen[name]:
             distributed.broadcast(owner, tensor)
     return eigen
 
 
 def decompose(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
     """(eigenvalues, eigenvectors) of each factor by its name; vectors overwrite the sums."""
-    work = sorted(work, key=lambda piece: -piece[2].width)
+    work = sorted(work, key=lambda piece: -piece[1].width)
 
     def decompose_one(piece: Factor) -> tuple[Tensor, Tensor]:
-        what, _, total, count = piece
-        values, vectors = eigendecompose(total.mean(count), what)
+        name, total, count = piece
+        values, vectors = eigendecompose(total.mean(count), name)
         return values, total.sum_.copy_(vectors)
 
     def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
         # Grouped by width: how many run at a time, and so how many threads each has, must not
         # depend on what else is fitted.
-        for width, alike in groupby(work, lambda piece: piece[2].width):
+        for width, alike in groupby(work, lambda piece: piece[1].width):
             pieces = list(alike)
-            sum_ = pieces[0][2].sum_
+            sum_ = pieces[0][1].sum_
             count = at_once(width, sum_.element_size(), sum_.device)
             yield from side_by_side(decompose_one, pieces, count)
 
-    pieces = track(work, "eigendecompositions", lambda piece: piece[2].width ** 3)
+    pieces = track(work, "eigendecompositions", lambda piece: piece[1].width ** 3)
     return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}
