@@ -26,7 +26,7 @@ from experiments.lab.records import RESULTS, write
 from torch import Tensor, nn
 
 import kfade
-from kfade.curvature.fit import fit_kfac
+from kfade.curvature.estimators import KFAC
 from kfade.data.batches import Batch, make_batches
 from kfade.demo.data import data_file
 from kfade.demo.run import demo_model
@@ -136,7 +136,7 @@ def timings(low: nn.Module, batches: Sequence[Batch], rounds: int) -> dict[str, 
     work: dict[str, Callable[[], Any]] = {
         "KL of kept hidden states": lambda: mean_divergence(read_head(low), base, base),
         "KL measurement": lambda: kl(low, base, {}),
-        "covariance pass": lambda: fit_kfac(low, batches, targets),
+        "covariance pass": lambda: KFAC().fit(low, batches, targets),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in work}
     for turn in range(rounds + 1):

@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfade
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.fit import correct_eigenvalues
 from kfade.data.batches import make_batches
 from kfade.data.chat import ChatTemplate
 from kfade.method.gauge import Gauge, parameter_changes
@@ -163,8 +162,8 @@ def fits(
     model, _ = rounded_model(folder)
     targets = kfade.find_targets(model.to(dtype), layers=LAYERS)
     with computing_in(dtype):
-        kfac = kfade.fit_kfac(model, batches, targets, seed=seed)
-        ekfac = correct_eigenvalues(model, batches, targets, kfac, seed=seed)
+        kfac = kfade.KFAC().fit(model, batches, targets, seed=seed)
+        ekfac = kfade.EKFAC().correct(kfac, model, batches, targets, seed=seed)
     yield "K-FAC", kfac
     yield "EK-FAC", ekfac
 

@@ -89,10 +89,10 @@ def measured(sequences: int, blocks: int, width: int) -> dict[str, Any]:
     """Seconds by stage, after a fit that is not counted."""
     model = llama(blocks, width)
     targets = kfade.find_targets(model)
-    kfade.fit_ekfac(model, batches(1), targets[:3])
+    kfade.EKFAC().fit(model, batches(1), targets[:3])
     clock = Clock()
     with timing(clock):
-        kfade.fit_ekfac(model, batches(sequences), targets)
+        kfade.EKFAC().fit(model, batches(sequences), targets)
     return {stage: clock.seconds[stage] for stage in STAGES}
 
 
@@ -100,9 +100,9 @@ def operations() -> list[dict[str, Any]]:
     """The operations that take most of a fit's own time, outside of decompositions."""
     model = llama(BASE["blocks"], BASE["width"])
     targets = kfade.find_targets(model)
-    kfade.fit_ekfac(model, batches(1), targets[:3])
+    kfade.EKFAC().fit(model, batches(1), targets[:3])
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        kfade.fit_ekfac(model, batches(BASE["sequences"]), targets)
+        kfade.EKFAC().fit(model, batches(BASE["sequences"]), targets)
     rows = sorted(seen.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
     return [

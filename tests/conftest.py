@@ -8,7 +8,8 @@ from helpers import random_sequences, tiny_llama
 
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
-from kfade.models.layers import Target, find_targets
+from kfade.models.layers import find_targets
+from kfade.models.targets import Target
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ def test_an_update_and_a_curvature_move():
     model = zoo.tiny("llama", dtype=torch.float32)
     targets = kfade.find_targets(model)
     batches = kfade.make_batches(zoo.sequences((6, 5, 7)))
-    curvature = kfade.fit_ekfac(model, batches, targets).only([targets[0].name], "meta")
+    curvature = kfade.EKFAC().fit(model, batches, targets).only([targets[0].name], "meta")
     block = curvature.blocks[targets[0].name]
     assert {block.q_out.device.type, block.q_in.device.type, block.eigenvalues.device.type} == {
         "meta"
@@ -36,7 +36,7 @@ def test_unlearn_moves_them_to_the_model(monkeypatch):
     data["held_out"] = zoo.sequences((8,), seed=5)
     targets = kfade.find_targets(model)
     first = kfade.unlearn(model, **data, **flat(kl=0.01))
-    fitted = kfade.fit_kfac(model, kfade.make_batches(data["retain"]), targets)
+    fitted = kfade.KFAC().fit(model, kfade.make_batches(data["retain"]), targets)
     options = {"steps": 2, "refit": False, "kl": 0.01}
     expected = kfade.unlearn(model, **data, **flat(**options, start=first, curvature=fitted))
     away = Update({n: d.to("meta") for n, d in first.deltas.items()}, first.provenance)

@@ -122,21 +122,21 @@ class Kfade(Peer):
 
     name = "kfade"
 
-    def _fit(self, fit: Any, tokens_ST: Tensor) -> None:
+    def _fit(self, estimator: Any, tokens_ST: Tensor) -> None:
         scored = (False,) + (True,) * (tokens_ST.shape[1] - 1)
         sequences = [TokenSequence(tuple(row), scored) for row in tokens_ST.tolist()]
         budget = self.settings.batch * (tokens_ST.shape[1] - 1)
         batches = kfade.make_batches(sequences, budget=budget)
-        options = {"draw": sampled_labels, "recompute": self.settings.recompute}
-        self.result = fit(self.model, batches, self.targets, **options)
+        recompute = self.settings.recompute
+        self.result = estimator.fit(self.model, batches, self.targets, recompute=recompute)
 
     def kfac(self, tokens_ST: Tensor) -> None:
-        self._fit(kfade.fit_kfac, tokens_ST)
+        self._fit(kfade.KFAC(sampled_labels), tokens_ST)
 
     covariance = kfac
 
     def ekfac(self, tokens_ST: Tensor) -> None:
-        self._fit(kfade.fit_ekfac, tokens_ST)
+        self._fit(kfade.EKFAC(sampled_labels), tokens_ST)
 
     def factors(self) -> Factors:
         """With A of unit trace."""

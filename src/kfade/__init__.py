@@ -8,10 +8,9 @@ update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[
 update.apply(model)
 """
 
-from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import sampled_labels, square_root_draw
-from kfade.curvature.fit import fit_diagonal, fit_ekfac, fit_identity, fit_kfac
+from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Identity, fit_kfac
 from kfade.data.batches import make_batches
 from kfade.data.examples import load_examples
 from kfade.data.sequences import encode
@@ -30,7 +29,7 @@ __all__ = [
     "load_model", "load_examples", "encode", "make_batches", "length_class",
     "find_targets",
     # curvature
-    "fit_identity", "fit_diagonal", "fit_kfac", "fit_ekfac", "Curvature", "EigenBlock",
+    "EKFAC", "KFAC", "Diagonal", "Identity", "fit_kfac", "Curvature",
     "sampled_labels", "square_root_draw",
     # unlearning
     "unlearn", "Direction", "StepSize", "Run", "margin", "cross_entropy", "Update", "InputError",

@@ -98,7 +98,7 @@ def test_a_gradient_of_zero_is_told_in_one_line():
 
 def small_step(model):
     """What is found of the exact form."""
-    return _small_step(loaded(model), TOKENS, kfade.fit_ekfac, kfade.square_root_draw, 0)[0]
+    return _small_step(loaded(model), TOKENS, kfade.EKFAC(), 0)[0]
 
 
 def test_a_step_that_holds_at_first_is_the_only_one():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from kfade.cli import main
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.store import SumsKeeper
+from kfade.curvature.store import SumsCheckpoint
 from kfade.errors import InputError
 from kfade.runs.config import FitConfig, ModelConfig, read_config
 from kfade.runs.session import load
@@ -95,7 +95,7 @@ def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch,
     assert main(arguments(desk)) == 0
     whole = load_file(Path(desk["out"]) / "curvature-000.safetensors")
     again = {**desk, "out": str(tmp_path / "again")}
-    save, saved = SumsKeeper.save, []
+    save, saved = SumsCheckpoint.save, []
 
     def save_and_die(self, batches, tensors):
         self._seconds = 0.0  # at every batch
@@ -104,7 +104,7 @@ def test_a_fit_killed_in_a_pass_resumes_to_the_same(desk, tmp_path, monkeypatch,
         if len(saved) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(SumsKeeper, "save", save_and_die)
+    monkeypatch.setattr(SumsCheckpoint, "save", save_and_die)
     assert main(arguments(again)) == 130
     assert list((tmp_path / "again.part" / "state").glob("sums-*.safetensors"))
     assert main(arguments(again)) == 2  # it must be asked for

@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import random_sequences, relative_error, tiny_llama
 
-from kfade import find_targets, fit_ekfac, fit_kfac, make_batches, margin, square_root_draw
+from kfade import EKFAC, KFAC, find_targets, make_batches, margin, square_root_draw
 from kfade.curvature.factors import PANEL, CovarianceSum, sum_dtype
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM, pseudo_gradients
 from kfade.curvature.passes import live_rows, run_pass
@@ -146,7 +146,7 @@ def test_kfac_of_a_bfloat16_model_is_that_of_its_rows(setting):
     rows = rows_of(setting, COVARIANCE_STREAM)
     tokens = sum(batch.loss_tokens for batch in batches)
     positions = sum(int(batch.live_BT.sum()) for batch in batches)
-    blocks = fit_kfac(model, batches, targets).blocks
+    blocks = KFAC().fit(model, batches, targets).blocks
     for target in targets:
         a = in_float64(rows.inputs[target.input_of])[0] / positions
         s = in_float64(rows.gradients[target.name])[0] / tokens
@@ -169,7 +169,7 @@ def test_ekfac_of_a_bfloat16_model_is_that_of_its_rows(setting):
     model, batches, targets = setting
     rows = rows_of(setting, EIGENVALUE_STREAM)
     tokens = sum(batch.loss_tokens for batch in batches)
-    blocks = fit_ekfac(model, batches, targets).blocks
+    blocks = EKFAC().fit(model, batches, targets).blocks
     low_bits = []
     for target in targets:
         block = blocks[target.name]

@@ -40,7 +40,7 @@ import kfade
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import token_keys
-from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM, correct_eigenvalues
+from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.method.gauge import parameter_changes
 
 curvlinops = pytest.importorskip("curvlinops")
@@ -88,9 +88,9 @@ class Problem:
             **options,
         )
 
-    def fit(self, fit, *arguments, **options):
+    def fit(self, estimator, **options):
         """One of kfade's fits on this problem."""
-        return fit(self.model, [self.batch], self.targets, *arguments, **options)
+        return estimator.fit(self.model, [self.batch], self.targets, **options)
 
     @cached_property
     def exact_factors(self):
@@ -101,7 +101,7 @@ class Problem:
         """
         a, s = {}, {}
         for k in range(zoo.VOCABULARY):
-            for name, block in self.fit(kfade.fit_kfac, draw=column(k)).blocks.items():
+            for name, block in self.fit(kfade.KFAC(column(k))).blocks.items():
                 grid, q_out, q_in = block.eigenvalues, block.q_out, block.q_in
                 a[name] = q_in @ torch.diag(grid.sum(0) / grid.sum()) @ q_in.T
                 s[name] = s.get(name, 0) + q_out @ torch.diag(grid.sum(1)) @ q_out.T
@@ -119,7 +119,9 @@ class Problem:
     def exact_ekfac(self):
         grids = {}
         for k in range(zoo.VOCABULARY):
-            found = self.fit(correct_eigenvalues, self.exact_kfac, draw=column(k))
+            found = kfade.EKFAC(column(k)).correct(
+                self.exact_kfac, self.model, [self.batch], self.targets
+            )
             for name, block in found.blocks.items():
                 grids[name] = grids.get(name, 0) + block.eigenvalues
         blocks = self.exact_kfac.blocks
@@ -241,10 +243,10 @@ def drawn_labels(problem, stream):
     return (kfade.sampled_labels(p_NV, key_N) + p_NV).argmax(dim=1)
 
 
-def handing_over(kind, streams):
-    """``kind`` with labels taken from ``streams`` in turn, and any number of loss tokens."""
+def handing_over(operator, streams):
+    """``operator`` with labels taken from ``streams`` in turn, and any number of loss tokens."""
 
-    class WithOurLabels(kind):
+    class WithOurLabels(operator):
         labels = iter(streams)
 
         def draw_label(self, output):
@@ -257,22 +259,22 @@ def handing_over(kind, streams):
     return WithOurLabels
 
 
-def check_sampled(problem, fit, kind, streams):
+def check_sampled(problem, kind, operator, streams):
     streams = [drawn_labels(problem, stream) for stream in streams]
-    theirs = problem.operator(handing_over(kind, streams), fisher_type=curvlinops.FisherType.MC)
-    ours = problem.fit(fit, draw=kfade.sampled_labels, seed=SEED)
+    theirs = problem.operator(handing_over(operator, streams), fisher_type=curvlinops.FisherType.MC)
+    ours = problem.fit(kind(kfade.sampled_labels), seed=SEED)
     check_products(problem, ours, theirs)
 
 
 def test_kfac_with_our_labels(problem):
-    check_sampled(problem, kfade.fit_kfac, curvlinops.KFACLinearOperator, [COVARIANCE_STREAM])
+    check_sampled(problem, kfade.KFAC, curvlinops.KFACLinearOperator, [COVARIANCE_STREAM])
 
 
 def test_ekfac_with_our_labels(problem):
     # A fresh draw for the eigenvalues, as our fit makes one.
     streams = [COVARIANCE_STREAM, EIGENVALUE_STREAM]
     assert not torch.equal(*(drawn_labels(problem, stream) for stream in streams))
-    check_sampled(problem, kfade.fit_ekfac, curvlinops.EKFACLinearOperator, streams)
+    check_sampled(problem, kfade.EKFAC, curvlinops.EKFACLinearOperator, streams)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
@@ -280,4 +282,4 @@ def test_joint_weights_and_biases(family):
     with zoo.Double():
         problem = Problem(POSITIONS, family, joint_bias=True)
         streams = [COVARIANCE_STREAM, EIGENVALUE_STREAM]
-        check_sampled(problem, kfade.fit_ekfac, curvlinops.EKFACLinearOperator, streams)
+        check_sampled(problem, kfade.EKFAC, curvlinops.EKFACLinearOperator, streams)

@@ -15,12 +15,11 @@ import zoo
 from helpers import Snapshot, Tripwire, flat, random_sequences, same_bits, tiny_llama
 
 import kfade
-from kfade import find_targets, fit_diagonal, fit_ekfac, fit_kfac, make_batches, margin
+from kfade import EKFAC, KFAC, Diagonal, find_targets, make_batches, margin
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.fit import pseudo_gradients
-from kfade.curvature.groups import group_bytes
-from kfade.curvature.passes import Waiting, run_pass
+from kfade.curvature.passes import PendingInputs, run_pass
 from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.recompute import recomputing
 from kfade.method.gradient import forget_gradient
@@ -52,7 +51,7 @@ def test_every_family_computes_the_same_bits(family, layers):
     batches = make_batches(zoo.sequences(LENGTHS), budget=30)
     assert not all(batch.full for batch in batches)
     before = Snapshot.of(model)
-    plain, ours = (bits(fit_ekfac(model, batches, targets, recompute=r)) for r in (False, True))
+    plain, ours = (bits(EKFAC().fit(model, batches, targets, recompute=r)) for r in (False, True))
     assert all_same(plain, ours)
     plain, ours = (forget_gradient(model, batches, targets, margin, recompute=r)
                    for r in (False, True))  # fmt: skip
@@ -60,16 +59,15 @@ def test_every_family_computes_the_same_bits(family, layers):
     assert before.differences(model) == []
 
 
-@pytest.mark.parametrize("fit", [fit_diagonal, fit_kfac, fit_ekfac])
+@pytest.mark.parametrize("fit", [Diagonal, KFAC, EKFAC])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_every_fit_computes_the_same_bits_in_groups_too(fit, dtype):
     model = tiny_llama(dtype, layers=3)
     targets, batches = find_targets(model), make_batches(random_sequences(8), budget=20)
-    estimator = fit.__name__.removeprefix("fit_")
-    memory = group_bytes(targets[:2], estimator)
-    plain = fit(model, batches, targets)
+    memory = fit().peak_bytes(targets[:2])
+    plain = fit().fit(model, batches, targets)
     for options in ({}, {"memory": memory}):
-        ours = fit(model, batches, targets, recompute=True, **options)
+        ours = fit().fit(model, batches, targets, recompute=True, **options)
         assert all_same(bits(plain), bits(ours))
         assert ours.provenance == plain.provenance
 
@@ -78,7 +76,7 @@ def test_attention_can_be_targeted(model):
     targets = find_targets(model, pattern="*proj.weight")
     assert len(targets) > len(find_targets(model))
     batches = make_batches(random_sequences(4), budget=20)
-    plain, ours = (bits(fit_ekfac(model, batches, targets, recompute=r)) for r in (False, True))
+    plain, ours = (bits(EKFAC().fit(model, batches, targets, recompute=r)) for r in (False, True))
     assert all_same(plain, ours)
 
 
@@ -150,7 +148,7 @@ def test_each_input_comes_once_right_before_the_gradients_of_its_block():
 
 
 def test_an_input_waits_until_all_its_readers_have_it(targets):
-    waiting: Waiting[str] = Waiting(targets)
+    waiting: PendingInputs[str] = PendingInputs(targets)
     gate, up, down = targets[:3]
     assert (gate.input_of, waiting.readers[gate.input_of]) == (up.input_of, 2)
     waiting.put(gate, "of both")
@@ -222,7 +220,7 @@ def test_a_model_is_as_it_was_after_an_exception(model, targets, where, number):
     mlp.act_fn = Tripwire(mlp.act_fn, **{where: number})
     before, attributes = Snapshot.of(model), [set(vars(b)) for b in model.model.layers]
     with pytest.raises(RuntimeError, match=f"tripped in {where.removesuffix('_at')}"):
-        fit_kfac(model, batches, targets, recompute=True)
+        KFAC().fit(model, batches, targets, recompute=True)
     assert before.differences(model) == []
     assert [set(vars(b)) for b in model.model.layers] == attributes
 
@@ -237,7 +235,7 @@ def test_a_wrapper_of_a_blocks_forward_stays(model, targets):
 
     block.forward = wrapper
     batches = make_batches(random_sequences(2), budget=100)
-    fit_diagonal(model, batches, targets, recompute=True)
+    Diagonal().fit(model, batches, targets, recompute=True)
     assert block.forward is wrapper
     assert calls[-2:] == [False, True]
 
@@ -254,8 +252,8 @@ def test_gradients_past_a_blocks_input_are_refused(model, targets):
     second.forward = reads
     second.register_forward_pre_hook(lambda module, args: (*args, made[-1]))
     batches = make_batches(random_sequences(2), budget=100)
-    fit_diagonal(model, batches, targets)
+    Diagonal().fit(model, batches, targets)
     with pytest.raises(kfade.InputError, match="more than the first argument carries gradients"):
-        fit_diagonal(model, batches, targets, recompute=True)
+        Diagonal().fit(model, batches, targets, recompute=True)
     upper = [target for target in targets if target.block == 1]  # nothing is sent past it
-    fit_diagonal(model, batches, upper, recompute=True)
+    Diagonal().fit(model, batches, upper, recompute=True)

@@ -6,7 +6,6 @@ in the same order, wherever it was interrupted.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import random
@@ -23,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 import kfade
 from kfade import (
+    EKFAC,
+    KFAC,
     Curvature,
+    Diagonal,
+    Identity,
     find_targets,
-    fit_diagonal,
-    fit_ekfac,
-    fit_identity,
-    fit_kfac,
     make_batches,
     sampled_labels,
     square_root_draw,
@@ -36,11 +35,11 @@ from kfade import (
 from kfade.curvature import fit as fit_module
 from kfade.curvature import store as store_module
 from kfade.curvature import sums as sums_module
-from kfade.curvature.groups import group_bytes
 from kfade.curvature.passes import run_pass
 from kfade.curvature.store import Store
 
-FITS = {"identity": fit_identity, "diagonal": fit_diagonal, "kfac": fit_kfac, "ekfac": fit_ekfac}
+KINDS = [Identity, Diagonal, KFAC, EKFAC]
+USUAL = EKFAC()
 SEQUENCES = random_sequences(8)
 BUDGET = 20  # positions in a batch
 GARBAGE = b"half of something"
@@ -82,9 +81,9 @@ class Counted:
         return square_root_draw(p_NV, key_N)
 
 
-def cut_short(fit, model, batches, targets, fail_at: int, **options) -> None:
+def cut_short(kind, model, batches, targets, fail_at: int, **options) -> None:
     with pytest.raises(RuntimeError, match="cut short"):
-        fit(model, batches, targets, draw=Counted(fail_at), **options)
+        kind(Counted(fail_at)).fit(model, batches, targets, **options)
 
 
 # --- The same numbers, read as they are needed --------------------------------------------------
@@ -92,26 +91,27 @@ def cut_short(fit, model, batches, targets, fail_at: int, **options) -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("estimator", FITS)
-def test_a_fit_on_disk_is_the_fit_in_memory(estimator, dtype, grouped, batches, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_on_disk_is_the_fit_in_memory(kind, dtype, grouped, batches, tmp_path):
     model = tiny_llama(dtype)
-    targets, fit = find_targets(model), FITS[estimator]
-    memory = group_bytes(targets[0:2], estimator) if grouped else None
-    in_memory = fit(model, batches, targets)
-    on_disk = fit(model, batches, targets, memory=memory, store=Store(tmp_path, {"model": "tiny"}))
-    count = 4 if grouped and estimator != "identity" else 1
+    targets, estimator = find_targets(model), kind()
+    memory = estimator.peak_bytes(targets[0:2]) if grouped else None
+    in_memory = estimator.fit(model, batches, targets)
+    store = Store(tmp_path, {"model": "tiny"})
+    on_disk = estimator.fit(model, batches, targets, memory=memory, store=store)
+    count = 4 if grouped and kind is not Identity else 1
     assert files(tmp_path) == [f"curvature-{i:03}.safetensors" for i in range(count)]
     assert on_disk.provenance == {**in_memory.provenance, "model": "tiny"}
     loaded = Curvature.load(tmp_path)
     assert loaded.provenance == on_disk.provenance
     assert differences(on_disk, in_memory) == differences(loaded, in_memory) == []
-    other = fit(model, batches[:-1], targets)
-    assert differences(loaded, other) != [] or estimator == "identity"
+    other = estimator.fit(model, batches[:-1], targets)
+    assert differences(loaded, other) != [] or kind is Identity
 
 
 def test_steps_and_forms_are_the_same_from_disk(model, targets, batches, tmp_path):
-    in_memory = fit_ekfac(model, batches, targets)
-    on_disk = fit_ekfac(model, batches, targets, store=Store(tmp_path))
+    in_memory = EKFAC().fit(model, batches, targets)
+    on_disk = EKFAC().fit(model, batches, targets, store=Store(tmp_path))
     x = {t.name: torch.full(t.shape, 0.1, dtype=torch.float64) for t in targets}
     assert on_disk.quadratic(x) == in_memory.quadratic(x)
     for ours, theirs in (
@@ -125,7 +125,7 @@ def test_steps_and_forms_are_the_same_from_disk(model, targets, batches, tmp_pat
 
 
 def test_blocks_are_read_one_at_a_time_and_not_kept(model, targets, batches, tmp_path, monkeypatch):
-    fit_ekfac(model, batches, targets, store=Store(tmp_path))
+    EKFAC().fit(model, batches, targets, store=Store(tmp_path))
     read = []
 
     class Watched:
@@ -161,7 +161,7 @@ def test_blocks_are_read_one_at_a_time_and_not_kept(model, targets, batches, tmp
 
 
 def test_shared_bases_are_written_once(model, targets, batches, tmp_path):
-    fit_ekfac(model, batches, targets, store=Store(tmp_path))
+    EKFAC().fit(model, batches, targets, store=Store(tmp_path))
     keys = load_file(tmp_path / "curvature-000.safetensors")
     assert len(keys) == 6 + 6 + 4  # grids, output bases, input bases of four distinct inputs
 
@@ -170,68 +170,65 @@ def test_shared_bases_are_written_once(model, targets, batches, tmp_path):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("estimator", ["diagonal", "kfac", "ekfac"])
-def test_an_interrupted_fit_goes_on_where_it_was(
-    estimator, grouped, model, targets, batches, tmp_path
-):
+@pytest.mark.parametrize("kind", [Diagonal, KFAC, EKFAC])
+def test_an_interrupted_fit_goes_on_where_it_was(kind, grouped, model, targets, batches, tmp_path):
     """Interrupted in each batch of each pass in turn; no batch is computed twice."""
-    fit = FITS[estimator]
-    memory = group_bytes(targets[0:2], estimator) if grouped else None
-    whole = fit(model, batches, targets)
-    total = len(batches) * (2 if estimator == "ekfac" else 1) * (4 if grouped else 1)
+    memory = kind().peak_bytes(targets[0:2]) if grouped else None
+    whole = kind().fit(model, batches, targets)
+    total = len(batches) * (2 if kind is EKFAC else 1) * (4 if grouped else 1)
     for fail_at in range(1, total + 1):
         folder = tmp_path / str(fail_at)
         folder.mkdir()
         options = {"memory": memory, "store": Store(folder, seconds=0.0)}
-        cut_short(fit, model, batches, targets, fail_at, **options)
+        cut_short(kind, model, batches, targets, fail_at, **options)
         rest = Counted()
-        resumed = fit(model, batches, targets, draw=rest, **options)
+        resumed = kind(rest).fit(model, batches, targets, **options)
         assert rest.calls == total - (fail_at - 1)
         assert differences(resumed, whole) == []
         assert not [name for name in files(folder) if not name.startswith("curvature-")]
         # A whole fit is not made again.
         again = Counted()
-        assert differences(fit(model, batches, targets, draw=again, **options), whole) == []
+        assert differences(kind(again).fit(model, batches, targets, **options), whole) == []
         assert again.calls == 0
 
 
 def test_interrupted_many_times(model, targets, batches, tmp_path):
     store = Store(tmp_path, seconds=0.0)
     for _ in range(2 * len(batches) - 1):
-        cut_short(fit_ekfac, model, batches, targets, 2, store=store)  # one batch each time
+        cut_short(EKFAC, model, batches, targets, 2, store=store)  # one batch each time
     last = Counted()
-    resumed = fit_ekfac(model, batches, targets, draw=last, store=store)
+    resumed = EKFAC(last).fit(model, batches, targets, store=store)
     assert last.calls == 1
-    assert differences(resumed, fit_ekfac(model, batches, targets)) == []
+    assert differences(resumed, EKFAC().fit(model, batches, targets)) == []
 
 
 def test_the_kept_sums_are_what_it_goes_on_from(model, targets, batches, tmp_path):
     """Negative control: doubled in the file, they change what comes out."""
     store = Store(tmp_path, seconds=0.0)
-    cut_short(fit_kfac, model, batches, targets, 3, store=store)
+    cut_short(KFAC, model, batches, targets, 3, store=store)
     path = tmp_path / "sums-000-covariance-000.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["batches"] == "2"
     save_file({key: 2 * tensor for key, tensor in load_file(path).items()}, path, metadata)
-    assert differences(fit_kfac(model, batches, targets, store=store),
-                       fit_kfac(model, batches, targets)) != []  # fmt: skip
+    assert differences(KFAC().fit(model, batches, targets, store=store),
+                       KFAC().fit(model, batches, targets)) != []  # fmt: skip
 
 
 def test_sums_are_kept_every_so_many_seconds(model, targets, batches, tmp_path, monkeypatch):
     clock = itertools.count(0.0, 10.0)  # ten seconds pass between two looks at it
     monkeypatch.setattr(store_module.time, "monotonic", lambda: next(clock))
-    cut_short(fit_kfac, model, batches, targets, 3, store=Store(tmp_path, seconds=1000.0))
+    cut_short(KFAC, model, batches, targets, 3, store=Store(tmp_path, seconds=1000.0))
     assert files(tmp_path) == []
     rest = Counted()
-    fit_kfac(model, batches, targets, draw=rest, store=Store(tmp_path, seconds=1000.0))
+    KFAC(rest).fit(model, batches, targets, store=Store(tmp_path, seconds=1000.0))
     assert rest.calls == len(batches)  # nothing was kept: from the beginning
     saved = []
     monkeypatch.setattr(store_module, "write_tensors", lambda *a: saved.append(a[2]["batches"]))
     clock = itertools.count(0.0, 10.0)
-    keeper = Store(tmp_path, seconds=25.0).keeper(0, {}, "covariance")  # looks once: 0
+    checkpoint = Store(tmp_path, seconds=25.0).checkpoint(0, {}, "covariance")  # looks once: 0
     for number in range(1, 9):  # 10, 20, 30 (saved, looks again: 40), 50, 60, 70 (saved) ...
-        keeper.save(number, {})
+        checkpoint.save(number, {})
     assert saved == ["3", "6"]
 
 
@@ -241,7 +238,7 @@ def test_bases_that_do_not_repeat_themselves_start_the_eigenvalues_anew(
     """Another thread count or library may turn eigenvectors of equal eigenvalues; Λ summed in
     the old ones must not go on in the new."""
     store = Store(tmp_path, seconds=0.0)
-    cut_short(fit_ekfac, model, batches, targets, len(batches) + 3, store=store)
+    cut_short(EKFAC, model, batches, targets, len(batches) + 3, store=store)
     plain = sums_module.eigendecompose
 
     def turned(matrix_DD, name):
@@ -250,9 +247,9 @@ def test_bases_that_do_not_repeat_themselves_start_the_eigenvalues_anew(
 
     monkeypatch.setattr(sums_module, "eigendecompose", turned)
     rest = Counted()
-    resumed = fit_ekfac(model, batches, targets, draw=rest, store=store)
+    resumed = EKFAC(rest).fit(model, batches, targets, store=store)
     assert rest.calls == len(batches)  # both batches of Λ again, none of the covariances
-    assert differences(resumed, fit_ekfac(model, batches, targets)) == []
+    assert differences(resumed, EKFAC().fit(model, batches, targets)) == []
     assert files(tmp_path) == ["curvature-000.safetensors"]
 
 
@@ -267,10 +264,10 @@ def test_finished_groups_are_not_fitted_again(model, targets, batches, tmp_path,
         return run_pass(model, batches, targets, *rest)
 
     monkeypatch.setattr(fit_module, "run_pass", counting)
-    store, memory = Store(tmp_path, seconds=0.0), group_bytes(targets[0:2], "ekfac")
+    store, memory = Store(tmp_path, seconds=0.0), EKFAC().peak_bytes(targets[0:2])
     # Two passes a group: cut short in the second pass of the third.
     fail_at = 5 * len(batches) + 2
-    cut_short(fit_ekfac, model, batches, targets, fail_at, store=store, memory=memory)
+    cut_short(EKFAC, model, batches, targets, fail_at, store=store, memory=memory)
     first = ["0.mlp.gate_proj.weight", "0.mlp.down_proj.weight"]
     second = ["1.mlp.gate_proj.weight", "1.mlp.down_proj.weight"]
     assert passes == [name for name in [*first, second[0]] for _ in range(2)]
@@ -278,28 +275,29 @@ def test_finished_groups_are_not_fitted_again(model, targets, batches, tmp_path,
     assert finished < set(files(tmp_path))
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in finished}
     passes.clear()
-    resumed = fit_ekfac(model, batches, targets, store=store, memory=memory)
+    resumed = EKFAC().fit(model, batches, targets, store=store, memory=memory)
     assert passes == [name for name in second for _ in range(2)]
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in finished} == before
-    assert differences(resumed, fit_ekfac(model, batches, targets)) == []
+    assert differences(resumed, EKFAC().fit(model, batches, targets)) == []
 
 
 # --- What another fit has left is refused -------------------------------------------------------
 
 OTHER = {
     "seed": {"seed": 1},
-    "draw": {"draw": sampled_labels},
+    "draw": {"estimator": EKFAC(sampled_labels)},
     "data": {"sequences": random_sequences(8, seed=5)},
-    "estimator": {"fit": fit_diagonal},
+    "estimator": {"estimator": Diagonal()},
     "model": {"provenance": {"weights": "b"}},
     "groups": {"memory": 8 * 1600},
 }
 
 
-def fit_here(folder, model, targets, *, fit=fit_ekfac, sequences=SEQUENCES, budget=BUDGET,
+def fit_here(folder, model, targets, *, estimator=USUAL, sequences=SEQUENCES, budget=BUDGET,
              provenance=None, **options):  # fmt: skip
     store = Store(folder, provenance or {"weights": "a"}, seconds=0.0)
-    return fit(model, make_batches(sequences, budget=budget), targets, store=store, **options)
+    batches = make_batches(sequences, budget=budget)
+    return estimator.fit(model, batches, targets, store=store, **options)
 
 
 @pytest.mark.parametrize("other", OTHER.values(), ids=OTHER)
@@ -313,7 +311,7 @@ def test_a_finished_group_of_another_fit_is_refused(other, model, targets, tmp_p
 @pytest.mark.parametrize("what", [*(k for k in OTHER if k != "estimator"), "processes"])
 def test_sums_of_another_fit_are_refused(what, model, targets, batches, tmp_path, monkeypatch):
     store = Store(tmp_path, {"weights": "a"}, seconds=0.0)
-    cut_short(fit_ekfac, model, batches, targets, 3, store=store)
+    cut_short(EKFAC, model, batches, targets, 3, store=store)
     left = files(tmp_path)
     assert left == ["sums-000-covariance-000.safetensors"]
     with monkeypatch.context() as patch:
@@ -323,25 +321,27 @@ def test_sums_of_another_fit_are_refused(what, model, targets, batches, tmp_path
         with pytest.raises(kfade.InputError, match=r"sums of another fit .* differ"):
             fit_here(tmp_path, model, targets, **options)
     assert files(tmp_path) == left
-    assert differences(fit_here(tmp_path, model, targets), fit_ekfac(model, batches, targets)) == []
+    assert (
+        differences(fit_here(tmp_path, model, targets), EKFAC().fit(model, batches, targets)) == []
+    )
 
 
 def test_sums_over_other_batches_are_begun_anew(model, targets, batches, tmp_path):
     store = Store(tmp_path, {"weights": "a"}, seconds=0.0)
-    cut_short(fit_ekfac, model, batches, targets, 3, store=store)
+    cut_short(EKFAC, model, batches, targets, 3, store=store)
     draw = Counted()
     small = make_batches(SEQUENCES, budget=BUDGET // 2)
     assert len(small) > len(batches)
-    fitted = fit_here(tmp_path, model, targets, budget=BUDGET // 2, draw=draw)
+    fitted = fit_here(tmp_path, model, targets, budget=BUDGET // 2, estimator=EKFAC(draw))
     assert draw.calls == 2 * len(small)
-    assert differences(fitted, fit_ekfac(model, small, targets)) == []
+    assert differences(fitted, EKFAC().fit(model, small, targets)) == []
 
 
 def test_a_second_step_does_not_take_the_first_ones_curvature(model, tmp_path):
     """With one folder for all steps, which are fitted at other weights."""
     data = {"retain": SEQUENCES, "held_out": random_sequences(3, seed=1)}
-    fit = functools.partial(fit_kfac, store=Store(tmp_path))
-    options = {"forget": random_sequences(3, seed=2), "alpha": 0.1, "fit": fit}
+    options = {"forget": random_sequences(3, seed=2), "alpha": 0.1, "fit": KFAC()}
+    options["store"] = lambda model, targets: Store(tmp_path)
     kfade.unlearn(model, **data, **flat(**options))
     with pytest.raises(kfade.InputError, match="of another fit"):
         kfade.unlearn(model, **data, **flat(steps=2, **options))
@@ -352,35 +352,35 @@ def test_a_second_step_does_not_take_the_first_ones_curvature(model, tmp_path):
 
 def test_half_a_file_is_never_taken_for_a_whole_one(model, targets, batches, tmp_path):
     store = Store(tmp_path, seconds=0.0)
-    cut_short(fit_ekfac, model, batches, targets, 3, store=store)
+    cut_short(EKFAC, model, batches, targets, 3, store=store)
     sums = tmp_path / "sums-000-covariance-000.safetensors"
     kept = sums.read_bytes()
     for length in (0, 5, len(kept) // 2, len(kept) - 1):
         sums.write_bytes(kept[:length])
         with pytest.raises(kfade.InputError, match=r"sums-000.*not a whole safetensors file"):
-            fit_ekfac(model, batches, targets, store=store)
+            EKFAC().fit(model, batches, targets, store=store)
     sums.write_bytes(kept)
-    whole = fit_ekfac(model, batches, targets, store=store)
+    whole = EKFAC().fit(model, batches, targets, store=store)
     group = tmp_path / "curvature-000.safetensors"
     kept = group.read_bytes()
     for length in (0, 5, len(kept) // 2, len(kept) - 1):
         group.write_bytes(kept[:length])
         with pytest.raises(kfade.InputError, match=r"curvature-000.*not a whole .* file"):
-            fit_ekfac(model, batches, targets, store=store)
+            EKFAC().fit(model, batches, targets, store=store)
         with pytest.raises(kfade.InputError, match=r"curvature-000.*not a whole .* file"):
             Curvature.load(tmp_path)
     group.write_bytes(kept)
-    assert differences(fit_ekfac(model, batches, targets, store=store), whole) == []
+    assert differences(EKFAC().fit(model, batches, targets, store=store), whole) == []
 
 
 def test_what_was_being_written_is_not_read(model, targets, batches, tmp_path):
     """A file is written aside; a kill leaves its half there."""
     store = Store(tmp_path, seconds=0.0)
-    cut_short(fit_ekfac, model, batches, targets, 3, store=store)
+    cut_short(EKFAC, model, batches, targets, 3, store=store)
     for name in ("sums-000-covariance-000", "sums-000-lambda-1-000", "curvature-000"):
         (tmp_path / f"{name}.safetensors.writing").write_bytes(GARBAGE)
-    resumed = fit_ekfac(model, batches, targets, store=store)
-    assert differences(resumed, fit_ekfac(model, batches, targets)) == []
+    resumed = EKFAC().fit(model, batches, targets, store=store)
+    assert differences(resumed, EKFAC().fit(model, batches, targets)) == []
     assert files(tmp_path) == ["curvature-000.safetensors"]
     (tmp_path / "curvature-001.safetensors.writing").write_bytes(GARBAGE)
     assert differences(Curvature.load(tmp_path), resumed) == []
@@ -408,7 +408,8 @@ def slow_fit(folder: Path, renames: int, count: int) -> None:
     os.replace = replace
     model = tiny_llama()
     batches = make_batches(random_sequences(count), budget=BUDGET)
-    fit_ekfac(model, batches, find_targets(model), draw=slow, store=Store(folder, seconds=0.0))
+    store = Store(folder, seconds=0.0)
+    EKFAC(slow).fit(model, batches, find_targets(model), store=store)
 
 
 def test_a_killed_fit_goes_on_where_it_was(model, targets, tmp_path, tmp_path_factory):
@@ -434,9 +435,9 @@ def test_a_killed_fit_goes_on_where_it_was(model, targets, tmp_path, tmp_path_fa
     assert batches_kept(tmp_path) == after_one + 3
     assert list(tmp_path.glob("*.writing"))
     rest = Counted()
-    resumed = fit_ekfac(model, batches, targets, draw=rest, store=Store(tmp_path, seconds=0.0))
+    resumed = EKFAC(rest).fit(model, batches, targets, store=Store(tmp_path, seconds=0.0))
     assert rest.calls == 2 * len(batches) - after_one - 3
-    assert differences(resumed, fit_ekfac(model, batches, targets)) == []
+    assert differences(resumed, EKFAC().fit(model, batches, targets)) == []
     whole = [name for name in files(tmp_path) if not name.startswith(".tmp")]  # of killed writes
     assert whole == ["curvature-000.safetensors"]
 

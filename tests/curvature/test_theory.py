@@ -19,19 +19,19 @@ from oracles.dense import flatten, gauss_newton_matrix, unflatten
 
 import kfade.models.head
 from kfade import (
-    EigenBlock,
+    EKFAC,
+    KFAC,
+    Diagonal,
+    Identity,
     cross_entropy,
     find_targets,
-    fit_diagonal,
-    fit_ekfac,
-    fit_identity,
-    fit_kfac,
     make_batches,
     margin,
     sampled_labels,
     square_root_draw,
 )
 from kfade.curvature import factors
+from kfade.curvature.block import EigenBlock
 from kfade.curvature.draws import token_keys
 from kfade.curvature.eigh import eigendecompose
 from kfade.curvature.factors import (
@@ -126,11 +126,11 @@ def test_kfac_solve_damps_the_product_not_the_factors():
 
 
 def test_identity_fit_is_plain_gradient_direction(model, batches, targets):
-    curvature = fit_identity(model, batches, targets)
+    curvature = Identity().fit(model, batches, targets)
     x = {t.name: randn(*t.shape, seed=i) for i, t in enumerate(targets)}
     for name, solved in curvature.solve(x, damping=0.0, relative=False).items():
         assert torch.equal(solved, x[name])
-    kfac = fit_kfac(model, batches, targets).solve(x, damping=1e-3, relative=True)
+    kfac = KFAC().fit(model, batches, targets).solve(x, damping=1e-3, relative=True)
     assert all(relative_error(kfac[name], x[name]) > PLAIN for name in x)
 
 
@@ -161,7 +161,7 @@ def summed_blocks(fit, model, batches, targets) -> dict[str, torch.Tensor]:
     """Σ_k of the fitted blocks, as dense matrices, over all V draws."""
     totals = {t.name: 0.0 for t in targets}
     for k in range(VOCABULARY):
-        curvature = fit(model, batches, targets, draw=one_of_all_draws(k))
+        curvature = fit(one_of_all_draws(k)).fit(model, batches, targets)
         for t in targets:
             totals[t.name] += loops.block_matrix(curvature.blocks[t.name], t.shape)
     return totals
@@ -170,7 +170,7 @@ def summed_blocks(fit, model, batches, targets) -> dict[str, torch.Tensor]:
 def kfac_errors(model, sequences: list[TokenSequence]) -> list[float]:
     """Distance of K-FAC, its draws replaced by their exact average, from the exact Fisher."""
     targets, batches = find_targets(model), make_batches(sequences)
-    kfac = summed_blocks(fit_kfac, model, batches, targets)
+    kfac = summed_blocks(KFAC, model, batches, targets)
     exact = {t.name: gauss_newton_matrix(model, batches, [t]) for t in targets}
     return [relative_error(kfac[t.name], exact[t.name]) for t in targets]
 
@@ -226,10 +226,10 @@ def test_ekfac_keeps_the_exact_diagonal_in_its_basis(model, targets):
     batches = make_batches(random_sequences(6, one_loss_token=True), budget=20)
     loss_tokens = sum(b.loss_tokens for b in batches)
     fits = [
-        fit_ekfac(model, batches, targets, draw=bases_then_draw(k, loss_tokens))
+        EKFAC(bases_then_draw(k, loss_tokens)).fit(model, batches, targets)
         for k in range(VOCABULARY)
     ]
-    kfac = [fit_kfac(model, batches, targets, draw=one_of_all_draws(k)) for k in range(VOCABULARY)]
+    kfac = [KFAC(one_of_all_draws(k)).fit(model, batches, targets) for k in range(VOCABULARY)]
     for t in targets:
         first = fits[0].blocks[t.name]
         grids = [fit.blocks[t.name].eigenvalues for fit in fits]
@@ -245,8 +245,7 @@ def test_diagonal_is_the_exact_diagonal_with_one_loss_token_a_sequence(model, ta
     def error(sequences) -> float:
         batches = make_batches(sequences, budget=20)
         fits = [
-            fit_diagonal(model, batches, targets, draw=one_of_all_draws(k))
-            for k in range(VOCABULARY)
+            Diagonal(one_of_all_draws(k)).fit(model, batches, targets) for k in range(VOCABULARY)
         ]
         total = {t.name: sum(f.blocks[t.name].eigenvalues for f in fits) for t in targets}
         exact = gauss_newton_matrix(model, batches, targets).diagonal()
@@ -270,7 +269,7 @@ def biased(request):
 @pytest.mark.parametrize("draw", DRAWS)
 def test_kfac_factors_equal_a_loop_over_tokens(biased, sequences, batches, draw):
     model, targets = biased
-    curvature = fit_kfac(model, batches, targets, draw=draw, seed=3)
+    curvature = KFAC(draw).fit(model, batches, targets, seed=3)
     for t in targets:
         s, a = loops.kronecker_factors(model, sequences, t, draw, 3, COVARIANCE_STREAM)
         ours = loops.block_matrix(curvature.blocks[t.name], t.shape)
@@ -280,10 +279,10 @@ def test_kfac_factors_equal_a_loop_over_tokens(biased, sequences, batches, draw)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("fit", [fit_ekfac, fit_diagonal])
+@pytest.mark.parametrize("fit", [EKFAC, Diagonal])
 def test_eigenvalues_equal_a_loop_over_sequences(biased, sequences, batches, fit, draw):
     model, targets = biased
-    curvature = fit(model, batches, targets, draw=draw, seed=3)
+    curvature = fit(draw).fit(model, batches, targets, seed=3)
     loss_tokens = sum(s.loss_tokens for s in sequences)
     gradients, same_draw = (
         loops.pseudo_gradients_of(model, sequences, targets, draw, 3, stream)
@@ -305,9 +304,9 @@ def test_eigenvalues_equal_a_loop_over_sequences(biased, sequences, batches, fit
 
 def test_several_panels_give_the_same_factors(model, batches, targets, monkeypatch):
     """A and S are computed one triangle at a time, in panels of columns."""
-    whole = fit_kfac(model, batches, targets)
+    whole = KFAC().fit(model, batches, targets)
     monkeypatch.setattr(factors, "PANEL", 5)
-    panels = fit_kfac(model, batches, targets)
+    panels = KFAC().fit(model, batches, targets)
     assert operator_error(panels, whole, targets) < EXACT
     rows = randn(7, 12)
     covariance = CovarianceSum(12, torch.float64, rows.device)
@@ -341,9 +340,9 @@ def test_the_cheaper_side_is_turned_first():
 def test_eigenvalues_do_not_depend_on_how_they_are_computed(
     model, batches, targets, first, monkeypatch
 ):
-    usual = fit_ekfac(model, batches, targets)
+    usual = EKFAC().fit(model, batches, targets)
     monkeypatch.setattr("kfade.curvature.sums.rows_first", lambda *_: first)
-    assert operator_error(fit_ekfac(model, batches, targets), usual, targets) < EXACT
+    assert operator_error(EKFAC().fit(model, batches, targets), usual, targets) < EXACT
 
 
 # --- 4. Padding, batch size and order do not matter ---------------------------------------------
@@ -373,11 +372,11 @@ def widened(batch: Batch, columns: int) -> Batch:
 
 
 def fits_differ(fit, model, targets, first: list[Batch], second: list[Batch]) -> float:
-    one = fit(model, first, targets, draw=sampled_labels, seed=5)
-    return operator_error(fit(model, second, targets, draw=sampled_labels, seed=5), one, targets)
+    one = fit(sampled_labels).fit(model, first, targets, seed=5)
+    return operator_error(fit(sampled_labels).fit(model, second, targets, seed=5), one, targets)
 
 
-@pytest.mark.parametrize("fit", [fit_kfac, fit_ekfac, fit_diagonal])
+@pytest.mark.parametrize("fit", [KFAC, EKFAC, Diagonal])
 def test_fit_does_not_depend_on_batches_padding_or_order(model, sequences, targets, fit):
     alone = make_batches(sequences, budget=1)
     assert len(alone) == len(sequences)
@@ -394,14 +393,14 @@ def test_fit_does_not_depend_on_batches_padding_or_order(model, sequences, targe
     assert fits_differ(fit, model, targets, alone, kept[::-1]) < EIGENVECTORS
 
 
-@pytest.mark.parametrize("fit", [fit_kfac, fit_ekfac])
+@pytest.mark.parametrize("fit", [KFAC, EKFAC])
 def test_without_the_live_mask_padding_gets_into_the_fit(model, sequences, targets, fit):
     padded = make_batches(sequences, budget=10**6)
     unmasked = [dataclasses.replace(b, live_BT=torch.ones_like(b.live_BT)) for b in padded]
     assert fits_differ(fit, model, targets, padded, unmasked) > PLAIN
 
 
-@pytest.mark.parametrize("fit", [fit_kfac, fit_ekfac, fit_diagonal])
+@pytest.mark.parametrize("fit", [KFAC, EKFAC, Diagonal])
 def test_labels_are_drawn_at_loss_positions_only(model, sequences, targets, fit):
     batches = make_batches(sequences, budget=20)
     everywhere = [dataclasses.replace(b, loss_BT=b.live_BT) for b in batches]
@@ -413,8 +412,8 @@ def test_labels_are_drawn_at_loss_positions_only(model, sequences, targets, fit)
         seen.extend(key_N.tolist())
         return sampled_labels(p_NV, key_N)
 
-    fit(model, batches, targets, draw=counted)
-    passes = 2 if fit is fit_ekfac else 1
+    fit(counted).fit(model, batches, targets)
+    passes = 2 if fit is EKFAC else 1
     # Every token once a pass, each time with a number of its own.
     assert len(set(seen)) == len(seen) == passes * sum(s.loss_tokens for s in sequences)
 
@@ -534,8 +533,8 @@ def test_ekfac_trace_and_diagonal_are_those_of_the_exact_matrix_on_average(draw)
     batches = make_batches(random_sequences(4, longest=7))
     exact = unflatten(gauss_newton_matrix(model, batches, targets).diagonal(), targets)
     fits = {
-        fit: [fit(model, batches, targets, draw=draw, seed=seed) for seed in range(seeds)]
-        for fit, seeds in ((fit_ekfac, 60), (fit_diagonal, 120), (fit_kfac, 40))
+        fit: [fit(draw).fit(model, batches, targets, seed=seed) for seed in range(seeds)]
+        for fit, seeds in ((EKFAC, 60), (Diagonal, 120), (KFAC, 40))
     }
     kfac_scores = []
     for t in targets:
@@ -544,16 +543,16 @@ def test_ekfac_trace_and_diagonal_are_those_of_the_exact_matrix_on_average(draw)
             for fit, made in fits.items()
         }
         traces = {fit: grid.sum((1, 2)) for fit, grid in grids.items()}
-        for fit in (fit_ekfac, fit_diagonal):
+        for fit in (EKFAC, Diagonal):
             score, standard_error = score_of_mean(traces[fit], exact[t.name].sum())
             assert abs(score) < 4  # standard errors: by chance once in 16000
             assert standard_error < 0.1 * exact[t.name].sum()  # and sharp enough to mean something
-        kfac_scores.append(score_of_mean(traces[fit_kfac], exact[t.name].sum())[0])
-        scores, _ = score_of_mean(grids[fit_diagonal], exact[t.name])
+        kfac_scores.append(score_of_mean(traces[KFAC], exact[t.name].sum())[0])
+        scores, _ = score_of_mean(grids[Diagonal], exact[t.name])
         # 96 entries, each a standard normal: their mean square is 1 ± 0.15; correlated and
         # skewed as they are, 2 is far outside only for a systematic error.
         assert scores.square().mean() < 2
-        assert score_of_mean(grids[fit_diagonal], 1.5 * exact[t.name])[0].square().mean() > 4
+        assert score_of_mean(grids[Diagonal], 1.5 * exact[t.name])[0].square().mean() > 4
     assert max(abs(score) for score in kfac_scores) > 6
 
 
@@ -611,10 +610,10 @@ def test_curvature_of_one_layer_does_not_need_the_others(model, batches, targets
     """A fit of some targets equals that part of the fit of all: lower blocks leave no graph."""
     some = [t for t in targets if t.block == 1]
     assert 0 < len(some) < len(targets)
-    for fit in (fit_kfac, fit_ekfac, fit_diagonal):
-        part, whole = fit(model, batches, some), fit(model, batches, targets)
+    for fit in (KFAC, EKFAC, Diagonal):
+        part, whole = fit().fit(model, batches, some), fit().fit(model, batches, targets)
         assert operator_error(part, whole, some) < EIGENVECTORS
-        other = fit(model, batches, some, seed=1)
+        other = fit().fit(model, batches, some, seed=1)
         assert operator_error(part, other, some) > PLAIN
 
 
@@ -627,7 +626,7 @@ def test_head_in_chunks_equals_the_head_in_one(model, batches, targets, draw, mo
         monkeypatch.setattr(kfade.models.head, "CHUNK", chunk)
         direction = random_direction(targets)
         return (
-            fit_ekfac(model, batches, targets, draw=draw),
+            EKFAC(draw).fit(model, batches, targets),
             [forget_gradient(model, batches, targets, o) for o in (margin, cross_entropy)],
             quadratic_form(model, batches, targets, direction),
             gauss_newton_product(model, batches, targets, direction),
@@ -651,8 +650,8 @@ def test_a_shared_input_factor_equals_a_separate_one(model, batches, targets):
     readers = [t for t in targets if t.input_of != t.name]
     assert [t.name.split(".")[-2] for t in readers] == ["up_proj", "up_proj"]
     x = random_direction(targets)
-    for fit in (fit_kfac, fit_ekfac):
-        shared, separate = fit(model, batches, targets), fit(model, batches, apart)
+    for fit in (KFAC, EKFAC):
+        shared, separate = fit().fit(model, batches, targets), fit().fit(model, batches, apart)
         for t in readers:
             assert shared.blocks[t.name].q_in is shared.blocks[t.input_of].q_in
             assert separate.blocks[t.name].q_in is not separate.blocks[t.input_of].q_in
@@ -672,7 +671,7 @@ def test_any_choice_of_targets_can_be_fitted(model, batches, targets):
     """Also one whose input is shared with, and named after, a target that was left out."""
     up = [target for target in targets if "up_proj" in target.name]
     assert all(target.input_of != target.name for target in up)
-    whole, part = kfade.fit_kfac(model, batches, targets), kfade.fit_kfac(model, batches, up)
+    whole, part = kfade.KFAC().fit(model, batches, targets), kfade.KFAC().fit(model, batches, up)
     for target in up:
         x = torch.randn(target.shape, dtype=torch.float64)
         ours, theirs = part.blocks[target.name].matvec(x), whole.blocks[target.name].matvec(x)

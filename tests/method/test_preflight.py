@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import kfade
-from kfade import InputError, find_targets, fit_ekfac, make_batches, margin
+from kfade import EKFAC, InputError, find_targets, make_batches, margin
 from kfade.baselines.weights import Dense
 from kfade.curvature.product import quadratic_form
 from kfade.evaluate.quantisation import linear_weights
@@ -77,7 +77,7 @@ def test_recomputing_that_loses_gradients_is_refused_everywhere(dtype):
     for compute in (
         lambda: preflight(model, targets, recompute=True),
         lambda: run(model, targets=targets, recompute=True),
-        lambda: fit_ekfac(model, batches, targets, recompute=True),
+        lambda: EKFAC().fit(model, batches, targets, recompute=True),
         lambda: forget_gradient(model, batches, targets, margin, recompute=True),
     ):
         with pytest.raises(InputError, match=message):
@@ -302,7 +302,7 @@ def test_autocast_is_refused():
         for compute in (
             lambda: find_targets(model),
             lambda: run(model, targets=targets),
-            lambda: fit_ekfac(model, batches, targets),
+            lambda: EKFAC().fit(model, batches, targets),
             lambda: forget_gradient(model, batches, targets, margin),
         ):
             with pytest.raises(InputError, match="autocast is on for cpu"):

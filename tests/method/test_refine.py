@@ -34,9 +34,9 @@ from safetensors.torch import load_file
 from zoo.rows import FORGET, RETAIN
 
 import kfade
-from kfade import Curvature, InputError, Update, find_targets, fit_ekfac, make_batches, margin
+from kfade import EKFAC, Curvature, InputError, Update, find_targets, make_batches, margin
 from kfade.cli import main
-from kfade.curvature.fit import fit_identity
+from kfade.curvature.estimators import Identity
 from kfade.curvature.product import gauss_newton_product
 from kfade.method.gradient import forget_gradient
 from kfade.method.record import Best, StepRecord
@@ -55,7 +55,7 @@ class System:
         self.model = tiny_llama()
         self.targets = find_targets(self.model)
         self.batches = make_batches(random_sequences(8), budget=20)
-        self.curvature = fit_ekfac(self.model, self.batches, self.targets)
+        self.curvature = EKFAC().fit(self.model, self.batches, self.targets)
         forget = make_batches(random_sequences(3, seed=7))
         self.gradient = forget_gradient(self.model, forget, self.targets, margin)
         self.g = flatten(self.gradient, self.targets).numpy()
@@ -193,7 +193,7 @@ def test_the_quadratic_falls_and_falls_faster_with_the_fit(system):
 def test_an_exact_fit_leaves_nothing_to_refine(system):
     """G = G̃: the K-FADE direction is the solution, and there is no second."""
     options = {"damping": 0.5, "relative": False}
-    identity = fit_identity(system.model, system.batches, system.targets)
+    identity = Identity().fit(system.model, system.batches, system.targets)
     assert len(system.steps(3, lambda x: dict(x), identity, **options)) == 1
     assert len(system.steps(3, system.product, identity, **options)) == 4
 
@@ -234,8 +234,8 @@ def test_the_best_is_the_greatest_rise_for_its_kl(measured, best):
     records = [record(k, *pair) for k, pair in enumerate(measured)]
     best_so_far = Best(1.0)
     for one in records:
-        best_so_far.see(one, {"w": torch.tensor(one.refined)})
-    chosen, changes = best_so_far.taken
+        best_so_far.add(one, {"w": torch.tensor(one.refined)})
+    chosen, changes = best_so_far.result
     assert chosen.refined == best == changes["w"]
     assert [r["refined"] for r in chosen.refinements] == list(range(len(records)))
     assert replace(chosen, refinements=[]) == records[best]
@@ -243,8 +243,8 @@ def test_the_best_is_the_greatest_rise_for_its_kl(measured, best):
 
 def test_what_is_alone_is_taken_and_not_listed():
     alone = Best(1.0)
-    alone.see(record(3, 0.01, 2.0), {})
-    chosen, _ = alone.taken
+    alone.add(record(3, 0.01, 2.0), {})
+    chosen, _ = alone.result
     assert chosen.refined == 3
     assert chosen.refinements == []
 
@@ -343,7 +343,7 @@ def test_of_the_directions_tried_only_the_best_is_there_at_the_next_product(
 def test_a_norm_takes_the_last_direction(model, targets):
     """α compares nothing, so nothing is chosen; ½α² stays what the fit predicts."""
     retain = make_batches(random_sequences(12, seed=8), budget=20)
-    curvature = fit_ekfac(model, retain, targets)
+    curvature = EKFAC().fit(model, retain, targets)
     update = run(model, kl=None, alpha=0.1, refine=2, curvature=curvature)
     step = only_step(update)
     assert (step["alpha"], step["refined"], step["refinements"]) == (0.1, 2, [])

@@ -144,7 +144,7 @@ def test_points_of_a_sweep_below_the_floor_fail_and_say_why(data):
     points = [
         Point("margin", "all", 0.1, True, StepSize(kl=times * floor)) for times in (0.5, 30.0)
     ]
-    curvature = kfade.fit_kfac(model, make_batches(data["retain"]), targets)
+    curvature = kfade.KFAC().fit(model, make_batches(data["retain"]), targets)
     shared = Shared(curvature, targets, {"margin": kfade.margin})
     low, high = sweep(model, points, shared, forget=data["forget"], held_out=data["held_out"])
     assert "rounding to bfloat16 alone measures as" in low.failure
@@ -173,7 +173,7 @@ def test_float16_is_refused_where_gradients_are_computed(data):
     with pytest.raises(InputError, match=told):
         kfade.unlearn(model, **data, **flat(kl=0.1))
     with pytest.raises(InputError, match=told):
-        kfade.fit_kfac(model, batches, targets)
+        kfade.KFAC().fit(model, batches, targets)
     assert floor_of(model, data) > 0  # forward passes are not
 
 

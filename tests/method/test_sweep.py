@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from zoo.rows import FORGET, RETAIN
 
 from kfade.cli import main
-from kfade.curvature.fit import fit_ekfac
+from kfade.curvature.estimators import EKFAC
 from kfade.curvature.product import gauss_newton_product
 from kfade.data.batches import draw_without_replacement, make_batches
 from kfade.errors import InputError
@@ -101,7 +101,7 @@ def sets():
 
 @pytest.fixture
 def curvature(model, targets, sets):
-    return fit_ekfac(model, make_batches(sets["retain"]), targets, seed=0)
+    return EKFAC().fit(model, make_batches(sets["retain"]), targets, seed=0)
 
 
 def run(model, points, sets, targets, curvature, *, done=None, on_point=None, **more):

@@ -12,19 +12,19 @@ from safetensors import safe_open
 
 import kfade
 from kfade import (
+    EKFAC,
+    KFAC,
     Curvature,
-    EigenBlock,
+    Diagonal,
+    Identity,
     InputError,
     Update,
     cross_entropy,
     find_targets,
-    fit_diagonal,
-    fit_ekfac,
-    fit_identity,
-    fit_kfac,
     margin,
     sampled_labels,
 )
+from kfade.curvature.block import EigenBlock
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient
@@ -46,10 +46,10 @@ def run(model, batches, targets, **options):
 
 
 COMPUTATIONS = {
-    "fit_identity": fit_identity,
-    "fit_diagonal": fit_diagonal,
-    "fit_kfac": fit_kfac,
-    "fit_ekfac": fit_ekfac,
+    "identity": Identity().fit,
+    "diagonal": Diagonal().fit,
+    "K-FAC": KFAC().fit,
+    "EK-FAC": EKFAC().fit,
     "gradient of margin": lambda m, b, t: forget_gradient(m, b, t, margin),
     "gradient of cross_entropy": lambda m, b, t: forget_gradient(m, b, t, cross_entropy),
     "quadratic_form": lambda m, b, t: quadratic_form(m, b, t, directions(t)),
@@ -58,7 +58,7 @@ COMPUTATIONS = {
     "find_targets": lambda m, b, t: find_targets(m),
     "unlearn": run,
 }
-GRADIENT_FREE = ("fit_identity", "quadratic_form", "hidden_reference", "find_targets")
+GRADIENT_FREE = ("identity", "quadratic_form", "hidden_reference", "find_targets")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def trip(model, batches, compute, **where) -> bool:
     return message != "none"
 
 
-@pytest.mark.parametrize("name", [n for n in COMPUTATIONS if n != "fit_identity"])
+@pytest.mark.parametrize("name", [n for n in COMPUTATIONS if n != "identity"])
 def test_an_exception_in_any_forward_pass_leaves_the_model_as_it_was(used_model, batches, name):
     compute, count = COMPUTATIONS[name], 0
     stride = 7 if name == "unlearn" else 1  # it has over a hundred
@@ -154,8 +154,8 @@ def test_an_exception_in_any_backward_pass_leaves_the_model_as_it_was(used_model
     assert count == 0 if name in GRADIENT_FREE else count >= len(batches)
 
 
-@pytest.mark.parametrize("name", ["fit_diagonal", "fit_kfac", "fit_ekfac", "unlearn"])
-def test_an_exception_in_a_draw_leaves_the_model_as_it_was(used_model, batches, name):
+@pytest.mark.parametrize("estimator", [Diagonal, KFAC, EKFAC])
+def test_an_exception_in_a_draw_leaves_the_model_as_it_was(used_model, batches, estimator):
     """Between forward and backward, in the second batch."""
     calls = 0
 
@@ -169,17 +169,17 @@ def test_an_exception_in_a_draw_leaves_the_model_as_it_was(used_model, batches, 
     targets = find_targets(used_model)
     before = Snapshot.of(used_model)
     with pytest.raises(RuntimeError, match="the draw failed"):
-        COMPUTATIONS[name](used_model, batches, targets, draw=failing)
+        estimator(failing).fit(used_model, batches, targets)
     assert before.differences(used_model) == []
 
 
 def test_nothing_of_a_failed_computation_stays_behind(used_model, batches):
     """The same numbers come out after a failure as without one."""
-    fresh = fit_ekfac(used_model, batches, find_targets(used_model))
-    assert trip(used_model, batches, fit_ekfac, forward=3)
-    assert trip(used_model, batches, fit_ekfac, backward=2)
+    fresh = EKFAC().fit(used_model, batches, find_targets(used_model))
+    assert trip(used_model, batches, EKFAC().fit, forward=3)
+    assert trip(used_model, batches, EKFAC().fit, backward=2)
     used_model.model.layers[1].mlp.act_fn.backward_at = 0
-    again = fit_ekfac(used_model, batches, find_targets(used_model))
+    again = EKFAC().fit(used_model, batches, find_targets(used_model))
     for name, block in fresh.blocks.items():
         assert same_bits(block.eigenvalues, again.blocks[name].eigenvalues)
 
@@ -191,7 +191,7 @@ def test_a_model_in_training_is_computed_with_in_evaluation_mode(batches):
         model = tiny_llama().train(training)
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.5
-        fits.append(fit_ekfac(model, batches, find_targets(model)))
+        fits.append(EKFAC().fit(model, batches, find_targets(model)))
     for name, block in fits[0].blocks.items():
         assert same_bits(block.eigenvalues, fits[1].blocks[name].eigenvalues)
     tokens = torch.tensor([[1, 2, 3, 4]])
@@ -208,8 +208,8 @@ def test_training_goes_on_as_if_nothing_had_happened(used_model, batches):
     targets = find_targets(used_model)
     weights = [p for p in used_model.parameters() if p.requires_grad]
     begun, state = loss(), torch.get_rng_state()
-    for fit in (fit_diagonal, fit_kfac, fit_ekfac):
-        fit(used_model, batches, targets)
+    for fit in (Diagonal, KFAC, EKFAC):
+        fit().fit(used_model, batches, targets)
     gradients = (torch.autograd.grad(x, weights) for x in (begun, loss()))
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
@@ -286,9 +286,9 @@ def keys_of(path) -> set[str]:
         return set(file.keys())
 
 
-@pytest.mark.parametrize("fit", [fit_identity, fit_diagonal, fit_kfac, fit_ekfac])
+@pytest.mark.parametrize("fit", [Identity, Diagonal, KFAC, EKFAC])
 def test_curvature_comes_back_exactly(model, batches, targets, fit, tmp_path):
-    curvature = fit(model, batches, targets)
+    curvature = fit().fit(model, batches, targets)
     curvature.save(tmp_path / "c.safetensors")
     loaded = Curvature.load(tmp_path / "c.safetensors")
     assert loaded.provenance == curvature.provenance
@@ -302,8 +302,8 @@ def test_curvature_comes_back_exactly(model, batches, targets, fit, tmp_path):
     solved = (c.solve(x, damping=0.1, relative=True) for c in (curvature, loaded))
     for ours, theirs in zip(*(s.values() for s in solved), strict=True):
         assert torch.equal(ours, theirs)
-    other = fit(model, batches, targets, seed=1)
-    if fit is not fit_identity:
+    other = fit().fit(model, batches, targets, seed=1)
+    if fit is not Identity:
         assert not any(
             same_bits(block.eigenvalues, loaded.blocks[name].eigenvalues)
             for name, block in other.blocks.items()
@@ -311,7 +311,7 @@ def test_curvature_comes_back_exactly(model, batches, targets, fit, tmp_path):
 
 
 def test_shared_bases_are_stored_once_and_read_by_all(model, batches, targets, tmp_path):
-    curvature = fit_ekfac(model, batches, targets)
+    curvature = EKFAC().fit(model, batches, targets)
     # In each of 2 blocks: 3 grids, 3 q_out, and 2 q_in, gate and up having one.
     curvature.save(tmp_path / "shared.safetensors")
     assert len(keys_of(tmp_path / "shared.safetensors")) == 2 * (3 + 3 + 2)
@@ -346,7 +346,7 @@ def test_update_comes_back_exactly(model, batches, targets, tmp_path):
 
 
 def test_files_of_another_kind_are_refused(model, batches, targets, update, tmp_path):
-    fit_identity(model, batches, targets).save(tmp_path / "curvature.safetensors")
+    Identity().fit(model, batches, targets).save(tmp_path / "curvature.safetensors")
     update.save(tmp_path / "update.safetensors")
     half = (tmp_path / "update.safetensors").read_bytes()[:100]
     (tmp_path / "half.safetensors").write_bytes(half)

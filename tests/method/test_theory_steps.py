@@ -17,15 +17,15 @@ from oracles import loops
 
 import kfade
 from kfade import (
-    EigenBlock,
+    EKFAC,
+    KFAC,
     InputError,
     Update,
     cross_entropy,
-    fit_ekfac,
-    fit_kfac,
     make_batches,
     margin,
 )
+from kfade.curvature.block import EigenBlock
 from kfade.curvature.eigh import eigendecompose
 from kfade.curvature.factors import CovarianceSum
 from kfade.method.gauge import parameter_changes
@@ -75,11 +75,11 @@ def test_one_step_on_least_squares_is_retraining_without_the_forget_rows():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("fit", [fit_kfac, fit_ekfac])
+@pytest.mark.parametrize("fit", [KFAC, EKFAC])
 def test_a_small_step_forgets_and_its_change_is_predicted(model, batches, targets, fit, objective):
     forget = random_sequences(3, seed=7)
     gradient = forget_gradient(model, make_batches(forget), targets, objective)
-    curvature = fit(model, batches, targets)
+    curvature = fit().fit(model, batches, targets)
     step = gauss_newton_step(curvature, gradient, damping=0.1, relative=True)
     assert curvature.quadratic(step.direction) == pytest.approx(1.0)
     assert step.predicted_kl(0.2) == pytest.approx(0.5 * 0.2**2)
@@ -160,7 +160,7 @@ def test_margin_is_exact_where_the_target_is_certain():
 
 def test_a_direction_of_no_length_is_refused(model, batches, targets):
     zero = {t.name: torch.zeros(t.shape, dtype=torch.float64) for t in targets}
-    curvature = fit_kfac(model, batches, targets)
+    curvature = KFAC().fit(model, batches, targets)
     with pytest.raises(InputError, match="the forget gradient is zero in all targeted weights"):
         gauss_newton_step(curvature, zero, damping=0.1, relative=True)
     broken = {name: torch.full_like(matrix, math.nan) for name, matrix in zero.items()}
@@ -224,10 +224,10 @@ def test_every_step_draws_labels_of_its_own(model):
         seen.append(set(key_N.tolist()))
         return kfade.square_root_draw(p_NV, key_N)
 
-    run(model, draw=noted, steps=2, batch_tokens=1000)
+    run(model, fit=EKFAC(noted), steps=2, batch_tokens=1000)
     assert len(seen) == 4  # two passes of EK-FAC a step, one batch a pass
     assert len(set.union(*seen)) == sum(map(len, seen))
-    run(model, draw=noted, steps=1, batch_tokens=1000)
+    run(model, fit=EKFAC(noted), steps=1, batch_tokens=1000)
     assert seen[4:] == seen[:2]  # the same keys would have shown
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from zoo.unusual import built
 
-from kfade import InputError, fit_ekfac, make_batches, margin, unlearn
+from kfade import EKFAC, InputError, make_batches, margin, unlearn
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.capture import capture
 from kfade.curvature.curvature import Curvature
@@ -320,7 +320,7 @@ def test_a_fit_on_lists_is_that_on_sequences():
         for layer in model.model.layers:
             if listed:
                 layer.mlp = Listed(layer.mlp)
-        found = fit_ekfac(model, make_batches(data_of_17()), find_targets(model))
+        found = EKFAC().fit(model, make_batches(data_of_17()), find_targets(model))
         fits.append([block.eigenvalues for block in found.blocks.values()])
     assert all(same_bits(*pair) or torch.allclose(*pair) for pair in zip(*fits, strict=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, flat, random_sequences, tiny_llama
+from helpers import Snapshot, flat, random_sequences, same_bits, tiny_llama
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import (
@@ -32,6 +32,7 @@ from kfade.method.sweep import Shared, sweep
 from kfade.models.interface import check_batches, check_length, check_readable
 from kfade.models.layers import choose_targets, find_targets
 from kfade.planning.memory import Work, curvature_budget, examine
+from kfade.runs.words import estimator_of
 
 
 @pytest.fixture
@@ -84,16 +85,16 @@ def test_what_is_no_model_of_one_linear_head_is_named(build, message, data):
     with pytest.raises(InputError, match=message):
         kfade.unlearn(model, **data, **flat(alpha=0.01))
     with pytest.raises(InputError, match=message):
-        kfade.fit_kfac(model, make_batches(data["retain"]), targets)
+        kfade.KFAC().fit(model, make_batches(data["retain"]), targets)
 
 
 def test_an_empty_list_of_targets(data):
     model = tiny_llama()
     with pytest.raises(InputError, match="targets: an empty list"):
         kfade.unlearn(model, **data, **flat(targets=[], alpha=0.01))
-    for fit in (kfade.fit_identity, kfade.fit_diagonal, kfade.fit_kfac, kfade.fit_ekfac):
+    for fit in (kfade.Identity, kfade.Diagonal, kfade.KFAC, kfade.EKFAC):
         with pytest.raises(InputError, match="targets: an empty list"):
-            fit(model, make_batches(data["retain"]), [])
+            fit().fit(model, make_batches(data["retain"]), [])
 
 
 def sequence(*tokens: int) -> TokenSequence:
@@ -109,16 +110,16 @@ def test_tokens_without_an_embedding(data, token, where):
         kfade.unlearn(model, **data, **flat(alpha=0.01))
     batches = make_batches([sequence(1, 2, token)])
     targets = find_targets(model)
-    for fit in (kfade.fit_identity, kfade.fit_diagonal, kfade.fit_kfac, kfade.fit_ekfac):
+    for fit in (kfade.Identity, kfade.Diagonal, kfade.KFAC, kfade.EKFAC):
         with pytest.raises(InputError, match=told):
-            fit(model, batches, targets)
+            fit().fit(model, batches, targets)
     point = Point("margin", "all", 0.1, True, StepSize(alpha=0.1))
     with pytest.raises(InputError, match=told):
         sweep(
             model,
             [point],
             Shared(
-                kfade.fit_kfac(model, make_batches(random_sequences(2)), targets),
+                kfade.KFAC().fit(model, make_batches(random_sequences(2)), targets),
                 targets,
                 {"margin": kfade.margin},
             ),
@@ -165,9 +166,9 @@ def test_a_sequence_longer_than_the_learned_positions(family, data):
     told = f"{type(model).__name__} cannot read 13 positions at once .*--sequence-length"
     check_readable(model, [longest])
     check_batches(model, make_batches([longest]))
-    kfade.fit_kfac(model, make_batches([longest]), find_targets(model))
+    kfade.KFAC().fit(model, make_batches([longest]), find_targets(model))
     with pytest.raises(InputError, match=told):
-        kfade.fit_kfac(model, make_batches([longer]), find_targets(model))
+        kfade.KFAC().fit(model, make_batches([longer]), find_targets(model))
     data["held_out"] = [*data["held_out"], longer]
     with pytest.raises(InputError, match=told):
         kfade.unlearn(model, **data, **flat(alpha=0.01))
@@ -176,7 +177,7 @@ def test_a_sequence_longer_than_the_learned_positions(family, data):
     with pytest.raises(InputError, match=told):
         examine(model, targets, Work(sequence_length=14))
     with pytest.raises(InputError, match=told):
-        curvature_budget(10**9, model, targets, 64, sequence_length=14)
+        curvature_budget(10**9, model, targets, Work(batch_tokens=64, sequence_length=14))
 
 
 def test_an_index_beyond_a_table_is_told_without_the_table_being_read():
@@ -256,11 +257,32 @@ def test_nan_is_blamed_on_the_weight_that_holds_it(data):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"NaN or Inf in model\.layers\.1\.mlp\.up_proj\.weight"):
-        kfade.fit_kfac(model, make_batches(data["retain"]), targets)
+        kfade.KFAC().fit(model, make_batches(data["retain"]), targets)
 
 
 def test_a_memory_below_the_model_is_told_as_such():
     model = zoo.tiny("llama")
-    budget = curvature_budget(1, model, find_targets(model), 64, sequence_length=16)
+    work = Work(batch_tokens=64, sequence_length=16)
+    budget = curvature_budget(1, model, find_targets(model), work)
     with pytest.raises(InputError, match=r"the model and a pass alone are over it by 0\.4\d GB"):
-        kfade.fit_kfac(model, make_batches([sequence(1, 2)]), find_targets(model), memory=budget)
+        kfade.KFAC().fit(model, make_batches([sequence(1, 2)]), find_targets(model), memory=budget)
+
+
+def test_each_estimator_is_known_by_its_name():
+    kinds = (kfade.Identity, kfade.Diagonal, kfade.KFAC, kfade.EKFAC)
+    assert [estimator_of(kind.name) for kind in kinds] == [kind() for kind in kinds]
+    draw = kfade.sampled_labels
+    assert [estimator_of(kind.name, draw) for kind in kinds[1:]] == [k(draw) for k in kinds[1:]]
+
+
+def test_fit_kfac_is_short_for_kfac():
+    model = tiny_llama()
+    targets, batches = find_targets(model), make_batches(random_sequences(3))
+    draw = kfade.sampled_labels
+    short = kfade.fit_kfac(model, batches, targets, draw=draw, seed=1)
+    full = kfade.KFAC(draw).fit(model, batches, targets, seed=1)
+    other = kfade.KFAC(draw).fit(model, batches, targets)
+    assert short.provenance == full.provenance
+    for name, block in full.blocks.items():
+        assert same_bits(short.blocks[name].eigenvalues, block.eigenvalues)
+        assert not same_bits(other.blocks[name].eigenvalues, block.eigenvalues)

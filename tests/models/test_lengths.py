@@ -84,7 +84,7 @@ def test_one_batch_of_all_would_differ_and_is_refused(name):
     with pytest.raises(InputError, match=match):
         forget_gradient(model, [both], targets, kfade.margin)
     with pytest.raises(InputError, match=match):
-        kfade.fit_kfac(model, [both], targets)
+        kfade.KFAC().fit(model, [both], targets)
     with pytest.raises(InputError, match=match):
         hidden_reference(model, [both], "base")
     with pytest.raises(InputError, match=match):

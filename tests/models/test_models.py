@@ -373,20 +373,20 @@ def dense(block):
     return bases @ torch.diag(block.eigenvalues.flatten()) @ bases.T
 
 
-@pytest.mark.parametrize("fit", [kfade.fit_kfac, kfade.fit_ekfac])
+@pytest.mark.parametrize("fit", [kfade.KFAC, kfade.EKFAC])
 def test_bfloat16_fit_is_near_the_float32_fit(two_dtypes, fit):
     # bfloat16 rounds each activation by up to 2^-9 = 0.2 %, which through two blocks and back was
     # seen to change K-FAC's matrices by 1.8 % at most. EK-FAC's own eigenvalues hang on the
     # choice of basis among near-equal ones, so there only the trace can be compared closely (0.9 %
     # seen). Sums in bfloat16 would be off by far more: see test_sums_are_float32.
     batches = kfade.make_batches(RETAIN)
-    narrow, wide = (fit(model, batches, find_targets(model)).blocks for model in two_dtypes)
+    narrow, wide = (fit().fit(model, batches, find_targets(model)).blocks for model in two_dtypes)
     for name in wide:
         for part in (narrow[name].q_out, narrow[name].q_in, narrow[name].eigenvalues):
             assert part.dtype == torch.float32
         ours, theirs = dense(narrow[name]), dense(wide[name])
         assert ours.trace().item() == pytest.approx(theirs.trace().item(), rel=0.03)
-        if fit is kfade.fit_kfac:
+        if fit is kfade.KFAC:
             assert 0 < (ours - theirs).norm() < 0.05 * theirs.norm()
 
 

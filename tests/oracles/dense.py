@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kfade.curvature.curvature import Matrices
 from kfade.data.batches import Batch
-from kfade.models.layers import Target
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 
 
 def flatten(matrices: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:
@@ -33,7 +33,7 @@ def gauss_newton_matrix(
 ) -> Tensor:
     """G = (1/N) Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, [P, P], J_t the Jacobian of token t's logits.
 
-    By reverse-mode Jacobians through the model's own logits; nothing is shared with the fits.
+    Computed by reverse-mode Jacobians of the model's own logits; shares no code with the fits.
     """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     start = {}
@@ -48,7 +48,8 @@ def gauss_newton_matrix(
             changed.update(target.to_parameters(unflatten(vector_P, targets)[target.name]))
         arguments = {"input_ids": batch.input_BT, "use_cache": False}
         output = torch.func.functional_call(model, changed, (), arguments)
-        return output.logits[batch.loss_BT]
+        logits_BTV: Tensor = output.logits
+        return logits_BTV[batch.loss_BT]
 
     with frozen(model):
         for batch in batches:

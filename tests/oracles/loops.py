@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.draws import Draw, token_keys
 from kfade.data.sequences import TokenSequence
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 
 
 def fisher(p_V: Tensor) -> Tensor:

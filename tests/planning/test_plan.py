@@ -6,7 +6,6 @@ import contextlib
 import json
 import weakref
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -36,21 +35,9 @@ from kfade.cli.plan_page import duration, size
 from kfade.curvature.capture import capture
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.eigh import PROBES, workspace_bytes
-from kfade.curvature.fit import (
-    fit_diagonal,
-    fit_ekfac,
-    fit_identity,
-    fit_kfac,
-)
-from kfade.curvature.groups import (
-    factor_bytes,
-    fit_bytes,
-    group_bytes,
-    group_targets,
-    smallest_groups,
-    stored_bytes,
-    widths,
-)
+from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Identity
+from kfade.curvature.factors import factor_bytes, widths
+from kfade.curvature.groups import group_by_input, group_targets
 from kfade.curvature.owners import Owners
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.store import Store
@@ -210,80 +197,77 @@ def test_bytes_of_a_fit_by_hand():
     targets = find_targets(small(torch.bfloat16))
     factors = 3 * 4 * (64**2 + 3 * 224**2 + 64**2)
     grids, largest = 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
-    assert fit_bytes(targets, "ekfac") == {
+    assert EKFAC().fit_bytes(targets) == {
         "covariance": factors,
         "eigh": factors + workspace_bytes(224, 4, CPU),
         "lambda": factors + factors // 2 + grids + 2 * largest,  # a copy of the bases in bfloat16
     }
-    assert fit_bytes(find_targets(small()), "ekfac")["lambda"] == factors + grids + 2 * largest
-    assert fit_bytes(targets, "diagonal") == {"lambda": grids + 2 * largest}
-    assert fit_bytes(targets, "identity") == {}
-    assert stored_bytes(targets, "kfac") == factors + grids
+    assert EKFAC().fit_bytes(find_targets(small()))["lambda"] == factors + grids + 2 * largest
+    assert Diagonal().fit_bytes(targets) == {"lambda": grids + 2 * largest}
+    assert Identity().fit_bytes(targets) == {}
+    assert KFAC().stored_bytes(targets) == factors + grids
 
 
 def test_bytes_of_sums_are_those_of_a_fit():
     model = small(torch.bfloat16)
     targets = find_targets(model)
-    owners = Owners(targets, "ekfac", spread=False)
+    owners = Owners(targets, EKFAC().peak_bytes, spread=False)
     sums = Covariances(owners).tensors()
     assert sum(t.numel() * t.element_size() for t in sums.values()) == factor_bytes(targets)
     bases = {t.name: (torch.eye(t.shape[0]), torch.eye(t.shape[1])) for t in targets}
     grids = Eigenvalues(owners, bases).tensors()
     assert (
         sum(t.numel() * t.element_size() for t in grids.values())
-        == stored_bytes(targets, "ekfac") - factor_bytes(targets)
-        == stored_bytes(targets, "diagonal")
+        == EKFAC().stored_bytes(targets) - factor_bytes(targets)
+        == Diagonal().stored_bytes(targets)
     )
 
 
-@pytest.mark.parametrize(
-    ("estimator", "fit"),
-    [("kfac", fit_kfac), ("ekfac", fit_ekfac), ("diagonal", fit_diagonal)],
-)
-def test_bytes_of_curvature_files(tmp_path, estimator, fit):
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, Diagonal])
+def test_bytes_of_curvature_files(tmp_path, kind):
     model = small()
     targets = find_targets(model)
-    fit(model, make_batches(packed(4, 17)), targets).save(tmp_path / "curvature.safetensors")
+    kind().fit(model, make_batches(packed(4, 17)), targets).save(tmp_path / "curvature.safetensors")
     written = (tmp_path / "curvature.safetensors").stat().st_size
-    assert stored_bytes(targets, estimator) == pytest.approx(written, rel=0.03)
+    assert kind().stored_bytes(targets) == pytest.approx(written, rel=0.03)
 
 
 def test_an_identity_is_a_number_a_layer():
     targets = find_targets(small())
-    curvature = fit_identity(small(), [], targets)
+    curvature = Identity().fit(small(), [], targets)
     held = sum(b.eigenvalues.numel() * 4 for b in curvature.blocks.values())
-    assert stored_bytes(targets, "identity") == held == 36
+    assert Identity().stored_bytes(targets) == held == 36
 
 
 # --- groups ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["kfac", "ekfac", "diagonal"])
-def test_more_memory_never_needs_more_groups(tmp_path, estimator):
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, Diagonal])
+def test_more_memory_never_needs_more_groups(tmp_path, kind):
     targets = find_targets(load_skeleton(saved(SMALL, tmp_path)))
-    units = smallest_groups(targets)
-    least = max(group_bytes(unit, estimator) for unit in units)
-    most = group_bytes(targets, estimator)
+    units = group_by_input(targets)
+    least = max(kind().peak_bytes(unit) for unit in units)
+    most = kind().peak_bytes(targets)
     counts = []
     for step in range(41):
         budget = least + (most - least) * step // 40
-        groups = group_targets(targets, estimator, budget)
+        groups = group_targets(targets, kind().peak_bytes, budget)
         assert [t for group in groups for t in group] == targets
-        assert all(group_bytes(group, estimator) <= budget for group in groups)
+        assert all(kind().peak_bytes(group) <= budget for group in groups)
         counts.append(len(groups))
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 1 < counts[0]
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp.* raise it"):
-        group_targets(targets, estimator, least - 1)
+        group_targets(targets, kind().peak_bytes, least - 1)
 
 
 def test_fewer_groups_hold_more_and_pass_less(tmp_path):
     model = load_skeleton(saved(SMALL, tmp_path))
     subject = examine(model, find_targets(model), Work(sequence_length=33, batch_tokens=64))
     work = Work(retain_tokens=330, sequence_length=33)
-    one, many = [list(subject.targets)], smallest_groups(subject.targets)
+    one, many = [list(subject.targets)], group_by_input(subject.targets)
     assert len(many) == 6
-    at_once, in_turn = (peaks(subject, groups, "ekfac") for groups in (one, many))
+    at_once, in_turn = (peaks(subject, groups, EKFAC()) for groups in (one, many))
     assert all(in_turn[stage] <= at_once[stage] for stage in at_once)
     assert in_turn["lambda"] < at_once["lambda"]
     few, more = (flops(subject, groups, work) for groups in (one, many))
@@ -308,13 +292,13 @@ def test_peaks_by_hand(tmp_path):
     held, surplus = subject.cost.held_bytes[targets[0].input_of], subject.cost.surplus_bytes
     inputs, chunk = 64 * 4 * 3 * (64 + 224), 64 * 50 * 4  # fewer positions than a whole chunk
     assert 4 * chunk < surplus  # here backward is what needs most
-    found = peaks(subject, [targets], "ekfac")
+    found = peaks(subject, [targets], EKFAC())
     assert found["load"] == fixed
     assert found["covariance"] == fixed + factors + held + surplus
     assert found["eigh"] == fixed + factors + workspace_bytes(224, 4, CPU)
     lambda_ = fixed + factors + grids + 2 * largest + held + surplus + inputs
     assert found["lambda"] == lambda_
-    assert fit_overhead(subject, "ekfac") == lambda_ - factors - grids - 2 * largest
+    assert fit_overhead(subject, EKFAC()) == lambda_ - factors - grids - 2 * largest
     assert found["gradient"] == fixed + held + surplus + inputs + grids + largest
     forward = subject.cost.forward_bytes
     layer = 4 * (64**2 + 224**2) + largest
@@ -339,9 +323,9 @@ def test_a_group_is_gone_when_the_next_is_fitted(tmp_path):
         alive.append(sum(reference() is not None for reference in finished))
         return square_root_draw(p_NV, key_N)
 
-    largest = max(group_bytes(unit, "ekfac") for unit in smallest_groups(targets))
+    largest = max(EKFAC().peak_bytes(unit) for unit in group_by_input(targets))
     batches = make_batches(packed(4, 17))
-    fit_ekfac(model, batches, targets, draw=draw, memory=largest, store=Watched(tmp_path))
+    EKFAC(draw).fit(model, batches, targets, memory=largest, store=Watched(tmp_path))
     assert len(finished) == 9
     assert len(alive) > 6
     assert not any(alive)
@@ -473,17 +457,17 @@ def test_plan_of_blocks_that_run_again():
     fixed = RUNTIME_BYTES + model_bytes(model)
     held, surplus = ours.cost.held_bytes[targets[0].name], ours.cost.surplus_bytes
     grids = 9 * 4 * 64 * 224
-    found, kept = (peaks(s, [targets], "ekfac", refine=True) for s in (ours, plain))
+    found, kept = (peaks(s, [targets], EKFAC(), refine=True) for s in (ours, plain))
     assert found["covariance"] == fixed + held + surplus + factor_bytes(targets)
     inputs = ours.input_bytes(targets)
     assert found["gradient"] == fixed + held + surplus + inputs + grids + 4 * 64 * 224
-    assert fit_overhead(ours, "ekfac") == fixed + held + surplus + inputs
+    assert fit_overhead(ours, EKFAC()) == fixed + held + surplus + inputs
     for stage in ("load", "eigh", "step", "check"):
         assert found[stage] == kept[stage]
-    budget = partial(curvature_budget, 10**9, model, targets, 64, sequence_length=33)
-    assert budget(recompute=True) - budget() == fit_overhead(plain, "ekfac") - fit_overhead(
-        ours, "ekfac"
+    kept, again = (
+        curvature_budget(10**9, model, targets, replace(work, recompute=r)) for r in (False, True)
     )
+    assert again - kept == fit_overhead(plain, EKFAC()) - fit_overhead(ours, EKFAC())
     # Every pass with gradients runs its blocks forward once more, and nothing else does.
     work = replace(work, refine=1)
     less, more = (flops(s, [targets], work) for s in (plain, ours))
@@ -522,13 +506,11 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize(
-    ("estimator", "fit"), [("kfac", fit_kfac), ("ekfac", fit_ekfac), ("diagonal", fit_diagonal)]
-)
-def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, estimator, fit, recompute):
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, Diagonal])
+def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, kind, recompute):
     model = small(dtype)
     targets = find_targets(model)
-    work = Work(estimator, 8 * 33, 33, sequence_length=33, batch_tokens=128, recompute=recompute)
+    work = Work(kind(), 8 * 33, 33, sequence_length=33, batch_tokens=128, recompute=recompute)
     subject = examine(model, targets, work)
     batches = make_batches(packed(8, 33), budget=work.batch_tokens)
     live = Live([*model.parameters(), *model.buffers()])
@@ -542,9 +524,9 @@ def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, estimator, fit, recom
 
     monkeypatch.setattr("kfade.curvature.fit.stage", stage)
     with live:
-        fit(model, batches, targets, recompute=recompute)
+        kind().fit(model, batches, targets, recompute=recompute)
     fixed = RUNTIME_BYTES + subject.model_bytes
-    predicted = peaks(subject, [targets], estimator)
+    predicted = peaks(subject, [targets], kind())
     # Where blocks run again some inputs of the one at hand are gone when most is held.
     within = 0.15 if recompute else 0.1
     for name, peak in found.items():
@@ -563,12 +545,12 @@ def test_flops_of_a_real_fit(length):
     model = small(torch.bfloat16)
     targets = find_targets(model)
     sequences = packed(6, length)
-    work = Work("ekfac", 6 * length, 6 * length, length, batch_tokens=2 * (length - 1))
+    work = Work(EKFAC(), 6 * length, 6 * length, length, batch_tokens=2 * (length - 1))
     subject = examine(model, targets, work)
     batches = make_batches(sequences, budget=work.batch_tokens)
     assert tuple(batches[0].input_BT.shape) == work.shape == subject.cost.shape
     with Counter() as counter:
-        fit_ekfac(model, batches, targets, draw=square_root_draw)
+        EKFAC(square_root_draw).fit(model, batches, targets)
     with Counter() as extra, frozen(model):  # the head is checked before each pass
         read_head(model)
     # Each decomposition is checked on a few columns: M(QX) and Q(ΛX).
@@ -594,7 +576,7 @@ def test_symmetric_products_by_hand():
 def test_lambda_turns_the_cheaper_side():
     targets = find_targets(small(), layers="0")
     gate_up = targets[:2]
-    short, long = Work(sequence_length=61, retain_tokens=61), Work("ekfac", 601, 1, 601)
+    short, long = Work(sequence_length=61, retain_tokens=61), Work(EKFAC(), 601, 1, 601)
     o, i = 224, 64
     # 60 rows: the input once for both, 2·60·64²; each gradient 2·60·224²; each product 2·60·o·i.
     rows = 2 * 60 * i * i + 2 * (2 * 60 * o * o + 2 * 60 * o * i)
@@ -602,7 +584,7 @@ def test_lambda_turns_the_cheaper_side():
     # 600 rows: more than 2·224 and than 64, so each product of a sequence is turned on both sides.
     products = 2 * (2 * o * i * i + 2 * o * o * i + 2 * 600 * o * i)
     assert lambda_flops(gate_up, long) == (products, 2 * 2 * o * i)
-    diagonal = Work("diagonal", 61, 1, 61)
+    diagonal = Work(Diagonal(), 61, 1, 61)
     assert lambda_flops(gate_up, diagonal) == (2 * 2 * 60 * o * i, 2 * 2 * o * i)
 
 
@@ -660,11 +642,12 @@ def test_curvature_budget_leaves_room_for_model_and_pass():
     model = small()
     targets = find_targets(model)
     subject = examine(model, targets, Work(batch_tokens=64, sequence_length=33))
-    least = fit_overhead(subject, "ekfac")
-    assert curvature_budget(10**9, model, targets, 64, sequence_length=33) == 10**9 - least
-    held = curvature_budget(10**9, model, targets, 64, sequence_length=33, vectors=3)
+    least = fit_overhead(subject, EKFAC())
+    work = Work(batch_tokens=64, sequence_length=33)
+    assert curvature_budget(10**9, model, targets, work) == 10**9 - least
+    held = curvature_budget(10**9, model, targets, work, vectors=3)
     assert held == 10**9 - least - 3 * 4 * 9 * 64 * 224
-    kfac = curvature_budget(10**9, model, targets, 64, sequence_length=33, estimator="kfac")
+    kfac = curvature_budget(10**9, model, targets, replace(work, estimator=KFAC()))
     assert kfac - (10**9 - least) == subject.input_bytes(targets)
     # Twice the positions, nearly twice the activations.
     wide = examine(model, targets, Work(batch_tokens=128, sequence_length=33))
@@ -679,7 +662,8 @@ def test_shards_of_a_model(tmp_path):
     assert model_bytes(model) == outside + 3 * block
     assert model_bytes(model, 6) == outside + 3 * block // 6 + 2 * block
     targets = find_targets(model)
-    whole, spread = (curvature_budget(10**9, model, targets, 64, shards=n) for n in (1, 6))
+    work = Work(batch_tokens=64)
+    whole, spread = (curvature_budget(10**9, model, targets, work, shards=n) for n in (1, 6))
     assert spread - whole == 3 * block - (3 * block // 6 + 2 * block)
 
 

@@ -7,7 +7,6 @@ is also called by the tests themselves, without processes, for the numbers that 
 from __future__ import annotations
 
 import contextlib
-import functools
 import unittest.mock
 from pathlib import Path
 
@@ -16,16 +15,15 @@ from helpers import flat, random_sequences, tiny_llama
 
 import kfade
 from kfade import (
+    EKFAC,
+    KFAC,
+    Diagonal,
     find_targets,
-    fit_diagonal,
-    fit_ekfac,
-    fit_kfac,
     make_batches,
     margin,
     square_root_draw,
 )
 from kfade.curvature import fit as fit_module
-from kfade.curvature.groups import group_bytes
 from kfade.curvature.passes import run_pass
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
@@ -38,7 +36,7 @@ from kfade.runtime import distributed
 RETAIN = random_sequences(27)
 FORGET = random_sequences(5, seed=2)
 HELD_OUT = random_sequences(4, seed=1)
-FITS = {"diagonal": fit_diagonal, "kfac": fit_kfac, "ekfac": fit_ekfac}
+FITS = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC}
 
 
 def batches_of(sequences, budget=20):
@@ -73,7 +71,7 @@ def bits_of(curvature) -> dict[str, torch.Tensor]:
             for name, block in curvature.blocks.items() for part in parts}  # fmt: skip
 
 
-def numbers_summed(fit, *arguments) -> dict[str, int]:
+def numbers_summed(estimator, *arguments) -> dict[str, int]:
     """How many numbers this process's sums hold in each pass of a fit."""
     found = {}
 
@@ -82,7 +80,7 @@ def numbers_summed(fit, *arguments) -> dict[str, int]:
         return run_pass(model, batches, targets, sums, pseudo, name, keeper)
 
     with unittest.mock.patch.object(fit_module, "run_pass", counting):
-        fit(*arguments)
+        estimator.fit(*arguments)
     return found
 
 
@@ -113,23 +111,23 @@ def compute(folder: Path, sharded: bool) -> dict:
     found: dict = {"batches": len(batches), "digest": digest_weights(model, before)}
     for name, fit in FITS.items():
         draw = Counted()
-        found[f"G of {name}"] = tensors_of(fit(model, batches, targets, draw=draw))
+        found[f"G of {name}"] = tensors_of(fit(draw).fit(model, batches, targets))
         found[f"passes of {name}"] = draw.calls
-    found["numbers summed"] = numbers_summed(fit_ekfac, model, batches, targets)
-    found["G, one batch"] = tensors_of(fit_ekfac(model, batches_of(RETAIN, 1000), targets))
+    found["numbers summed"] = numbers_summed(EKFAC(), model, batches, targets)
+    found["G, one batch"] = tensors_of(EKFAC().fit(model, batches_of(RETAIN, 1000), targets))
     kept = folder / f"kept-{sharded}"
     if distributed.rank() == 0:
         kept.mkdir()
     distributed.barrier()
-    options = {"memory": group_bytes(targets[:2], "ekfac"), "store": Store(kept)}
-    stored = fit_ekfac(model, batches, targets, **options)
+    options = {"memory": EKFAC().peak_bytes(targets[:2]), "store": Store(kept)}
+    stored = EKFAC().fit(model, batches, targets, **options)
     found["G, stored in groups"], found["order"] = tensors_of(stored), list(stored.blocks)
     gradient = forget_gradient(model, batches_of(FORGET), targets, margin)
     found["gradient"] = gradient
     found["gradient, recomputed"] = forget_gradient(
         model, batches_of(FORGET), targets, margin, recompute=True
     )
-    again = fit_diagonal(model, batches, targets[3:], recompute=True)
+    again = Diagonal().fit(model, batches, targets[3:], recompute=True)
     found["G of diagonal, recomputed"] = tensors_of(again)
     found["gradient, one batch"] = forget_gradient(model, batches_of(FORGET, 1000), targets, margin)
     measured = batches_of(HELD_OUT)
@@ -175,17 +173,18 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     if distributed.rank() == 0:
         kept.mkdir()
     distributed.barrier()
-    fit = functools.partial(fit_ekfac, model, batches, targets, store=Store(kept, seconds=0.0))
+    store = Store(kept, seconds=0.0)
     # A sharded model's processes run in step, so all of them stop in the same pass.
     first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
     with contextlib.suppress(RuntimeError):
-        fit(draw=first)
+        EKFAC(first).fit(model, batches, targets, store=store)
     if lost and distributed.rank() == 1:  # as if it had been slower in writing
         for path in kept.glob("sums-*-001.safetensors"):
             path.unlink()
     distributed.barrier()
     rest = Counted()
-    resumed, whole = fit(draw=rest), fit_ekfac(model, batches, targets)
+    resumed = EKFAC(rest).fit(model, batches, targets, store=store)
+    whole = EKFAC().fit(model, batches, targets)
     return {
         "first": first.calls,
         "rest": rest.calls,

@@ -15,7 +15,8 @@ from kfade.baselines import elm as erasing
 from kfade.baselines import rmu as representations
 from kfade.baselines.losses import Term, closeness, likelihood, preference, simple_preference
 from kfade.baselines.sophia import Sophia
-from kfade.models.layers import Target, choose_targets
+from kfade.models.layers import choose_targets
+from kfade.models.targets import Target
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.models.head import hidden_states
-from kfade.models.layers import Target, find_targets
+from kfade.models.layers import find_targets
+from kfade.models.targets import Target
 
 TRAINED_BLOCKS = 3
 

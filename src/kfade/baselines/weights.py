@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kfade.models.layers import Target
 from kfade.models.load import frozen
 from kfade.models.masters import Masters, master_dtype, restored
+from kfade.models.targets import Target
 
 
 class Trainable(Protocol):

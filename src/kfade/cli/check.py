@@ -13,6 +13,7 @@ from torch import nn
 
 from kfade.cli import options as o
 from kfade.cli.session import console, session, show
+from kfade.curvature.estimators import Estimator
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
@@ -33,7 +34,7 @@ from kfade.models.targets import named
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
 from kfade.runs.options import DATA, RUN
 from kfade.runs.session import Loaded, load, read_source, to_tokens
-from kfade.runs.words import draw_of, fit_of
+from kfade.runs.words import draw_of, estimator_of
 from kfade.runtime.stages import stage
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
@@ -73,7 +74,7 @@ def check(
     the exact-quadratic and the measured KL of a small step relate. Exit code 1 if one of them
     fails.
     """
-    fit, draw = fit_of(curvature.estimator), draw_of(curvature.labels)
+    fit = estimator_of(curvature.estimator, draw_of(curvature.labels))
     with session() as clock:
         examples = read_source(retain or str(data_file("retain.jsonl")), "--retain")
         loaded = load(model, curvature)
@@ -85,7 +86,7 @@ def check(
         findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
         findings.append(_generation(loaded, tokens))
         few = _few_blocks(loaded, curvature)
-        findings += _small_step(few, tokens, fit, draw, seed)
+        findings += _small_step(few, tokens, fit, seed)
     result: dict[str, Any] = {
         "passed": all(finding.passed for finding in findings),
         "findings": [vars(finding) for finding in findings],
@@ -262,7 +263,9 @@ class Trial:
         return self.measured / self.exact
 
 
-def _small_step(few: Loaded, tokens: list[TokenSequence], fit, draw, seed: int) -> list[Finding]:
+def _small_step(
+    few: Loaded, tokens: list[TokenSequence], fit: Estimator, seed: int
+) -> list[Finding]:
     """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences.
 
     The form is what the KL tends to as the step gets smaller: where the two are apart, smaller
@@ -272,7 +275,7 @@ def _small_step(few: Loaded, tokens: list[TokenSequence], fit, draw, seed: int) 
     group = length_class(model)
     batches = make_batches(tokens, device=targets[0].weight.device, group=group)
     with stage("fit"):
-        curvature = fit(model, batches, targets, draw=draw, seed=seed)
+        curvature = fit.fit(model, batches, targets, seed=seed)
     gradient = forget_gradient(model, batches[-1:], targets, margin)
     step = gauss_newton_step(curvature, gradient, damping=DEFAULT_DAMPING, relative=True)
     gauge = Gauge(model, batches, batches[-1:])

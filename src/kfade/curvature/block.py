@@ -2,8 +2,8 @@
 
     G_layer = (Q_O ⊗ Q_I) diag(Λ) (Q_O ⊗ Q_I)ᵀ
 
-Identity, diagonal, K-FAC and EK-FAC differ in how bases and grid are estimated, not in what is
-done with them, so there is one class. Matrices X [O, I] stand for vectors; X̃ = Q_Oᵀ X Q_I.
+Estimators differ in how bases and eigenvalues are estimated, not in their use, so one class serves
+all. Matrices X [O, I] represent vectors; X̃ = Q_Oᵀ X Q_I.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EigenBlock:
         return EigenBlock(bases[0], bases[1], self.eigenvalues.to(device))
 
     def damping(self, value: float, relative: bool) -> float:
-        """λ: ``value`` itself, or ``value`` times the layer's mean eigenvalue."""
+        """λ: ``value``, times the layer's mean eigenvalue if ``relative``."""
         return value * self.eigenvalues.mean().item() if relative else value
 
     def solve(self, x: Tensor, damping: float) -> Tensor:
@@ -49,9 +49,11 @@ class EigenBlock:
         return self.rotate_back(self.divide(self.rotate(x), damping))
 
     def divide(self, x: Tensor, damping: float) -> Tensor:
-        """X̃ / (Λ + λ), and 0 where Λ + λ = 0: no curvature there and none put in its place, so no
-        change there. That is so in a whole layer that the retain set does not reach, if λ is a
-        multiple of its mean eigenvalue."""
+        """X̃ / (Λ + λ), and 0 where Λ + λ = 0.
+
+        Without curvature or damping nothing limits a step, so there is none. With λ a multiple of
+        the layer's mean eigenvalue this is so for every layer that the retain set does not reach.
+        """
         total = self.eigenvalues + damping
         return torch.where(total > 0, x / total, 0.0)
 

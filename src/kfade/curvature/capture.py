@@ -1,8 +1,8 @@
-"""See the inputs and output gradients of target layers, and nothing else.
+"""Capture the inputs and output gradients of target layers by hooks.
 
-No weight gradient is ever formed by autograd: parameters are frozen, and the graph begins at the
-output of the first target it meets. So backward computes activation gradients only and stops at
-the lowest target; blocks below it leave no graph at all.
+Autograd never forms a weight gradient: parameters are frozen, and the graph begins at the output of
+the first target. So the backward pass computes activation gradients only and stops at the lowest
+target; blocks below it build no graph.
 
 Shapes: B batch, T positions, I inputs, O outputs of a layer.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.models.targets import Target, hooked
+from kfade.models.targets import ForwardHook, Target, hooked
 
 Consumer = Callable[[Target, Tensor], None]
 
@@ -27,24 +27,26 @@ def capture(
     on_input: Consumer | None = None,
     on_gradient: Consumer | None = None,
 ) -> Iterator[None]:
-    """Within the ``with``, hand over what passes through the targets of a frozen model.
+    """Within the ``with``, pass inputs and output gradients of a frozen model's targets on.
 
-    Where gradients are asked for, a forward pass without them is none of ours, be it the first run
-    of a block that runs again (``recompute``) or another computation on the way.
+    If ``on_gradient`` is given, forward passes without gradients are ignored: the first run of a
+    block that is recomputed (``recompute``), or another computation in between.
 
     Args:
         on_input: called in the forward pass with the first reader of each input tensor and the
             input [B, T, I] (a column of ones added for a joint bias).
         on_gradient: called in the backward pass, from the last target to the first, with the
-            gradient [B, T, O] of whatever was sent backward.
+            gradient [B, T, O] of the scalar that is differentiated.
     """
 
     first: dict[str, Target] = {}
     for target in targets:
         first.setdefault(target.input_of, target)
 
-    def hook(target: Target):
-        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor):
+    def hook(target: Target) -> ForwardHook:
+        def forward_hook(
+            module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor | None:
             if on_gradient is not None and not torch.is_grad_enabled():
                 return None
             if on_input is not None and target is first[target.input_of]:

@@ -28,7 +28,7 @@ class Curvature:
 
     blocks: Mapping[str, EigenBlock]
     provenance: dict[str, Any] = field(default_factory=dict)
-    """How it was made: estimator, draw, seed, tokens, digests of weights and data."""
+    """How it was fitted: estimator, labels, seed, tokens, digests of weights and data."""
 
     def solve(self, x: Mapping[str, Tensor], *, damping: float, relative: bool) -> Matrices:
         """(G̃ + λI)⁻¹ x; λ is ``damping``, times each layer's mean eigenvalue if ``relative``."""
@@ -59,7 +59,7 @@ class Curvature:
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Curvature:
         """Read what :meth:`save` or ``kfade fit`` wrote: a file, or a folder of them.
 
-        Blocks are read when they are used, one at a time, so a curvature may be larger than the
+        Blocks are read one at a time, when they are used, so a curvature may be larger than
         memory.
 
         Raises:

@@ -1,8 +1,9 @@
-"""Pseudo-labels: random output gradients whose covariance is the Fisher of the outputs.
+"""Pseudo-labels: random output gradients whose covariance is the Fisher matrix of the outputs.
 
-Both draws give E[u uᵀ] = diag(p) − p pᵀ for the logit gradient u of one token, so both have the
-Gauss-Newton matrix as their expectation. Every random number is a hash of (seed, stream, sequence,
-position), so it does not depend on batch size, order, padding, restarts or processes.
+Both draws have E[u uᵀ] = diag(p) − p pᵀ for the logit gradient u of one token, so curvature
+estimated with either has the Gauss-Newton matrix as its expectation. Every random number is a hash
+of (seed, stream, sequence, position): it does not depend on batch size, order, padding, restarts or
+processes.
 
 Shapes: N loss tokens, V vocabulary.
 """
@@ -19,7 +20,7 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_keys(seed: int, stream: int, id_N: Tensor, position_N: Tensor) -> Tensor:
-    """One 64-bit key per token; ``stream`` parts the draws of one fit from one another."""
+    """One 64-bit key per token; draws of different ``stream`` are independent."""
     start = torch.tensor((seed * 0x1_0000_0001 + stream) % 2**63, device=id_N.device)
     return _mix(_mix(_mix(start) ^ id_N) ^ position_N)
 
@@ -38,8 +39,9 @@ def sampled_labels(p_NV: Tensor, key_N: Tensor) -> Tensor:
 def square_root_draw(p_NV: Tensor, key_N: Tensor) -> Tensor:
     """u = s − p·Σ(s), s = √p ∘ ε, with an independent random sign ε for every vocabulary entry.
 
-    Cov s = diag(p), and subtracting p·Σ(s) projects it to diag(p) − p pᵀ. Where p is nearly
-    one-hot a sampled label is almost always the argmax and says nothing; here every token speaks.
+    Cov s = diag(p), and subtracting p·Σ(s) projects it to diag(p) − p pᵀ. If p is nearly one-hot, a
+    sampled label is almost always the argmax, whose gradient is nearly zero; here every token
+    contributes.
     """
     s_NV = p_NV.sqrt().mul_(_signs(key_N, p_NV.shape[1], p_NV.dtype))
     return s_NV.sub_(p_NV * s_NV.sum(dim=1, keepdim=True))
@@ -55,7 +57,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (``>>`` is arithmetic)."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signs(key_N: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -18,16 +18,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 PROBES = 8  # random columns that a decomposition is checked on
 WORKSPACE = 6  # matrices [D, D] of one decomposition: the mean, its copies, Q, work
-CPU_MEMORY = "DefaultCPUAllocator"  # in the words of torch where the CPU's memory is not enough
-AT_ONCE_BYTES = 500_000_000  # that the workspaces of decompositions beside the first may take
+CPU_MEMORY = "DefaultCPUAllocator"  # in torch's message when the CPU's memory is not enough
+AT_ONCE_BYTES = 500_000_000  # for the workspaces of concurrent decompositions, besides the first
 
 
 def at_once(width: int, size: int, device: torch.device) -> int:
-    """How many decompositions of that width, of numbers of ``size`` bytes, run at a time.
+    """How many decompositions of that width, of numbers of ``size`` bytes, run concurrently.
 
-    On a CPU as many as there are threads: half of a decomposition is bound by memory and hardly
-    faster with a second thread, and two side by side, a thread each, take three quarters of the
-    time of one after the other.
+    On a CPU one for each thread, as far as memory allows: half of a decomposition is bound by
+    memory bandwidth and hardly faster with a second thread. Two at once with one thread each take
+    three quarters of the time of one after the other with two.
     """
     if device.type != "cpu":
         return 1
@@ -36,17 +36,17 @@ def at_once(width: int, size: int, device: torch.device) -> int:
 
 
 def workspace_bytes(width: int, size: int, device: torch.device) -> int:
-    """What decompositions of that width hold while they run."""
+    """Bytes that concurrent decompositions of that width use for their work."""
     return at_once(width, size, device) * WORKSPACE * size * width**2
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T], count: int) -> Iterator[R]:
-    """``work`` of each item, in order, ``count`` of them running at a time; threads are shared."""
+    """``work`` of each item, in order, ``count`` at a time, which share torch's threads."""
     if count == 1:
         yield from map(work, items)
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // count))  # what the pool's threads begin with
+    torch.set_num_threads(max(1, threads // count))  # inherited by the pool's threads
     pool = ThreadPoolExecutor(count)
     try:
         yield from pool.map(work, items)
@@ -58,13 +58,13 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], count: int) -> Iter
 def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(eigenvalues [D] clamped at 0, eigenvectors [D, D] in columns) of a symmetric matrix.
 
-    Checked by its residual ‖(MQ − QΛ)X‖ / ‖M‖ on a few random columns X, which costs nothing
-    beside the decomposition and shows a wrong one as surely. What fails, whether it raises or gives
-    a wrong result, is repeated in float64 on the matrix's device, and then on the CPU.
+    Each result is checked by its residual ‖(MQ − QΛ)X‖ / ‖M‖ on a few random columns X, whose cost
+    is negligible. A decomposition that raises or fails the check is repeated in float64 on the
+    same device, and then on the CPU.
 
     Raises:
         InputError: the matrix holds NaN or Inf.
-        RuntimeError: all of them failed, or the CPU's memory is not enough.
+        RuntimeError: all attempts failed, or the CPU's memory is not enough.
     """
     if not torch.isfinite(matrix_DD).all():
         raise InputError(f"NaN or Inf in the curvature of {name}: look at the model's weights")
@@ -74,9 +74,9 @@ def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
     reason = "its residual is too large"
     for device, dtype in attempts:
         try:
-            # A copy: a decomposition that fails may have written into its argument.
+            # A copy, since a failed decomposition may have overwritten its argument.
             pair = _checked(matrix_DD.to(device, dtype, copy=True), matrix_DD)
-        # Solvers and allocators of devices raise RuntimeError; TypeError, those without float64.
+        # RuntimeError: solvers and allocators. TypeError: devices without float64.
         except (RuntimeError, TypeError) as error:
             if CPU_MEMORY in str(error):
                 raise
@@ -88,7 +88,10 @@ def eigendecompose(matrix_DD: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _checked(attempt_DD: Tensor, matrix_DD: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What :func:`eigendecompose` returns, from a copy that may be spoiled; None if it is wrong."""
+    """The result of :func:`eigendecompose`, or None if the residual is too large.
+
+    ``attempt_DD`` is a copy of the matrix, which may be overwritten.
+    """
     device, dtype = attempt_DD.device, attempt_DD.dtype
     values, vectors = torch.linalg.eigh(attempt_DD)
     del attempt_DD
@@ -99,7 +102,7 @@ def _checked(attempt_DD: Tensor, matrix_DD: Tensor) -> tuple[Tensor, Tensor] | N
     # far below anything that would change a step.
     if not residual.norm() <= 1e-4 * (exact_DD.norm() * PROBES**0.5):
         return None
-    # Contiguous, as it is when read from a file: products then agree to the last bit.
+    # Contiguous, as tensors read from files are: products are then the same to the last bit.
     return values.clamp(min=0).to(matrix_DD), vectors.to(matrix_DD).contiguous()
 
 

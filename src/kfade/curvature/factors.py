@@ -1,8 +1,8 @@
 """Streaming sums: the Kronecker factors A and S, and eigenvalues in a given basis.
 
-Sums end in an underscore; normalised estimates are functions of sum and count. Rows may be
-bfloat16: they are multiplied as such, each product is rounded once to bfloat16, and all sums over
-products are float32 or better.
+Sums end in an underscore; normalised estimates are functions of sum and count. Rows in bfloat16 are
+multiplied in bfloat16 and each product is rounded to it once; sums over products are float32 or
+better.
 
 Shapes: R rows (live positions of a batch), D width of a factor, O outputs, I inputs.
 """
@@ -14,12 +14,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PANEL = 192  # columns of a symmetric product at a time: nearly half its arithmetic is spared
+from kfade.models.targets import Target
+
+PANEL = 192  # columns of a symmetric product at a time; saves nearly half of its flops
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 where the data are."""
+    """float32, or float64 for data in float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def widths(group: Sequence[Target]) -> list[int]:
+    """Widths of the factors of ``group``: I of each distinct input, O of each layer."""
+    inputs = {target.input_of: target.shape[1] for target in group}
+    return [*inputs.values(), *(target.shape[0] for target in group)]
+
+
+def factor_bytes(group: Sequence[Target]) -> int:
+    """Bytes of the factors A and S of ``group``, and of its bases: Σ over distinct inputs I² + Σ
+    over layers O²."""
+    return sum_dtype(group[0].weight.dtype).itemsize * sum(width**2 for width in widths(group))
 
 
 def add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
@@ -53,10 +67,11 @@ class CovarianceSum:
 
 
 def rows_first(mean_length: float, other_width: int, readers: int = 1) -> bool:
-    """Whether turning a side's rows costs less than turning each sequence's product.
+    """Whether rotating one side's rows costs less than rotating each sequence's product.
 
-    Rows cost R·D² multiplications, once for all ``readers`` of them; products O·I·D a sequence and
-    reader: rows win for sequences shorter than the other side is wide.
+    Rotating R rows costs R·D² multiplications, once for all layers that read them (``readers``);
+    rotating products costs O·I·D for each sequence and layer. So rows are cheaper for sequences
+    that are shorter than the other side is wide, times ``readers``.
     """
     return mean_length <= other_width * readers
 
@@ -70,9 +85,9 @@ def add_sequence_squares(
     q_out: Tensor | None = None,
     q_in: Tensor | None = None,
 ) -> None:
-    """Add Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² to ``sum_OI``; None is no basis.
+    """Add Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘² to ``sum_OI``; a basis that is None is I.
 
-    ``lengths`` are the rows of each sequence; rows of one sequence are consecutive.
+    ``lengths`` are the numbers of rows of the sequences; rows of a sequence are consecutive.
     """
     start = 0
     for length in lengths:

@@ -1,9 +1,8 @@
-"""J and Jᵀ: the derivative of the final hidden states with respect to the targeted weights.
+"""Products with J and Jᵀ, the Jacobian of the final hidden states in the targeted weights.
 
-Neither touches a parameter: Jᵀ is built from captured inputs and output gradients, J from tangents
-that enter where a target layer computes. Where a model has an operation without forward-mode
-differentiation, J comes from central differences of the final hidden states, perturbed at the same
-places.
+Neither changes a parameter. Jᵀu is computed from captured inputs and output gradients, Jδ by
+forward-mode differentiation with tangents added at the outputs of the target layers. If a model has
+an operation without forward mode, Jδ is a central difference, perturbed at the same places.
 
 Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows, I inputs, O outputs.
 """
@@ -20,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.factors import sum_dtype
-from kfade.curvature.passes import FromOutputs, Waiting, live_rows, run_pass
+from kfade.curvature.passes import FromOutputs, PendingInputs, live_rows, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.data.batches import Batch
 from kfade.models.head import hidden_states
-from kfade.models.targets import Target, hooked
+from kfade.models.targets import ForwardHook, Target, hooked
 from kfade.runtime import distributed
 
 
@@ -40,7 +39,7 @@ def transpose_product(
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
 
     ``from_outputs(head, batch, hidden_ND)`` gives u [N, D] at the loss positions, from the final
-    hidden states there. ``recompute`` as for :func:`~kfade.curvature.fit.fit_ekfac`.
+    hidden states there. ``recompute``: see :func:`~kfade.curvature.recompute.recomputing`.
     """
     products = _Products(targets)
     with recomputing(model, targets, recompute):
@@ -57,7 +56,7 @@ class _Products:
             weight = target.weight
             dtype = sum_dtype(weight.dtype)
             self.sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
-        self._inputs: Waiting[Tensor] = Waiting(targets)
+        self._inputs: PendingInputs[Tensor] = PendingInputs(targets)
 
     def begin(self, batch: Batch) -> None:
         self._batch = batch
@@ -82,7 +81,7 @@ their derivative along δ."""
 
 
 def tangents_of(model: nn.Module, targets: Sequence[Target]) -> Tangents:
-    """:func:`tangents` where forward mode gets through ``model``, as two tokens show; else
+    """:func:`tangents` if forward mode works in ``model``, tested on two tokens; else
     :func:`differences`."""
     weight = targets[0].weight
     tokens_BT = torch.arange(2, device=weight.device)[None]
@@ -103,9 +102,9 @@ def tangents(
 ) -> tuple[Tensor, Tensor]:
     """(h, J δ): final hidden states [N, D] at the loss positions and their derivative along δ.
 
-    One forward-mode pass. A target layer's output W a gets the tangent W ȧ + δ a. Attention runs in
-    PyTorch's math kernel and experts in transformers' plain loop, whose operations have a forward
-    mode. Which experts run counts as fixed.
+    One forward-mode pass. A target layer's output W a has the tangent W ȧ + δ a. Attention uses
+    PyTorch's math kernel and experts transformers' plain loop, whose operations support forward
+    mode. The routing of tokens to experts is treated as constant.
     """
     primal_BTD, tangent_BTD = _dual_states(model, batch.input_BT, targets, delta)
     assert tangent_BTD is not None  # see tangents_of
@@ -115,11 +114,11 @@ def tangents(
 def differences(
     model: nn.Module, batch: Batch, targets: Sequence[Target], delta: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`tangents`, by (h(ε) − h(−ε)) / 2ε, where a target's output is W a + ε δ a.
+    """Like :func:`tangents`, by (h(ε) − h(−ε)) / 2ε, where a target's output is W a + ε δ a.
 
-    ε is such that h moves by η = eps^⅓ of its size: the error of curvature, η², and that of
-    rounding, eps/η, are then alike: 2e-5 of J δ in float32 but for what rounding gathers on the
-    way, 4 % in bfloat16. Four forward passes.
+    ε is chosen so that h changes by η = eps^⅓ of its size. The truncation error η² and the rounding
+    error eps/η are then of the same order: 2e-5 of J δ in float32, apart from rounding within the
+    model, and 4 % in bfloat16. Costs four forward passes.
     """
     aim = torch.finfo(targets[0].weight.dtype).eps ** (1 / 3)
     moved: list[Tensor] = []
@@ -131,7 +130,7 @@ def differences(
 
     hidden_ND = at(0.0)
     size = hidden_ND.float().norm().item()
-    ratio = torch.stack(moved).sum().sqrt().item()  # how far a step of 1 moves the targets' outputs
+    ratio = torch.stack(moved).sum().sqrt().item()  # relative change of outputs for step 1
     first = aim / ratio if ratio else 0.0
     change = (at(first).double() - hidden_ND.double()).norm().item() / (size or 1.0)
     step = first * min(max(aim / change, 0.01), 100.0) if change else first
@@ -144,10 +143,12 @@ def differences(
 def _shifted(
     targets: Sequence[Target], delta: Mapping[str, Tensor], step: float, moved: list[Tensor]
 ) -> Iterator[None]:
-    """Within the ``with``, each target's output is W a + step · δ a. At step 0 ‖δ a‖² / ‖W a‖² of
-    each is put into ``moved``."""
+    """Within the ``with``, each target's output is W a + step · δ a.
 
-    def hook(target: Target):
+    With step 0, ‖δ a‖² / ‖W a‖² of each target is appended to ``moved``.
+    """
+
+    def hook(target: Target) -> ForwardHook:
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             entering = target.inputs(args[0]) @ delta[target.name].to(args[0]).T
             if step == 0:
@@ -177,8 +178,8 @@ def _dual_states(
 
 @contextlib.contextmanager
 def _plain_experts(model: nn.Module) -> Iterator[None]:
-    """Within the ``with``, fused experts run one after the other, not in a grouped kernel."""
-    name = "_experts_implementation_internal"  # what their forward pass goes by, in transformers
+    """Within the ``with``, experts run in transformers' plain loop, not in a grouped kernel."""
+    name = "_experts_implementation_internal"  # what transformers' forward pass reads
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(vars(c), vars(c)[name]) for c in configs.values() if name in vars(c)]
     try:
@@ -192,12 +193,14 @@ def _plain_experts(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _entering(targets: Sequence[Target], delta: Mapping[str, Tensor]) -> Iterator[None]:
-    def hook(target: Target):
+    def hook(target: Target) -> ForwardHook:
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             a = target.inputs(forward_ad.unpack_dual(args[0]).primal)
             primal, tangent = forward_ad.unpack_dual(output)
             entering = a @ delta[target.name].to(a).T
-            return forward_ad.make_dual(primal, entering if tangent is None else tangent + entering)
+            total = entering if tangent is None else tangent + entering
+            dual: Tensor = forward_ad.make_dual(primal, total)
+            return dual
 
         return forward_hook
 

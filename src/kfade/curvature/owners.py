@@ -1,10 +1,10 @@
-"""Who keeps the sums of which layers.
+"""Which process keeps the sums of which layers.
 
-Ordinarily each process sums what its own batches give, for all layers, and the sums are added up
-at the end. That takes room for all factors in each. A model whose weights are spread over the
-processes (``distributed.shard``) is larger than a device, and so are its factors: there each layer
-is kept by one process, its owner, and the others send their rows to it batch by batch. Sums,
-decompositions and eigenvalues then lie where their layer's owner is, and nowhere else.
+Usually each process sums over its own batches for all layers, and the sums are added up at the
+end. Each process then needs memory for all factors. A model whose weights are spread over the
+processes (``distributed.shard``) is larger than a device, and so are its factors. There each layer
+is kept by one process, its owner, and the others send it their rows batch by batch. Sums,
+decompositions and eigenvalues of a layer are then held by its owner only.
 
 Shapes: B batch, T positions, R live rows of a batch.
 """
@@ -16,25 +16,28 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kfade.curvature.block import EigenBlock
-from kfade.curvature.groups import dealt
+from kfade.curvature.groups import BytesOf, assign_to_processes
 from kfade.curvature.passes import live_rows
 from kfade.data.batches import Batch
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 
 Rows = list[tuple[Tensor, list[int]]]
-"""(rows [R, width], how many of them each sequence has), of each process that has any."""
+"""(rows [R, width], number of rows of each sequence), from each process that has any."""
 Blocks = dict[str, EigenBlock]
 
 
 class Owners:
-    """The owner of each target of a group, and the way of rows to it."""
+    """Which process keeps each target of a group, and how rows get there.
 
-    def __init__(self, group: Sequence[Target], estimator: str, *, spread: bool) -> None:
+    ``bytes_of`` weighs layers, see ``groups``. ``spread``: each layer has one owner.
+    """
+
+    def __init__(self, group: Sequence[Target], bytes_of: BytesOf, *, spread: bool) -> None:
         self.spread = spread
-        """Whether each layer is kept by one process."""
+        """Whether each layer is kept by one process, its owner."""
         self.group = group
-        shares = dealt(group, estimator, distributed.count()) if spread else []
+        shares = assign_to_processes(group, bytes_of, distributed.count()) if spread else []
         self._owner = {t.name: process for process, own in enumerate(shares) for t in own}
         self._lengths: list[list[int]] = []
 
@@ -48,20 +51,20 @@ class Owners:
         return [t for t in self.group if self._owner.get(t.name, process) == process]
 
     def owner(self, target: Target) -> int:
-        """The process that keeps ``target``, where each layer is kept by one."""
+        """The process that keeps ``target``, if layers have owners."""
         return self._owner[target.name]
 
     def begin(self, batch: Batch) -> None:
-        """The next batch is about to run, here and in the other processes."""
+        """Called before each batch, in all processes."""
         self._batch = batch
         lengths = batch.live_BT.sum(dim=1).tolist()
         self._lengths = distributed.all_gather_lists(lengths) if self.spread else [lengths]
 
     def rows(self, target: Target, x_BT: Tensor) -> Rows:
-        """Live rows of ``x_BT`` [B, T, width] that are to be summed for ``target`` here.
+        """Live rows of ``x_BT`` [B, T, width] that this process sums for ``target``.
 
-        This process's own; or, where layers have owners, those of all processes in the owner and
-        none in the others.
+        Without owners, its own rows. With owners, the rows of all processes in the owner, and none
+        in the others.
         """
         own_R = live_rows(x_BT, self._batch)
         if not self.spread:
@@ -71,8 +74,8 @@ class Owners:
         return [(part, own) for part, own in zip(parts, self._lengths, strict=False) if sum(own)]
 
 
-def everywhere(blocks: Blocks, owners: Owners) -> Blocks:
-    """The blocks of a group in all processes, where each is with its owner only."""
+def broadcast_blocks(blocks: Blocks, owners: Owners) -> Blocks:
+    """The blocks of a group in all processes, also where layers have owners."""
     if not owners.spread:
         return blocks
     found: Blocks = {}

@@ -1,7 +1,7 @@
-"""One pass over the data: forward, backward, and sums of what the target layers saw.
+"""One pass over the data: forward, backward, and sums over inputs and output gradients of layers.
 
-A pass is resumable: what it sums can be kept every so often, with the number of batches that are
-in it. With several processes each takes its share of the batches.
+A pass is resumable: its sums can be kept at intervals, with the number of batches in them. With
+several processes each takes its share of the batches.
 
 Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows.
 """
@@ -20,57 +20,59 @@ from kfade.data.batches import Batch
 from kfade.errors import InputError
 from kfade.models.faults import check_weights
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.layers import Target
 from kfade.models.lengths import refuse_mixed
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
 T = TypeVar("T")
 FromOutputs = Callable[[Head, Batch, Tensor], Tensor]
-"""(head, batch, hidden [N, D] at the loss positions) -> what is sent backward there, u [N, D]."""
+"""(head, batch, hidden [N, D] at the loss positions) -> the gradient u [N, D] to propagate back
+from there."""
 
 
 class Sums(Protocol):
-    """What a pass adds up."""
+    """The sums that a pass accumulates."""
 
     def begin(self, batch: Batch) -> None:
-        """The next batch is about to run."""
+        """Called before each batch."""
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        """The input of a target, once for all that read it."""
+        """Called with each input, once for all targets that read it."""
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        """The gradient with respect to a target's output."""
+        """Called with the gradient with respect to each target's output."""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The sums so far, by name; loading writes into them."""
+        """The sums so far, by name. A checkpoint is loaded into these tensors."""
 
 
-class Keeper(Protocol):
-    """Keeps the sums of an interrupted pass."""
+class Checkpoint(Protocol):
+    """Where an interrupted pass keeps its sums."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> int:
-        """Fill ``tensors`` with what was kept; the number of batches that are in it."""
+        """Fill ``tensors`` with the kept sums and return the number of batches in them."""
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the sums over that many batches, if it is time to."""
+        """Keep the sums over the first ``batches`` batches, if it is time to."""
 
 
-class Waiting(Generic[T]):
-    """What was made of inputs, each until the gradients of all targets that read it have come."""
+class PendingInputs(Generic[T]):
+    """Values computed from inputs, each kept until every target that reads the input has its
+    gradient."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self.readers = Counter(target.input_of for target in targets)
-        """Of each input."""
+        """Number of targets that read each input."""
         self._kept: dict[str, tuple[T, int]] = {}
 
     def put(self, target: Target, value: T) -> None:
-        """Keep ``value`` for all that read the target's input."""
+        """Keep ``value`` for every target that reads this target's input."""
         self._kept[target.input_of] = (value, self.readers[target.input_of])
 
     def take(self, target: Target) -> T:
-        """For one of them."""
+        """The value for one of them; the last to take it removes it."""
         value, left = self._kept.pop(target.input_of)
         if left > 1:
             self._kept[target.input_of] = (value, left - 1)
@@ -84,26 +86,25 @@ def run_pass(
     sums: Sums,
     from_outputs: FromOutputs,
     name: str,
-    keeper: Keeper | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Add this process's share of ``batches`` to ``sums``.
 
     Raises:
-        InputError: NaN or Inf in what a layer reads or passes back; names the weight that
-            holds them, else the layer. A batch of
-            sequences that the model treats unlike when alone. A model in float16.
+        InputError: NaN or Inf in a layer's input or output gradient (names the weight that holds
+            them, or else the layer); a batch that mixes sequences of different length classes
+            (``lengths``); a model in float16.
     """
     refuse_float16(targets)
     refuse_mixed(model, batches)
     own = distributed.share(batches, lambda batch: batch.positions)
-    own += [batches[-1].silenced()] * distributed.extra_passes(
-        model, len(own)
-    )  # in step with others
-    done = keeper.load(sums.tensors()) if keeper is not None else 0
+    # Sharded weights are gathered by all processes at once: all make the same number of passes.
+    own += [batches[-1].silenced()] * distributed.extra_passes(model, len(own))
+    done = checkpoint.load(sums.tensors()) if checkpoint is not None else 0
     seen: list[tuple[str, str, Tensor]] = []
     reached: set[str] = set()
 
-    # A sum shows NaN and Inf at a third of the cost of asking every entry.
+    # NaN and Inf survive a sum, which costs a third of testing every entry.
     def on_input(target: Target, a_BTI: Tensor) -> None:
         seen.append(("activations", target.name, a_BTI.sum()))
         sums.on_input(target, a_BTI)
@@ -121,12 +122,12 @@ def run_pass(
                 backward(model, head, batch, from_outputs)
             _refuse_broken(model, seen)
             refuse_unreached(targets, reached)
-            if keeper is not None:
-                keeper.save(number, sums.tensors())
+            if checkpoint is not None:
+                checkpoint.save(number, sums.tensors())
 
 
 def refuse_unreached(targets: Sequence[Target], reached: Collection[str]) -> None:
-    """Raises InputError where a backward pass has not come back to a target."""
+    """Raises InputError if a target got no gradient in a backward pass."""
     for target in targets:
         if target.name not in reached:
             raise InputError(
@@ -136,10 +137,10 @@ def refuse_unreached(targets: Sequence[Target], reached: Collection[str]) -> Non
 
 
 def refuse_float16(targets: Sequence[Target]) -> None:
-    """See to it that no gradient is computed in float16.
+    """Refuse float16, whose range (6e-8 to 65504) is too small for gradients.
 
-    Its numbers end at 65504 and 6e-8. The square of an activation of 260 is above the first, a
-    token's share of the gradient of a long text below the second.
+    The square of an activation of 260 overflows; a token's share of the gradient of a long text
+    underflows.
 
     Raises:
         InputError: a target has weights in float16.
@@ -153,7 +154,11 @@ def refuse_float16(targets: Sequence[Target]) -> None:
 
 
 def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutputs) -> None:
-    """Forward, then backward with u [N, D] at the loss positions and zero elsewhere."""
+    """Forward pass, then backward pass of u [N, D] at the loss positions, zero elsewhere.
+
+    Raises:
+        InputError: no target is in the graph.
+    """
     with torch.enable_grad():
         hidden_BTD = hidden_states(model, batch.input_BT)
     if not hidden_BTD.requires_grad:
@@ -167,11 +172,13 @@ def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutpu
 
 
 def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
-    """The rows of ``x_BT``, [B, T, ...] or as one list [B·T, ...], at live positions, [R, ...]; a
-    view where all are live.
+    """The rows of ``x_BT`` at live positions, [R, ...]; a view if all positions are live.
+
+    Args:
+        x_BT: [B, T, ...], or flattened to [B·T, ...].
 
     Raises:
-        InputError: it holds something else than one row for each position.
+        InputError: it does not have one row for each position.
     """
     shape = batch.live_BT.shape
     if x_BT.shape[:2] == shape:
@@ -185,7 +192,7 @@ def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
 
 
 def _refuse_broken(model: nn.Module, seen: list[tuple[str, str, Tensor]]) -> None:
-    """Asks the device once a batch, not once a layer."""
+    """Raise InputError for NaN or Inf; one transfer from the device for each batch."""
     fine = torch.stack([torch.isfinite(total) for _, _, total in seen]).tolist()
     broken = [(what, name) for (what, name, _), good in zip(seen, fine, strict=True) if not good]
     seen.clear()

@@ -3,9 +3,9 @@
     δᵀGδ = (1/N) Σ_t żᵀ (diag p − p pᵀ) ż,   ż = J δ
     G δ  = (1/N) Jᵀ (diag p − p pᵀ) J δ
 
-over the N loss tokens of the batches. A quadratic form costs one forward-mode pass, about three
-forward passes, or four forward passes where there is no forward mode; a product adds a forward and
-a backward pass.
+over the N loss tokens of the batches. A quadratic form costs one forward-mode pass (about three
+forward passes), or four forward passes if the model does not support forward mode. A product costs
+a forward and a backward pass more.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """
@@ -22,9 +22,9 @@ from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import tangents_of, transpose_product
 from kfade.data.batches import Batch
 from kfade.models.head import Head, read_head
-from kfade.models.layers import Target
 from kfade.models.lengths import refuse_mixed
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
@@ -63,8 +63,8 @@ def gauss_newton_product(
     *,
     recompute: bool = False,
 ) -> Matrices:
-    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute`` as for
-    :func:`~kfade.curvature.fit.fit_ekfac`."""
+    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute``: see
+    :func:`~kfade.curvature.recompute.recomputing`."""
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     with frozen(model):
         tangents = tangents_of(model, targets)

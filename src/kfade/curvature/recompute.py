@@ -1,13 +1,13 @@
-"""Run decoder blocks once more in the backward pass, instead of keeping what they hold for it.
+"""Activation checkpointing: run decoder blocks again in the backward pass.
 
-The forward pass that a backward pass follows keeps, of every block, what autograd will ask for:
-many times the block's input. Here each block from the lowest target upwards runs without a graph
-and keeps its input; when the gradient of its output has come it runs again, with a graph, and the
-gradient goes through that. The same operations in the same order give the same bits, for one more
-forward pass through those blocks.
+Usually a forward pass keeps the activations that autograd needs, in every block many times the
+block's input. Here each block from the lowest target upwards runs without a graph and keeps only
+its input. When the gradient of its output arrives, the block runs again with a graph, and the
+gradient is propagated through that. The same operations in the same order give the same bits, at
+the cost of one more forward pass through those blocks.
 
-What a block hands on by another way than its output is lost, and with it the gradients that come
-back by that way. Each use is therefore tried on a few tokens first, against a plain pass.
+If a block passes on anything besides its output, the gradients of that are lost. So each use first
+compares gradients on a few tokens with those of a plain pass.
 
 Shapes: B batch, T positions, D hidden width, O outputs of a layer.
 """
@@ -27,20 +27,23 @@ from torch.utils.checkpoint import checkpoint
 from kfade.curvature.capture import capture
 from kfade.errors import InputError, first_line
 from kfade.models.head import FEW, hidden_states, trial_tokens
-from kfade.models.layers import Target, decoder_blocks
+from kfade.models.layers import decoder_blocks
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, targets: Sequence[Target], wanted: bool = True) -> Iterator[None]:
-    """Within the ``with``, if ``wanted``, the blocks from the lowest of ``targets`` upwards run
-    twice in a pass with gradients: without a graph, and with one when their gradient has come.
+    """Within the ``with``, if ``wanted``, blocks are recomputed in passes with gradients.
 
-    Passes without gradients, and the blocks below, run as ever. Hooks on modules within a block
-    see both runs, and tell them apart by ``torch.is_grad_enabled()``.
+    Each block from the lowest of ``targets`` upwards then runs twice: without a graph in the
+    forward pass, with one in the backward pass. Passes without gradients, and lower blocks, are
+    unchanged. Hooks on modules within a block see both runs and can distinguish them by
+    ``torch.is_grad_enabled()``.
 
     Raises:
-        InputError: gradients with and without differ on a few tokens, or blocks cannot run twice.
+        InputError: gradients with and without recomputing differ on a few tokens, or blocks cannot
+            run twice.
     """
     if wanted and not isinstance(targets[0].weight, FakeTensor):
         _refuse_other_gradients(model, targets)
@@ -54,10 +57,11 @@ def _running_twice(model: nn.Module, targets: Sequence[Target], wanted: bool) ->
     if wanted:
         lowest = min(target.block for target in targets)
         blocks = list(decoder_blocks(model)[1])[lowest:]
-    own = [vars(block).get("forward") for block in blocks]  # a wrapper that was there before
+    own = [vars(block).get("forward") for block in blocks]  # wrappers set by others
     try:
         for block in blocks:
-            # Not the whole call: a sharded block is gathered once for its gradient and second run.
+            # ``forward``, not the call: hooks gather a sharded block once for both, second run and
+            # gradient.
             block.forward = _checkpointed(block.forward)
         yield
     finally:
@@ -68,12 +72,11 @@ def _running_twice(model: nn.Module, targets: Sequence[Target], wanted: bool) ->
 
 
 def _refuse_other_gradients(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Compare the gradients of all targets' outputs on a few tokens with those of a plain pass.
+    """Raise InputError if recomputing changes the gradients of targets' outputs on a few tokens.
 
-    The bits are the same where a device computes the first run of a block and the second in the
-    same kernels, adding in the same order. Elsewhere each rounds for itself, by some units in the
-    last place, and as much is allowed for: 4 eps, and 1e-4 at least, which no use of a gradient
-    notices. A way that is lost takes its whole share of the gradient with it.
+    The bits are equal where a device uses the same kernels, adding in the same order, in both runs
+    of a block. Elsewhere the two differ by some units in the last place. The limit is 4 eps, at
+    least 1e-4: far below any effect on a step, and far below what a lost path would take away.
     """
     with frozen(model):
         plain = _trial_gradients(model, targets)
@@ -101,7 +104,7 @@ def _refuse_other_gradients(model: nn.Module, targets: Sequence[Target]) -> None
 
 
 def _trial_gradients(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
-    """By target, the gradient of its output for uneven weights of the final hidden states."""
+    """The gradient of each target's output, for a weighted sum of the final hidden states."""
     found: dict[str, Tensor] = {}
     with capture(targets, on_gradient=lambda target, g_BTO: found.update({target.name: g_BTO})):
         with torch.enable_grad():
@@ -111,8 +114,7 @@ def _trial_gradients(model: nn.Module, targets: Sequence[Target]) -> dict[str, T
 
 
 def uneven_like(x: Tensor) -> Tensor:
-    """Numbers between -1 and 1 that do not add up to zero anywhere: a norm's derivative along
-    equal ones is zero."""
+    """Numbers between -1 and 1, all different: a norm's derivative along equal numbers is zero."""
     steps = torch.arange(x.numel(), device=x.device, dtype=torch.float32)
     return steps.cos().to(x.dtype).view(x.shape)
 

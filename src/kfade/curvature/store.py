@@ -1,7 +1,8 @@
 """Curvature on disk: finished groups of layers, read back block by block, and unfinished sums.
 
-A folder holds ``curvature-000.safetensors``, one file a group, and while a fit runs
-``sums-*.safetensors``: what its passes have added up. Every file is written aside and renamed.
+A folder holds one file for each group, ``curvature-000.safetensors`` and so on. While a fit runs
+it also holds the sums of unfinished passes, ``sums-*.safetensors``. Every file is written under
+another name and then renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ PARTS = ("q_out", "q_in", "eigenvalues")
 
 
 class StoredBlocks(Mapping[str, EigenBlock]):
-    """Blocks in safetensors files, each read when it is asked for and not kept."""
+    """Blocks in safetensors files. Each access reads from disk; nothing is cached."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = str(device)
         self._where: dict[str, tuple[Path, dict[str, str]]] = {}
 
     def include(self, path: Path) -> dict[str, Any]:
-        """The blocks of one more file; returns its provenance.
+        """Add the blocks of a file and return its provenance.
 
         Raises:
             InputError: not a curvature file of this format.
@@ -49,10 +50,11 @@ class StoredBlocks(Mapping[str, EigenBlock]):
             raise InputError(f"{path}: not a curvature file of this version of kfade")
         for name, parts in metadata["layout"].items():
             self._where[name] = (path, parts)
-        return metadata["provenance"]
+        provenance: dict[str, Any] = metadata["provenance"]
+        return provenance
 
     def only(self, names: Iterable[str], device: torch.device | str) -> StoredBlocks:
-        """The blocks of some weights, read to ``device``."""
+        """The blocks of the weights ``names``, read to ``device``."""
         some = StoredBlocks(device)
         some._where = {name: self._where[name] for name in names}
         return some
@@ -73,7 +75,7 @@ class StoredBlocks(Mapping[str, EigenBlock]):
 def write_blocks(
     path: Path, blocks: Mapping[str, EigenBlock], provenance: Mapping[str, Any]
 ) -> None:
-    """One safetensors file; bases that layers share are written once.
+    """Write one safetensors file; bases that layers share are written once.
 
     Raises:
         InputError: it cannot be written.
@@ -89,32 +91,33 @@ def write_blocks(
                 continue
             key = stored.setdefault(id(tensor), f"{name}/{part}")
             layout[name][part] = key
-            tensors[key] = tensor  # held, so that no id is used twice
+            tensors[key] = tensor  # a reference, so that no id is reused
     metadata = {"format": FORMAT, "layout": layout, "provenance": provenance}
     write_tensors(path, tensors, {"kfade": json.dumps(metadata)})
 
 
 @dataclass
 class Store:
-    """Where a fit puts what it has finished and keeps what it has not.
+    """The folder of a fit: finished groups of layers, and unfinished sums.
 
-    With several processes all see the same folder; a finished group is written by the first, or
-    where each process keeps the curvature of layers of its own, by each of them as one file.
+    Several processes share one folder. A finished group is written by the first process; where
+    each process keeps layers of its own (``owners``), each writes a file of its own.
     """
 
     folder: Path
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Of the model and the data: a kept sum is only continued where it is the same."""
+    """What the fit is of (model, data, settings). Kept sums are continued only if it is equal."""
     seconds: float = 120.0
-    """Between two savings of unfinished sums."""
+    """Seconds between two writes of unfinished sums."""
     device: torch.device | str = "cpu"
-    """Where blocks are read to."""
+    """The device that blocks are read to."""
 
     def finished(self, number: int, names: Sequence[str], facts: Mapping[str, Any]) -> bool:
-        """Whether a file is there, with the blocks ``names`` and made as ``facts`` say.
+        """Whether file ``number`` exists.
 
         Raises:
-            InputError: there is another fit's.
+            InputError: it exists, but holds other blocks than ``names`` or was made with other
+                ``facts``.
         """
         path = self._finished_path(number)
         if not path.is_file():
@@ -136,8 +139,8 @@ class Store:
         facts: Mapping[str, Any],
         group: int,
     ) -> None:
-        """Write ``blocks`` as file ``number``, if there are any, and drop the sums that led to
-        them: those of ``group``."""
+        """Write ``blocks``, if there are any, as file ``number``, and delete this process's
+        unfinished sums of ``group``."""
         if blocks:
             write_blocks(self._finished_path(number), blocks, {**facts, **self.provenance})
         distributed.barrier()
@@ -145,46 +148,52 @@ class Store:
             path.unlink()
 
     def blocks(self, numbers: Iterable[int]) -> StoredBlocks:
-        """What is in the files of those numbers."""
+        """The blocks in the files of those numbers."""
         blocks = StoredBlocks(self.device)
         for number in numbers:
             blocks.include(self._finished_path(number))
         return blocks
 
-    def keeper(
-        self, group: int, facts: Mapping[str, Any], stage: str, *, together: bool = False
-    ) -> SumsKeeper:
-        """Keeps the sums of one pass over one group, in this process; ``facts`` decide them, of
-        which other ``batches``, as of another budget, only make it begin anew. ``together``:
-        processes save after the same batches, since each sums what others bring."""
-        name = f"sums-{group:03}-{stage}-{distributed.rank():03}.safetensors"
+    def checkpoint(
+        self, group: int, facts: Mapping[str, Any], name: str, *, in_step: bool = False
+    ) -> SumsCheckpoint:
+        """Where this process keeps its unfinished sums of the pass ``name`` over one group.
+
+        Args:
+            facts: what the sums depend on. Sums with other facts are refused, except that with
+                other "batches" (another budget of positions, say) the pass begins anew.
+            in_step: processes save after the same batch, since each sums rows of all of them.
+        """
+        file = f"sums-{group:03}-{name}-{distributed.rank():03}.safetensors"
         made_for = {**facts, **self.provenance, "processes": distributed.count()}
         cut = str(made_for.pop("batches", None))
-        return SumsKeeper(self.folder / name, _text(made_for), cut, self.seconds, together)
+        return SumsCheckpoint(self.folder / file, _text(made_for), cut, self.seconds, in_step)
 
     def _finished_path(self, number: int) -> Path:
         return self.folder / f"curvature-{number:03}.safetensors"
 
 
-class SumsKeeper:
-    """The sums of one pass, written every so many seconds; see ``passes.Keeper``."""
+class SumsCheckpoint:
+    """The sums of one pass, written every so many seconds: a ``passes.Checkpoint``."""
 
-    def __init__(self, path: Path, made_for: str, cut: str, seconds: float, together: bool) -> None:
+    def __init__(self, path: Path, made_for: str, cut: str, seconds: float, in_step: bool) -> None:
         self._path, self._made_for, self._cut, self._seconds = path, made_for, cut, seconds
-        self._together = together
+        self._in_step = in_step
         self._saved = time.monotonic()
 
     def load(self, tensors: Mapping[str, Tensor]) -> int:
-        """Fill ``tensors``; the number of batches in them. Where processes save together and were
-        interrupted in between, so that they have different numbers, or where the batches are cut
-        otherwise: 0, and nothing is filled.
+        """Fill ``tensors`` and return the number of batches in them.
+
+        Returns 0 and fills nothing where no sums were kept, where the data were divided into other
+        batches, or where processes that save in step were interrupted in between and so have kept
+        different numbers of batches.
 
         Raises:
             InputError: they were summed over other data, another model or by more processes; or
                 the file is broken.
         """
         batches = self._saved_batches()
-        if self._together and len({own for [own] in distributed.all_gather_lists([batches])}) > 1:
+        if self._in_step and len({own for [own] in distributed.all_gather_lists([batches])}) > 1:
             return 0
         if batches:
             self._fill(tensors)
@@ -219,9 +228,9 @@ class SumsKeeper:
                 tensor.copy_(file.get_tensor(name))
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the sums over that many batches, if the last saving is long enough ago."""
+        """Write the sums over the first ``batches`` batches, if the last write is long ago."""
         due = time.monotonic() - self._saved >= self._seconds
-        if self._together:
+        if self._in_step:
             due = any(own for [own] in distributed.all_gather_lists([due]))
         if not due:
             return
@@ -231,5 +240,5 @@ class SumsKeeper:
 
 
 def _text(facts: Mapping[str, Any]) -> str:
-    """Facts as they are compared: what JSON makes of them."""
+    """Facts as JSON, in which form they are compared."""
     return json.dumps(facts, sort_keys=True)

@@ -1,4 +1,4 @@
-"""What the passes of a fit add up for the layers of a group, and what is made of the sums.
+"""The sums of a fit's passes over a group of layers, and eigendecompositions of the factors.
 
 Shapes: R live rows of a batch, D width of a factor, I inputs, O outputs of a layer.
 """
@@ -19,16 +19,16 @@ from kfade.curvature.factors import (
     sum_dtype,
 )
 from kfade.curvature.owners import Owners
-from kfade.curvature.passes import Waiting
+from kfade.curvature.passes import PendingInputs
 from kfade.data.batches import Batch
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
 Bases = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """Target name -> (Q_O, Q_I)."""
-Factor = tuple[str, str, CovarianceSum, int]
-"""(what it is, its layer or input, the sum, over how many)."""
+Factor = tuple[str, CovarianceSum, int]
+"""(its name, the sum, number of rows to divide by)."""
 
 
 class Covariances:
@@ -45,16 +45,16 @@ class Covariances:
             self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
 
     def begin(self, batch: Batch) -> None:
-        """The next batch is about to run."""
+        """Called before each batch."""
         self._owners.begin(batch)
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        """Rows of an input, to the owner of its readers."""
+        """Add the rows of an input, in the owner of the layers that read it."""
         for a_RI, _ in self._owners.rows(target, a_BTI):
             self.a[target.input_of].add(a_RI)
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        """Rows of an output gradient, to the owner of its layer."""
+        """Add the rows of an output gradient, in the owner of its layer."""
         for g_RO, _ in self._owners.rows(target, g_BTO):
             self.s[target.name].add(g_RO)
 
@@ -72,7 +72,7 @@ class Eigenvalues:
         self._owners = owners
         self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         cast_of: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
-        self._inputs: Waiting[list[tuple[Tensor, Tensor | None]]] = Waiting(owners.own)
+        self._inputs: PendingInputs[list[tuple[Tensor, Tensor | None]]] = PendingInputs(owners.own)
         for target in owners.own:
             weight = target.weight
             self.grids[target.name] = torch.zeros(
@@ -86,28 +86,28 @@ class Eigenvalues:
             self._bases[target.name] = (cast[0], cast[1])
 
     def begin(self, batch: Batch) -> None:
-        """The next batch is about to run."""
+        """Called before each batch."""
         self._owners.begin(batch)
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        """Rows of an input, to the owner of its readers."""
+        """Add the rows of an input, in the owner of the layers that read it."""
         rows = self._owners.rows(target, a_BTI)
         if target.name not in self.grids:
             return
         q_in = self._bases[target.name][1]
         width, readers = target.shape[0], self._inputs.readers[target.input_of]
-        turned = [_turned(a_RI, lengths, q_in, width, readers) for a_RI, lengths in rows]
-        self._inputs.put(target, turned)
+        rotated = [_rotate_rows(a_RI, lengths, q_in, width, readers) for a_RI, lengths in rows]
+        self._inputs.put(target, rotated)
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        """Rows of an output gradient, to the owner of its layer."""
+        """Add the rows of an output gradient, in the owner of its layer."""
         rows = self._owners.rows(target, g_BTO)
         if target.name not in self.grids:
             return
         grid, q_out = self.grids[target.name], self._bases[target.name][0]
         inputs = self._inputs.take(target)
         for (g_RO, lengths), (a_RI, q_in) in zip(rows, inputs, strict=True):
-            g_RO, q_left = _turned(g_RO, lengths, q_out, target.shape[1])
+            g_RO, q_left = _rotate_rows(g_RO, lengths, q_out, target.shape[1])
             add_sequence_squares(grid, g_RO, a_RI, lengths, q_out=q_left, q_in=q_in)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -115,51 +115,54 @@ class Eigenvalues:
         return self.grids
 
 
-def _turned(
+def _rotate_rows(
     rows_RD: Tensor, lengths: Sequence[int], q: Tensor | None, width: int, readers: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows turned by ``q`` and None, or rows and ``q`` where products are to be turned by it."""
+    """(rows Q, None), or (rows, Q) where rotating the products instead of the rows costs less."""
     if q is not None and rows_first(sum(lengths) / len(lengths), width, readers):
         return rows_RD @ q, None
     return rows_RD, q
 
 
-def dealt_out(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each summed over processes, decomposed by one of them, and spread to all."""
-    owners = distributed.assign_by_cost([total.width**3 for _, _, total, _ in work])
+def decompose_shared(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Like :func:`decompose`, of factors of which every process has a partial sum.
+
+    Each is summed over the processes, decomposed by one of them, and sent to all.
+    """
+    owners = distributed.assign_by_cost([total.width**3 for _, total, _ in work])
     eigen: dict[str, tuple[Tensor, Tensor]] = {}
     own = []
     for owner, piece in zip(owners, work, strict=True):
-        what, _, total, _ = piece
+        name, total, _ = piece
         distributed.reduce_to(owner, total.sum_)
         if owner == distributed.rank():
             own.append(piece)
         else:
-            eigen[what] = (total.sum_.new_empty(total.width), total.sum_)
-    eigen.update(decomposed(own))
-    for owner, (what, _, _, _) in zip(owners, work, strict=True):
-        for tensor in eigen[what]:
+            eigen[name] = (total.sum_.new_empty(total.width), total.sum_)
+    eigen.update(decompose(own))
+    for owner, (name, _, _) in zip(owners, work, strict=True):
+        for tensor in eigen[name]:
             distributed.broadcast(owner, tensor)
     return eigen
 
 
-def decomposed(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(values, vectors) of each factor; vectors take the place of the sums."""
-    work = sorted(work, key=lambda piece: -piece[2].width)
+def decompose(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(eigenvalues, eigenvectors) of each factor by its name; vectors overwrite the sums."""
+    work = sorted(work, key=lambda piece: -piece[1].width)
 
-    def decompose(piece: Factor) -> tuple[Tensor, Tensor]:
-        what, _, total, count = piece
-        values, vectors = eigendecompose(total.mean(count), what)
+    def decompose_one(piece: Factor) -> tuple[Tensor, Tensor]:
+        name, total, count = piece
+        values, vectors = eigendecompose(total.mean(count), name)
         return values, total.sum_.copy_(vectors)
 
     def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
-        # Each width by itself: how many run at a time, and so with how many threads, must not
+        # Grouped by width: how many run at a time, and so how many threads each has, must not
         # depend on what else is fitted.
-        for width, alike in groupby(work, lambda piece: piece[2].width):
+        for width, alike in groupby(work, lambda piece: piece[1].width):
             pieces = list(alike)
-            sum_ = pieces[0][2].sum_
+            sum_ = pieces[0][1].sum_
             count = at_once(width, sum_.element_size(), sum_.device)
-            yield from side_by_side(decompose, pieces, count)
+            yield from side_by_side(decompose_one, pieces, count)
 
-    pieces = track(work, "eigendecompositions", lambda piece: piece[2].width ** 3)
+    pieces = track(work, "eigendecompositions", lambda piece: piece[1].width ** 3)
     return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}

@@ -1,4 +1,4 @@
-"""Measure edits of a model against the model itself, by forward passes only."""
+"""Measure the effects of an update on a model, by forward passes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from kfade.method.objectives import Objective
 from kfade.method.step import Probe, StepSize
 from kfade.method.update import Update
 from kfade.models.head import read_head
-from kfade.models.layers import Target, parameter_names
+from kfade.models.layers import parameter_names
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 
-FLOAT32_SAFE = 1e-8  # nats per token: far above what rounding to float32 makes
+FLOAT32_SAFE = 1e-8  # nats per token: far above the KL of rounding to float32
 
 
 class Gauge:
-    """Measures edits of a model against the model itself, by forward passes only."""
+    """Measures updates of a model: KL from the model without them, and forgetting.
+
+    Args:
+        held_out: retain data that KL is measured on.
+        forget: data that losses and objectives are measured on.
+    """
 
     def __init__(
         self, model: nn.Module, held_out: Sequence[Batch], forget: Sequence[Batch]
@@ -39,10 +45,10 @@ class Gauge:
             self.head = read_head(model)
         self.base = hidden_reference(model, held_out, "base reference")
         self.latest = self.base
-        """Hidden states of the model that was measured last, on held-out retain data."""
+        """Hidden states on held-out retain data with the update that was measured last."""
 
     def measure(self, update: Update, objective: Objective, alpha: float = 0.0) -> Probe:
-        """Retain KL from the base, forgetting and objective of the model with ``update``."""
+        """Retain KL, forget loss and probability, and objective of the model with ``update``."""
         with update.applied_to(self.model) as model:
             self.latest = self.base
             if update.deltas:
@@ -53,12 +59,11 @@ class Gauge:
         return Probe(alpha, kl, loss, losses.mean_probability(self._forget), value)
 
     def rounding_kl(self, targets: Sequence[Target], asked: float = math.inf) -> float:
-        """KL that rounding alone makes, of weights and of what is computed from them: that of
-        changes like the rounding of edited weights.
+        """KL due to rounding alone, measured with :func:`~kfade.method.measure.rounding_changes`.
 
         Args:
-            asked: the least KL that is aimed at. In float32 rounding made 3e-11 on a real model:
-                from ``FLOAT32_SAFE`` on it is not worth a pass, and taken for 0.
+            asked: the least KL that is aimed at. In float32 rounding gave 3e-11 on a real model, so
+                for ``FLOAT32_SAFE`` and more it is taken as 0 without a pass.
         """
         if targets[0].weight.dtype.itemsize >= 4 and asked >= FLOAT32_SAFE:
             return 0.0
@@ -69,16 +74,15 @@ class Gauge:
 
 
 def least_kl(size: StepSize, steps: int = 1) -> float:
-    """The least KL that a run aims at: after the first of ``steps``, or the cap; ∞ for none."""
+    """The least KL that a run aims at: after the first of ``steps``, or the cap; ∞ if neither."""
     first = math.inf if size.kl is None else size.kl / steps**2
     return min(first, math.inf if size.max_kl is None else size.max_kl)
 
 
 def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps: int = 1) -> None:
-    """See to it that no KL is asked for that measures no more than ``floor``, rounding's own.
+    """Raise InputError if a KL below ``floor``, that of rounding, is asked for.
 
-    Raises:
-        InputError: one is; or the first of ``steps`` would aim at one.
+    Also if the first of ``steps`` would aim at one.
     """
     if least_kl(size, steps) >= floor:
         return
@@ -100,7 +104,7 @@ def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps:
 
 
 def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, Tensor]:
-    """Matrices [O, I] by target as changes by parameter, each in its own layout."""
+    """Matrices [O, I] by target as changes by parameter, in the parameters' own layout."""
     changes: dict[str, Tensor] = {}
     for target in targets:
         changes.update(target.to_parameters(matrices[target.name]))

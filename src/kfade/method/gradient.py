@@ -15,7 +15,7 @@ from kfade.curvature.jacobian import transpose_product
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective
 from kfade.models.head import Head
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 
 
 def forget_gradient(
@@ -29,7 +29,8 @@ def forget_gradient(
     """g = ∇_W of the objective's mean per loss token, one matrix [O, I] a target.
 
     In float32 or better, from captured inputs and output gradients: parameters get no ``.grad``
-    and the model stays bit-identical. ``recompute`` as for :func:`~kfade.curvature.fit.fit_ekfac`.
+    and the model stays bit-identical. ``recompute``: see
+    :func:`~kfade.curvature.recompute.recomputing`.
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
 

@@ -1,4 +1,4 @@
-"""The points of a sweep: a grid of settings, what each measured, and which of them are best."""
+"""The points of a sweep: a grid of settings, the outcome of each, and which of them are best."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Point:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was varied, by the command line's names."""
+        """The settings that were varied, by their names on the command line."""
         damping = "relative_damping" if self.relative else "damping"
         asked = {k: v for k, v in asdict(self.size).items() if v is not None}
         refine = {"refine": self.refine} if self.refine else {}
@@ -40,22 +40,22 @@ class Point:
 
     @property
     def id(self) -> str:
-        """Its name in a log."""
+        """Name of the point in a log."""
         return ", ".join([self.objective, *(f"{k} {v}" for k, v in self.settings.items())])
 
     @property
     def direction(self) -> tuple[str, float, bool]:
-        """What decides where refining its direction begins, besides the objective."""
+        """What its unrefined direction depends on, besides the objective."""
         return self.layers, self.damping, self.relative
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a point measured; KL and losses in nats per loss token, None where it failed."""
+    """Measurements of a point; KL and losses in nats per loss token, None if it failed."""
 
     point: Point
     seconds: float
-    """Its own, with its share of what it has in common with others."""
+    """Seconds for this point, with its share of what it has in common with others."""
     alpha: float | None = None
     """‖ΔW‖ in the G̃-norm."""
     predicted_kl: float | None = None
@@ -70,7 +70,7 @@ class Outcome:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What a log keeps of it."""
+        """The values that a log keeps."""
         own = {k: v for k, v in vars(self).items() if k != "point" and v is not None}
         return {"objective": self.point.objective, "settings": self.point.settings, **own}
 
@@ -84,7 +84,7 @@ def grid(
     relative: bool,
     refine: Sequence[int] = (0,),
 ) -> list[Point]:
-    """All combinations, those of one gradient and of one direction side by side.
+    """All combinations; those that share a gradient or a direction are consecutive.
 
     Args:
         refine: iterations of conjugate gradients; each is a direction of its own.
@@ -113,10 +113,10 @@ def grid(
 
 
 def pareto(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those that no other beats, in order of KL.
+    """The Pareto front: outcomes that no other dominates, in order of KL.
 
-    One beats another by less retain KL and no lower a forget loss, or by a higher forget loss and
-    no more retain KL; of equally good ones all are kept.
+    One dominates another if it has less retain KL and no lower forget loss, or a higher forget loss
+    and no more retain KL. Of equal outcomes all are kept.
     """
     front: list[Outcome] = []
     for outcome in sorted(_measured(outcomes), key=lambda o: (_values(o)[0], -_values(o)[1])):
@@ -127,7 +127,8 @@ def pareto(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def pick(outcomes: Sequence[Outcome], max_kl: float) -> Outcome | None:
-    """The highest forget loss within the KL budget (:data:`RULE`), the least KL of equal ones."""
+    """The outcome with the highest forget loss within the KL budget (:data:`RULE`); of equal ones
+    that with the least KL."""
     within = [o for o in _measured(outcomes) if _values(o)[0] <= max_kl]
     return max(within, key=lambda o: (_values(o)[1], -_values(o)[0]), default=None)
 

@@ -1,8 +1,8 @@
-"""Forward passes only: the loss of a model on batches and its divergence from a reference.
+"""Losses of a model on batches and its divergence from a reference, by forward passes.
 
-A reference is kept as final hidden states, not as logits: the head is never a target, so two
-models' logits differ by their hidden states alone, and [N, D] is small where [N, V] is not. With
-several processes each runs its share of the batches and holds no other hidden states.
+A reference is kept as final hidden states [N, D], which are much smaller than logits [N, V]. The
+head is never a target, so both models have the same. With several processes each runs its share of
+the batches and holds the hidden states of that share only.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """
@@ -32,7 +32,7 @@ class Reference:
     batches: Sequence[Batch]
     """All batches, of all processes."""
     hidden: Sequence[Tensor]
-    """Of this process's share of them."""
+    """Hidden states of this process's share of the batches."""
 
     @property
     def loss_tokens(self) -> int:
@@ -41,7 +41,7 @@ class Reference:
 
 
 def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
-    """What ``model`` computes on ``batches`` now, to compare an edited model with."""
+    """Hidden states of ``model`` at its present weights, to compare an edited model with."""
     refuse_mixed(model, batches)
     with frozen(model), torch.no_grad():
         own = distributed.share(batches, lambda batch: batch.positions)
@@ -61,10 +61,10 @@ def mean_objectives(
     objectives: Sequence[Objective],
     head: Head | None = None,
 ) -> list[float]:
-    """Mean of each objective per loss token, from one pass; for cross-entropy, nats.
+    """Mean of each objective per loss token, from one pass; cross-entropy is in nats.
 
     Args:
-        head: the model's, where it has been read before; reading it tries the model.
+        head: the model's head, if it has been read before (reading it runs trial passes).
     """
     refuse_mixed(model, batches)
     totals = [0.0 for _ in objectives]
@@ -87,20 +87,20 @@ def mean_objectives(
 
 
 class TokenLosses:
-    """Cross-entropy as an objective that notes each token's value, for means over sequences."""
+    """Cross-entropy as an objective that records each token's value, for means over sequences."""
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
 
     def __call__(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
-        """−log p_y [N]; :func:`mean_objectives` asks for it in the order of the batches."""
+        """−log p_y [N]; :func:`mean_objectives` calls this in the order of the batches."""
         loss_N = cross_entropy(logits_NV, target_N)
         self._losses.append(loss_N.double().cpu())
         return loss_N
 
     def mean_probability(self, batches: Sequence[Batch]) -> float:
-        """Mean over the sequences of exp(−their mean loss), of one pass of
-        :func:`mean_objectives` over ``batches``; what was noted is then forgotten."""
+        """Mean over the sequences of exp(−mean loss of the sequence), after one pass of
+        :func:`mean_objectives` over ``batches``; clears the recorded values."""
         total = 0.0
         if own := distributed.share(batches, lambda batch: batch.positions):
             counts = [n for batch in own for n in batch.loss_BT.sum(dim=1).tolist()]
@@ -124,10 +124,10 @@ def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
 
 
 def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
-    """ΔW by parameter name that is like the rounding of changed weights to the model's dtype.
+    """ΔW by parameter name, of the size of rounding changed weights to the model's dtype.
 
-    One weight in 12 moves by one unit in its last place, up or down at random: the mean square is
-    unit² / 12, that of rounding, and W + ΔW has a place in the dtype.
+    One weight in 12 changes by one unit in the last place, up or down at random. Its mean square is
+    unit² / 12, that of rounding, and W + ΔW is representable in the dtype.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     changes = {}
@@ -148,9 +148,12 @@ def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> d
 def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
     """KL(p ‖ q) [N] of two rows of logits, accurate at every scale.
 
-    With d = z_q − z_p less its mean Σ p d:  KL = log Σ p e^d = log1p(Σ p f(d)), f(d) = e^d − 1 − d.
-    Every term is positive and of second order, so nothing cancels as q → p. Where some e^d would
-    overflow the first form is used, as a logsumexp.
+    With d = z_q − z_p minus its mean Σ p d,
+
+        KL = log Σ p e^d = log1p(Σ p f(d)),   f(d) = e^d − 1 − d.
+
+    Every term is positive and of second order, so nothing cancels as q → p. If some e^d would
+    overflow, the first form is used, as a logsumexp.
     """
     log_p_NV = base_NV.log_softmax(dim=-1)
     p_NV = log_p_NV.exp()
@@ -163,8 +166,8 @@ def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
 
 
 def _exp_remainder(d: Tensor) -> Tensor:
-    """e^d − 1 − d; as a series where |d| is small, since expm1(d) − d cancels there."""
+    """e^d − 1 − d; a series for small |d|, where expm1(d) − d would cancel."""
     series = torch.ones_like(d)
-    for n in range(9, 2, -1):  # what is left out is below 4e-11 of the sum
+    for n in range(9, 2, -1):  # the remainder is below 4e-11 of the sum
         series.mul_(d / n).add_(1)
     return torch.where(d.abs() < 0.3, series.mul_(d).mul_(d).mul_(0.5), d.expm1() - d)

@@ -1,7 +1,8 @@
 """Forgetting objectives: per-token functions whose *increase* is forgetting.
 
-One sign convention everywhere: the step goes uphill. So cross-entropy enters with a plus sign and
-the margin with a minus sign. Shapes: N loss tokens, V vocabulary.
+A step ascends the objective. So cross-entropy has a plus sign and the margin a minus sign.
+
+Shapes: N loss tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def cross_entropy(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 def margin(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     """The negated margin −(z_y − log Σ_{i≠y} exp z_i) (paper §3, "Suppression objective").
 
-    Its gradient is −1 at y and the softmax over the others elsewhere, whatever p_y is:
-    ∇ce = (1 − p_y) ∇margin. A masked logsumexp keeps it exact where p_y is nearly 1.
+    Its gradient in the logits is −1 at y and the softmax over the other tokens elsewhere, whatever
+    p_y is: ∇ce = (1 − p_y) ∇margin. A masked logsumexp keeps it accurate for p_y near 1.
     """
     target_N1 = target_N[:, None]
     others_NV = logits_NV.scatter(1, target_N1, float("-inf"))

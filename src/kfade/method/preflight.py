@@ -1,4 +1,4 @@
-"""Try on a few tokens whatever a run will need, before anything that takes long."""
+"""Check on a few tokens that a model supports what a run needs, before anything takes long."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError, first_line
 from kfade.models.head import Head, read_head
-from kfade.models.layers import Target
 from kfade.models.load import frozen
-from kfade.models.targets import named, refuse_compiled
+from kfade.models.targets import Target, named, refuse_compiled
 
 
 def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = False) -> None:
-    """A forward pass, a backward pass to every target, and an exact quadratic form of two
+    """Run a forward pass, a backward pass to every target, and an exact quadratic form on two
     positions.
 
     Args:
-        recompute: blocks run again in the backward pass, as the run will ask for.
+        recompute: also check that blocks can be recomputed in the backward pass.
 
     Raises:
-        InputError: a later token moves earlier hidden states, or the same tokens do when they come
-            again; logits are made in an unknown way; a module is compiled; no gradient comes back
-            to a target, or a gradient of zero to all; an operation has no derivative (in the
-            library's words); gradients are others with ``recompute``.
+        InputError: hidden states depend on later tokens or change when a pass is repeated; logits
+            are computed in an unknown way; a module is compiled; a target gets no gradient, or all
+            get zeros; an operation has no derivative; ``recompute`` changes gradients.
     """
     refuse_compiled(model)
     device = targets[0].weight.device
@@ -59,7 +57,7 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
         along = {t.name: torch.ones(t.shape, dtype=t.weight.dtype, device=device) for t in targets}
         quadratic_form(model, batches, targets, along)
         with recomputing(model, targets, recompute):
-            pass  # tried on entering
+            pass  # checks on entering
     except InputError:
         raise
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a step predicted and did, and which of several steps is the best."""
+"""Predicted and measured effects of a step, and the choice among several candidates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step predicted and did. KL and losses are in nats per loss token."""
+    """Predicted and measured effects of one step. KL and losses are in nats per loss token."""
 
     alpha: float
     predicted_kl: float
@@ -27,7 +27,7 @@ class StepRecord:
     """Mean over the forget texts of each one's probability per token (geometric)."""
     forget_probability_after: float
     predicted_objective_change: float
-    """α gᵀr, of the step's own forget batch."""
+    """α gᵀr, on the step's own forget batch."""
     measured_objective_change: float
     """On the forget sequences that are measured (all, up to ``MEASURED_SEQUENCES``)."""
     relative_change: dict[str, float] = field(default_factory=dict)
@@ -37,31 +37,32 @@ class StepRecord:
     refined: int = 0
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)
-    """Where directions were refined: each one measured, by its ``refined``."""
+    """If directions were refined: the measurements of each, see :attr:`measured`."""
 
     @property
     def measured(self) -> dict[str, float]:
-        """What tells one direction from another."""
+        """The values that differ between candidate directions."""
         names = ("refined", "alpha", "exact_kl", "measured_kl", "retain_kl", "forget_loss_after")
         return {name: getattr(self, name) for name in names}
 
     def beats(self, other: StepRecord, first_loss: float) -> bool:
-        """Whether (forget loss − first loss) / √KL is greater, both of the run so far.
+        """Whether (forget loss − first loss) / √(retain KL) is greater, over the run so far.
 
-        Sizes are met within a tolerance only. Over it this ratio hardly changes along one
-        direction, where the rise grows about as α and the KL as α².
+        Along one direction the rise of the loss grows about as α and the KL as α². So the ratio
+        compares directions even though sizes are met within a tolerance only.
         """
         rise, their_rise = (r.forget_loss_after - first_loss for r in (self, other))
         return rise * math.sqrt(other.retain_kl) > their_rise * math.sqrt(self.retain_kl)
 
 
-Try = tuple[StepRecord, dict[str, Tensor]]
-"""What a step along some direction did, and the direction by parameter: the change is α of it."""
+Candidate = tuple[StepRecord, dict[str, Tensor]]
+"""(record of a step, its direction by parameter); the change of weights is α times the
+direction."""
 
 
 class Best:
-    """Of tries seen one after another the one that no other :meth:`~StepRecord.beats`, the first of
-    equals; the directions of the others are not kept.
+    """Keeps the best of the candidates added so far, see :meth:`StepRecord.beats`; the first of
+    equal ones. Directions of the others are not kept.
 
     Args:
         first_loss: forget loss at the start of the run, in nats per token.
@@ -70,17 +71,17 @@ class Best:
     def __init__(self, first_loss: float) -> None:
         self._first_loss = first_loss
         self._measured: list[dict[str, float]] = []
-        self._best: Try | None = None
+        self._best: Candidate | None = None
 
-    def see(self, record: StepRecord, changes: dict[str, Tensor]) -> None:
-        """One more try."""
+    def add(self, record: StepRecord, changes: dict[str, Tensor]) -> None:
+        """Add a candidate."""
         self._measured.append(record.measured)
         if self._best is None or record.beats(self._best[0], self._first_loss):
             self._best = record, changes
 
     @property
-    def taken(self) -> Try:
-        """The best so far, its record listing all where there were several."""
+    def result(self) -> Candidate:
+        """The best candidate; if there were several, its record lists all in ``refinements``."""
         assert self._best is not None
         record, changes = self._best
         listed = self._measured if len(self._measured) > 1 else []

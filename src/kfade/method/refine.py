@@ -1,10 +1,10 @@
-"""The K-FADE direction, improved by conjugate gradients on exact Gauss-Newton products.
+"""Refinement of the K-FADE direction by conjugate gradients on exact Gauss-Newton products.
 
     (G + D) r = g,   D = λI, or λ times each layer's mean eigenvalue of G̃
 
-with G̃ + D, the fit itself, as the preconditioner. The first iterate is K-FADE's (G̃ + D)⁻¹g but for
-its scale. Each further one costs an exact product and a solve, and sees of G what the fit leaves
-out along the way: what couples layers, and what is off the diagonal of their bases.
+preconditioned with the fit, G̃ + D. The first iterate is K-FADE's (G̃ + D)⁻¹g up to scale. Each
+further iteration costs an exact product and a solve, and takes into account what the fit neglects:
+coupling between layers, and entries off the diagonal in the eigenbases.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from kfade.runtime.stages import stage
 
 
 class Directions:
-    """The K-FADE step, then one after each of ``iterations`` further iterations, made one by one.
+    """The K-FADE step, then the step after each of ``iterations`` iterations, computed on demand.
 
     Each is scaled to ‖r‖_G̃ = 1. The first costs no product, the second two, each later one a
-    product and a solve. The solver's vectors (g, r, s, p, (G + D) p) are held from the second
-    direction on and let go before the last is given out.
+    product and a solve. The solver's vectors (g, r, s, p, (G + D) p) are in memory from the second
+    direction on, and freed before the last is returned.
 
     Args:
         product: δ ↦ Gδ with the exact G.
         damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
+        iterations: iterations of conjugate gradients after the K-FADE step.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class Directions:
         self._first: Step | None = None  # between the first direction and the second
         self._system: _System | None = None  # between the second and the last
         self.refined = -1
-        """Further iterations that the latest direction took; −1 before the first."""
+        """Iterations behind the latest direction: 0 for the K-FADE step, −1 before it."""
 
     def next(self) -> Step | None:
-        """None after the last, or where the system is solved as far as the dtype goes.
+        """The next step; None after the last, or if the system is solved to rounding.
 
         Raises:
             InputError: a direction has no length.
@@ -77,7 +78,7 @@ class Directions:
         return system.step()
 
     def last(self) -> Step:
-        """The last of all; of those before it one at a time is held."""
+        """The last step; holds one of the others at a time."""
         latest = self.next()
         assert latest is not None
         while (later := self.next()) is not None:
@@ -96,7 +97,8 @@ class Directions:
 
 
 class _System:
-    """(G + D) r = g, solved so far as r; s = g − (G + D) r is left, p was the last direction."""
+    """Conjugate gradients for (G + D) r = g: iterate r, residual s = g − (G + D) r, last search
+    direction p."""
 
     def __init__(
         self,
@@ -120,12 +122,12 @@ class _System:
 
     @property
     def solved(self) -> bool:
-        """Whether what is left of g is no more than rounding."""
+        """Whether the residual is no larger than rounding."""
         return inner(self._s, self._s) <= self._rounding
 
     def advance(self, p: Matrices) -> None:
-        """Along p to the least ½ rᵀ(G + D) r − gᵀr; q = (G + D) p."""
-        self._p, self._q = p, {}  # the old ones are let go before the product
+        """Minimise ½ rᵀ(G + D) r − gᵀr along p; q = (G + D) p."""
+        self._p, self._q = p, {}  # frees the old ones before the product
         self._q = self._product(p)
         for name, value in self._ridge.items():
             self._q[name] = self._q[name] + value * p[name]
@@ -134,7 +136,7 @@ class _System:
         add(self._s, -along, self._q)
 
     def conjugate(self) -> Matrices:
-        """The next direction: (G̃ + D)⁻¹s, less its part along p, so that pᵀ(G + D) next = 0."""
+        """The next search direction: (G̃ + D)⁻¹s made conjugate to p, pᵀ(G + D) next = 0."""
         z = self._curvature.solve(self._s, damping=self._damping, relative=self._relative)
         add(z, -inner(z, self._q) / inner(self._p, self._q), self._p)
         return z
@@ -152,6 +154,6 @@ def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
 
 
 def add(x: Matrices, factor: float, y: Mapping[str, Tensor]) -> None:
-    """x ← x + factor · y in the dictionary, one layer at a time; no tensor is written to."""
+    """x ← x + factor · y, one layer at a time; replaces the tensors, does not write into them."""
     for name in x:
         x[name] = torch.add(x[name], y[name], alpha=factor)

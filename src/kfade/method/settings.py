@@ -1,6 +1,6 @@
-"""What a run of the method is told beside its data: its directions, and how it goes about them.
+"""Settings of :func:`kfade.unlearn`: the direction of each step, and how a run is carried out.
 
-How far a step goes is :class:`~kfade.method.step.StepSize`.
+The length of a step is :class:`~kfade.method.step.StepSize`.
 """
 
 from __future__ import annotations
@@ -9,42 +9,45 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.draws import Draw, square_root_draw
+from kfade.curvature.store import Store
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, margin
 from kfade.method.update import Update
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 
 DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
-DEFAULT_KL = 0.01  # nats per token, where nothing is said, and where a search begins
+DEFAULT_KL = 0.01  # nats per token: the default size, and where a search begins
 
 
 @dataclass(frozen=True)
 class Direction:
-    """The direction of each step: (G̃ + λI)⁻¹g, scaled to unit length, and what improves it.
+    """The direction of each step: (G̃ + λI)⁻¹g, scaled to unit length, and its refinement.
 
     Raises:
         InputError: a number out of its range.
     """
 
     objective: Objective = margin
-    """Goes up along the direction, on the forget set."""
+    """Increases along the direction, on the forget set."""
     later_objective: Objective | None = None
-    """Of all steps after the first; ``objective`` when None. Cross-entropy pulls at a token by
-    1 − p_y: where the first step's margin has made answers unlikely, the tokens that stay certain,
-    which other text needs most, are then let alone."""
+    """Objective of all steps after the first; ``objective`` when None. The gradient of the
+    cross-entropy is proportional to 1 − p_y: after a first step by the margin it leaves tokens
+    alone that are still certain, which other text needs most."""
     damping: float = DEFAULT_DAMPING
     """λ, times each layer's mean eigenvalue if ``relative``."""
     relative: bool = True
     """Whether the damping is a multiple of each layer's mean eigenvalue."""
     exact_norm: bool = False
-    """Measure the length of a direction by the exact Gauss-Newton form on held-out retain data
-    instead of by G̃."""
+    """Measure the length of a direction by the exact Gauss-Newton quadratic form on held-out retain
+    data instead of by G̃."""
     refine: int = 0
     """Iterations of conjugate gradients that improve the direction
-    (:class:`~kfade.method.refine.Directions`). All directions on the way are tried. The one with
-    the greatest rise of the forget loss for its KL is taken; with ``StepSize.alpha`` the last."""
+    (:class:`~kfade.method.refine.Directions`). A step is tried along the direction after each
+    iteration; the one with the greatest rise of the forget loss for its KL is taken (the last one
+    with ``StepSize.alpha``)."""
     refine_sequences: int = 64
     """Retain sequences in the exact products of each step, drawn without replacement; all of them
     if there are fewer."""
@@ -62,33 +65,36 @@ class Direction:
 
 @dataclass(frozen=True)
 class Run:
-    """How a run goes about its steps.
+    """How a run is carried out.
 
     Raises:
-        InputError: no step at all.
+        InputError: ``steps`` is below 1.
     """
 
     targets: Sequence[Target] | None = None
     """Weights to change; every feed-forward weight when None."""
     curvature: Curvature | None = None
-    """A fit made before, used for the first step (for all if not ``refit``)."""
-    draw: Draw = square_root_draw
-    """Makes the pseudo-labels of fits."""
+    """A finished fit to use for the first step (for all steps if not ``refit``)."""
     steps: int = 1
-    """Gauss-Newton steps in all."""
+    """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
-    """Forget sequences a step, without replacement; all of them when None."""
+    """Forget sequences in each step, drawn without replacement; all when None."""
     refit: bool = True
-    """Fit anew at each step."""
+    """Fit the curvature again at each step."""
     batch_tokens: int = 4096
     """Positions in one forward pass."""
     recompute: bool = False
-    """Passes with gradients run each block again in their backward pass instead of keeping what it
-    made: the same result for less memory and more work."""
+    """Recompute activations of each block in backward passes instead of keeping them: the same
+    result with less memory and more work."""
+    memory: int | None = None
+    """Bytes of curvature that a fit may hold at a time; it then takes the layers in groups."""
+    store: Callable[[nn.Module, Sequence[Target]], Store] | None = None
+    """(model at its present weights, targets) -> where their fit is kept on disk, finished or not;
+    in memory when None."""
     seed: int = 0
     """Keys pseudo-labels and draws of sequences."""
     start: Update | None = None
-    """The update after some steps of the same run, to go on from."""
+    """The update after some steps of the same run, to continue from."""
     on_step: Callable[[Update], None] | None = None
     """Called with the update after every step."""
 

@@ -12,20 +12,20 @@ from kfade.curvature.curvature import Curvature, Matrices
 from kfade.errors import InputError
 from kfade.models.targets import named
 
-KL_TOLERANCE = 0.1  # a measured KL is met within 10 %: a held-out sample says no more than that
-LOSS_TOLERANCE = 0.03  # a forgetting target is met within 3 % of the rise asked for
-MIDWAY_TOLERANCE = 0.5  # where more steps follow, which make up for it
+KL_TOLERANCE = 0.1  # relative error of a measured KL; a held-out sample is no more accurate
+LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
+MIDWAY_TOLERANCE = 0.5  # of either, if more steps follow, which compensate
 
 
 @dataclass(frozen=True)
 class Step:
-    """A direction r; the change of weights is α r."""
+    """A direction r in weight space; the change of weights is α r."""
 
     direction: Matrices
     slope: float
     """Predicted change of the objective per unit of α: gᵀr."""
     unit_kl: float
-    """½ rᵀG̃r: ½ where r has unit length in the G̃-norm."""
+    """½ rᵀG̃r, which is ½ if r has unit length in the G̃-norm."""
 
     def predicted_kl(self, alpha: float) -> float:
         """½ (αr)ᵀG̃(αr) in nats per loss token."""
@@ -46,8 +46,7 @@ def gauss_newton_step(
         damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
 
     Raises:
-        InputError: the direction has no length: the gradient is zero in all layers, or the
-            curvature is broken.
+        InputError: the gradient is zero in all layers, or rᵀG̃r is zero or not finite.
     """
     direction: Matrices = {}
     square = slope = gradient_square = 0.0
@@ -73,10 +72,10 @@ def gauss_newton_step(
 
 
 def unit_step(direction: Matrices, slope: float, square: float) -> Step:
-    """Along a direction r with gᵀr = ``slope``, rᵀG̃r = ``square``: scaled so that ‖r‖_G̃ = 1.
+    """The direction r scaled to ‖r‖_G̃ = 1, given gᵀr = ``slope`` and rᵀG̃r = ``square``.
 
     Raises:
-        InputError: r has no length.
+        InputError: ``square`` is not positive and finite.
     """
     if not (math.isfinite(square) and square > 0):
         raise InputError(
@@ -88,7 +87,7 @@ def unit_step(direction: Matrices, slope: float, square: float) -> Step:
 
 @dataclass(frozen=True)
 class StepSize:
-    """How far to go; exactly one of the first four is set."""
+    """The size of the steps; exactly one of the first four fields is set."""
 
     alpha: float | None = None
     """G-norm of each step (the paper's): predicted KL ½α²."""
@@ -118,14 +117,14 @@ class StepSize:
 
     @property
     def goal(self) -> float | None:
-        """What :meth:`forgotten` is to be at the end of the run, where that was asked for."""
+        """The value of :meth:`forgotten` to reach at the end of the run, if one is set."""
         if self.until_probability is not None:
             return -math.log(self.until_probability)
         return self.until
 
     def forgotten(self, probe: Probe) -> float:
-        """How far the forget set is forgotten, in nats: its mean loss; −log of its mean
-        probability where that is the target."""
+        """The measure of forgetting, in nats: mean loss of the forget set, or −log of its mean
+        probability if that is the target."""
         if self.until_probability is None:
             return probe.forget_loss
         return -math.log(max(probe.forget_probability, 1e-300))  # finite where it underflows
@@ -140,7 +139,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one trial of a step's size measured."""
+    """The measurements of one trial of a step's size."""
 
     alpha: float
     retain_kl: float
@@ -154,16 +153,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class _Aim:
-    """What a search looks for."""
+    """The target of a search."""
 
     measure: Callable[[Probe], float]
     value: float
     accept: tuple[float, float]
-    """Least and greatest measure that will do."""
+    """Least and greatest measure that are accepted."""
     asked: str
-    """As the user said it, with this step's share of it."""
+    """The option that asked for it, and this step's share, for messages."""
     name: str
-    """What is measured."""
+    """What is measured, for messages."""
 
 
 def choose_alpha(
@@ -174,18 +173,18 @@ def choose_alpha(
     start: Probe,
     guess: float,
 ) -> list[Probe]:
-    """Probes made, the chosen one last.
+    """Search the α that meets ``size``; returns all probes, the chosen one last.
 
     Args:
-        probe: tries an α; costs forward passes only.
-        share: how much of the run is done after this step, in (0, 1]. The KL after it is aimed at
-            ``kl · share²`` (steps of equal length in one direction), the forget loss at ``share``
-            of its way to ``until``.
-        start: what holds before this step, α = 0.
-        guess: an α to begin with where none is given.
+        probe: measures an α, by forward passes.
+        share: fraction of the run that is done after this step, in (0, 1]. The KL after it is to be
+            ``kl · share²`` (steps of equal length in one direction); the forget loss is to have
+            gone ``share`` of its way to ``until``.
+        start: the measurements before this step, α = 0.
+        guess: the α to begin the search at.
 
     Raises:
-        InputError: the target cannot be reached along this direction; no step is below the cap.
+        InputError: the target cannot be reached along this direction, or no step is below the cap.
     """
     probes: list[Probe] = []
 
@@ -208,7 +207,7 @@ def choose_alpha(
 
 
 def _aim(size: StepSize, share: float, start: Probe) -> _Aim:
-    """What a step is to measure that makes ``share`` of the run whole."""
+    """The target of a step after which ``share`` of the run is done."""
 
     def around(value: float, tolerance: float) -> tuple[float, float]:
         within = tolerance if share == 1 else MIDWAY_TOLERANCE
@@ -232,13 +231,13 @@ def _aim(size: StepSize, share: float, start: Probe) -> _Aim:
 def _capped(
     seen: Callable[[float], Probe], probes: Sequence[Probe], over: Probe, cap: float
 ) -> Probe:
-    """A step that is shorter than ``over``, with a KL just below the cap.
+    """A step shorter than ``over`` with a KL just below the cap.
 
-    Where the KL jumps over what is just below, as where a mixture's tokens change their experts:
-    the longest of all trials below the cap, made once more.
+    If the KL jumps over that range (tokens may change their experts, say), the longest step below
+    the cap that was tried is repeated.
 
     Raises:
-        InputError: there is none.
+        InputError: no step is below the cap.
     """
     value, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
     aim = _Aim(lambda p: p.retain_kl, value, accept, f"--max-kl {cap:.4g}", "KL")
@@ -255,11 +254,11 @@ def _capped(
 def _search(
     seen: Callable[[float], Probe], aim: _Aim, guess: float, limit: float = math.inf
 ) -> Probe | None:
-    """Bracketed search below ``limit`` for an α whose measure will do; None where there is none.
+    """Bracketed search below ``limit`` for an α whose measure is accepted; None if it fails.
 
-    A measure is taken for a power of α: α² at first, then the power that two trials tell, those
-    on both sides of the aim where there are such. Where that would leave the bracket or does not
-    close in, its geometric middle is tried.
+    The measure is modelled as a power of α: α² at first, then the power through two trials, one on
+    each side of the target if possible. If the model's α lies outside the bracket or the search
+    converges slowly, the geometric mean of the bracket is tried.
     """
     low, high, alpha = 0.0, limit, guess
     usable: dict[float, float] = {}
@@ -286,7 +285,7 @@ def _search(
 
 
 def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
-    """That no trial will do: the nearest on each side, and what to do about it."""
+    """The message that no trial is accepted: the nearest on each side, and what to do."""
     measured = [(aim.measure(p), p.alpha) for p in probes]
     finite = [(value, alpha) for value, alpha in measured if math.isfinite(value)]
     below = max((trial for trial in finite if trial[0] < aim.accept[0]), default=None)
@@ -307,11 +306,11 @@ def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
 
 
 def _power_law(trials: Sequence[tuple[float, float]], aim: float) -> float:
-    """Where the power law through one or two (α, measure) reaches ``aim``; ten times as far or as
-    near as the last of them at most."""
+    """The α at which the power law through one or two (α, measure) reaches ``aim``, between a tenth
+    of and ten times the last α."""
     alpha, value = trials[-1]
     power = 2.0
     if len(trials) == 2:
         power = math.log(value / trials[0][1]) / math.log(alpha / trials[0][0])
     power = min(max(power, 0.25), 8.0)
-    return alpha * min(max((aim / value) ** (1 / power), 0.1), 10.0)
+    return alpha * min(max(math.pow(aim / value, 1 / power), 0.1), 10.0)

@@ -1,4 +1,4 @@
-"""One step of a run, tried along its directions: how far to go along each, and which is best."""
+"""One step of a run: its size along each of its directions, and the best of them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
-from kfade.method.record import Best, StepRecord, Try
+from kfade.method.record import Best, Candidate, StepRecord
 from kfade.method.refine import Directions
 from kfade.method.settings import DEFAULT_KL
 from kfade.method.step import Step, StepSize, choose_alpha
 from kfade.method.update import Update
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
 
 
 class Trial:
-    """The edited model before a step, as it is measured when this is made, and tries of the step.
+    """Tries one step along its directions. Measures the edited model before it when created.
 
     Args:
-        update: what the steps before have made.
-        objective: of this step.
-        steps: of the whole run.
+        update: the sum of all previous steps.
+        objective: objective of this step.
+        steps: number of steps of the whole run.
         exact_norm: see :class:`~kfade.method.settings.Direction`.
     """
 
@@ -51,8 +51,8 @@ class Trial:
         self._hidden = gauge.latest
         records = update.provenance["steps"]
         self._is_first, self._share = not records, (len(records) + 1) / steps
-        # Where to begin a search: where the exact form was last; else at the KL asked for, or at a
-        # modest one.
+        # A search begins where the exact form has the value of the last step, or else the KL asked
+        # for.
         near = (size.kl or DEFAULT_KL) / steps**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
         first = self._before.forget_loss
@@ -60,10 +60,10 @@ class Trial:
 
     @property
     def is_reached(self) -> bool:
-        """Whether as much is forgotten already as should be.
+        """Whether the forgetting target is reached already.
 
         Raises:
-            InputError: it is before the first step.
+            InputError: it is reached before the first step.
         """
         size, probe = self._size, self._before
         if size.goal is None or size.goal > size.forgotten(probe):
@@ -75,12 +75,12 @@ class Trial:
             raise InputError(f"{size.target}: the {known} already; ask for more")
         return True
 
-    def best(self, directions: Directions) -> Try:
-        """Each direction gone along as far as the size says, and the best one taken; where the size
-        is α, the last one, since lengths of different norms are nothing to compare at.
+    def best(self, directions: Directions) -> Candidate:
+        """Tries each direction at the size asked for and returns the best.
 
-        At a time there are, beside what ``directions`` holds, the direction being tried and the
-        best so far.
+        If the size is α, only the last direction is tried: its length in each direction's own norm
+        is no common scale for a comparison. Besides the vectors of ``directions``, two directions
+        are held at a time: the current one and the best so far.
 
         Raises:
             InputError: a direction that changes nothing, or along which the size cannot be reached.
@@ -89,14 +89,14 @@ class Trial:
         step = directions.last() if self._size.alpha is not None else directions.next()
         while step is not None:
             step, exact = self._measured(step)
-            best.see(*self._along(step, exact, directions.refined))
-            del step  # before the next one is made
+            best.add(*self._along(step, exact, directions.refined))
+            del step  # free it before the next direction is computed
             step = directions.next()
-        return best.taken
+        return best.result
 
     def _measured(self, step: Step) -> tuple[Step, float]:
-        """The step, of exact unit length if so asked for, and its squared length rᵀGr by the exact
-        G of held-out retain data."""
+        """The step, scaled to exact unit length if ``exact_norm``, and its squared length rᵀGr with
+        the exact G of held-out retain data."""
         gauge = self._gauge
         with stage("step"), self._update.applied_to(gauge.model):
             exact = quadratic_form(gauge.model, gauge.base.batches, self._targets, step.direction)
@@ -107,8 +107,8 @@ class Trial:
             )
         return (step.scaled(exact**-0.5), 1.0) if self._exact_norm else (step, exact)
 
-    def _along(self, step: Step, exact: float, refined: int) -> Try:
-        """As far along the step as the size says: what that did, and r by parameter."""
+    def _along(self, step: Step, exact: float, refined: int) -> Candidate:
+        """The record of the step at the size asked for, and its direction by parameter."""
         gauge, before = self._gauge, self._before
         changes = parameter_changes(self._targets, step.direction)
         with stage("check"):
@@ -149,6 +149,6 @@ def _relative_change(
     relative = {}
     for name, change in changes.items():
         weight = distributed.gather_full(parameters[name].detach()).to(change.dtype)
-        if weight.any():  # nothing can be said of a weight that is zero
+        if weight.any():  # undefined for a weight of zeros
             relative[name] = (alpha * change.norm() / weight.norm()).item()
     return relative

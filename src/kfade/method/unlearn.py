@@ -1,19 +1,18 @@
-"""The whole method on one page: fit, gradient, direction, size, and the update they make."""
+"""The method: fit, gradient, direction and size of each step, and the update that results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.fit import Fit, fit_ekfac
+from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
-from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, check_sequences, digest_sequences
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, least_kl, refuse_below
@@ -21,13 +20,14 @@ from kfade.method.gradient import forget_gradient
 from kfade.method.preflight import preflight
 from kfade.method.record import StepRecord
 from kfade.method.refine import Directions
+from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_readable
-from kfade.models.layers import Target, find_targets, parameter_names, weight_digests
-from kfade.models.lengths import length_class
+from kfade.models.layers import find_targets, parameter_names, weight_digests
+from kfade.models.targets import Target
 from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage
 
@@ -40,29 +40,29 @@ def unlearn(
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
-    fit: Fit = fit_ekfac,
+    fit: Estimator = EKFAC(),
     direction: Direction = Direction(),
     size: StepSize = StepSize(kl=DEFAULT_KL),
     run: Run = Run(),
 ) -> Update:
     """K-FADE: a few uphill Gauss-Newton steps on the forget set (paper §3).
 
-    At each step: fit G̃ on ``retain`` at the present weights, g on a batch of ``forget``,
-    r = (G̃ + λI)⁻¹g, and go α along r/‖r‖_G̃. The model is left bit for bit as it was; the update
-    is what is returned.
+    Each step fits G̃ on ``retain`` at the current weights, computes the gradient g of the objective
+    on a batch of ``forget``, and changes the weights by α r/‖r‖_G̃ with r = (G̃ + λI)⁻¹g. The model
+    is left bit-identical; the change of its weights is returned.
 
     Args:
-        held_out: retain sequences that no fit sees; KL is measured on them.
-        fit: the estimator of the curvature.
+        held_out: retain sequences that no fit uses; KL is measured on them.
+        fit: estimator of the curvature, with its settings.
         direction: objective, damping and refinement of each step, see
             :class:`~kfade.method.settings.Direction`.
         size: how far to go, see :class:`~kfade.method.step.StepSize`.
         run: targets, number of steps, memory, seed, see :class:`~kfade.method.settings.Run`.
 
     Raises:
-        InputError: an empty set, an impossible target, a model of an unknown kind, a token or a
-            length that it does not read, a KL that the model's dtype cannot tell from rounding,
-            numbers that are not finite.
+        InputError: an empty set; a target or a model that is not supported; a token or a length
+            that the model does not read; a KL that is too small to tell from rounding in the
+            model's dtype; numbers that are not finite.
     """
     _check_data(forget, retain, held_out, run.forget_batch)
     targets = list(run.targets) if run.targets is not None else find_targets(model)
@@ -70,25 +70,18 @@ def unlearn(
     check_readable(model, [*forget, *retain, *held_out])
     refuse_float16(targets)
     device = targets[0].weight.device
-    batches_of = partial(
-        make_batches, budget=run.batch_tokens, device=device, group=length_class(model)
-    )
-
-    def drawn(sequences: Sequence[TokenSequence], count: int | None, index: int) -> list[Batch]:
-        chosen = draw_without_replacement(len(sequences), count, index, run.seed)
-        return batches_of([sequences[i] for i in chosen])
-
-    retain_batches = batches_of(retain)
+    sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
+    retain_batches = sampler.all(retain)
     with stage("check"):
         preflight(model, targets, recompute=run.recompute)
-        gauge = Gauge(model, batches_of(held_out), drawn(forget, MEASURED_SEQUENCES, 0))
+        gauge = Gauge(model, sampler.all(held_out), sampler.draw(forget, MEASURED_SEQUENCES))
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
     update = run.start or Update(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
     )
-    update = update.to(device)  # what was read from files lies in the CPU's memory
+    update = update.to(device)  # an update read from a file is on the CPU
     curvature = run.curvature
     if curvature is not None:
         curvature = curvature.only([target.name for target in targets], device)
@@ -98,15 +91,21 @@ def unlearn(
         if trial.is_reached:
             break
         if curvature is None or (run.refit and index > 0):
-            at, key = (update, run.seed + index) if run.refit else (Update({}), run.seed)
+            at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), at.applied_to(model):
-                curvature = fit(
-                    model, retain_batches, targets, draw=run.draw, seed=key, recompute=run.recompute
+                curvature = fit.fit(
+                    model,
+                    retain_batches,
+                    targets,
+                    seed=seed,
+                    recompute=run.recompute,
+                    memory=run.memory,
+                    store=run.store(model, targets) if run.store is not None else None,
                 )
         with stage("gradient"), update.applied_to(model):
-            forget_batches = drawn(forget, run.forget_batch, index)
+            forget_batches = sampler.draw(forget, run.forget_batch, index)
             gradient = forget_gradient(model, forget_batches, targets, aim, recompute=run.recompute)
-        refining = drawn(retain, direction.refine_sequences, index)
+        refining = sampler.draw(retain, direction.refine_sequences, index)
         product = _exact_product(model, update, targets, refining, run.recompute)
         record, changes = trial.best(_directions(curvature, gradient, product, direction))
         update = _after(update, record, changes)
@@ -161,7 +160,7 @@ def base_facts(
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
 ) -> dict[str, Any]:
-    """What an update of the parameters ``names`` was computed on, for its provenance."""
+    """Provenance of an update of the parameters ``names``: digests of the model and the data."""
     return {
         "architecture": type(model).__name__,
         **weight_digests(model, "weights", names),
@@ -184,7 +183,7 @@ def _check_data(
 
 
 def check_sets(sets: Mapping[str, Sequence[TokenSequence]]) -> None:
-    """Raises InputError where a set, by its name, is empty or holds something else than tokens."""
+    """Raises InputError if one of the named sets is empty or does not hold token sequences."""
     for name, sequences in sets.items():
         if not sequences:
             raise InputError(f"the {name} is empty: give at least one sequence")

@@ -1,4 +1,4 @@
-"""The artifact of unlearning: a change of weights that can be applied, reverted, added, saved."""
+"""The result of unlearning: a change of weights that can be applied, reverted, added and saved."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SAME, EQUAL, ROUNDED, OTHER = "same", "equal", "rounded", "other"  # see Update.
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW for each changed parameter, in float32 or better, and where it comes from.
+    """ΔW for each changed parameter, in float32 or better, with its provenance.
 
-    The only thing in kfade that changes a model.
+    Nothing else in kfade changes a model.
     """
 
     deltas: dict[str, Tensor]
-    """Parameter name -> ΔW, in the parameter's own layout."""
+    """Parameter name -> ΔW, in the layout of the parameter."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Base model, digests of weights and data, configuration, versions, per-step diagnostics."""
 
@@ -54,7 +54,7 @@ class Update:
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The edited model within the ``with``; bit for bit the old one afterwards."""
+        """The edited model within the ``with``; its weights are restored bit for bit afterwards."""
         parameters = self._parameters(model)
         before = {name: parameters[name].detach().clone() for name in self.deltas}
         try:
@@ -66,19 +66,19 @@ class Update:
                     parameters[name].copy_(tensor)
 
     def to(self, device: torch.device | str) -> Update:
-        """The same update, its changes on another device."""
+        """The same update on another device."""
         moved = {name: delta.to(device) for name, delta in self.deltas.items()}
         return Update(moved, self.provenance)
 
     def plus(self, deltas: Mapping[str, Tensor], scale: float = 1.0) -> Update:
-        """This update with ``scale`` times more changes added, same provenance."""
+        """This update plus ``scale`` times ``deltas``, with the same provenance."""
         total = dict(self.deltas)
         for name, delta in deltas.items():
             total[name] = total[name] + scale * delta if name in total else scale * delta
         return Update(total, self.provenance)
 
     def __add__(self, other: Update) -> Update:
-        """Both changes at once; provenance keeps both."""
+        """The sum of both updates; the provenance holds that of both."""
         merged = {"merged": [self.provenance, other.provenance]}
         return Update(self.plus(other.deltas).deltas, merged)
 
@@ -95,22 +95,22 @@ class Update:
     def compare_base(self, model: nn.Module) -> str:
         """How ``model``'s weights relate to those that this update was computed on.
 
-        ``same``: bit for bit. ``equal``: the same values in another dtype. ``rounded``: one is the
-        other rounded to a dtype of fewer bits. ``other``: none of these can be shown. Weights that
-        the update does not change are compared, too, where it has digests of the whole model.
+        ``same``: bit-identical. ``equal``: the same values in another dtype. ``rounded``: one is
+        the other rounded to a dtype of fewer bits. ``other``: none of these can be shown. If the
+        update has digests of the whole model, weights that it does not change are compared, too.
 
         Raises:
             InputError: the model lacks a parameter or has it in another shape.
         """
         found = self.compare_weights(model)
-        whole = digest_names("model")
-        told = whole[:1] if found == SAME else whole  # of one dtype the first says enough
-        if found == OTHER or any(key not in self.provenance for key in told):
+        digests = digest_names("model")
+        needed = digests[:1] if found == SAME else digests  # the first is that of the own dtype
+        if found == OTHER or any(key not in self.provenance for key in needed):
             return found
         return found if is_copy(self.provenance, model, "model") else OTHER
 
     def compare_weights(self, model: nn.Module) -> str:
-        """As :meth:`compare_base`, of the weights that this update changes alone."""
+        """Like :meth:`compare_base`, but only for the weights that this update changes."""
         parameters = self._parameters(model)
         recorded = self.provenance.get("weights_sha256")
         if digest_weights(model, self.deltas) == recorded:
@@ -123,23 +123,22 @@ class Update:
         return ROUNDED if is_copy(self.provenance, model, "weights", self.deltas) else OTHER
 
     def edited_digest(self, model: nn.Module) -> dict[str, str]:
-        """For the provenance: what the changed weights of ``model`` are known by after
-        :meth:`apply`."""
+        """Digest of the changed weights after :meth:`apply`, for the provenance."""
         with self.applied_to(model) as edited:
             return {EDITED: digest_weights(edited, self.deltas)}
 
     def is_in(self, model: nn.Module) -> bool | None:
-        """Whether ``model`` is what :meth:`apply` made of the base.
+        """Whether ``model`` is the base with this update applied.
 
-        True and False where digests show it: the weights are, bit for bit, those after or before.
-        None otherwise, as in another dtype or after other changes.
+        True or False if digests show that its weights are bit-identical to those after or before.
+        None otherwise, for example in another dtype or after other changes.
         """
         if digest_weights(model, self.deltas) == self.provenance.get(EDITED):
             return True
         return False if self.compare_weights(model) in (SAME, EQUAL) else None
 
     def lost_fraction(self, model: nn.Module) -> float:
-        """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ for W in the model's dtype: what rounding destroys."""
+        """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖: the share of ΔW lost to the model's dtype."""
         parameters = self._parameters(model)
         lost = size = 0.0
         for name, delta in self.deltas.items():
@@ -154,7 +153,7 @@ class Update:
         """Write one safetensors file, keyed by parameter names.
 
         Raises:
-            InputError: it cannot be written; nothing is left of it then.
+            InputError: it cannot be written; no partial file is left.
         """
         metadata = {"format": FORMAT, "provenance": self.provenance}
         write_tensors(Path(path), self.deltas, {"kfade": json.dumps(metadata)})

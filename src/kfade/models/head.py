@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, N loss tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,7 +41,8 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     body = model.base_model
     if body is model:  # some classes name a body that they do not have
         body = getattr(model, "model", model)
-    return body(input_ids=input_BT, use_cache=False).last_hidden_state
+    hidden_BTD: Tensor = body(input_ids=input_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
 
 
 def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:
 
 def trial_tokens(model: Any, most: int) -> Tensor:
     """Token numbers [1, T] on the model's device; T is ``most``, or the window if it is shorter."""
-    weight = model.get_input_embeddings().weight
+    weight: Tensor = model.get_input_embeddings().weight
     config = model.config.get_text_config()
     length = min([most, *(getattr(config, name, None) or most for name in WINDOWS)])
     return torch.arange(3, 3 + length, device=weight.device)[None] % weight.shape[0]
@@ -150,10 +151,11 @@ class Head:
         own_product = type(self.linear).forward is not nn.Linear.forward
         if own_product or weight_VD.dtype.itemsize >= 4:
             # In some models hidden states have another dtype than weights.
-            logits_NV = self.linear(hidden_ND.to(weight_VD.dtype))
+            logits_NV: Tensor = self.linear(hidden_ND.to(weight_VD.dtype))
             return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         bias_V = cast("Tensor | None", self.linear.bias)
-        logits_NV = _RaisedProduct.apply(hidden_ND, weight_VD)
+        raised: Callable[[Tensor, Tensor], Tensor] = _RaisedProduct.apply
+        logits_NV = raised(hidden_ND, weight_VD)
         return logits_NV if bias_V is None else logits_NV + bias_V
 
     def chunks(self, hidden_ND: Tensor) -> Iterator[slice]:

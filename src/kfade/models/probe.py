@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.models.head import refuse_looking_ahead, run_on_tokens
 from kfade.models.load import frozen
-from kfade.models.targets import LeftOut, Target, hooked
+from kfade.models.targets import ForwardHook, LeftOut, Target, hooked
 
 PROBE = (2, 3)  # sequences and positions of the trial: different, so that axes can be told apart
 
@@ -31,7 +31,7 @@ class Seen:
         with hooked(targets, self._note, every=False, with_kwargs=True), torch.no_grad():
             run_on_tokens(model, input_BT)
 
-    def _note(self, target: Target):
+    def _note(self, target: Target) -> ForwardHook:
         def hook(module: Any, args: tuple[Any, ...], named: Any, output: Any) -> None:
             self.calls[target.name] = self.calls.get(target.name, 0) + 1
             if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):

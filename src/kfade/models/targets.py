@@ -54,10 +54,14 @@ class Target:
         return weight if self.bias is None else torch.cat([weight, changes[self.bias][:, None]], 1)
 
 
+ForwardHook = Callable[..., Any]
+"""What :meth:`torch.nn.Module.register_forward_hook` takes."""
+
+
 @contextlib.contextmanager
 def hooked(
     targets: Sequence[Target],
-    hook: Callable[[Target], Callable[..., Any]],
+    hook: Callable[[Target], ForwardHook],
     *,
     every: bool = True,
     **options: bool,
@@ -73,7 +77,7 @@ def hooked(
     """
     ran: set[str] = set()
 
-    def noting(target: Target) -> Callable[..., Any]:
+    def noting(target: Target) -> ForwardHook:
         own = hook(target)
 
         def forward_hook(*seen: Any) -> Any:

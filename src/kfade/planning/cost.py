@@ -16,16 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kfade.curvature.factors import PANEL, rows_first
-from kfade.curvature.groups import dealt, factor_bytes, fit_bytes, widths
-from kfade.models.layers import Target
+from kfade.curvature.estimators import Estimator
+from kfade.curvature.factors import PANEL, factor_bytes, rows_first, widths
+from kfade.curvature.groups import assign_to_processes
+from kfade.models.targets import Target
 from kfade.planning.memory import Work, Workload
 from kfade.runtime.distributed import assign_by_cost
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
 """For a step's size: held-out and forget sequences that it is measured on, number of trials."""
-PASSES = {"ekfac": 2, "kfac": 1, "diagonal": 1, "identity": 0}
-"""Passes over the retain tokens for each group of layers, by estimator."""
 EIGH_FLOPS = 12
 """Flops of an eigendecomposition, over d³. It stands for the time of LAPACK's ``syevd`` in float32
 at the speed of matrix products (0.22 s for d = 1536, 0.014 s for d = 576 at 190 GFLOP/s)."""
@@ -104,16 +103,16 @@ def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
     length = work.length
     sequences = work.retain_tokens / work.sequence_length
     readers = Counter(target.input_of for target in group)
-    turned: dict[str, bool] = {}
+    rotated: dict[str, bool] = {}
     products = squares = 0.0
     for target in group:
         outputs, inputs = target.shape
-        if work.estimator == "ekfac":
-            first = target.input_of not in turned
+        if work.estimator.has_eigenbases:
+            first = target.input_of not in rotated
             if first:
                 by_rows = rows_first(length, outputs, readers[target.input_of])
-                turned[target.input_of] = by_rows
-            if not turned[target.input_of]:
+                rotated[target.input_of] = by_rows
+            if not rotated[target.input_of]:
                 products += 2 * outputs * inputs * inputs
             elif first:
                 products += 2 * length * inputs**2
@@ -143,6 +142,7 @@ def flops(
     head = 2.0 * vocabulary * width
     retain, forget = work.positions(work.retain_tokens), work.positions(work.forget_tokens)
     measured = min(float(MEASURED * work.length), forget)
+    passes = work.estimator.passes
     found: dict[str, dict[str, float]] = {}
 
     def add(stage: str, **kinds: float) -> None:
@@ -161,19 +161,18 @@ def flops(
         )
 
     for group in groups:
-        stages = fit_bytes(group, work.estimator)
-        if "covariance" in stages:
+        if "covariance" in passes:
             one_pass("covariance", group, retain)
             add("covariance", products=retain * sum(map(symmetric_flops, widths(group))))
             add("eigh", decompositions=sum(_decompositions(group)))
-        if "lambda" in stages:
+        if "lambda" in passes:
             one_pass("lambda", group, retain)
             products, squares = lambda_flops(group, work)
             add("lambda", products=products, squares=squares)
     one_pass("gradient", subject.targets, forget)
     add("gradient", float32=2 * subject.targeted * forget)
-    turns = {"kfac": 4, "ekfac": 4}.get(work.estimator, 0)
-    rotations = sum(turns * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
+    per_solve = 4 if work.estimator.has_eigenbases else 0
+    rotations = sum(per_solve * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
     held_out = float(HELD_OUT * work.length)
     directions = work.refine + 1
     exact = directions * held_out
@@ -232,17 +231,20 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
     vector = subject.size * subject.targeted
     if subject.shards > 1:
         row = subject.targets[0].weight.dtype.itemsize * sum(widths(subject.targets))
-        passes = PASSES[work.estimator] * work.positions(work.retain_tokens) / subject.shards
+        passes = len(work.estimator.passes) * work.positions(work.retain_tokens) / subject.shards
         return round(passes * row * (1 - 1 / subject.shards)) + 2 * vector
-    factors = factor_bytes(subject.targets) if work.estimator in ("kfac", "ekfac") else 0
-    grids = vector if work.estimator in ("diagonal", "ekfac") else 0
+    factors = factor_bytes(subject.targets) if work.estimator.has_eigenbases else 0
+    grids = vector if "lambda" in work.estimator.passes else 0
     return 2 * factors + 2 * grids + 2 * vector
 
 
-def _slowest(subject: Workload, group: Sequence[Target], estimator: str, devices: int) -> float:
-    """Flops of the decompositions of the device that has the most of them."""
+def _slowest(
+    subject: Workload, group: Sequence[Target], estimator: Estimator, devices: int
+) -> float:
+    """Flops of the decompositions of the device that has most of them."""
     if subject.shards > 1:
-        return max(sum(_decompositions(own)) for own in dealt(group, estimator, devices))
+        shares = assign_to_processes(group, estimator.peak_bytes, devices)
+        return max(sum(_decompositions(own)) for own in shares)
     costs = _decompositions(group)
     load = [0.0] * devices
     for owner, cost in zip(assign_by_cost(costs, devices), costs, strict=True):

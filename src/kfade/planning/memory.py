@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import nn
 
+from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.factors import sum_dtype
-from kfade.curvature.groups import fit_bytes, largest_share, stored_bytes
+from kfade.curvature.groups import largest_share
 from kfade.errors import InputError
 from kfade.models.head import CHUNK
 from kfade.models.interface import check_length
-from kfade.models.layers import Target, decoder_blocks
-from kfade.models.targets import memory_of
+from kfade.models.layers import decoder_blocks
+from kfade.models.targets import Target, memory_of
 from kfade.planning.trace import PassCost, trace_pass
 
 RUNTIME_BYTES = 450_000_000
@@ -35,8 +36,8 @@ HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
 class Work:
     """The settings of a run that its cost depends on."""
 
-    estimator: str = "ekfac"
-    """ekfac, kfac, diagonal or identity."""
+    estimator: Estimator = EKFAC()
+    """Estimator of the curvature."""
     retain_tokens: int = 4000 * 512
     """Tokens that the curvature is fitted on."""
     forget_tokens: int = 2500 * 512
@@ -161,11 +162,8 @@ def curvature_budget(
     total: int,
     model: Any,
     targets: Sequence[Target],
-    batch_tokens: int,
+    work: Work,
     *,
-    sequence_length: int = 512,
-    estimator: str = "ekfac",
-    recompute: bool = False,
     vectors: int = 0,
     shards: int = 1,
 ) -> int:
@@ -176,27 +174,20 @@ def curvature_budget(
             in memory meanwhile: three where later steps are fitted anew.
         shards: number of processes over which the weights will be spread; ``model`` is still whole.
     """
-    work = Work(
-        estimator,
-        sequence_length=sequence_length,
-        batch_tokens=batch_tokens,
-        recompute=recompute,
-    )
     subject = examine(model, targets, work, shards)
-    return total - fit_overhead(subject, estimator) - vectors * subject.vector_bytes
+    return total - fit_overhead(subject, work.estimator) - vectors * subject.vector_bytes
 
 
-def fit_overhead(subject: Workload, estimator: str) -> int:
-    """Peak bytes of a fit, without the curvature."""
-    stages = {"kfac": ("covariance",), "identity": ()}.get(estimator, ("lambda",))
-    fixed = RUNTIME_BYTES + subject.model_bytes
-    return fixed + sum(_pass_bytes(subject, stage, subject.targets) for stage in stages)
+def fit_overhead(subject: Workload, estimator: Estimator) -> int:
+    """Most bytes that a fit holds at a time beside the curvature."""
+    passes = [_pass_bytes(subject, name, subject.targets) for name in estimator.passes]
+    return RUNTIME_BYTES + subject.model_bytes + max(passes, default=0)
 
 
 def peaks(
     subject: Workload,
     groups: Sequence[Sequence[Target]],
-    estimator: str,
+    estimator: Estimator,
     *,
     refine: bool = False,
 ) -> dict[str, int]:
@@ -211,13 +202,13 @@ def peaks(
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
     for group in groups:
-        share = largest_share(group, estimator, subject.shards)
-        for stage, curvature in fit_bytes(share, estimator).items():
+        share = largest_share(group, estimator.peak_bytes, subject.shards)
+        for stage, curvature in estimator.fit_bytes(share).items():
             passing = 0 if stage == "eigh" else _pass_bytes(subject, stage, group)
             found[stage] = max(found.get(stage, 0), fixed + passing + curvature)
     targets, cost, vector = subject.targets, subject.cost, subject.vector_bytes
     largest = subject.size * max(t.shape[0] * t.shape[1] for t in targets)
-    read = max(stored_bytes([target], estimator) for target in targets)
+    read = max(estimator.stored_bytes([target]) for target in targets)
     found["gradient"] = fixed + _pass_bytes(subject, "gradient", targets) + vector + largest
     solve = read + 3 * vector + 4 * largest
     exact = 2 * vector + 2 * cost.forward_bytes + subject.head_bytes("step")

@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kfade.curvature.capture import capture
 from kfade.curvature.recompute import recomputing
 from kfade.models.head import hidden_states
-from kfade.models.layers import Target, decoder_blocks
+from kfade.models.layers import decoder_blocks
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
@@ -70,7 +71,7 @@ def trace_pass(
     Args:
         model: of real tensors, of which only the shapes are used, or of fake ones.
         targets: in the order of the forward pass.
-        recompute: as for :func:`~kfade.curvature.fit.fit_ekfac`.
+        recompute: see :func:`~kfade.curvature.recompute.recomputing`.
     """
     base = model.base_model
     tensors = [*base.named_parameters(), *base.named_buffers()]

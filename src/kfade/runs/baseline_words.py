@@ -13,8 +13,9 @@ from kfade.baselines.methods import Defaults, Method
 from kfade.baselines.weights import Dense, LowRank, Trainable
 from kfade.data.sequences import continuation, open_tokens
 from kfade.errors import InputError
-from kfade.models.layers import Target, find_targets
+from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
+from kfade.models.targets import Target
 from kfade.runs.session import Loaded
 
 METHODS = "ga, gd, kl-min, npo, simnpo, rmu, elm or soul"

@@ -19,7 +19,7 @@ from kfade.runs.inputs import inputs
 from kfade.runs.session import Loaded, load, read_retain, source_of, spread, to_tokens, with_length
 from kfade.runs.template import as_used, dated
 from kfade.runs.unlearning import curvature_bytes
-from kfade.runs.words import draw_of, fit_of
+from kfade.runs.words import draw_of, estimator_of
 from kfade.runtime import distributed
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
@@ -29,13 +29,13 @@ from kfade.runtime.stages import Clock, stage, timing
 def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Fit the curvature of the configuration's model on its retain set; returns the metrics."""
     run = replace(run, data=dated(run.data, out, resume=resume))
-    fit_function, draw = fit_of(run.fit.estimator), draw_of(run.fit.labels)
+    estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     examples, _ = read_retain(run.data, run.seed)
     clock = Clock()
     with timing(clock), RunDir(out, deciding(run), resume=resume) as folder:
         loaded = load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        budget = curvature_bytes(run, loaded)
+        budget = curvature_bytes(run, loaded, estimator)
         spread(run, loaded.model)
         with stage("load"):
             preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
@@ -50,11 +50,10 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
             group=length_class(loaded.model),
         )
         with stage("fit"):
-            curvature = fit_function(
+            curvature = estimator.fit(
                 loaded.model,
                 batches,
                 loaded.targets,
-                draw=draw,
                 seed=run.seed,
                 recompute=run.fit.recompute,
                 memory=budget,

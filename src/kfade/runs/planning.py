@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 import torch
 
-from kfade.curvature.groups import factor_bytes, group_targets, smallest_groups, stored_bytes
+from kfade.curvature.estimators import Estimator
+from kfade.curvature.factors import factor_bytes
+from kfade.curvature.groups import group_by_input, group_targets
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
-from kfade.models.layers import Target, find_targets
+from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
 from kfade.models.load import load_skeleton
-from kfade.planning.cost import PASSES, Speed, flops, measure_speed, seconds
+from kfade.models.targets import Target
+from kfade.planning.cost import Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,
     Work,
@@ -26,7 +29,7 @@ from kfade.planning.memory import (
 )
 from kfade.runs import options as o
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
-from kfade.runs.words import bytes_of, fit_of
+from kfade.runs.words import bytes_of, estimator_of
 
 
 @o.settings(o.DATA)
@@ -84,7 +87,7 @@ class PlanRequest:
         Raises:
             InputError: a word that is no estimator, or a number that is out of range.
         """
-        fit_of(self.fit.estimator)
+        estimator = estimator_of(self.fit.estimator)
         if (self.data.sequence_length or 2) < 2 or self.data.batch_tokens < 1:
             raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
         if self.data.tokens < 1 or self.data.forget_tokens < 1:
@@ -93,7 +96,7 @@ class PlanRequest:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
         length = self.data.sequence_length
         return Work(
-            estimator=self.fit.estimator,
+            estimator=estimator,
             **({} if length is None else {"sequence_length": length}),
             batch_tokens=self.data.batch_tokens,
             recompute=self.fit.recompute,
@@ -195,13 +198,13 @@ def _result(
             break
         stages = seconds(subject, groups or whole, work, speed, count)
         times[str(count)] = {**stages, "total": sum(stages.values())}
-    smallest = smallest_groups(subject.targets)
+    smallest = group_by_input(subject.targets)
     least = peaks(subject, smallest, work.estimator, refine=refine)
     over = [stage for stage, peak in planned.items() if machines.memory and peak > machines.memory]
     return {
         "model": name,
         "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
-        "work": asdict(work),
+        "work": {**asdict(work), "estimator": work.estimator.name},
         "batch": work.shape,
         "parameters": {"all": parameters, "targeted": subject.targeted},
         "weights": len(subject.targets),
@@ -210,7 +213,7 @@ def _result(
         "devices": machines.count,
         "shards": subject.shards,
         "groups": len(groups) if groups else None,
-        "passes": len(groups or whole) * PASSES[work.estimator],
+        "passes": len(groups or whole) * len(work.estimator.passes),
         "peak_bytes": {
             "one_group": peaks(subject, whole, work.estimator, refine=refine),
             "planned": planned,
@@ -237,16 +240,18 @@ def _groups(
                 f"{-budget / 1e9:.3g} GB: lower --batch-tokens, or take fewer --layers"
             )
     try:
-        return group_targets(subject.targets, work.estimator, budget, subject.shards), None
+        return group_targets(
+            subject.targets, work.estimator.peak_bytes, budget, subject.shards
+        ), None
     except InputError as error:
         return None, str(error)
 
 
-def _sizes(subject: Workload, estimator: str) -> dict[str, int]:
+def _sizes(subject: Workload, estimator: Estimator) -> dict[str, int]:
     """Bytes of everything that a run holds at one time or another."""
-    targets, factored = subject.targets, estimator in ("kfac", "ekfac")
-    stored = stored_bytes(targets, estimator)
-    factors = factor_bytes(targets) if factored else 0
+    targets = subject.targets
+    stored = estimator.stored_bytes(targets)
+    factors = factor_bytes(targets) if estimator.has_eigenbases else 0
     return {
         "model": subject.model_bytes,
         "factors": factors,

@@ -13,10 +13,11 @@ from kfade.data.sequences import TokenSequence, encode, packed_length
 from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
 from kfade.models.interface import check_readable
-from kfade.models.layers import Target, choose_targets, decoder_blocks
+from kfade.models.layers import choose_targets, decoder_blocks
 from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
 from kfade.models.sources import Source
+from kfade.models.targets import Target
 from kfade.runs.config import BatchConfig, EstimatorConfig, FitRequest, ModelConfig, RetainConfig
 from kfade.runs.template import template_of
 from kfade.runtime import distributed, progress

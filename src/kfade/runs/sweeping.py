@@ -26,8 +26,9 @@ from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
-from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
+from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
+from kfade.models.targets import Target
 from kfade.runs import options as o
 from kfade.runs.config import (
     DataConfig,

@@ -11,17 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from kfade.curvature.curvature import Curvature
-from kfade.curvature.fit import Fit
+from kfade.curvature.estimators import Estimator
 from kfade.curvature.store import Store
-from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
-from kfade.models.layers import Target, digest_weights, parameter_names, weight_digests
+from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
-from kfade.planning.memory import curvature_budget
+from kfade.models.targets import Target
+from kfade.planning.memory import Work, curvature_budget
 from kfade.runs.config import FitRequest, RunConfig, deciding, write_config
 from kfade.runs.inputs import SavedFit, inputs
 from kfade.runs.session import (
@@ -38,7 +37,8 @@ from kfade.runs.template import as_used, dated
 from kfade.runs.words import (
     bytes_of,
     direction_of,
-    fit_of,
+    draw_of,
+    estimator_of,
     going_of,
     step_size,
 )
@@ -75,7 +75,8 @@ def unlearn(
     if export_model and run.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
     run = replace(run, data=dated(run.data, out, resume=resume))
-    source, fit = source_of(run.model), fit_of(run.fit.estimator)
+    source = source_of(run.model)
+    estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     direction, size, going = direction_of(run), step_size(run), going_of(run)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
@@ -86,7 +87,7 @@ def unlearn(
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
         refitted = run.step.refit and run.step.steps > 1
-        budget = curvature_bytes(run, loaded, vectors=3 if refitted else 0)
+        budget = curvature_bytes(run, loaded, estimator, vectors=3 if refitted else 0)
         spread(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
@@ -110,13 +111,15 @@ def unlearn(
             forget=forget,
             retain=retain,
             held_out=held_out,
-            fit=_kept(fit, folder, budget, made_for),
+            fit=estimator,
             direction=direction,
             size=size,
             run=replace(
                 going,
                 targets=loaded.targets,
                 curvature=curvature,
+                memory=budget,
+                store=partial(_store, folder, made_for),
                 start=_resume_from(folder),
                 on_step=partial(_keep_step, folder, run.step.steps),
             ),
@@ -158,7 +161,9 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     progress.say(step_line(len(steps), total, steps[-1]))
 
 
-def curvature_bytes(run: FitRequest, loaded: Loaded, *, vectors: int = 0) -> int | None:
+def curvature_bytes(
+    run: FitRequest, loaded: Loaded, estimator: Estimator, *, vectors: int = 0
+) -> int | None:
     """What ``--memory`` leaves for the curvature beside the model, not yet sharded, and a pass.
 
     Args:
@@ -173,10 +178,12 @@ def curvature_bytes(run: FitRequest, loaded: Loaded, *, vectors: int = 0) -> int
         total,
         loaded.model,
         loaded.targets,
-        run.data.batch_tokens,
-        sequence_length=length,
-        estimator=run.fit.estimator,
-        recompute=run.fit.recompute,
+        Work(
+            estimator,
+            sequence_length=length,
+            batch_tokens=run.data.batch_tokens,
+            recompute=run.fit.recompute,
+        ),
         vectors=vectors,
         shards=distributed.count() if run.shard else 1,
     )
@@ -193,26 +200,20 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
     )
 
 
-def _kept(fit: Fit, folder: RunDir, memory: int | None, made_for: dict[str, Any]) -> Fit:
-    """``fit``, kept in the run's state, finished or not, so that a resumed run goes on from it."""
-
-    def kept(
-        model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], **arguments: Any
-    ) -> Curvature:
-        digest = digest_weights(model, parameter_names(targets))
-        place = folder.state / f"curvature-{digest[:16]}"
-        if distributed.rank() == 0:
-            for old in folder.state.glob("curvature-*"):
-                if old != place:
-                    shutil.rmtree(old)
-            place.mkdir(exist_ok=True)
-        distributed.barrier()
-        store = Store(
-            place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device
-        )
-        return fit(model, batches, targets, memory=memory, store=store, **arguments)
-
-    return kept
+def _store(
+    folder: RunDir, made_for: dict[str, Any], model: nn.Module, targets: Sequence[Target]
+) -> Store:
+    """Where the fit at the model's present weights is kept, in the state of a run; earlier fits are
+    deleted."""
+    digest = digest_weights(model, parameter_names(targets))
+    place = folder.state / f"curvature-{digest[:16]}"
+    if distributed.rank() == 0:
+        for old in folder.state.glob("curvature-*"):
+            if old != place:
+                shutil.rmtree(old)
+        place.mkdir(exist_ok=True)
+    distributed.barrier()
+    return Store(place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device)
 
 
 def _resume_from(folder: RunDir) -> Update | None:

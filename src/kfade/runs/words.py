@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
-from kfade.curvature.fit import Fit, fit_diagonal, fit_ekfac, fit_identity, fit_kfac
+from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Estimator, Identity
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
 from kfade.method.settings import DEFAULT_DAMPING, DEFAULT_KL, Direction, Run
@@ -13,17 +13,17 @@ from kfade.method.step import StepSize
 from kfade.runs.config import RunConfig
 
 
-def fit_of(word: str) -> Fit:
-    """The estimator of that name."""
+def estimator_of(word: str, draw: Draw = square_root_draw) -> Estimator:
+    """The estimator of that name, with pseudo-labels by ``draw``."""
     match word:
         case "ekfac":
-            return fit_ekfac
+            return EKFAC(draw)
         case "kfac":
-            return fit_kfac
+            return KFAC(draw)
         case "diagonal":
-            return fit_diagonal
+            return Diagonal(draw)
         case "identity":
-            return fit_identity
+            return Identity()
     raise InputError(f"--estimator {word}: give ekfac, kfac, diagonal or identity")
 
 
@@ -119,7 +119,6 @@ def direction_of(run: RunConfig) -> Direction:
 def going_of(run: RunConfig) -> Run:
     """How the run goes about its steps, as far as a configuration says it."""
     return Run(
-        draw=draw_of(run.fit.labels),
         steps=run.step.steps,
         forget_batch=run.step.forget_batch,
         refit=run.step.refit,

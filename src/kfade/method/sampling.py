@@ -1,0 +1,42 @@
+"""Batches of a run: of all sequences of a set, or of some that are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.models.lengths import length_class
+from kfade.models.targets import Target
+
+
+class Sampler:
+    """Makes batches for the passes of one model.
+
+    Args:
+        batch_tokens: positions in one forward pass.
+        seed: keys the draws.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], *, batch_tokens: int, seed: int
+    ) -> None:
+        self._device, self._group = targets[0].weight.device, length_class(model)
+        self._budget, self._seed = batch_tokens, seed
+
+    def all(self, sequences: Sequence[TokenSequence]) -> list[Batch]:
+        """Batches of all sequences."""
+        return make_batches(sequences, budget=self._budget, device=self._device, group=self._group)
+
+    def draw(
+        self, sequences: Sequence[TokenSequence], count: int | None, step: int = 0
+    ) -> list[Batch]:
+        """Batches of ``count`` sequences (all when None) drawn for a step, counted from 0.
+
+        Draws of consecutive steps are without replacement, see
+        :func:`~kfade.data.batches.draw_without_replacement`.
+        """
+        chosen = draw_without_replacement(len(sequences), count, step, self._seed)
+        return self.all([sequences[i] for i in chosen])
