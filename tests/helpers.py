@@ -189,3 +189,10 @@ def greedy(model: nn.Module, prompt: Sequence[int], ends: Sequence[int], count: 
         if tokens[-1] in ends:
             break
     return tokens[len(prompt) :]
+
+
+class NoFit:
+    """An estimator that must not be fitted."""
+
+    def fit(self, *args, **options):
+        raise AssertionError("fitted")

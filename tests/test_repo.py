@@ -131,7 +131,6 @@ def test_no_file_is_too_long(path):
 # or take more than 8 arguments, and why.
 LONG = {
     "runs/unlearning.py:unlearn": "a run from its first check to its last file, in order",
-    "method/sweep.py:sweep": "the method for a grid, on one page",
 }
 MANY: dict[str, str] = {}
 

@@ -360,8 +360,8 @@ def test_command_refuses(desk, capsys):
         ((), "give --questions or --tasks"),
         (("--questions", "q.jsonl", "--tasks", "mmlu"), "give --questions or --tasks"),
         (("--questions", "none"), "no such file of questions"),
-        (("--questions", "q.jsonl", "--limit", "0"), "'--limit'"),
-        (("--questions", "q.jsonl", "--batch-tokens", "0"), "'--batch-tokens'"),
+        (("--questions", "q.jsonl", "--limit", "0"), "--limit."),
+        (("--questions", "q.jsonl", "--batch-tokens", "0"), "--batch-tokens."),
     ):
         assert choice(*more) == 2
         assert said in " ".join(capsys.readouterr().err.split())

@@ -221,7 +221,7 @@ def test_command_refuses(desk, capsys):
         (("--retain-log", "few"), "of other texts"),
         (("--retain-log", "none"), "no such evaluation log"),
         (("--retain-log", "bad.jsonl"), "not an evaluation log"),
-        (("--min-k", "2"), "'--min-k'"),
+        (("--min-k", "2"), "--min-k."),
     ):
         assert memorisation("fresh", "y", *more) == 2
         assert said in " ".join(capsys.readouterr().err.split())

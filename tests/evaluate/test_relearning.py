@@ -413,7 +413,7 @@ def test_a_control_without_an_update(files, tmp_path):
         (("--data", "{retain}", "--data", "{forget}"), "give each --data a --kind of its own"),
         (("--data", "{retain}", "--kind", "other"), "--kind other: give benign, related or forget"),
         (("--data", "{retain}", "--at", "0,5"), "--at 0,5: give numbers from 0 to --steps 4"),
-        (("--data", "{retain}", "--at", "x"), "--at x: give numbers"),
+        (("--data", "{retain}", "--at", "x"), "--at x: give whole numbers"),
         (("--data", "{retain}", "--lr", "-1"), "--lr -1.0: give a positive"),
         (("--data", "missing.jsonl"), "missing.jsonl: no such file"),
     ],

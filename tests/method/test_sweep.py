@@ -482,7 +482,7 @@ def test_other_retain_texts_are_said(fitted, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--alpha", "1,x"), "--alpha 1,x: give numbers parted by commas"),
+        (("--alpha", "1,x"), "--alpha 1,x: give numbers separated by commas"),
         (("--alpha", "0.1", "--kl", "0.1"), "give --alpha or --kl, not both"),
         (("--damping", "1", "--relative-damping", "1"), "not both"),
         (("--kl", "-1"), "--kl -1.0: give a positive"),

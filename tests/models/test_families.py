@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import zoo
-from helpers import flat, relative_error, same_bits, tiny_llama
+from helpers import NoFit, flat, relative_error, same_bits, tiny_llama
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from zoo.unusual import built
@@ -199,18 +199,15 @@ def looks_ahead():
 
 
 def test_a_model_that_looks_ahead_is_refused_before_any_fit():
-    def fit(*args, **kwargs):
-        raise AssertionError("fitted")
-
     message = "Gemma3ForCausalLM looks ahead: changing the last 24 of 32 tokens moves the"
     with pytest.raises(InputError, match=message):
         find_targets(looks_ahead())
     causal = zoo.tiny("gemma3", torch.float32)
     targets = find_targets(causal)  # of the same shape: only attention differs
     with pytest.raises(InputError, match=message):
-        unlearn(looks_ahead(), **data(), fit=fit, **flat(targets=targets, kl=1e-3))
+        unlearn(looks_ahead(), **data(), fit=NoFit(), **flat(targets=targets, kl=1e-3))
     with pytest.raises(AssertionError, match="fitted"):
-        unlearn(causal, **data(), fit=fit, **flat(targets=targets, kl=1e-3))
+        unlearn(causal, **data(), fit=NoFit(), **flat(targets=targets, kl=1e-3))
 
 
 class NoBackward(torch.autograd.Function):

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_a_full_disk_that_nobody_foresaw(monkeypatch, capsys, tmp_path):
     def printed(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("kfade.cli.app", printed)
+    monkeypatch.setattr("kfade.cli.app", SimpleNamespace(parse_args=printed))
     assert main(["plan"]) == 2
     assert "what it prints: cannot be written (No space left on device)" in one_line(capsys)
 

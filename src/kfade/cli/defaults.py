@@ -9,7 +9,7 @@ from typing import Any
 from cyclopts import App, Token
 from cyclopts.argument import ArgumentCollection
 
-from kfade.runs.config import settings_in
+from kfade.runs.config import FitConfig, RunConfig, settings_in
 from kfade.runs.inputs import MADE_WITH, SavedFit
 
 EXCLUSIVE = (
@@ -27,15 +27,19 @@ def fill_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     values.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or that of a sweep asks for another fit.
     """
     config, curvature = (_path(arguments, name) for name in ("--config", "--curvature"))
-    if curvature is not None and commands[-1:] == ("sweep",):
+    sweeps = curvature is not None and commands[-1:] == ("sweep",)
+    if curvature is not None and sweeps:
         config = config or curvature / "config.yaml"
     found = settings_in(config) if config is not None else {}
     if curvature is not None:
-        fitted = SavedFit.read(curvature).settings
-        found = {**{("fit", name): getattr(fitted, name) for name in MADE_WITH}, **found}
+        saved = SavedFit.read(curvature)
+        found = {**{("fit", name): getattr(saved.settings, name) for name in MADE_WITH}, **found}
+        if sweeps:
+            made = {name: found["fit", name] for name in MADE_WITH}
+            saved.check(RunConfig(fit=FitConfig(**made)))
     given = {argument.keys for argument in arguments if argument.tokens}
     for argument in arguments:
         keys = argument.keys

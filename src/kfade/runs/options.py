@@ -53,6 +53,13 @@ def separated(kind: type, by: str = ",") -> Parameter:
     """Read a list of values from one word, as in ``0.01,0.1,1``."""
 
     def convert(_: Any, tokens: Sequence[Any]) -> list[Any]:
-        return [kind(word.strip()) for word in tokens[0].value.split(by) if word.strip()]
+        last = tokens[-1]  # of an option given twice the last one counts
+        try:
+            return [kind(word.strip()) for word in last.value.split(by) if word.strip()]
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise ValueError(
+                f"{last.keyword} {last.value}: give {what} separated by commas"
+            ) from None
 
     return Parameter(converter=convert, negative=(), n_tokens=1, accepts_keys=False)
