@@ -48,6 +48,7 @@ TOFU = [
 ]
 VOLATILE = (
     *("versions", "git_sha", "config", "template_date", "time", "python", "platform"),
+    *("asked", "template", "truncate"),  # options: their effect is in the numbers
     "curvature_sha256",  # of files that tell when they were made
 )
 
