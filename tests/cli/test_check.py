@@ -10,10 +10,10 @@ from zoo.rotary import MODELS
 from zoo.unusual import built
 
 import kfade
-from kfade.cli.check import _generation, _lengths, _padding, _small_step, _unequal
 from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.models.lengths import fresh_frequencies
+from kfade.runs.checking import _generation, _lengths, _padding, _small_step, _unequal
 from kfade.runs.session import Loaded
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
@@ -124,8 +124,8 @@ def test_curvature_of_higher_order_passes_by_a_smaller_step():
 
 
 def test_a_wrong_form_fails_at_any_size(monkeypatch):
-    own = kfade.cli.check.quadratic_form
-    monkeypatch.setattr("kfade.cli.check.quadratic_form", lambda *args: 1.5 * own(*args))
+    own = kfade.runs.checking.quadratic_form
+    monkeypatch.setattr("kfade.runs.checking.quadratic_form", lambda *args: 1.5 * own(*args))
     found = small_step(zoo.tiny("llama", dtype=torch.float32))
     assert not found.passed
     assert "it predicts 1.0e-08 nats" in found.text

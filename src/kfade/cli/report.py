@@ -9,12 +9,8 @@ from cyclopts import Parameter
 
 from kfade.cli import options as o
 from kfade.cli.session import show
-from kfade.report.data import read_results
-from kfade.report.figures import all_charts
-from kfade.report.page import build_page
-from kfade.report.static import write_figures
 from kfade.runs.options import MODEL
-from kfade.runtime.files import write_text, writing
+from kfade.runs.reporting import report as run_report
 
 Folders = Annotated[
     list[Path],
@@ -47,24 +43,9 @@ def report(
 
     Example: `kfade report out/run out/base-eval --out report.html`
     """
-    results = read_results(folders)
-    charts, missing = all_charts(results)
-    page = build_page(results, charts, missing, title=title)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page, errors="replace")
-    drawn = write_figures(charts, figures) if figures else []
-    result = {
-        "out": str(out),
-        "bytes": out.stat().st_size,
-        "subjects": [subject.name for subject in results.subjects],
-        "figures": [chart.key for chart in charts],
-        "files": [str(path) for path in drawn],
-        "missing": missing,
-        "notes": list(results.notes),
-    }
-    lines = [*results.notes]
-    if drawn:
-        lines.append(f"{len(drawn)} files of figures written to {figures}")
-    lines.append(f"{len(charts)} figures, {len(results.subjects)} models: open {out}")
+    result = run_report(folders, out, figures=figures, title=title)
+    lines = [*result["notes"]]
+    if result["files"]:
+        lines.append(f"{len(result['files'])} files of figures written to {figures}")
+    lines.append(f"{len(result['figures'])} figures, {len(result['subjects'])} models: open {out}")
     show(result, json, lines)

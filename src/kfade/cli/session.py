@@ -1,4 +1,4 @@
-"""What every command does around its work: progress on stderr, timing, printing."""
+"""What every command does around its work: progress on stderr, printing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from rich.console import Console
 
 from kfade.cli.bars import Bars, Lines
 from kfade.runtime import distributed, progress
-from kfade.runtime.stages import Clock, timing
 
 console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets
 
 
 @contextlib.contextmanager
-def session() -> Iterator[Clock]:
-    """Progress on stderr, a clock, and nothing but results on stdout."""
-    clock = Clock()
+def session() -> Iterator[None]:
+    """Progress on stderr, and nothing but results on stdout."""
     shown = Bars(console) if console.is_terminal else Lines(console.print)
-    with shown, progress.reporting(shown), timing(clock), contextlib.redirect_stdout(sys.stderr):
-        yield clock
+    with shown, progress.reporting(shown), contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def show(result: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from kfade.runs.baselines import (
     WeightsConfig,
     baseline,
 )
+from kfade.runs.checking import CheckRequest, check
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
@@ -28,6 +29,7 @@ from kfade.runs.config import (
     TemplateConfig,
     read_config,
 )
+from kfade.runs.demonstrating import demo
 from kfade.runs.editing import LoraRequest, apply, export_lora, merge, revert
 from kfade.runs.eval_choice import ChoiceRequest, evaluate_choice
 from kfade.runs.eval_judge import BenchRequest, JudgeConfig, evaluate_mt_bench
@@ -38,11 +40,13 @@ from kfade.runs.eval_tofu import TofuRequest, aggregate_tofu, evaluate_tofu
 from kfade.runs.evaluation import Subject
 from kfade.runs.fitting import fit
 from kfade.runs.planning import PlanRequest, plan
+from kfade.runs.reporting import report
 from kfade.runs.sweeping import SweepRequest, sweep
 from kfade.runs.unlearning import unlearn
 
 __all__ = [
     "unlearn", "fit", "FitRequest", "sweep", "SweepRequest", "plan", "PlanRequest",
+    "check", "CheckRequest", "demo", "report",
     "apply", "revert", "merge", "export_lora", "LoraRequest",
     "baseline", "BaselineRequest", "LossConfig", "TrainingConfig", "WeightsConfig",
     "attack", "AttackRequest",

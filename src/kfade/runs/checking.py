@@ -1,0 +1,327 @@
+"""Check on the user's own model, before a long run, what the method rests on."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import torch
+from cyclopts import Parameter
+from torch import nn
+
+from kfade.curvature.estimators import Estimator
+from kfade.curvature.product import quadratic_form
+from kfade.data.batches import make_batches
+from kfade.data.sequences import TokenSequence
+from kfade.demo.data import data_file
+from kfade.errors import InputError, first_line
+from kfade.evaluate.generation import Decoding, generate
+from kfade.evaluate.tokens import log_likelihoods
+from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.gradient import forget_gradient
+from kfade.method.objectives import margin
+from kfade.method.preflight import preflight
+from kfade.method.settings import DEFAULT_DAMPING
+from kfade.method.step import gauss_newton_step
+from kfade.method.update import Update
+from kfade.models.layers import find_targets, has_experts
+from kfade.models.lengths import length_class, model_window
+from kfade.models.targets import named
+from kfade.runs import options as o
+from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
+from kfade.runs.session import Loaded, load, read_source, to_tokens
+from kfade.runs.words import draw_of, estimator_of
+from kfade.runtime import progress
+from kfade.runtime.stages import Clock, stage, timing
+
+SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
+SHORT, BEYOND = 10, 32  # tokens of a short sequence; of a long one, beyond where lengths matter
+PROMPTS, NEW_TOKENS = (2, 20, 5, 9, 20), 8  # lengths of prompts; two are the same
+SMALL_KLS = (1e-4, 1e-6, 1e-8)  # nats: small against the third order, in most models the first is
+ABOVE_ROUNDING = 10  # times the KL of rounding: what a small step measures at least
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+@o.settings()
+@dataclass(frozen=True)
+class CheckRequest:
+    """Which model is checked, and with which curvature."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model."""
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig, kw_only=True)
+    """Which curvature, of which weights."""
+    retain: Annotated[str | None, Parameter(group=o.DATA)] = field(default=None, kw_only=True)
+    """Texts to check on, as for unlearn. Unset: the demo's."""
+    seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
+    """Seed of the pseudo-labels."""
+
+
+def check(request: CheckRequest) -> dict[str, Any]:
+    """Check on a few short texts what the method rests on; returns the findings.
+
+    That the targets are found; that padding and batch size change neither gradients nor what is
+    generated; that the length of a sequence in a batch does not change another's numbers; how the
+    predicted, the exact-quadratic and the measured KL of a small step relate.
+
+    Raises:
+        InputError: the model is not supported, or the gradient is zero on these texts.
+    """
+    curvature = request.curvature
+    fit = estimator_of(curvature.estimator, draw_of(curvature.labels))
+    clock = Clock()
+    with timing(clock):
+        examples = read_source(request.retain or str(data_file("retain.jsonl")), "--retain")
+        loaded = load(request.model, curvature)
+        preflight(loaded.model, loaded.targets, recompute=curvature.recompute)
+        length = min(LENGTH, model_window(loaded.model) or LENGTH)
+        plain = RetainConfig(template="plain", sequence_length=length)
+        texts = [example for example in examples if example.text] or examples
+        tokens = to_tokens(texts[: 4 * SEQUENCES], loaded, plain)[:SEQUENCES]
+        findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
+        findings.append(_generation(loaded, tokens))
+        few = _few_blocks(loaded, curvature)
+        findings += _small_step(few, tokens, fit, request.seed)
+    return {
+        "passed": all(finding.passed for finding in findings),
+        "findings": [vars(finding) for finding in findings],
+        "seconds": clock.total,
+    }
+
+
+def _targets(loaded: Loaded) -> Finding:
+    kinds = Counter((t.name.split(f".{t.block}.", 1)[-1], t.shape) for t in loaded.targets)
+    parts = [f"{count} x {name} {list(shape)}" for (name, shape), count in kinds.items()]
+    return Finding("targets", True, "; ".join(parts))
+
+
+def _padding(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
+    """Gradients of one padded batch against one sequence at a time."""
+    cut = _unequal(tokens, model_window(loaded.model))
+    device = loaded.targets[0].weight.device
+    results = []
+    for budget in (1, 10**9):
+        group = length_class(loaded.model)
+        batches = make_batches(cut, budget=budget, device=device, group=group)
+        results.append(forget_gradient(loaded.model, batches, loaded.targets, margin))
+    alone, together = results
+    difference = sum((alone[n] - together[n]).square().sum().item() for n in alone) ** 0.5
+    size = sum(alone[n].square().sum().item() for n in alone) ** 0.5
+    if size == 0:
+        raise InputError(
+            f"the gradient is zero in all targeted weights ({named(alone)}) on these texts: target "
+            "others with --target or --layers, or give other texts with --retain"
+        )
+    limit = _rounding(loaded)
+    return Finding(
+        "padding and batch size",
+        difference <= limit * size,
+        f"gradients of {len(cut)} sequences alone and in one padded batch differ by "
+        f"{difference / size:.1e} (limit {limit:.0e})",
+    )
+
+
+def _unequal(tokens: list[TokenSequence], window: int | None) -> list[TokenSequence]:
+    """``SEQUENCES`` of as many lengths, whatever there is: beginnings of the sequences in turn, of
+    which short ones are repeated, each token but the first scored."""
+    longest = max(min(2 * SEQUENCES, window or LENGTH), *(len(s.tokens) for s in tokens))
+    made = []
+    for i in range(SEQUENCES):
+        text = tokens[i % len(tokens)].tokens
+        length = max(2, longest * (SEQUENCES + 1 - i) // (SEQUENCES + 1))
+        text = (text * (length // len(text) + 1))[:length]
+        made.append(TokenSequence(text, (False,) + (True,) * (length - 1)))
+    return made
+
+
+def _rounding(loaded: Loaded) -> float:
+    """What rounding may do to a number relative to its size, or to a log-probability in nats.
+
+    It grows with depth: a thousand units in the last place is usual, a wrong mask is O(1).
+    """
+    return max(1e-3, 16 * torch.finfo(loaded.targets[0].weight.dtype).eps)
+
+
+def _lengths(loaded: Loaded, tokens: list[TokenSequence]) -> list[Finding]:
+    """Log-likelihoods of sequences on both sides of where the rotary frequencies change: alone,
+    together, and after longer ones; nothing for a model where they do not."""
+    borders = length_class(loaded.model).borders
+    if not borders:
+        return []
+    stream = [token for sequence in tokens for token in sequence.tokens]
+    lengths = [min(SHORT, borders[0]), borders[-1] + BEYOND // 2, borders[-1] + BEYOND]
+    sequences = []
+    for length in lengths:
+        text = (stream * (length // len(stream) + 1))[:length]
+        sequences.append(TokenSequence(tuple(text), (False,) + (True,) * (length - 1)))
+    rising = [log_likelihoods(loaded.model, [one])[0] for one in sequences]
+    together = log_likelihoods(loaded.model, sequences, batch_tokens=10**9)
+    falling = [log_likelihoods(loaded.model, [one])[0] for one in sequences[::-1]][::-1]
+    difference = max(
+        (max(values) - min(values)) / one.loss_tokens
+        for one, *values in zip(sequences, rising, together, falling, strict=True)
+    )
+    limit = _rounding(loaded)
+    return [
+        Finding(
+            "sequence length",
+            difference <= limit,
+            f"the model's rotary frequencies change beyond {', '.join(map(str, borders))} "
+            f"positions; log-likelihoods of {lengths[0]}, {lengths[1]} and {lengths[2]} tokens "
+            f"alone, together and after longer ones differ by {difference:.1e} nats per token "
+            f"(limit {limit:.0e})",
+        )
+    ]
+
+
+def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
+    """Greedy continuations of prompts of several lengths, together and one by one."""
+    name = "batched generation"
+    whole = [tokens[i % len(tokens)].tokens for i in range(len(PROMPTS))]
+    longest = max(1, (model_window(loaded.model) or LENGTH) - NEW_TOKENS)
+    prompts = [text[: min(length, longest)] for text, length in zip(whole, PROMPTS, strict=True)]
+    said: list[dict[int, list[int]]] = [{}, {}]
+    for found, budget in zip(said, (10**9, 1), strict=True):
+        decoding = Decoding(NEW_TOKENS, budget)
+        try:
+            found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            said_why = f"{type(error).__name__}: {first_line(error)}"
+            return Finding(name, False, f"it fails: {said_why}")
+    together, alone = said
+    gaps = [
+        _gap(loaded, prompt, together[i], alone[i])
+        for i, prompt in enumerate(prompts)
+        if together[i] != alone[i]
+    ]
+    limit = _rounding(loaded)
+    text = f"{len(prompts)} prompts continued in batches and one by one: "
+    text += f"{len(prompts) - len(gaps)} alike"
+    if gaps:
+        text += (
+            f", the others apart where the two tokens' log-probabilities differ by up to "
+            f"{max(gaps):.1e} nats (a tie up to {limit:.0e})"
+        )
+    return Finding(name, all(gap <= limit for gap in gaps), text)
+
+
+def _gap(loaded: Loaded, prompt: tuple[int, ...], one: list[int], other: list[int]) -> float:
+    """Between the log-probabilities of the first tokens in which two continuations differ."""
+    place = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    texts = [(*prompt, *said[: place + 1]) for said in (one, other)]
+    last = [TokenSequence(text, (False,) * (len(text) - 1) + (True,)) for text in texts]
+    first, second = log_likelihoods(loaded.model, last)
+    return abs(first - second)
+
+
+def _few_blocks(loaded: Loaded, curvature: CurvatureConfig) -> Loaded:
+    """At most ``BLOCKS`` of the targeted blocks, spread evenly."""
+    blocks = sorted({t.block for t in loaded.targets})
+    if len(blocks) > BLOCKS:
+        blocks = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)]
+    targets = find_targets(
+        loaded.model,
+        layers=",".join(map(str, blocks)),
+        pattern=curvature.target,
+        joint_bias=curvature.joint_bias,
+    )
+    return replace(loaded, targets=targets)
+
+
+def _after_rounding(model: nn.Module, update: Update) -> Update:
+    """What is left of ``update`` in weights of the model's dtype."""
+    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    left = {}
+    for name, delta in update.deltas.items():
+        weight = weights[name].to(delta.dtype)
+        left[name] = (weight + delta).to(weights[name].dtype).to(delta.dtype) - weight
+    return Update(left)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A small step of one size."""
+
+    exact: float
+    """KL by the exact quadratic form."""
+    measured: float
+    predicted: float
+    """By the fit."""
+
+    @property
+    def ratio(self) -> float:
+        """1 where the form holds."""
+        return self.measured / self.exact
+
+
+def _small_step(
+    few: Loaded, tokens: list[TokenSequence], fit: Estimator, seed: int
+) -> list[Finding]:
+    """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences.
+
+    The form is what the KL tends to as the step gets smaller: where the two are apart, smaller
+    ones are tried.
+    """
+    model, targets = few.model, few.targets
+    group = length_class(model)
+    batches = make_batches(tokens, device=targets[0].weight.device, group=group)
+    with stage("fit"):
+        curvature = fit.fit(model, batches, targets, seed=seed)
+    gradient = forget_gradient(model, batches[-1:], targets, margin)
+    step = gauss_newton_step(curvature, gradient, damping=DEFAULT_DAMPING, relative=True)
+    gauge = Gauge(model, batches, batches[-1:])
+    floor = ABOVE_ROUNDING * gauge.rounding_kl(targets)
+    exact = quadratic_form(model, batches, targets, step.direction)
+    # In 16 bits rounding adds a tenth (its KL adds to the step's), the forward-mode pass rounds as
+    # well, and a larger step has more of a third order; a wrong product is off by its whole size.
+    limit = 0.1 if floor == 0 else 0.5
+    trials: list[Trial] = []
+    for kl in sorted({max(kl, floor) for kl in SMALL_KLS}, reverse=True):
+        alpha = (2 * kl / exact) ** 0.5
+        # In 16 bits much of a small step is lost in the weights: what is left of it is looked at.
+        update = Update({}).plus(parameter_changes(targets, step.direction), alpha)
+        left = _after_rounding(model, update)
+        remains = {target.name: target.from_parameters(left.deltas) for target in targets}
+        exact_kl = 0.5 * quadratic_form(model, batches, targets, remains)
+        measured = gauge.measure(left, margin).retain_kl
+        trials.append(Trial(exact_kl, measured, step.predicted_kl(alpha)))
+        if abs(trials[-1].ratio - 1) <= limit:
+            break
+    blocks = sorted({t.block for t in targets})
+    progress.say(f"small step on blocks {blocks}, {sum(b.loss_tokens for b in batches)} tokens")
+    last = trials[-1]
+    passed = abs(last.ratio - 1) <= limit
+    rounding = f"; of rounding alone {floor / ABOVE_ROUNDING:.1e}" if floor else ""
+    text = (
+        f"it predicts {last.exact:.1e} nats, {last.measured:.2e} were measured "
+        f"(ratio {last.ratio:.3f}, limit 1 ± {limit}{rounding})"
+    )
+    if len(trials) > 1:
+        tried = ", ".join(f"{trial.ratio:.3g} at {trial.exact:.0e}" for trial in trials[:-1])
+        text += f"; of larger steps the ratio is {tried}"
+        if passed:
+            why = "curvature of higher order counts beyond it"
+            if has_experts(model):
+                why = "beyond it other experts run"
+            text += f": the form holds up to about {last.exact:.0e} nats, {why}"
+    seen = last.predicted
+    return [
+        Finding("exact quadratic form", passed, text),
+        Finding(
+            "fitted curvature",
+            seen > 0,
+            f"it predicts {seen:.1e} nats, {last.measured:.2e} were measured: the fit sees "
+            f"1/{last.measured / seen if seen else math.inf:.0f} of this step's KL; choose a "
+            "step's size by --kl, not by --alpha",
+        ),
+    ]
