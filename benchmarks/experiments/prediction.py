@@ -37,6 +37,7 @@ import kfade
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
+from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, load_examples, parse_example
 from kfade.data.sequences import TokenSequence
 from kfade.demo.data import data_file
@@ -157,7 +158,7 @@ class Shipped(PredictionLab):
     @cached_property
     def sets(self) -> tuple[Sequence[TokenSequence], ...]:
         examples = load_examples(str(data_file("forget.jsonl")))[:64]
-        forget = kfade.encode(examples, self.tokenizer, chat=False)
+        forget = kfade.encode(examples, self.tokenizer, template=ChatTemplate(enabled=False))
         lines = (self.folder / "wikitext" / "wikitext-2-test.raw.txt").read_text().splitlines()
         texts = [Example("wikitext", text=line.strip()) for line in lines if len(line) > 400]
         # Every eighth paragraph; the held-out ones come from later articles.
@@ -183,7 +184,7 @@ class Memorised(PredictionLab):
 
     @cached_property
     def sets(self) -> tuple[Sequence[TokenSequence], ...]:
-        sequences = kfade.encode(self.examples, self.tokenizer, chat=True)
+        sequences = kfade.encode(self.examples, self.tokenizer, template=ChatTemplate(enabled=True))
         forget, kept = sequences[-AUTHOR_QUESTIONS:], sequences[:-AUTHOR_QUESTIONS]
         held_out = kept[4::5]
         return forget, [s for s in kept if s not in held_out], held_out
@@ -191,7 +192,7 @@ class Memorised(PredictionLab):
     def _memorise(self, folder: Path) -> Record:
         """Fine-tune the shipped model until its mean answer loss is below 0.1."""
         model, tokenizer = kfade.load_model(self.base)
-        sequences = kfade.encode(self.examples, tokenizer, chat=True)
+        sequences = kfade.encode(self.examples, tokenizer, template=ChatTemplate(enabled=True))
         names = [name for name, _ in model.named_parameters()]
         history = fine_tune(
             *(model, sequences, names), rate=2e-4, epochs=20, enough=lambda loss: loss < 0.1

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from lab.forgetting import BUDGET
 from lab.pieces import Piece, Results
@@ -58,10 +57,10 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
 def on_best_third(lab: TofuLab, layers: str, damping: float) -> Iterator[Piece]:
     """The ablations that are made on these blocks only."""
 
-    def refit(sequences: list[TokenSequence], **options: Any) -> Record:
+    def refit(sequences: list[TokenSequence], estimator: kfade.EKFAC = kfade.EKFAC()) -> Record:
         batches = make_batches(sequences, budget=BUDGET)
         targets = targets_within(lab.targets, layers)
-        curvature = kfade.fit_ekfac(lab.model, batches, targets, **options)
+        curvature = estimator.fit(lab.model, batches, targets)
         row = lab.one_step("report", curvature, damping, layers=layers, like=f"blocks {layers}")
         return {**row, "layers": layers, "questions": len(sequences)}
 
@@ -77,7 +76,7 @@ def on_best_third(lab: TofuLab, layers: str, damping: float) -> Iterator[Piece]:
     yield "ablation retain 1/16", lambda: refit(fit()[::16])
     yield "ablation wikitext", lambda: refit(lab.text)
     yield "ablation own text", lambda: refit(lab.own_text())
-    yield "ablation softened outputs", lambda: refit(fit(), draw=softened_draw)
+    yield "ablation softened outputs", lambda: refit(fit(), kfade.EKFAC(softened_draw))
     yield "ablation 3 steps", lambda: three_steps(refit=False)
     yield "ablation 3 steps, each with its fit", lambda: three_steps(refit=True)
 

@@ -16,8 +16,10 @@ from lab.records import Record
 
 import kfade
 from kfade.data.batches import make_batches
+from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import TokenSequence
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.tofu import TofuQuestion, evaluate_tofu, read_tofu
 from kfade.method.measure import mean_objectives
@@ -162,7 +164,7 @@ def train_model(base: str, examples: Sequence[Example], sizes: Sizes, folder: Pa
 
 
 def encode(examples: Sequence[Example], tokenizer: Any) -> list[TokenSequence]:
-    return kfade.encode(examples, tokenizer, chat=True)
+    return kfade.encode(examples, tokenizer, template=ChatTemplate(enabled=True))
 
 
 def answer(
@@ -173,8 +175,7 @@ def answer(
     with ItemLog(path, {"benchmark": "tofu", "row": path.stem}) as log:
         evaluate_tofu(
             *(model, tokenizer, questions, log),
+            Decoding(NEW_TOKENS, BUDGET),
             template="chat",
-            max_new_tokens=NEW_TOKENS,
-            batch_tokens=BUDGET,
         )
         return log.items

@@ -20,12 +20,11 @@ from tofu_data import Data, Sizes, answer, encode, train_model
 
 import kfade
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.fit import correct_eigenvalues
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.divergence import rounded as to_four_digits
-from kfade.evaluate.generation import generate
+from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.method.gradient import forget_gradient
@@ -92,21 +91,15 @@ class TofuLab(Lab):
         )
 
         def continued(prompts: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
-            found: dict[int, Sequence[int]] = {}
-            generate(
-                *(self.model, self.tokenizer, prompts, found.__setitem__),
-                max_new_tokens=OWN_TOKENS,
-                batch_tokens=BUDGET,
-                temperature=1.0,
-                seed=seed,
-            )
+            decoding = Decoding(OWN_TOKENS, BUDGET, temperature=1.0, seed=seed)
+            found = dict(generate(self.model, self.tokenizer, prompts, decoding))
             return [tuple(found[index]) for index in range(len(prompts))]
 
         asked = continued([user] * len(self.slices["fit"]), self.sizes.seed)
         prompts = [(*user, *question, *assistant) for question in asked]
         answers = continued(prompts, self.sizes.seed + 1)
         return [
-            completed(Prompt("own text", "", prompt), tokens)
+            completed(Prompt("", prompt), tokens)
             for prompt, tokens in zip(prompts, answers, strict=True)
         ]
 
@@ -115,8 +108,8 @@ class TofuLab(Lab):
         every = self.slices["fit"]
         rest = [sequence for i, sequence in enumerate(every) if i % share]
         first, second = (make_batches(part, budget=BUDGET) for part in (every[::share], rest))
-        kfac = kfade.fit_kfac(self.model, first, self.targets)
-        return correct_eigenvalues(self.model, second, self.targets, kfac)
+        kfac = kfade.KFAC().fit(self.model, first, self.targets)
+        return kfade.EKFAC().correct(kfac, self.model, second, self.targets)
 
     def measure_targets(self) -> Record:
         """Forget probabilities of the full model and of the retrained one."""

@@ -36,6 +36,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.completions import complete, completed, encode_prompts
 from kfade.evaluate.divergence import rounded, summarise_divergence
+from kfade.evaluate.generation import Decoding
 from kfade.evaluate.log import ItemLog
 from kfade.evaluate.questions import Question
 from kfade.method.step import StepSize
@@ -167,7 +168,7 @@ class TopicLab(Lab):
         prompts = encode_prompts(examples, self.tokenizer)
         path = self.cache / f"completions-{len(prompts)}.jsonl"
         with ItemLog(path, {"benchmark": "kl", "tokens": NEW_TOKENS}) as log:
-            complete(self.model, self.tokenizer, prompts, log, max_new_tokens=NEW_TOKENS)
+            complete(self.model, self.tokenizer, prompts, log, Decoding(NEW_TOKENS))
             said = [log.items[str(i)]["tokens"] for i in range(len(prompts))]
         return [completed(prompt, own) for prompt, own in zip(prompts, said, strict=True)]
 

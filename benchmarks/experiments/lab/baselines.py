@@ -54,11 +54,7 @@ def method_of(
 def train_baseline(
     model: Any,
     method: Method,
-    data: dict[str, Sequence[TokenSequence]],
-    *,
-    rate: float,
-    steps: int,
-    batch: int,
+    sets: dict[str, Sequence[TokenSequence]],
     on_evaluation: Callable[[Any, Update], bool],
     **options: Any,
 ) -> Update:
@@ -68,9 +64,10 @@ def train_baseline(
     decay.
 
     Args:
-        data: sequences by name: ``forget``, ``retain``, ``held_out``.
+        sets: sequences by name: ``forget``, ``retain``, ``held_out``.
         on_evaluation: called with a checkpoint and the update; True ends the run.
-        options: other options of :func:`kfade.baselines.loop.train`.
+        options: settings that are not the method's own: ``lr``, ``steps``, ``batch`` and others
+            of :class:`~kfade.baselines.loop.Settings`.
 
     Raises:
         InputError: the loss is not finite.
@@ -79,23 +76,14 @@ def train_baseline(
     # Over all weights a fused step takes a seventh of the time on a CPU.
     fused = partial(AdamW, fused=True)
     settings = Settings(
-        lr=rate,
-        steps=steps,
-        batch=batch,
         weight_decay=defaults.weight_decay,
         clip=defaults.clip,
         optimizer=fused if defaults.optimizer is AdamW else defaults.optimizer,
-    )
-    return train(
-        model,
-        method.terms,
-        Dense(model, method.trains or block_weights(model)),
-        **data,
-        settings=settings,
         batch_tokens=TRAIN_BUDGET,
-        on_evaluation=on_evaluation,
         **options,
     )
+    trainable = Dense(model, method.trains or block_weights(model))
+    return train(model, method.terms, trainable, sets, settings, on_evaluation=on_evaluation)
 
 
 def at_target(curve: Sequence[dict[str, float]], target: float) -> dict[str, float] | None:

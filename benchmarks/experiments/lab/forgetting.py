@@ -32,7 +32,7 @@ from kfade.method.measure import (
 from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head
-from kfade.models.layers import Target
+from kfade.models.targets import Target
 
 BUDGET = 2048  # positions in one forward pass
 GUESS_SEQUENCES, GUESS_KL = 4, 0.01  # sequences of the quadratic form, and the KL to start from
@@ -79,14 +79,13 @@ def token_kls(
 ) -> dict[int, Tensor]:
     """KL(base ‖ model with ``update``) of every scored token, by number of the sequence."""
     groups = grouped(make_batches(sequences, budget=BUDGET))
-    kls: dict[int, Tensor] = {}
-    divergences(
-        groups,
-        lambda number: outputs(base, groups[number], "base"),
-        lambda: update.applied_to(model),
-        kls.__setitem__,
+    return dict(
+        divergences(
+            groups,
+            lambda number: outputs(base, groups[number], "base"),
+            lambda: update.applied_to(model),
+        )
     )
-    return kls
 
 
 @dataclass(frozen=True)

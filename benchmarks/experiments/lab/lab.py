@@ -12,7 +12,7 @@ from typing import Any
 import kfade
 from kfade.baselines.methods import Method
 from kfade.curvature.curvature import Curvature, Matrices
-from kfade.curvature.fit import correct_eigenvalues
+from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
@@ -20,8 +20,8 @@ from kfade.method.settings import Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
-from kfade.models.layers import Target
-from kfade.runs.words import draw_of, fit_of, objective_of
+from kfade.models.targets import Target
+from kfade.runs.words import draw_of, estimator_of, objective_of
 
 from .baselines import train_baseline
 from .forgetting import BUDGET, Group, Ruler, Search
@@ -92,8 +92,7 @@ class Lab:
         """Fit and keep a curvature. ``fit_seconds`` includes the fit that it builds upon.
 
         Args:
-            name: an estimator, as in ``kfac``; square-root draws unless the name gives other
-                pseudo-labels, as in ``kfac sampled``.
+            name: as :func:`estimator_named` reads it.
         """
 
         def make(folder: Path) -> Record:
@@ -108,17 +107,10 @@ class Lab:
         return make_once(self.cache / f"fit-{name}", make)
 
     def _fitted(self, name: str, batches: Sequence[Batch]) -> Curvature:
-        estimator, _, labels = name.partition(" ")
-        data, draw = (self.model, batches, self.targets), draw_of(labels or "sqrt")
-        match estimator:
-            case "identity":
-                return kfade.fit_identity(*data)
-            case "diagonal":
-                return kfade.fit_diagonal(*data, draw=draw)
-            case "kfac":
-                return kfade.fit_kfac(*data, draw=draw)
-        kfac = self.curvature(name.replace("ekfac", "kfac"))
-        return correct_eigenvalues(*data, kfac, draw=draw)
+        estimator, data = estimator_named(name), (self.model, batches, self.targets)
+        if isinstance(estimator, EKFAC):
+            return estimator.correct(self.curvature(name.replace("ekfac", "kfac")), *data)
+        return estimator.fit(*data)
 
     def curvature(self, name: str) -> Curvature:
         """The curvature that :meth:`fit` keeps under that name."""
@@ -171,7 +163,6 @@ class Lab:
         """
         targets = targets_within(self.targets, layers)
         curvature = cut(self.curvature(fit), targets)
-        estimator, _, labels = fit.partition(" ")
         states = [Update({})]
         start = time.perf_counter()
         update = kfade.unlearn(
@@ -179,13 +170,12 @@ class Lab:
             forget=self.group(group).forget,
             retain=self.slices["fit"],
             held_out=self.slices["held_out"],
-            fit=fit_of(estimator),
+            fit=estimator_named(fit),
             direction=replace(direction, damping=damping, relative=relative),
             size=size,
             run=Run(
                 targets=targets,
                 curvature=curvature,
-                draw=draw_of(labels or "sqrt"),
                 batch_tokens=BUDGET,
                 on_step=states.append,
                 **{"refit": False, **options},
@@ -205,7 +195,7 @@ class Lab:
         on_evaluation: Callable[[Any, Update], bool],
     ) -> Update:
         """Train a baseline, with an evaluation after every so many steps."""
-        data = {
+        sets = {
             "forget": self.group(group).forget,
             "retain": self.slices["fit"],
             "held_out": self.slices["held_out"],
@@ -213,13 +203,13 @@ class Lab:
         return train_baseline(
             self.model,
             method,
-            data,
-            rate=rate,
+            sets,
+            on_evaluation,
+            lr=rate,
             steps=steps,
             batch=self.sizes.batch,
             evaluate_every=every,
             seed=self.sizes.seed,
-            on_evaluation=on_evaluation,
         )
 
     def keep(self, name: str, row: Record, update: Update | None) -> Record:
@@ -238,3 +228,9 @@ class Lab:
 
     def _path(self, name: str) -> Path:
         return self.cache / "updates" / f"{name}.safetensors"
+
+
+def estimator_named(fit: str) -> Estimator:
+    """The estimator of a fit: ``kfac`` makes square-root draws, ``kfac sampled`` samples labels."""
+    word, _, labels = fit.partition(" ")
+    return estimator_of(word, draw_of(labels or "sqrt"))
