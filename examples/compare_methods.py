@@ -6,28 +6,24 @@ python examples/compare_methods.py MODEL forget.jsonl retain.jsonl OUT
 import sys
 from pathlib import Path
 
-from kfade.cli import main as kfade
+from kfade import runs
 
 
-def main(name: str, forget: str, retain: str, out: str, *options: str) -> Path:
+def main(name: str, forget: str, retain: str, out: str) -> Path:
     """Two updates, their KL on prompts, and one page with both; returns the page."""
-    folder = Path(out)
-    data = ["--forget", forget, "--retain", retain, *options]
-    run(["unlearn", name, *data, "--kl", "0.01", "--out", str(folder / "kfade")])
-    run(["baseline", "npo", name, *data, "--lr", "1e-4", "--out", str(folder / "npo")])
+    folder, model = Path(out), runs.ModelConfig(name)
+    data = runs.DataConfig(forget=forget, retain=retain)
+    ours = runs.RunConfig(model, data=data, size=runs.SizeConfig(kl=0.01))
+    runs.unlearn(ours, folder / "kfade")
+    npo = runs.BaselineRequest("npo", model, data=data, training=runs.TrainingConfig(lr=1e-4))
+    runs.baseline(npo, folder / "npo")
     for method in ("kfade", "npo"):
-        given = ["--update", str(folder / method), "--prompts", forget, "--max-new-tokens", "8"]
-        run(["eval", "kl", name, *given, "--out", str(folder / f"{method}-kl")])
-    page = folder / "report.html"
-    run(["report", str(folder), "--out", str(page)])
-    return page
-
-
-def run(arguments: list[str]) -> None:
-    """One command of kfade; stops where it fails."""
-    code = kfade(arguments)
-    if code != 0:
-        raise SystemExit(code)
+        judged = runs.Subject(model, update=folder / method)
+        request = runs.KlRequest(subject=judged, prompts=forget, max_new_tokens=8)
+        kl = runs.evaluate_kl(request, folder / f"{method}-kl")["kl_per_token"]
+        print(f"{method}: KL {kl['value']:.2e} nats per token")
+    runs.report([folder], folder / "report.html")
+    return folder / "report.html"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -47,6 +49,15 @@ def test_quickstart(given, capsys):
     assert "forget loss" in capsys.readouterr().out
 
 
+def test_notebook(given, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notebook.py", *given])
+    load("notebook")
+    said = capsys.readouterr().out
+    kls = [float(kl) for kl in re.findall(r"retain KL (\S+):", said)]
+    assert kls == pytest.approx([0.003, 0.01, 0.03], rel=0.1)  # as near as a search goes
+    assert "edited model:" in said
+
+
 def test_own_objective(given):
     example = load("own_objective")
     found = example.main(*given)
@@ -62,8 +73,7 @@ def test_own_objective(given):
 
 
 def test_compare_methods(given, tmp_path):
-    options = ("--sequence-length", "8")
-    page = load("compare_methods").main(*given, str(tmp_path / "out"), *options)
+    page = load("compare_methods").main(*given, str(tmp_path / "out"))
     text = page.read_text(encoding="utf-8")
     assert "K-FADE" in text
     assert "NPO" in text
