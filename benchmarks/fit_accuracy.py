@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfade
+from kfade import Damping
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.data.batches import make_batches
 from kfade.data.chat import ChatTemplate
@@ -118,7 +119,7 @@ def main() -> None:
         for estimator, curvature in fits(given.model, fitted, dtype, seed):
             print(f"{estimator}, {name}", flush=True)
             raised = {k: v.to(curvature.blocks[k].eigenvalues.dtype) for k, v in gradient.items()}
-            step = gauss_newton_step(curvature, raised, damping=DAMPING, relative=True)
+            step = gauss_newton_step(curvature, raised, damping=Damping(DAMPING))
             direction = {k: v.double() for k, v in step.direction.items()}
             reference, wanted = exact.setdefault(estimator, (curvature, direction))
             lengths = inner(reference, direction, direction) * inner(reference, wanted, wanted)

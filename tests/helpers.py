@@ -87,6 +87,8 @@ def flat(**options: Any) -> dict[str, Any]:
     """Options of ``kfade.unlearn`` with those of its settings sorted into them, where there are
     some: ``flat(targets=t, kl=0.01, fit=f)`` is run=Run(targets=t), size=StepSize(kl=0.01), fit=f.
     """
+    if isinstance(options.get("damping"), float):
+        options["damping"] = kfade.Damping(options["damping"], options.pop("relative", True))
     kinds = {"direction": kfade.Direction, "size": kfade.StepSize, "run": kfade.Run}
     sorted_options = {}
     for name, kind in kinds.items():

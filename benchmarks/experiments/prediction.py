@@ -34,6 +34,7 @@ from lab.records import RESULTS, Record, read, table
 from lab.rows import ESTIMATORS
 
 import kfade
+from kfade import Damping
 from kfade.curvature.curvature import Matrices
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
@@ -95,7 +96,7 @@ class PredictionLab(Lab):
     def direction(self, fit: str) -> tuple[Step, Matrices]:
         """The step of a margin, and its changes by parameter."""
         gradient, _ = self.gradient("forget", "margin")
-        step = gauss_newton_step(self.curvature(fit), gradient, damping=DAMPING, relative=True)
+        step = gauss_newton_step(self.curvature(fit), gradient, damping=Damping(DAMPING))
         return step, parameter_changes(self.targets, step.direction)
 
     def exact_form(self, name: str, step: Step) -> float:

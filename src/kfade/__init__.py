@@ -9,6 +9,7 @@ update.apply(model)
 """
 
 from kfade.curvature.curvature import Curvature
+from kfade.curvature.damping import Damping
 from kfade.curvature.draws import sampled_labels, square_root_draw
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Identity, fit_kfac
 from kfade.data.batches import make_batches
@@ -32,5 +33,6 @@ __all__ = [
     "EKFAC", "KFAC", "Diagonal", "Identity", "fit_kfac", "Curvature",
     "sampled_labels", "square_root_draw",
     # unlearning
-    "unlearn", "Direction", "StepSize", "Run", "margin", "cross_entropy", "Update", "InputError",
+    "unlearn", "Direction", "Damping", "StepSize", "Run", "margin", "cross_entropy", "Update",
+    "InputError",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ import zoo
 from torch import nn
 
 import kfade
+from kfade import Damping
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import token_keys
@@ -188,7 +189,9 @@ def check_products(problem, ours, theirs, factor=1.0):
         inverse = curvlinops.KFACInverseLinearOperator(
             theirs, damping=damping * factor, use_exact_damping=True
         )
-        solved = parameter_changes(problem.targets, ours.solve(x, damping=damping, relative=False))
+        solved = parameter_changes(
+            problem.targets, ours.solve(x, damping=Damping(damping, relative=False))
+        )
         for mine, other in zip(solved.values(), inverse @ listed, strict=True):
             torch.testing.assert_close(mine / factor, other, **TOLERANCE)
 

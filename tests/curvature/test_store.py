@@ -25,6 +25,7 @@ from kfade import (
     EKFAC,
     KFAC,
     Curvature,
+    Damping,
     Diagonal,
     Identity,
     find_targets,
@@ -117,8 +118,8 @@ def test_steps_and_forms_are_the_same_from_disk(model, targets, batches, tmp_pat
     for ours, theirs in (
         (on_disk.matvec(x), in_memory.matvec(x)),
         (
-            on_disk.solve(x, damping=0.1, relative=True),
-            in_memory.solve(x, damping=0.1, relative=True),
+            on_disk.solve(x, damping=Damping()),
+            in_memory.solve(x, damping=Damping()),
         ),
     ):
         assert all(same_bits(ours[name], theirs[name]) for name in theirs)

@@ -21,6 +21,7 @@ import kfade.models.head
 from kfade import (
     EKFAC,
     KFAC,
+    Damping,
     Diagonal,
     Identity,
     cross_entropy,
@@ -87,7 +88,7 @@ def test_block_equals_its_dense_matrix(kind):
     assert relative_error(block.matvec(x).reshape(-1), g @ vector) < EXACT
     assert relative_error(block.quadratic(x), vector @ g @ vector) < EXACT
     for relative in (False, True):
-        damping = block.damping(0.3, relative)
+        damping = Damping(0.3, relative).of(block)
         assert damping == pytest.approx(0.3 * (g.trace().item() / 15 if relative else 1.0))
         solved = torch.linalg.solve(g + damping * eye, vector)
         assert relative_error(block.solve(x, damping).reshape(-1), solved) < EXACT
@@ -128,9 +129,9 @@ def test_kfac_solve_damps_the_product_not_the_factors():
 def test_identity_fit_is_plain_gradient_direction(model, batches, targets):
     curvature = Identity().fit(model, batches, targets)
     x = {t.name: randn(*t.shape, seed=i) for i, t in enumerate(targets)}
-    for name, solved in curvature.solve(x, damping=0.0, relative=False).items():
+    for name, solved in curvature.solve(x, damping=Damping(0.0, relative=False)).items():
         assert torch.equal(solved, x[name])
-    kfac = KFAC().fit(model, batches, targets).solve(x, damping=1e-3, relative=True)
+    kfac = KFAC().fit(model, batches, targets).solve(x, damping=Damping(1e-3))
     assert all(relative_error(kfac[name], x[name]) > PLAIN for name in x)
 
 

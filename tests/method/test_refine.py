@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from zoo.rows import FORGET, RETAIN
 
 import kfade
-from kfade import EKFAC, Curvature, InputError, Update, find_targets, make_batches, margin
+from kfade import EKFAC, Curvature, Damping, InputError, Update, find_targets, make_batches, margin
 from kfade.cli import main
 from kfade.curvature.estimators import Identity
 from kfade.curvature.product import gauss_newton_product
@@ -45,7 +45,7 @@ from kfade.method.step import gauss_newton_step
 from kfade.method.trial import Trial
 
 UNLEARN = sys.modules["kfade.method.unlearn"]  # kfade.unlearn itself is the function
-DAMPINGS = [{"damping": 0.1, "relative": True}, {"damping": 3e-3, "relative": False}]
+DAMPINGS = [Damping(0.1), Damping(3e-3, relative=False)]
 
 
 class System:
@@ -61,12 +61,12 @@ class System:
         self.g = flatten(self.gradient, self.targets).numpy()
         self.G = gauss_newton_matrix(self.model, self.batches, self.targets).numpy()
 
-    def ridge(self, damping: float, relative: bool) -> NDArray:
+    def ridge(self, damping: Damping) -> NDArray:
         """The diagonal of D, with each layer's λ from its own eigenvalues."""
         parts = []
         for target in self.targets:
             grid = self.curvature.blocks[target.name].eigenvalues
-            own = damping * grid.mean().item() if relative else damping
+            own = damping.value * grid.mean().item() if damping.relative else damping.value
             parts.append(np.full(grid.numel(), own))
         return np.concatenate(parts)
 
@@ -125,13 +125,13 @@ def off(ours: NDArray, theirs: NDArray) -> float:
 # --- The solver ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", DAMPINGS, ids=["relative", "absolute"])
-def test_iterates_are_the_textbooks(system, options):
+@pytest.mark.parametrize("damping", DAMPINGS, ids=["relative", "absolute"])
+def test_iterates_are_the_textbooks(system, damping):
     """By kfade's own products; the textbook has the matrix from reverse-mode Jacobians."""
     product = partial(gauss_newton_product, system.model, system.batches, system.targets)
-    D, fitted = np.diag(system.ridge(**options)), system.fitted()
+    D, fitted = np.diag(system.ridge(damping)), system.fitted()
     theirs = textbook(system.G + D, fitted + D, system.g)
-    steps = system.steps(5, product, **options)
+    steps = system.steps(5, product, damping=damping)
     assert len(steps) == 6
     before = None
     for step, x in zip(steps, theirs, strict=False):
@@ -146,42 +146,42 @@ def test_iterates_are_the_textbooks(system, options):
 
 
 def test_the_first_is_the_k_fade_step(system):
-    known = gauss_newton_step(system.curvature, system.gradient, **DAMPINGS[0])
+    known = gauss_newton_step(system.curvature, system.gradient, DAMPINGS[0])
 
     def refused(x):
         raise AssertionError("no product is needed")
 
-    [alone] = system.steps(0, refused, **DAMPINGS[0])
-    first, second = system.steps(1, **DAMPINGS[0])
+    [alone] = system.steps(0, refused, damping=DAMPINGS[0])
+    first, second = system.steps(1, damping=DAMPINGS[0])
     for step in (alone, first):
         assert (step.slope, step.unit_kl) == (known.slope, known.unit_kl)
         assert all(same_bits(step.direction[n], m) for n, m in known.direction.items())
     assert off(system.vector(first), system.vector(second)) > 0.1
 
 
-@pytest.mark.parametrize("options", DAMPINGS, ids=["relative", "absolute"])
-def test_enough_iterations_solve_the_exact_system(system, options):
+@pytest.mark.parametrize("damping", DAMPINGS, ids=["relative", "absolute"])
+def test_enough_iterations_solve_the_exact_system(system, damping):
     """... with each layer's own damping, and stop by themselves."""
-    ridge = system.ridge(**options)
+    ridge = system.ridge(damping)
     exact = np.linalg.solve(system.G + np.diag(ridge), system.g)
-    steps = system.steps(10_000, **options)
+    steps = system.steps(10_000, damping=damping)
     assert len(steps) < 2000
     last = system.vector(steps[-1])
     assert off(last, exact) < 1e-8
     assert off(system.vector(steps[0]), exact) > 0.1
-    wrong = ridge[::-1] if options["relative"] else 1.5 * ridge  # another layer's; more of it
+    wrong = ridge[::-1] if damping.relative else 1.5 * ridge  # another layer's; more of it
     assert off(last, np.linalg.solve(system.G + np.diag(wrong), system.g)) > 1e-3
 
 
 def test_the_quadratic_falls_and_falls_faster_with_the_fit(system):
     """½rᵀ(G + D)r − gᵀr, least along each direction; its least of all is −½gᵀ(G + D)⁻¹g."""
-    A = system.G + np.diag(system.ridge(**DAMPINGS[0]))
+    A = system.G + np.diag(system.ridge(DAMPINGS[0]))
     least = -0.5 * system.g @ np.linalg.solve(A, system.g)
 
     def value(x: NDArray) -> float:
         return -0.5 * (system.g @ x) ** 2 / (x @ A @ x) / -least
 
-    ours = [value(system.vector(step)) for step in system.steps(7, **DAMPINGS[0])]
+    ours = [value(system.vector(step)) for step in system.steps(7, damping=DAMPINGS[0])]
     assert all(-1 < later < earlier for earlier, later in pairwise(ours))
     plain = textbook(A, np.eye(len(A)), system.g)
     without = [value(next(plain)) for _ in ours]
@@ -192,16 +192,16 @@ def test_the_quadratic_falls_and_falls_faster_with_the_fit(system):
 
 def test_an_exact_fit_leaves_nothing_to_refine(system):
     """G = G̃: the K-FADE direction is the solution, and there is no second."""
-    options = {"damping": 0.5, "relative": False}
+    damping = Damping(0.5, relative=False)
     identity = Identity().fit(system.model, system.batches, system.targets)
-    assert len(system.steps(3, lambda x: dict(x), identity, **options)) == 1
-    assert len(system.steps(3, system.product, identity, **options)) == 4
+    assert len(system.steps(3, lambda x: dict(x), identity, damping=damping)) == 1
+    assert len(system.steps(3, system.product, identity, damping=damping)) == 4
 
 
 def test_nothing_given_is_written_to(system):
     kept = {name: matrix.clone() for name, matrix in system.gradient.items()}
     steps = Directions(
-        system.curvature, system.gradient, system.product, iterations=2, **DAMPINGS[0]
+        system.curvature, system.gradient, system.product, iterations=2, damping=DAMPINGS[0]
     )
     first = steps.next()
     direction = {name: matrix.clone() for name, matrix in first.direction.items()}
@@ -352,7 +352,7 @@ def test_a_norm_takes_the_last_direction(model, targets):
     forget = make_batches(random_sequences(4, seed=7), budget=20)
     gradient = forget_gradient(model, forget, targets, margin)
     product = partial(gauss_newton_product, model, retain, targets)
-    last = Directions(curvature, gradient, product, iterations=2, damping=0.1, relative=True).last()
+    last = Directions(curvature, gradient, product, iterations=2, damping=Damping()).last()
     for name, delta in update.deltas.items():
         assert relative_error(delta, 0.1 * last.direction[name]) < 1e-9
     with_norm = only_step(

@@ -10,6 +10,7 @@ import zoo
 from helpers import NoFit, flat, measured_kl, random_sequences, tiny_llama
 
 import kfade
+from kfade import Damping
 from kfade.cli import main
 from kfade.curvature.factors import CovarianceSum
 from kfade.data.batches import make_batches
@@ -136,7 +137,7 @@ def test_points_of_a_sweep_below_the_floor_fail_and_say_why(data):
     model = tiny_llama(torch.bfloat16)
     targets, floor = find_targets(model), floor_of(model, data)
     points = [
-        Point("margin", "all", 0.1, True, StepSize(kl=times * floor)) for times in (0.5, 30.0)
+        Point("margin", "all", Damping(0.1), StepSize(kl=times * floor)) for times in (0.5, 30.0)
     ]
     curvature = kfade.KFAC().fit(model, make_batches(data["retain"]), targets)
     shared = Shared(curvature, targets, {"margin": kfade.margin})

@@ -13,6 +13,7 @@ from helpers import Snapshot, flat, random_sequences
 from safetensors.torch import load_file
 from zoo.rows import FORGET, RETAIN
 
+from kfade import Damping
 from kfade.cli import main
 from kfade.curvature.estimators import EKFAC
 from kfade.curvature.product import gauss_newton_product
@@ -35,7 +36,7 @@ OBJECTIVES = {"margin": margin, "ce": cross_entropy}
 
 def outcome(kl: float | None, loss: float | None, name: str = "1") -> Outcome:
     """A point of that KL and loss, or one that failed."""
-    point = Point("margin", name, 0.1, True, StepSize(alpha=1.0))
+    point = Point("margin", name, Damping(0.1), StepSize(alpha=1.0))
     if kl is None:
         return Outcome(point, 1.0, failure="outputs not finite")
     return Outcome(point, 1.0, 1.0, 0.5, kl, loss, 0.1)
@@ -63,31 +64,36 @@ def test_rule_by_hand():
     assert pick(cheap, 1.0) is cheap[1]  # of equal ones, the cheaper
 
 
+def dampings(*values: float) -> list[Damping]:
+    """Multiples of the mean eigenvalue."""
+    return [Damping(value) for value in values]
+
+
 def test_grid():
     sizes = [StepSize(kl=0.01), StepSize(kl=0.03)]
-    points = grid(["margin", "ce"], ["all", "0"], [0.1, 1.0], sizes, relative=True)
+    points = grid(["margin", "ce"], ["all", "0"], dampings(0.1, 1.0), sizes)
     assert len(points) == len({p.id for p in points}) == 16
     assert points[0].id == "margin, layers all, relative_damping 0.1, kl 0.01"
     # One gradient at a time, then one direction at a time.
     assert [p.objective for p in points] == ["margin"] * 8 + ["ce"] * 8
     assert [p.direction for p in points[::2]] == [
-        ("all", 0.1, True), ("all", 1.0, True), ("0", 0.1, True), ("0", 1.0, True)
+        ("all", Damping(0.1)), ("all", Damping(1.0)), ("0", Damping(0.1)), ("0", Damping(1.0))
     ] * 2  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("objectives", "dampings", "message"),
+    ("objectives", "values", "message"),
     [
         ([], [0.1], "no objective"),
         (["margin"], [], "no damping"),
         (["margin"], [0.1, 0.1], "damping twice"),
-        (["margin"], [-1.0], "damping -1.0: give finite"),
-        (["margin"], [math.nan], "damping nan: give finite"),
+        (["margin"], [-1.0], "--relative-damping -1.0: give a finite"),
+        (["margin"], [math.nan], "--relative-damping nan: give a finite"),
     ],
 )
-def test_grids_that_are_none(objectives, dampings, message):
+def test_grids_that_are_none(objectives, values, message):
     with pytest.raises(InputError, match=message):
-        grid(objectives, ["all"], dampings, [StepSize(kl=0.01)], relative=True)
+        grid(objectives, ["all"], dampings(*values), [StepSize(kl=0.01)])
 
 
 @pytest.fixture
@@ -132,7 +138,7 @@ def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkey
 
     monkeypatch.setattr(Gauge, "measure", noted)
     sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
-    points = grid(["margin", "ce"], ["all", "1"], [0.03, 1.0], sizes, relative=True)
+    points = grid(["margin", "ce"], ["all", "1"], dampings(0.03, 1.0), sizes)
     before = Snapshot.of(model)
     outcomes = run(model, points, sets, targets, curvature)
     assert before.differences(model) == []
@@ -183,7 +189,7 @@ def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature
 
     monkeypatch.setattr(kfade.method.sweep, "gauss_newton_product", counted)
     sizes = [StepSize(alpha=0.01), StepSize(alpha=0.1)]
-    points = grid(["margin"], ["all", "1"], [0.1], sizes, relative=True, refine=[3, 0, 1])
+    points = grid(["margin"], ["all", "1"], dampings(0.1), sizes, refine=[3, 0, 1])
     assert [p.refine for p in points] == 2 * [0, 0, 1, 1, 3, 3]
     assert points[2].id == "margin, layers all, relative_damping 0.1, refine 1, alpha 0.01"
     told = []
@@ -201,7 +207,7 @@ def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature
             **flat(
                 targets=own,
                 curvature=cut(curvature, own),
-                damping=0.1,
+                damping=Damping(0.1),
                 seed=5,
                 alpha=found.point.size.alpha,
                 refine=found.point.refine,
@@ -227,17 +233,15 @@ def test_refined_points_are_the_steps_of_unlearn(model, targets, sets, curvature
 
 def test_refined_points_want_retain_data_and_a_count(model, targets, sets, curvature):
     with pytest.raises(InputError, match="--refine -1: give 0 or more"):
-        grid(["margin"], ["all"], [0.1], [StepSize(kl=0.01)], relative=True, refine=[0, -1])
-    points = grid(["margin"], ["all"], [0.1], [StepSize(kl=0.01)], relative=True, refine=[1])
+        grid(["margin"], ["all"], dampings(0.1), [StepSize(kl=0.01)], refine=[0, -1])
+    points = grid(["margin"], ["all"], dampings(0.1), [StepSize(kl=0.01)], refine=[1])
     with pytest.raises(InputError, match="the retain set is empty"):
         run(model, points, {**sets, "retain": []}, targets, curvature)
 
 
 def test_measured_kls_are_met(model, targets, sets, curvature):
     sizes = [StepSize(kl=0.001), StepSize(kl=0.01), StepSize(kl=0.1)]
-    outcomes = run(
-        model, grid(["margin"], ["all"], [0.1], sizes, relative=True), sets, targets, curvature
-    )
+    outcomes = run(model, grid(["margin"], ["all"], dampings(0.1), sizes), sets, targets, curvature)
     for found, size in zip(outcomes, sizes, strict=True):
         assert found.retain_kl == pytest.approx(size.kl, rel=0.1)
     assert outcomes[0].forget_loss < outcomes[1].forget_loss < outcomes[2].forget_loss
@@ -249,9 +253,9 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
     solves, gradients = [], []
     real = kfade.method.refine.gauss_newton_step
 
-    def counted_step(*arguments, **named):
-        solves.append(named["damping"])
-        return real(*arguments, **named)
+    def counted_step(curvature, gradient, damping):
+        solves.append(damping)
+        return real(curvature, gradient, damping)
 
     def counted_gradient(model, batches, targets, objective, **options):
         gradients.append(objective)
@@ -259,10 +263,10 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
 
     monkeypatch.setattr(kfade.method.refine, "gauss_newton_step", counted_step)
     sizes = [StepSize(alpha=a) for a in (0.01, 0.02, 0.03)]
-    points = grid(["margin", "ce"], ["all"], [0.1, 1.0], sizes, relative=True)
+    points = grid(["margin", "ce"], ["all"], dampings(0.1, 1.0), sizes)
     outcomes = run(model, points, sets, targets, curvature, gradient=counted_gradient)
     assert len(outcomes) == 12
-    assert solves == [0.1, 1.0, 0.1, 1.0]
+    assert solves == dampings(0.1, 1.0, 0.1, 1.0)
     assert gradients == [margin, cross_entropy]
     # What is known already is neither measured nor told again.
     done, told = {o.point: o for o in outcomes[:9]}, []
@@ -271,7 +275,7 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
         gradient=counted_gradient, seconds=1200.0,
     )  # fmt: skip
     assert gradients[2:] == [cross_entropy]
-    assert solves[4:] == [1.0]
+    assert solves[4:] == dampings(1.0)
     assert [o.point for o in told] == points[9:]
     assert again[:9] == outcomes[:9]
     for first, second in zip(outcomes[9:], again[9:], strict=True):
@@ -287,7 +291,7 @@ def test_a_forget_batch_is_the_one_that_unlearn_draws(model, targets, sets, curv
         seen.extend(sorted(tuple(b.input_BT[0].tolist()) for b in batches))
         return forget_gradient(model, batches, targets, objective, **options)
 
-    points = grid(["margin"], ["all"], [0.1], [StepSize(alpha=0.01)], relative=True)
+    points = grid(["margin"], ["all"], dampings(0.1), [StepSize(alpha=0.01)])
     run(
         model, points, sets, targets, curvature, forget_batch=2, seed=3, gradient=gradient,
         batch_tokens=1,
@@ -299,7 +303,7 @@ def test_a_forget_batch_is_the_one_that_unlearn_draws(model, targets, sets, curv
 
 def test_points_that_cannot_be_measured_do_not_stop_the_sweep(model, targets, sets, curvature):
     sizes = [StepSize(kl=0.01), StepSize(kl=1e6)]  # no KL is that large
-    points = grid(["margin"], ["all"], [0.1], sizes, relative=True)
+    points = grid(["margin"], ["all"], dampings(0.1), sizes)
     good, bad = run(model, points, sets, targets, curvature)
     assert good.failure is None
     assert "cannot be reached" in bad.failure

@@ -19,6 +19,7 @@ import kfade
 from kfade import (
     EKFAC,
     KFAC,
+    Damping,
     InputError,
     Update,
     cross_entropy,
@@ -80,7 +81,7 @@ def test_a_small_step_forgets_and_its_change_is_predicted(model, batches, target
     forget = random_sequences(3, seed=7)
     gradient = forget_gradient(model, make_batches(forget), targets, objective)
     curvature = fit().fit(model, batches, targets)
-    step = gauss_newton_step(curvature, gradient, damping=0.1, relative=True)
+    step = gauss_newton_step(curvature, gradient, damping=Damping())
     assert curvature.quadratic(step.direction) == pytest.approx(1.0)
     assert step.predicted_kl(0.2) == pytest.approx(0.5 * 0.2**2)
     changes = parameter_changes(targets, step.direction)
@@ -162,10 +163,10 @@ def test_a_direction_of_no_length_is_refused(model, batches, targets):
     zero = {t.name: torch.zeros(t.shape, dtype=torch.float64) for t in targets}
     curvature = KFAC().fit(model, batches, targets)
     with pytest.raises(InputError, match="the forget gradient is zero in all targeted weights"):
-        gauss_newton_step(curvature, zero, damping=0.1, relative=True)
+        gauss_newton_step(curvature, zero, damping=Damping())
     broken = {name: torch.full_like(matrix, math.nan) for name, matrix in zero.items()}
     with pytest.raises(InputError, match="squared length in the G-norm is nan"):
-        gauss_newton_step(curvature, broken, damping=0.1, relative=True)
+        gauss_newton_step(curvature, broken, damping=Damping())
 
 
 # --- 12. Runs repeat, and resume ----------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_settings_left_out_are_a_step_by_the_margin_to_a_hundredth_of_a_nat(mode
     update = kfade.unlearn(model, **sets)
     [step] = update.provenance["steps"]
     assert step["retain_kl"] == pytest.approx(0.01, rel=0.1)
-    told = flat(objective=margin, damping=0.1, relative=True, kl=0.01, steps=1, seed=0)
+    told = flat(objective=margin, damping=Damping(0.1), kl=0.01, steps=1, seed=0)
     assert same_update(update, kfade.unlearn(model, **sets, **told))
     assert not same_update(update, kfade.unlearn(model, **sets, **flat(damping=0.2)))
 
@@ -260,15 +261,18 @@ def test_settings_left_out_are_a_step_by_the_margin_to_a_hundredth_of_a_nat(mode
         (lambda: kfade.Run(steps=0), "--steps 0: give 1 or more"),
         (lambda: kfade.Direction(refine=-1), "--refine -1: give 0 or more"),
         (lambda: kfade.Direction(refine_sequences=0), "--refine-sequences 0: give 1 or more"),
-        (lambda: kfade.Direction(damping=-1.0), "--damping -1.0: give a finite number, 0 or more"),
-        (lambda: kfade.Direction(damping=math.nan), "--damping nan: give a finite number"),
+        (lambda: Damping(-1.0, relative=False), "--damping -1.0: give a finite number, 0 or more"),
+        (lambda: Damping(math.nan), "--relative-damping nan: give a finite number"),
         (lambda: kfade.StepSize(), "give exactly one of alpha, kl and until"),
     ],
 )
 def test_settings_check_themselves(make, message):
     with pytest.raises(InputError, match=re.escape(message)):
         make()
-    assert (kfade.Run(), kfade.Direction()) == (kfade.Run(steps=1), kfade.Direction(damping=0.1))
+    assert (kfade.Run(), kfade.Direction()) == (
+        kfade.Run(steps=1),
+        kfade.Direction(damping=Damping(0.1)),
+    )
 
 
 def test_a_later_step_tries_first_how_far_the_last_one_went(model):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from zoo.unusual import built
 
-from kfade import EKFAC, InputError, make_batches, margin, unlearn
+from kfade import EKFAC, Damping, InputError, make_batches, margin, unlearn
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.capture import capture
 from kfade.curvature.curvature import Curvature
@@ -283,14 +283,14 @@ def test_a_gradient_where_there_is_no_curvature_at_all():
     curved = EigenBlock(None, None, torch.ones(2, 2))
     blocks = {"flat": flat, "curved": curved}
     gradient = {"flat": torch.ones(2, 2), "curved": torch.ones(2, 2)}
-    step = gauss_newton_step(Curvature(blocks), gradient, damping=0.1, relative=True)
+    step = gauss_newton_step(Curvature(blocks), gradient, damping=Damping())
     assert not step.direction["flat"].any()
     assert step.direction["curved"].square().sum().item() == pytest.approx(1.0)
     with pytest.raises(InputError, match="no curvature where the forget gradient lies"):
-        gauss_newton_step(Curvature({"flat": flat}), gradient, damping=0.1, relative=True)
+        gauss_newton_step(Curvature({"flat": flat}), gradient, damping=Damping())
     nothing = {name: torch.zeros(2, 2) for name in blocks}
     with pytest.raises(InputError, match="the forget gradient is zero in all targeted"):
-        gauss_newton_step(Curvature(blocks), nothing, damping=0.1, relative=True)
+        gauss_newton_step(Curvature(blocks), nothing, damping=Damping())
 
 
 # --- positions in one list --------------------------------------------------------------------

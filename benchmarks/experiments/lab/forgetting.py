@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfade import Damping
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import Batch, make_batches
@@ -127,7 +128,7 @@ class Search:
                 begins at half of that length.
         """
         start = time.perf_counter()
-        step = gauss_newton_step(curvature, gradient, damping=damping, relative=relative)
+        step = gauss_newton_step(curvature, gradient, damping=Damping(damping, relative=relative))
         changes = parameter_changes(targets, step.direction)
         solve = time.perf_counter() - start
         few = self._ruler.first("held_out", GUESS_SEQUENCES)

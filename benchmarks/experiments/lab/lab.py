@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import kfade
+from kfade import Damping
 from kfade.baselines.methods import Method
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.estimators import EKFAC, Estimator
@@ -171,7 +172,7 @@ class Lab:
             retain=self.slices["fit"],
             held_out=self.slices["held_out"],
             fit=estimator_named(fit),
-            direction=replace(direction, damping=damping, relative=relative),
+            direction=replace(direction, damping=Damping(damping, relative=relative)),
             size=size,
             run=Run(
                 targets=targets,

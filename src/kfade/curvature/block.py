@@ -39,10 +39,6 @@ class EigenBlock:
         bases = [q if q is None else q.to(device) for q in (self.q_out, self.q_in)]
         return EigenBlock(bases[0], bases[1], self.eigenvalues.to(device))
 
-    def damping(self, value: float, relative: bool) -> float:
-        """λ: ``value``, times the layer's mean eigenvalue if ``relative``."""
-        return value * self.eigenvalues.mean().item() if relative else value
-
     def solve(self, x: Tensor, damping: float) -> Tensor:
         """(G + λI)⁻¹ X with the exact damping Λ + λ, never split over the factors; see
         :meth:`divide`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfade.curvature.block import EigenBlock
+from kfade.curvature.damping import Damping
 from kfade.curvature.store import StoredBlocks, write_blocks
 from kfade.errors import InputError
 
@@ -30,11 +31,10 @@ class Curvature:
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was fitted: estimator, labels, seed, tokens, digests of weights and data."""
 
-    def solve(self, x: Mapping[str, Tensor], *, damping: float, relative: bool) -> Matrices:
-        """(G̃ + λI)⁻¹ x; λ is ``damping``, times each layer's mean eigenvalue if ``relative``."""
+    def solve(self, x: Mapping[str, Tensor], damping: Damping) -> Matrices:
+        """(G̃ + λI)⁻¹ x."""
         return {
-            name: block.solve(x[name], block.damping(damping, relative))
-            for name, block in self.blocks.items()
+            name: block.solve(x[name], damping.of(block)) for name, block in self.blocks.items()
         }
 
     def matvec(self, x: Mapping[str, Tensor]) -> Matrices:

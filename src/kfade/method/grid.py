@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from kfade.curvature.damping import Damping
 from kfade.errors import InputError
 from kfade.method.step import StepSize
 
@@ -23,9 +24,7 @@ class Point:
     """Its name among the objectives."""
     layers: str
     """Blocks as in 3-6 or 0,2,8-11, or ``all``."""
-    damping: float
-    relative: bool
-    """Damping in multiples of each layer's mean eigenvalue."""
+    damping: Damping
     size: StepSize
     refine: int = 0
     """Iterations of conjugate gradients beyond the K-FADE direction."""
@@ -33,10 +32,10 @@ class Point:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that were varied, by their names on the command line."""
-        damping = "relative_damping" if self.relative else "damping"
+        damping = "relative_damping" if self.damping.relative else "damping"
         asked = {k: v for k, v in asdict(self.size).items() if v is not None}
         refine = {"refine": self.refine} if self.refine else {}
-        return {"layers": self.layers, damping: self.damping, **refine, **asked}
+        return {"layers": self.layers, damping: self.damping.value, **refine, **asked}
 
     @property
     def id(self) -> str:
@@ -44,9 +43,9 @@ class Point:
         return ", ".join([self.objective, *(f"{k} {v}" for k, v in self.settings.items())])
 
     @property
-    def direction(self) -> tuple[str, float, bool]:
+    def direction(self) -> tuple[str, Damping]:
         """What its unrefined direction depends on, besides the objective."""
-        return self.layers, self.damping, self.relative
+        return self.layers, self.damping
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,9 @@ class Outcome:
 def grid(
     objectives: Sequence[str],
     layers: Sequence[str],
-    dampings: Sequence[float],
+    dampings: Sequence[Damping],
     sizes: Sequence[StepSize],
     *,
-    relative: bool,
     refine: Sequence[int] = (0,),
 ) -> list[Point]:
     """All combinations; those that share a gradient or a direction are consecutive.
@@ -104,12 +102,9 @@ def grid(
             raise InputError(f"the sweep has no {name}: give at least one")
         if len(set(values)) < len(values):
             raise InputError(f"the sweep has a {name} twice: leave one out")
-    for damping in dampings:
-        if not (math.isfinite(damping) and damping >= 0):
-            raise InputError(f"damping {damping}: give finite numbers, 0 or more")
     if min(refine) < 0:
         raise InputError(f"--refine {min(refine)}: give 0 or more")
-    return [Point(o, b, d, relative, s, n) for o, b, d, n, s in product(*named.values())]
+    return [Point(o, b, d, s, n) for o, b, d, n, s in product(*named.values())]
 
 
 def pareto(outcomes: Sequence[Outcome]) -> list[Outcome]:

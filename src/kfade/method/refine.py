@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.damping import Damping
 from kfade.method.step import Step, gauss_newton_step, unit_step
 from kfade.runtime.stages import stage
 
@@ -28,7 +29,6 @@ class Directions:
 
     Args:
         product: δ ↦ Gδ with the exact G.
-        damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
         iterations: iterations of conjugate gradients after the K-FADE step.
     """
 
@@ -38,12 +38,11 @@ class Directions:
         gradient: Mapping[str, Tensor],
         product: Callable[[Matrices], Matrices],
         *,
-        damping: float,
-        relative: bool,
+        damping: Damping,
         iterations: int,
     ) -> None:
         self._curvature, self._gradient, self._product = curvature, gradient, product
-        self._damping, self._relative, self._iterations = damping, relative, iterations
+        self._damping, self._iterations = damping, iterations
         self._first: Step | None = None  # between the first direction and the second
         self._system: _System | None = None  # between the second and the last
         self.refined = -1
@@ -60,9 +59,7 @@ class Directions:
         if self.refined == self._iterations:
             return None
         if self._first is not None:
-            self._system = _System(
-                self._curvature, self._gradient, self._product, self._damping, self._relative
-            )
+            self._system = _System(self._curvature, self._gradient, self._product, self._damping)
             with stage("refine"):
                 self._system.advance(self._first.direction)
             self._first = None
@@ -87,9 +84,7 @@ class Directions:
 
     def _begin(self) -> Step:
         with stage("step"):
-            step = gauss_newton_step(
-                self._curvature, self._gradient, damping=self._damping, relative=self._relative
-            )
+            step = gauss_newton_step(self._curvature, self._gradient, self._damping)
         self.refined = 0
         if self._iterations > 0:
             self._first = step
@@ -105,13 +100,11 @@ class _System:
         curvature: Curvature,
         gradient: Mapping[str, Tensor],
         product: Callable[[Matrices], Matrices],
-        damping: float,
-        relative: bool,
+        damping: Damping,
     ) -> None:
-        self._curvature, self._product = curvature, product
-        self._damping, self._relative = damping, relative
+        self._curvature, self._product, self._damping = curvature, product, damping
         blocks = curvature.blocks.items()
-        self._ridge = {name: block.damping(damping, relative) for name, block in blocks}
+        self._ridge = {name: damping.of(block) for name, block in blocks}
         self._g = {name: gradient[name] for name in self._ridge}
         self._r = {name: torch.zeros_like(matrix) for name, matrix in self._g.items()}
         self._s = dict(self._g)
@@ -137,7 +130,7 @@ class _System:
 
     def conjugate(self) -> Matrices:
         """The next search direction: (G̃ + D)⁻¹s made conjugate to p, pᵀ(G + D) next = 0."""
-        z = self._curvature.solve(self._s, damping=self._damping, relative=self._relative)
+        z = self._curvature.solve(self._s, self._damping)
         add(z, -inner(z, self._q) / inner(self._p, self._q), self._p)
         return z
 

@@ -5,20 +5,19 @@ The length of a step is :class:`~kfade.method.step.StepSize`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from kfade.curvature.curvature import Curvature
+from kfade.curvature.damping import Damping
 from kfade.curvature.store import Store
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, margin
 from kfade.method.update import Update
 from kfade.models.targets import Target
 
-DEFAULT_DAMPING = 0.1  # times each layer's mean eigenvalue
 DEFAULT_KL = 0.01  # nats per token: the default size, and where a search begins
 
 
@@ -36,10 +35,8 @@ class Direction:
     """Objective of all steps after the first; ``objective`` when None. The gradient of the
     cross-entropy is proportional to 1 − p_y: after a first step by the margin it leaves tokens
     alone that are still certain, which other text needs most."""
-    damping: float = DEFAULT_DAMPING
-    """λ, times each layer's mean eigenvalue if ``relative``."""
-    relative: bool = True
-    """Whether the damping is a multiple of each layer's mean eigenvalue."""
+    damping: Damping = Damping()
+    """λ of each layer."""
     exact_norm: bool = False
     """Measure the length of a direction by the exact Gauss-Newton quadratic form on held-out retain
     data instead of by G̃."""
@@ -55,8 +52,6 @@ class Direction:
     def __post_init__(self) -> None:
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"--damping {self.damping}: give a finite number, 0 or more")
 
     def objective_of(self, step: int) -> Objective:
         """The objective of a step, counted from 0."""

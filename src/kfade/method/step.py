@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.damping import Damping
 from kfade.errors import InputError
 from kfade.models.targets import named
 
@@ -38,12 +39,9 @@ class Step:
 
 
 def gauss_newton_step(
-    curvature: Curvature, gradient: Mapping[str, Tensor], *, damping: float, relative: bool
+    curvature: Curvature, gradient: Mapping[str, Tensor], damping: Damping
 ) -> Step:
     """r = (G̃ + λI)⁻¹g, scaled so that ‖r‖_G̃ = 1 over all layers together (paper §3, "Step size").
-
-    Args:
-        damping: λ, or λ as a multiple of each layer's mean eigenvalue if ``relative``.
 
     Raises:
         InputError: the gradient is zero in all layers, or rᵀG̃r is zero or not finite.
@@ -52,7 +50,7 @@ def gauss_newton_step(
     square = slope = gradient_square = 0.0
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
-        r = block.divide(g, block.damping(damping, relative))
+        r = block.divide(g, damping.of(block))
         square += (block.eigenvalues * r.square()).sum().double().item()
         slope += (g * r).sum().double().item()
         direction[name] = block.rotate_back(r)

@@ -125,7 +125,7 @@ def sweep(
                 model, forget_batches, targets, objective, recompute=shared.recompute
             )
         share = shared.seconds / len(points) + (time.perf_counter() - start) / len(own)
-        for (layers, _, _), line in track(_grouped(own, lambda p: p.direction), name):
+        for (layers, _), line in track(_grouped(own, lambda p: p.direction), name):
             missing = [point for point in line if point not in outcomes]
             if missing:
                 directions = _directions(model, refining, shared, matrices, within[layers], missing)
@@ -153,7 +153,6 @@ def _directions(
         gradient,
         product,
         damping=points[0].damping,
-        relative=points[0].relative,
         iterations=max(point.refine for point in points),
     )
 

@@ -141,7 +141,6 @@ def _directions(
         gradient,
         product,
         damping=direction.damping,
-        relative=direction.relative,
         iterations=direction.refine,
     )
 

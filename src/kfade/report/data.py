@@ -11,8 +11,8 @@ that a run started from is its *base*; the page shows them side by side.
 id is the point's name. All values but the method are optional:
 
     method      "K-FADE", "NPO", ...
-    estimator   "ekfac", "kfac", "diagonal", "identity", or nothing
-    objective   "margin", "ce", or nothing
+    estimator   its name, such as "ekfac"
+    objective   its name, such as "margin"
     settings    what was varied, by name: {"alpha": 0.002, "damping": 0.1}
     forget_loss, retain_kl                  nats per token
     forget_probability                      exp(-loss per token), mean over forget answers

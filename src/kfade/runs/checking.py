@@ -11,6 +11,7 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
+from kfade.curvature.damping import Damping
 from kfade.curvature.estimators import Estimator
 from kfade.curvature.product import quadratic_form
 from kfade.data.batches import make_batches
@@ -23,7 +24,6 @@ from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import margin
 from kfade.method.preflight import preflight
-from kfade.method.settings import DEFAULT_DAMPING
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.layers import find_targets, has_experts
@@ -278,7 +278,7 @@ def _small_step(
     with stage("fit"):
         curvature = fit.fit(model, batches, targets, seed=seed)
     gradient = forget_gradient(model, batches[-1:], targets, margin)
-    step = gauss_newton_step(curvature, gradient, damping=DEFAULT_DAMPING, relative=True)
+    step = gauss_newton_step(curvature, gradient, Damping())
     gauge = Gauge(model, batches, batches[-1:])
     floor = ABOVE_ROUNDING * gauge.rounding_kl(targets)
     exact = quadratic_form(model, batches, targets, step.direction)

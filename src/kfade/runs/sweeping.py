@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.damping import Damping
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -20,7 +21,7 @@ from kfade.evaluate.log import ItemLog
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, grid, pareto, pick
 from kfade.method.objectives import Objective
-from kfade.method.settings import DEFAULT_DAMPING, Direction, Run
+from kfade.method.settings import Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
@@ -138,10 +139,11 @@ class SweepRequest:
         return grid(
             step.objective,
             self.layers,
-            step.damping or step.relative_damping or [DEFAULT_DAMPING],
+            [Damping(value, relative=False) for value in step.damping]
+            or [Damping(value) for value in step.relative_damping]
+            or [Damping()],
             [StepSize(alpha=value) for value in self.alpha]
             or [StepSize(kl=value) for value in self.kl or DEFAULT_KLS],
-            relative=not step.damping,
             refine=self.refinement.refine,
         )
 
@@ -315,7 +317,6 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         direction=Direction(
             objective=ready.objectives[point.objective],
             damping=point.damping,
-            relative=point.relative,
             refine=point.refine,
             refine_sequences=run.refinement.refine_sequences,
         ),
@@ -342,13 +343,13 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
 
 def _settings(run: RunConfig, best: Outcome) -> RunConfig:
     """With these ``kfade unlearn --curvature`` makes the picked point."""
-    point = best.point
+    point, damping = best.point, best.point.damping
     layers = run.fit.layers if point.layers == ALL else point.layers
     step = replace(
         run.step,
         objective=point.objective,
-        damping=None if point.relative else point.damping,
-        relative_damping=point.damping if point.relative else None,
+        damping=None if damping.relative else damping.value,
+        relative_damping=damping.value if damping.relative else None,
         exact_norm=False,
     )
     return replace(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+from kfade.curvature.damping import Damping
 from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Estimator, Identity
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
-from kfade.method.settings import DEFAULT_DAMPING, DEFAULT_KL, Direction, Run
+from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
 from kfade.runs.config import RunConfig
 
@@ -88,14 +89,14 @@ def step_size(run: RunConfig) -> StepSize:
     return StepSize(run.size.alpha, kl, **until, max_kl=run.size.max_kl)
 
 
-def damping_of(run: RunConfig) -> tuple[float, bool]:
-    """(damping, relative)."""
+def damping_of(run: RunConfig) -> Damping:
+    """The damping as asked."""
     absolute, relative = run.step.damping, run.step.relative_damping
     if absolute is not None and relative is not None:
         raise InputError("give --damping or --relative-damping, not both")
     if absolute is not None:
-        return absolute, False
-    return (DEFAULT_DAMPING if relative is None else relative), True
+        return Damping(absolute, relative=False)
+    return Damping() if relative is None else Damping(relative)
 
 
 def direction_of(run: RunConfig) -> Direction:
@@ -104,12 +105,10 @@ def direction_of(run: RunConfig) -> Direction:
     Raises:
         InputError: a word or a number that is none, or settings that do not go together.
     """
-    damping, relative = damping_of(run)
     return Direction(
         objective_of(run.step.objective),
         _later_objective_of(run),
-        damping,
-        relative,
+        damping_of(run),
         run.step.exact_norm,
         run.refinement.refine,
         run.refinement.refine_sequences,
