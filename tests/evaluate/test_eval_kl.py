@@ -28,7 +28,7 @@ from kfade.evaluate.divergence import (
 from kfade.evaluate.log import read_log
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.update import Update
-from kfade.runs.evaluation import load_judged
+from kfade.runs.evaluation import load_evaluated
 
 
 def small_update(model, size: float, seed: int = 1) -> Update:
@@ -341,12 +341,12 @@ def test_two_models_are_never_in_memory_together(desk, monkeypatch):
 
     def watched(*arguments, **named):
         assert all(model() is None for model in seen), "the base model is still there"
-        subject = load_judged(*arguments, **named)
+        subject = load_evaluated(*arguments, **named)
         seen.append(weakref.ref(subject.model))
         return subject
 
     for module in ("evaluation", "eval_kl"):
-        monkeypatch.setattr(f"kfade.runs.{module}.load_judged", watched)
+        monkeypatch.setattr(f"kfade.runs.{module}.load_evaluated", watched)
     assert kl("--edited", "edited") == 0
     assert len(seen) == 2
 

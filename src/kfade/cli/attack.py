@@ -7,7 +7,7 @@ from typing import Any
 
 from kfade.cli import options as o
 from kfade.cli.session import session, show
-from kfade.runs.attacking import ATTACK, AttackRequest, told
+from kfade.runs.attacking import ATTACK, AttackRequest, values_line
 from kfade.runs.attacking import attack as run_attack
 
 
@@ -33,7 +33,7 @@ def attack(
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    lines = [f"before unlearning: {told(result['base'])}"]
+    lines = [f"before unlearning: {values_line(result['base'])}"]
     for kind, states in result["last"].items():
-        lines += [f"{kind}, {state}: {told(values)}" for state, values in states.items()]
+        lines += [f"{kind}, {state}: {values_line(values)}" for state, values in states.items()]
     return [*lines, f"every measurement in {result['out']}/{ATTACK}"]

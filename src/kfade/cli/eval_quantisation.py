@@ -12,9 +12,11 @@ from kfade.cli import options as o
 from kfade.cli.session import session, show
 from kfade.runs.config import ModelConfig
 from kfade.runs.eval_quantisation import evaluate_quantisation
-from kfade.runs.options import JUDGED
+from kfade.runs.options import EVALUATED
 
-Update = Annotated[Path, Parameter(group=JUDGED, help="Folder of a kfade run, or its update file.")]
+Update = Annotated[
+    Path, Parameter(group=EVALUATED, help="Folder of a kfade run, or its update file.")
+]
 
 
 def quantisation(

@@ -29,10 +29,10 @@ from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.models.layers import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import DataConfig, ModelConfig
-from kfade.runs.evaluation import Judged, Subject, load_judged
-from kfade.runs.inputs import inputs
-from kfade.runs.session import Loaded, read_retain, read_source, to_tokens, with_length
-from kfade.runs.template import as_used, dated
+from kfade.runs.evaluation import EvaluatedModel, Subject, load_evaluated
+from kfade.runs.inputs import input_digests
+from kfade.runs.session import Loaded, complete_data, read_retain, read_source, to_tokens
+from kfade.runs.template import with_date
 from kfade.runtime import progress
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
@@ -61,7 +61,7 @@ class AttackRequest:
         default_factory=list, kw_only=True
     )
     """What each --data is: benign, related or forget. Unset, and one --data: benign."""
-    update: Annotated[Path | None, Parameter(group=o.JUDGED)] = field(default=None, kw_only=True)
+    update: Annotated[Path | None, Parameter(group=o.EVALUATED)] = field(default=None, kw_only=True)
     """Attack MODEL with this update: folder of a run, or its file. Unset: MODEL as it is."""
     questions: Annotated[Path | None, Parameter(group=o.DATA)] = field(default=None, kw_only=True)
     """Multiple choice on what was forgotten, as for kfade eval choice."""
@@ -142,7 +142,7 @@ class _Ready:
     """What is asked for, read and checked."""
 
     request: AttackRequest
-    subject: Judged
+    subject: EvaluatedModel
     tokens: dict[str, list[TokenSequence]]
     """What is trained on, by kind."""
     examine: Examination
@@ -160,7 +160,7 @@ def attack(request: AttackRequest, out: Path, *, resume: bool = False) -> dict[s
         InputError: what is asked for cannot be done; or an interrupted attack in ``out`` that is
             resumed was asked for something else.
     """
-    data = dated(request.data, out, resume=resume, update=request.update)
+    data = with_date(request.data, out, resume=resume, update=request.update)
     request = replace(request, data=data)
     asked = request.asked
     examples = _read(request)
@@ -205,9 +205,9 @@ def _prepare(
     folder: RunDir,
 ) -> _Ready:
     """Everything before the fine-tuning."""
-    subject = load_judged(Subject(request.model, update=request.update))
+    subject = load_evaluated(Subject(request.model, update=request.update))
     loaded = Loaded(subject.model, subject.tokenizer, [])
-    data = as_used(with_length(request.data, loaded), loaded.tokenizer)
+    data = complete_data(request.data, loaded)
     request = replace(request, data=data)
     tokens = {name: to_tokens(some, loaded, data) for name, some in examples.items()}
     # Those that a kfade unlearn with the same data and seed measures: figures agree with it.
@@ -238,7 +238,7 @@ def _prepare(
         "data_sha256": {name: digest_sequences(some) for name, some in sets.items()},
         **{name: asked[name] for name in ("questions", "sources", "tuning", "at")},
     }
-    read = inputs(header["base_sha256"], sets)
+    read = input_digests(header["base_sha256"], sets)
     folder.reads({**read, "the weights with --update": edited_digest})
     return _Ready(request, subject, tokens, examine, base, header)
 
@@ -268,7 +268,7 @@ def _measure(ready: _Ready, folder: RunDir) -> list[dict[str, Any]]:
                     )
                 for one in found:
                     name = f"{kind}/{one.state}/{one.step}"
-                    progress.say(f"{name}: {told(one.figures.values)}")
+                    progress.say(f"{name}: {values_line(one.figures.values)}")
                     if name not in log.items:  # cut off in writing
                         row = {"data": kind, "state": one.state, "step": one.step}
                         log.add(name, **row, **asdict(one.figures))
@@ -288,6 +288,6 @@ def _last(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, fl
     return last
 
 
-def told(values: Mapping[str, float]) -> str:
+def values_line(values: Mapping[str, float]) -> str:
     """One measurement for a person."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

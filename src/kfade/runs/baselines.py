@@ -21,25 +21,25 @@ from kfade.method.update import Update
 from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.runs import options as o
-from kfade.runs.baseline_words import (
+from kfade.runs.baseline_choices import (
     LORA_ALPHA,
     LORA_DROPOUT,
     builder_of,
     settings_of,
     trainable_of,
 )
-from kfade.runs.config import DataConfig, ModelConfig, RunConfig, deciding
-from kfade.runs.inputs import inputs
+from kfade.runs.config import DataConfig, ModelConfig, RunConfig, result_settings
+from kfade.runs.inputs import input_digests
 from kfade.runs.session import (
     Loaded,
+    complete_data,
     open_model,
     read_retain,
     read_source,
     source_of,
     to_tokens,
-    with_length,
 )
-from kfade.runs.template import as_used, dated
+from kfade.runs.template import with_date
 from kfade.runtime import progress
 from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha
@@ -182,13 +182,13 @@ def baseline(request: BaselineRequest, out: Path, *, resume: bool = False) -> di
         InputError: what is asked for cannot be done; or an interrupted run in ``out`` that is
             resumed was asked for something else.
     """
-    request = replace(request, data=dated(request.data, out, resume=resume))
+    request = replace(request, data=with_date(request.data, out, resume=resume))
     build = builder_of(request.method, _given(request.loss))
     examples = (
         read_source(request.data.forget, "--forget"),
         *read_retain(request.data, request.seed),
     )
-    config = deciding(RunConfig(model=request.model, data=request.data))
+    config = result_settings(RunConfig(model=request.model, data=request.data))
     again = {**request.asked, **{part: config[part] for part in ("model", "data")}}
     clock = Clock()
     with timing(clock), RunDir(out, again, resume=resume) as folder:
@@ -211,7 +211,7 @@ def _prepare(
     """Everything before the training; ``examples`` to forget, to retain, and held out."""
     with stage("load"):
         loaded = Loaded(*open_model(request.model), [])
-    data = as_used(with_length(request.data, loaded), loaded.tokenizer)
+    data = complete_data(request.data, loaded)
     request = replace(request, data=data)
     method = build(loaded, request.seed)
     trainable = trainable_of(method, loaded, _given(request.weights), request.seed)
@@ -225,7 +225,7 @@ def _prepare(
         check_writable(loaded.model, source_of(request.model))
     digests = weight_digests(loaded.model, "model")
     called = {"forget": forget, "retain": retain, "held-out retain": held_out}
-    folder.reads(inputs(digests["model_sha256"], called))
+    folder.reads(input_digests(digests["model_sha256"], called))
     count = sum(tensor.numel() for tensor in trainable.tensors.values())
     progress.say(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")
     sets = {"forget": forget, "retain": retain, "held_out": held_out}

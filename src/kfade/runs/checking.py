@@ -30,9 +30,9 @@ from kfade.models.layers import find_targets, has_experts
 from kfade.models.lengths import length_class, model_window
 from kfade.models.targets import named
 from kfade.runs import options as o
+from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
 from kfade.runs.session import Loaded, load, read_source, to_tokens
-from kfade.runs.words import draw_of, estimator_of
 from kfade.runtime import progress
 from kfade.runtime.stages import Clock, stage, timing
 

@@ -19,9 +19,9 @@ from kfade.models.layers import digest_weights
 from kfade.models.lengths import model_window
 from kfade.runs import options as o
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     Evaluation,
     EvaluationRequest,
-    Judged,
     evaluation,
     settings_of,
 )
@@ -75,7 +75,7 @@ def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) 
 
 def _ask(
     run: Evaluation,
-    subject: Judged,
+    subject: EvaluatedModel,
     digests: dict[str, str],
     sets: Mapping[str, Sequence[Question]],
     request: ChoiceRequest,
@@ -117,7 +117,7 @@ def _ask(
 
 
 def _run_tasks(
-    run: Evaluation, subject: Judged, digests: dict[str, str], request: ChoiceRequest
+    run: Evaluation, subject: EvaluatedModel, digests: dict[str, str], request: ChoiceRequest
 ) -> None:
     tasks = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
     with stage("tasks"):

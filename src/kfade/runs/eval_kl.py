@@ -40,12 +40,12 @@ from kfade.models.load import load_skeleton, load_tokenizer
 from kfade.runs import options as o
 from kfade.runs.config import ModelConfig, TemplateConfig
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     Evaluation,
     EvaluationRequest,
-    Judged,
     Subject,
     evaluation,
-    load_judged,
+    load_evaluated,
     settings_of,
 )
 from kfade.runs.template import rendering_of
@@ -64,7 +64,7 @@ class KlRequest(EvaluationRequest):
     prompts: str
     """Instructions: JSONL of {instruction, input}, {prompt}, {question} or {messages}, or
     hf:NAME[:CONFIG][:SPLIT]."""
-    edited: Annotated[str | None, Parameter(group=o.JUDGED)] = None
+    edited: Annotated[str | None, Parameter(group=o.EVALUATED)] = None
     """Judge this model against MODEL."""
     completions: Path | None = None
     """Folder that keeps MODEL's completions for further runs; made if missing. Unset: the run's
@@ -106,20 +106,20 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
         texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
         groups = _groups(base, texts, request.batch_tokens)
         digests["completions_sha256"] = digest_sequences(texts)
-        judged, words = base, base.tokenizer
+        evaluated, tokenizer = base, base.tokenizer
         if not edited:
             reference = _in_memory(base, groups)
         else:
             key = f"{digest(list(digests.values()))[:16]}-{request.batch_tokens}"
             reference = _streamed(base, groups, run, key)
-            del base, judged
+            del base, evaluated
             _free()
             other = replace(subject.model, model=edited, revision=None)
-            judged = load_judged(Subject(other, quantise=subject.quantise))
-        with judged.edited() as changed:
+            evaluated = load_evaluated(Subject(other, quantise=subject.quantise))
+        with evaluated.edited() as changed:
             digests["edited_sha256"] = digest_weights(changed)
         with run.items(**digests) as log:
-            _measure(log, judged, groups, reference, asked, answers, words)
+            _measure(log, evaluated, groups, reference, asked, answers, tokenizer)
             if request.completions is None:
                 run.folder.publish(COMPLETIONS)
             figures = summarise_divergence(log.items, seed=request.seed)
@@ -128,7 +128,7 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
 
 
 def _completions(
-    base: Judged,
+    base: EvaluatedModel,
     prompts: Sequence[Prompt],
     folder: Path,
     weights: str,
@@ -161,11 +161,13 @@ def _completions(
         return [log.items[str(i)] for i in range(len(prompts))]
 
 
-def _groups(base: Judged, texts: Sequence[TokenSequence], batch_tokens: int) -> list[list[Batch]]:
+def _groups(
+    base: EvaluatedModel, texts: Sequence[TokenSequence], batch_tokens: int
+) -> list[list[Batch]]:
     return grouped(batches_for(base.model, texts, batch_tokens))
 
 
-def _in_memory(base: Judged, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
+def _in_memory(base: EvaluatedModel, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
     """The base model's outputs on a group, computed when they are asked for.
 
     Read by a copy of its head: an update may change the head itself.
@@ -175,7 +177,7 @@ def _in_memory(base: Judged, groups: Sequence[Sequence[Batch]]) -> Callable[[int
 
 
 def _streamed(
-    base: Judged, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
+    base: EvaluatedModel, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
 ) -> Callable[[int], Outputs]:
     """The base model's outputs on a group, written to disk now and read when they are asked for.
 
@@ -195,7 +197,7 @@ def _streamed(
     return lambda number: Outputs.load(run.folder.state / name(number), head, groups[number])
 
 
-def _check_vocabularies(base: Judged, edited: ModelConfig) -> None:
+def _check_vocabularies(base: EvaluatedModel, edited: ModelConfig) -> None:
     """Raises InputError where the two models' tokens, or their numbers, are not the same."""
     trusted = edited.trust_remote_code
     theirs = load_tokenizer(edited.model, trust_remote_code=trusted, tokenizer=edited.tokenizer)
@@ -219,7 +221,7 @@ def _outputs_of(model: Any) -> int:
 
 def _measure(
     log: ItemLog,
-    judged: Judged,
+    evaluated: EvaluatedModel,
     groups: Sequence[Sequence[Batch]],
     reference: Callable[[int], Outputs],
     prompts: Sequence[Prompt],
@@ -228,7 +230,7 @@ def _measure(
 ) -> None:
     with stage("kl"):
         done = {int(item) for item in log.items}
-        for index, kl in divergences(groups, reference, judged.edited, done=done):
+        for index, kl in divergences(groups, reference, evaluated.edited, done=done):
             tokens = answers[index]["tokens"]
             log.add(
                 str(index),

@@ -27,8 +27,8 @@ from kfade.models.lengths import model_window
 from kfade.runs import options as o
 from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     EvaluationRequest,
-    Judged,
     evaluation,
     settings_of,
 )
@@ -106,7 +106,7 @@ def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
 
 
 def _tokens(
-    examples: Mapping[str, list[Example]], subject: Judged, how: Mapping[str, Any]
+    examples: Mapping[str, list[Example]], subject: EvaluatedModel, how: Mapping[str, Any]
 ) -> tuple[list[str], list[TokenSequence]]:
     """Item names and token sequences, one a text.
 
@@ -129,7 +129,7 @@ def _tokens(
 
 def _measure(
     log: ItemLog,
-    subject: Judged,
+    subject: EvaluatedModel,
     names: list[str],
     sequences: list[TokenSequence],
     request: MemorisationRequest,

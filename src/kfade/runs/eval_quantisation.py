@@ -24,17 +24,17 @@ def evaluate_quantisation(
     settings = settings_of(subject)
     del settings["quantise"]
     with evaluation("quantisation", out, resume, settings) as run:
-        judged = run.load(subject)
-        digests = {"weights_sha256": digest_weights(judged.model)}
+        evaluated = run.load(subject)
+        digests = {"weights_sha256": digest_weights(evaluated.model)}
         with run.items(**digests) as log:
             with stage("rounding"):
-                found = survival(judged.model, judged.update)
+                found = survival(evaluated.model, evaluated.update)
             for name, figures in found.items():
                 if name not in log.items:
                     log.add(name, **figures)
             aggregate = {
                 "weights": len(found),
-                "lost_in_dtype": judged.update.lost_fraction(judged.model),
+                "lost_in_dtype": evaluated.update.lost_fraction(evaluated.model),
                 "rounding": overall(found),
             }
             run.finish(log, aggregate, **digests)

@@ -24,12 +24,12 @@ from kfade.models.load import load_tokenizer
 from kfade.runs import options as o
 from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     Evaluation,
     EvaluationRequest,
-    Judged,
     Subject,
     evaluation,
-    load_judged,
+    load_evaluated,
     settings_of,
 )
 from kfade.runs.template import rendering_of
@@ -70,7 +70,7 @@ class TofuRequest(EvaluationRequest):
     retain_log: Annotated[Path | None, Parameter(group=o.LOGS)] = None
     """Log of the retain model, which forget quality compares with: a folder of kfade eval tofu,
     or the reference code's eval_log_aggregated.json."""
-    retain_model: Annotated[str | None, Parameter(group=o.JUDGED)] = None
+    retain_model: Annotated[str | None, Parameter(group=o.EVALUATED)] = None
     """Or the retain model itself, which is measured after MODEL."""
 
 
@@ -104,7 +104,7 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
                 del subject
                 gc.collect()  # a model holds references to itself
                 other = replace(config, model=request.retain_model, revision=None)
-                retain = _measure_retain(run, load_judged(Subject(other)), questions, how)
+                retain = _measure_retain(run, load_evaluated(Subject(other)), questions, how)
             measured = log_of(log.items, str(out), {**settings, **about})
             run.finish(log, aggregate(measured, retain), **about)
     return {**run.result, "notes": notes_on(measured, retain)}
@@ -147,7 +147,7 @@ def _how(request: TofuRequest, settings: dict[str, Any], out: Path, resume: bool
 
 
 def _about(
-    subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
+    subject: EvaluatedModel, questions: list[TofuQuestion], how: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What decides the numbers besides the options.
 
@@ -166,14 +166,14 @@ def _about(
 
 
 def _measure(
-    subject: Judged, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
+    subject: EvaluatedModel, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
 ) -> None:
     with stage("items"), subject.edited() as edited:
         measure_tofu(edited, subject.tokenizer, questions, log, **how)
 
 
 def _measure_retain(
-    run: Evaluation, subject: Judged, questions: list[TofuQuestion], how: Mapping[str, Any]
+    run: Evaluation, subject: EvaluatedModel, questions: list[TofuQuestion], how: Mapping[str, Any]
 ) -> TofuLog:
     """The retain model's items, kept beside MODEL's: a log that --retain-log takes."""
     header = {

@@ -38,7 +38,7 @@ _CALLED = {
 _NOT_SETTINGS = {"batch_tokens", "device", "trust_remote_code"}
 
 
-@o.settings(o.JUDGED)
+@o.settings(o.EVALUATED)
 @dataclass(frozen=True)
 class Subject:
     """Which model is judged, and as what."""
@@ -65,7 +65,7 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedModel:
     """The model that is judged: as it was loaded, and as it is edited."""
 
     name: str
@@ -83,7 +83,7 @@ class Judged:
             yield model
 
 
-def load_judged(subject: Subject) -> Judged:
+def load_evaluated(subject: Subject) -> EvaluatedModel:
     """The model that is to be judged, loaded.
 
     Raises:
@@ -93,13 +93,13 @@ def load_judged(subject: Subject) -> Judged:
     rounding = rounding_of(subject.quantise)
     change = Update.load(update) if update else Update({})
     with stage("load"):
-        model, words = open_model(config)
+        model, tokenizer = open_model(config)
         if update:
             base = change.compare_base(model)  # raises where shapes or names differ
             for note in notes_on_base(change, base, "judged", config.revision, config.tokenizer):
                 progress.say(note)
     origin = provenance(source_of(config))
-    return Judged(config.model, model, words, change, rounding, origin)
+    return EvaluatedModel(config.model, model, tokenizer, change, rounding, origin)
 
 
 class Evaluation:
@@ -116,13 +116,13 @@ class Evaluation:
         self._benchmark, self._clock = benchmark, clock
         self._provenance: dict[str, Any] = {}
 
-    def load(self, subject: Subject) -> Judged:
-        """:func:`load_judged`, of the model whose origin the manifest tells."""
-        judged = load_judged(subject)
-        self._provenance = judged.provenance
-        if not (self.settings.get("template_file") or judged.tokenizer.chat_template):
+    def load(self, subject: Subject) -> EvaluatedModel:
+        """:func:`load_evaluated`, of the model whose origin the manifest tells."""
+        evaluated = load_evaluated(subject)
+        self._provenance = evaluated.provenance
+        if not (self.settings.get("template_file") or evaluated.tokenizer.chat_template):
             self.settings.pop("template_date", None)  # no template was told it
-        return judged
+        return evaluated
 
     @contextlib.contextmanager
     def items(self, **decides: Any) -> Iterator[ItemLog]:

@@ -28,8 +28,8 @@ from kfade.planning.memory import (
     peaks,
 )
 from kfade.runs import options as o
+from kfade.runs.choices import bytes_of, estimator_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
-from kfade.runs.words import bytes_of, estimator_of
 
 
 @o.settings(o.DATA)

@@ -30,6 +30,7 @@ from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.models.targets import Target
 from kfade.runs import options as o
+from kfade.runs.choices import objective_of
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
@@ -38,22 +39,21 @@ from kfade.runs.config import (
     RunConfig,
     SizeConfig,
     StepConfig,
-    deciding,
+    result_settings,
     write_config,
 )
-from kfade.runs.inputs import SavedFit, inputs
+from kfade.runs.inputs import SavedFit, input_digests
 from kfade.runs.session import (
     Loaded,
+    complete_data,
     load,
     read_retain,
     read_source,
     source_of,
     to_tokens,
-    with_length,
 )
-from kfade.runs.template import as_used, dated
+from kfade.runs.template import with_date
 from kfade.runs.unlearning import run_metrics
-from kfade.runs.words import objective_of
 from kfade.runtime import progress
 from kfade.runtime.files import reading_kept, write_tensors
 from kfade.runtime.provenance import git_sha, versions
@@ -185,12 +185,12 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
     """
     points, max_kl, saved = request.points(), request.max_kl, SavedFit.read(request.curvature)
     run = request.run(saved.settings)
-    run = replace(run, data=dated(run.data, out, resume=resume))
+    run = replace(run, data=with_date(run.data, out, resume=resume))
     objectives = {name: objective_of(name) for name in {point.objective for point in points}}
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {
-        **deciding(run),
+        **result_settings(run),
         "curvature": str(saved.path),
         "points": [point.id for point in points],
         "max_kl": max_kl,
@@ -198,14 +198,14 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
     clock = Clock()
     with timing(clock), RunDir(out, asked, resume=resume) as folder:
         loaded = load(run.model, run.fit)
-        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        asked = {**asked, "data": deciding(run)["data"]}
+        run = replace(run, data=complete_data(run.data, loaded))
+        asked = {**asked, "data": result_settings(run)["data"]}
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"])
-        folder.reads(inputs(digests["model_sha256"], sets_by_name, saved))
+        folder.reads(input_digests(digests["model_sha256"], sets_by_name, saved))
         ready = _Ready(points, run, saved, loaded, digests, curvature, objectives, *tokens)
         saved.note_other_texts(ready.retain)
         outcomes = _measure(ready, max_kl, folder)

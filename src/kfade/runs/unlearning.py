@@ -21,27 +21,27 @@ from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
 from kfade.planning.memory import Work, curvature_budget
-from kfade.runs.config import FitRequest, RunConfig, deciding, write_config
-from kfade.runs.inputs import SavedFit, inputs
-from kfade.runs.session import (
-    Loaded,
-    load,
-    read_retain,
-    read_source,
-    source_of,
-    spread,
-    to_tokens,
-    with_length,
-)
-from kfade.runs.template import as_used, dated
-from kfade.runs.words import (
+from kfade.runs.choices import (
     bytes_of,
     direction_of,
     draw_of,
     estimator_of,
-    going_of,
+    run_of,
     step_size,
 )
+from kfade.runs.config import FitRequest, RunConfig, result_settings, write_config
+from kfade.runs.inputs import SavedFit, input_digests
+from kfade.runs.session import (
+    Loaded,
+    complete_data,
+    load,
+    read_retain,
+    read_source,
+    shard_model,
+    source_of,
+    to_tokens,
+)
+from kfade.runs.template import with_date
 from kfade.runtime import distributed, progress
 from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha
@@ -74,21 +74,24 @@ def unlearn(
         saved.check(run)
     if export_model and run.shard:
         raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
-    run = replace(run, data=dated(run.data, out, resume=resume))
+    run = replace(run, data=with_date(run.data, out, resume=resume))
     source = source_of(run.model)
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
-    direction, size, going = direction_of(run), step_size(run), going_of(run)
+    direction, size, settings = direction_of(run), step_size(run), run_of(run)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     given = {"curvature": str(saved.path) if saved is not None else None}
     clock = Clock()
-    asked, free = {**deciding(run), **given}, {"size": "update-*"}  # no fit depends on the size
+    asked, free = (
+        {**result_settings(run), **given},
+        {"size": "update-*"},
+    )  # no fit depends on the size
     with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
-        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
+        run = replace(run, data=complete_data(run.data, loaded))
         refitted = run.step.refit and run.step.steps > 1
         budget = curvature_bytes(run, loaded, estimator, vectors=3 if refitted else 0)
-        spread(run, loaded.model)
+        shard_model(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
@@ -98,13 +101,13 @@ def unlearn(
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"]) if saved is not None else None
         sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
-        folder.reads(inputs(digests["model_sha256"], sets, saved))
+        folder.reads(input_digests(digests["model_sha256"], sets, saved))
         if saved is not None:
             saved.note_other_texts(retain)
         made_for = {
             "model_sha256": digests["model_sha256"],
             "retain_sha256": digest_sequences(retain),
-            "config": deciding(run)["fit"],
+            "config": result_settings(run)["fit"],
         }
         update = unlearn_model(
             loaded.model,
@@ -115,7 +118,7 @@ def unlearn(
             direction=direction,
             size=size,
             run=replace(
-                going,
+                settings,
                 targets=loaded.targets,
                 curvature=curvature,
                 memory=budget,
@@ -173,7 +176,7 @@ def curvature_bytes(
         return None
     total = bytes_of(run.fit.memory)
     length = run.data.sequence_length
-    assert length is not None, "with_length comes first"
+    assert length is not None, "complete_data comes first"
     return curvature_budget(
         total,
         loaded.model,
