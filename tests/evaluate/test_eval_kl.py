@@ -383,8 +383,8 @@ def test_command_refuses(desk, capsys):
     for more, said in (
         ((), "give --update or --edited"),
         ((*UPDATE, "--edited", "edited"), "give --update or --edited"),
-        (("--edited", "words"), "its vocabulary is not MODEL's"),
-        (("--edited", "other"), "its vocabulary is not MODEL's"),
+        (("--edited", "words"), "its vocabulary differs from MODEL's"),
+        (("--edited", "other"), "its vocabulary differs from MODEL's"),
         (("--edited", "none"), "could not be loaded"),
         (("--update", "none"), "no such update"),
         ((*UPDATE, "--quantise", "int2"), "give int8 or int4"),

@@ -1,4 +1,4 @@
-"""``kfade attack``: fine-tune an unlearned model and see what comes back."""
+"""``kfade attack``: fine-tune an unlearned model and measure how much of the forgotten returns."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def attack(
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
-    """Fine-tune MODEL with an update, measure what comes back, and add the update once more.
+    """Fine-tune MODEL with an update, measure how much it relearns, and add the update again.
 
-    Without --update MODEL itself is fine-tuned: the control. All weights are trained; MODEL is not
-    changed. Writes `attack.jsonl`, `metrics.json` and `manifest.json` into OUT; --resume goes on
-    after the kinds of data that are done.
+    Without --update MODEL itself is fine-tuned, as a control. All weights are trained; the files of
+    MODEL are not changed. Writes `attack.jsonl`, `metrics.json` and `manifest.json` into OUT;
+    --resume continues after the kinds of data that are finished.
 
     Example: `kfade attack MODEL --update out/run --forget forget.jsonl --data wikitext.jsonl
     --kind benign --data few.jsonl --kind forget --out out/attack`

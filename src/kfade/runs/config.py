@@ -1,8 +1,8 @@
 """The settings of a run: frozen dataclasses, one for each stage, read from and written to YAML.
 
 Each field is also an option of the command line, with its docstring as the help text. Only
-``runs/`` and ``cli/`` use these classes; library functions take tensors, models and numbers. A class extends
-another if one command has more settings of a kind than a second command.
+``runs/`` and ``cli/`` use these classes; library functions take tensors, models and numbers. A
+class extends another if one command has more settings of a kind than a second command.
 """
 
 from __future__ import annotations

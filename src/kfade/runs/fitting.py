@@ -1,4 +1,4 @@
-"""The curvature of a model on a retain set, from a configuration to a folder."""
+"""Fit: the curvature of a model on a retain set, from a configuration to a folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ from kfade.runtime.stages import Clock, stage, timing
 
 
 def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Fit the curvature of the configuration's model on its retain set; returns the metrics."""
+    """Fit the curvature on the retain set and write it to the folder ``out``; returns the metrics.
+
+    Raises:
+        InputError: a setting or a file is wrong, or a resumed fit has other settings than the
+            interrupted one in ``out``.
+    """
     run = replace(run, data=with_date(run.data, out, resume=resume))
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     examples, _ = read_retain(run.data, run.seed)
@@ -85,7 +90,7 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
 def _made_for(
     run: FitRequest, loaded: Loaded, sequences: Sequence[TokenSequence]
 ) -> dict[str, Any]:
-    """What the curvature belongs to, kept with it."""
+    """The provenance of the curvature: model, weights, settings and data."""
     return {
         "model": run.model.model,
         **provenance(source_of(run.model)),
@@ -102,7 +107,7 @@ def _made_for(
 def _metrics(
     clock: Clock, sequences: Sequence[TokenSequence], files: Sequence[Path]
 ) -> dict[str, Any]:
-    """What ``metrics.json`` tells of a fit that is written to ``files``."""
+    """The metrics of a fit whose curvature is in ``files``."""
     stages = ("load", "covariance", "eigh", "lambda", "save")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
     return {

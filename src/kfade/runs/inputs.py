@@ -1,4 +1,4 @@
-"""A saved curvature as an input of a run, and the digests of all inputs, which a resumed run checks."""
+"""A saved curvature as an input of a run; digests of all inputs, which a resumed run checks."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ class SavedFit:
             remedy = f"give --dtype {dtype}, or fit" if dtype in DTYPES else "fit"
             here = str(loaded.targets[0].weight.dtype).removeprefix("torch.")
             return (
-                f"--curvature was fitted on this model in {dtype}, here it is in {here}; {remedy} it "
-                "again with kfade fit"
+                f"--curvature was fitted on this model in {dtype}, here it is in {here}; {remedy} "
+                "it again with kfade fit"
             )
         digests = recorded["weights_sha256"]
         differing = [

@@ -115,7 +115,7 @@ def notes_on_base(
 
 
 def shard_model(request: FitRequest, model: nn.Module) -> None:
-    """If --shard is set, shard the blocks over the processes and move the model to their devices."""
+    """Shard the blocks over the processes and move them to the devices, if --shard is set."""
     if not request.shard:
         return
     with stage("load"):

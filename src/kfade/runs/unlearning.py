@@ -1,4 +1,4 @@
-"""The whole method, from a configuration to a folder with its update."""
+"""Unlearn: the complete method, from a configuration to a folder with its update."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from kfade.runtime.provenance import git_sha
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
-_UNLOGGED = {"relative_change", "probes"}  # too long for a line
+_UNLOGGED = {"relative_change", "probes"}  # too long for a line of the log
 
 
 def unlearn(
@@ -60,20 +60,25 @@ def unlearn(
     export_model: bool = False,
     loaded: Loaded | None = None,
 ) -> dict[str, Any]:
-    """One run of the method from its configuration to its folder; returns the metrics.
+    """Compute an update and write it to the folder ``out``; returns the metrics.
 
     Args:
-        saved: the curvature of the first step.
-        loaded: the configuration's model, where the caller has it already.
+        saved: a curvature for the first step. None: it is fitted.
+        resume: continue the interrupted run in ``out``.
+        export_model: also write the edited model.
+        loaded: the configuration's model, if it is loaded already.
 
     Raises:
-        InputError: what is asked for cannot be done; ``saved`` was fitted with other settings; or
-            an interrupted run in ``out`` that is resumed was asked for something else.
+        InputError: a setting or a file is wrong, ``saved`` was fitted with other settings, or a
+            resumed run has other settings than the interrupted one in ``out``.
     """
     if saved is not None:
         saved.check(run)
     if export_model and run.shard:
-        raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
+        raise InputError(
+            "--export-model does not work with --shard: leave it out, and add the update to the "
+            "model with kfade apply"
+        )
     run = replace(run, data=with_date(run.data, out, resume=resume))
     source = source_of(run.model)
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
@@ -157,7 +162,7 @@ def unlearn(
 
 
 def _keep_step(folder: RunDir, total: int, update: Update) -> None:
-    """Write the update after a step, for a resumed run to go on from, and tell of the step."""
+    """Keep the update after a step, for a resumed run; log the step and print a line about it."""
     steps = update.provenance["steps"]
     folder.keep(f"update-{len(steps):03}.safetensors", update.save)
     folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
@@ -167,16 +172,18 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
 def curvature_bytes(
     run: FitRequest, loaded: Loaded, estimator: Estimator, *, vectors: int = 0
 ) -> int | None:
-    """What ``--memory`` leaves for the curvature beside the model, not yet sharded, and a pass.
+    """Bytes of ``--memory`` that remain for the curvature beside the model and a pass.
+
+    None without ``--memory``. The model must not be sharded yet.
 
     Args:
-        vectors: how many vectors of the targets' size are held besides.
+        vectors: number of vectors of the targets' size that are in memory too.
     """
     if run.fit.memory is None:
         return None
     total = bytes_of(run.fit.memory)
     length = run.data.sequence_length
-    assert length is not None, "complete_data comes first"
+    assert length is not None, "complete_data sets the length"
     return curvature_budget(
         total,
         loaded.model,
@@ -193,7 +200,7 @@ def curvature_bytes(
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
-    """One step in a line."""
+    """One line of text about a step."""
     refined = f", refined {record['refined']}" if record["refined"] else ""
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
@@ -206,8 +213,10 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
 def _store(
     folder: RunDir, made_for: dict[str, Any], model: nn.Module, targets: Sequence[Target]
 ) -> Store:
-    """Where the fit at the model's present weights is kept, in the state of a run; earlier fits are
-    deleted."""
+    """The store for the fit at the model's current weights, in the run's state.
+
+    The stores of earlier fits are deleted.
+    """
     digest = digest_weights(model, parameter_names(targets))
     place = folder.state / f"curvature-{digest[:16]}"
     if distributed.rank() == 0:
@@ -220,6 +229,7 @@ def _store(
 
 
 def _resume_from(folder: RunDir) -> Update | None:
+    """The update after the last step of the interrupted run, if there is one."""
     done = sorted(folder.state.glob("update-*.safetensors"))
     if not done:
         return None
@@ -236,7 +246,7 @@ def run_metrics(
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
 ) -> dict[str, Any]:
-    """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
+    """The metrics of an update from :func:`kfade.unlearn`, as in ``metrics.json``."""
     steps = update.provenance["steps"]
     stages = ["load", "fit", "gradient", "step", "check"]
     if "refine" in clock.seconds:
