@@ -146,7 +146,7 @@ class Lines:
             self._tasks[task].received = _received(done, total)
 
     def stop(self, task: int) -> None:
-        """End a task, finished or not. A line is printed if it was long and not within another task."""
+        """End a task, finished or not. Prints a line if it was long and within no other task."""
         with self._lock:
             own = self._tasks.pop(task)
             seconds = self._clock() - own.begun

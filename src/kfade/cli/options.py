@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from kfade.runs import options as o
 
 Out = Annotated[
-    Path, Parameter(group=o.RUN, help="Folder to write. It must not exist, or be empty.")
+    Path, Parameter(group=o.RUN, help="Folder to write. It must be empty or not exist yet.")
 ]
 Resume = Annotated[
     bool, o.FLAG, Parameter(group=o.RUN, help="Continue an interrupted run in --out.")
@@ -29,14 +29,14 @@ ConfigFile = Annotated[
     Path | None,
     Parameter(
         group=o.RUN,
-        help="Read settings from this YAML file. Options on the command line override them. Unset: the "
-        "default of each option.",
+        help="Read settings from this YAML file. Options on the command line override them. Unset: "
+        "the default of each option.",
     ),
 ]
 CurvatureFolder = Annotated[
     Path | None,
     Parameter(
         group=o.FIT,
-        help="Folder of a kfade fit, whose curvature the first step uses. Unset: fit it.",
+        help="Folder of a kfade fit, whose curvature replaces the first fit. Unset: none.",
     ),
 ]

@@ -25,7 +25,10 @@ def session() -> Iterator[None]:
 
 
 def show(result: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:
-    """Print the result: as one JSON object on stdout, or ``lines`` on stderr. Call it outside session."""
+    """Print the result as one JSON object on stdout, or ``lines`` on stderr.
+
+    Call it outside of :func:`session`.
+    """
     if as_json and distributed.rank() == 0:
         print(json.dumps(result), flush=True)
     elif not as_json:

@@ -209,13 +209,13 @@ class SizeConfig:
     """The size of a step: one of alpha, kl and until. If none is set, a measured KL of 0.01."""
 
     alpha: float | None = None
-    """G-norm α of each step, which predicts a KL of ½α² nats per token."""
+    """G-norm α of each step, which predicts a KL of ½α² nats per token. Unset: see --kl."""
     kl: float | None = None
     """Measured KL of the complete run on held-out retain data, in nats per token. If neither this
     nor --alpha nor --until is set: 0.01."""
     until: str | None = None
     """Forgetting target: forget_loss=2.7 (nats per token) or forget_probability=0.1 (mean over the
-    forget texts)."""
+    forget texts). Unset: see --kl."""
     max_kl: float | None = None
     """Upper limit of the measured KL of the complete run, in nats per token, in addition to the
     option that sets the size. Unset: no limit."""
