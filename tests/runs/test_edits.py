@@ -101,7 +101,7 @@ def test_an_adapter_is_not_put_on_an_adapter(desk, tmp_path, capsys):
     merged = tmp_path / "merged"
     save_model(adapted.merge_and_unload(), zoo.tokenizer(), merged)
     assert main([*export, "--model", str(merged)]) == 0
-    assert "for a model that has that adapter merged" in said(capsys)
+    assert "for a model with that adapter merged" in said(capsys)
     # The same weights, so that the update is at home there.
     assert main(["apply", str(merged), desk["out"], "--out", str(tmp_path / "e"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["base"] == "same"

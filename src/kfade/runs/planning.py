@@ -38,7 +38,7 @@ class AmountConfig(BatchConfig):
     """Amounts of data and sizes of batches."""
 
     tokens: int = Work.retain_tokens
-    """Number of retain tokens that the curvature is fitted on; the default is 4000 sequences of 512."""
+    """Number of retain tokens for the fit; the default is 4000 sequences of 512."""
     forget_tokens: int = Work.forget_tokens
     """Number of forget tokens in one step; the default is 2500 sequences of 512."""
 
