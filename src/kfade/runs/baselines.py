@@ -193,9 +193,9 @@ def baseline(request: BaselineRequest, out: Path, *, resume: bool = False) -> di
         *read_retain(request.data, request.seed),
     )
     config = result_settings(RunConfig(model=request.model, data=request.data))
-    again = {**request.asked, **{part: config[part] for part in ("model", "data")}}
+    settings = {**request.asked, **{part: config[part] for part in ("model", "data")}}
     clock = Clock()
-    with timing(clock), RunDir(out, again, resume=resume) as folder:
+    with timing(clock), RunDir(out, settings, resume=resume) as folder:
         ready = _prepare(request, examples, build, folder)
         update = _train(ready, folder)
         metrics = _finish(ready, update, clock, folder)

@@ -59,7 +59,7 @@ def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) 
     settings = settings_of(request)
     paths = [str(path) for path in request.questions]
     settings["questions"] = (paths[0] if len(paths) == 1 else paths) if paths else None
-    asked = read_sets(request.questions, request.limit)
+    sets = read_sets(request.questions, request.limit)
     if request.tasks:
         check_installed()
     with evaluation("choice", out, resume, settings) as run:
@@ -69,11 +69,11 @@ def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) 
             if request.tasks:
                 _run_tasks(run, subject, digests, request)
             else:
-                _ask(run, subject, digests, asked, request)
+                _answer(run, subject, digests, sets, request)
     return run.result
 
 
-def _ask(
+def _answer(
     run: Evaluation,
     subject: EvaluatedModel,
     digests: dict[str, str],

@@ -110,19 +110,19 @@ def evaluate_mt_bench(
         "runs": request.runs,
     }
     decoding = Decoding(request.max_new_tokens, request.batch_tokens, seed=request.seed)
-    asked = read_bench(request.questions, request.references)[: request.limit]
+    questions = read_bench(request.questions, request.references)[: request.limit]
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = run.load(request.subject)
         with subject.edited() as edited:
-            about = {"weights_sha256": digest_weights(edited), "data_sha256": digest(asked)}
+            about = {"weights_sha256": digest_weights(edited), "data_sha256": digest(questions)}
             header = {"benchmark": "mt-bench answers", **settings, **about}
             header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
             with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:
-                answer_questions(edited, subject.tokenizer, asked, answers, decoding, **how)
+                answer_questions(edited, subject.tokenizer, questions, answers, decoding, **how)
                 answers.finish({"answers": len(answers.items)})
         with run.items(**about) as log:
             with stage("judgements"):
-                judge_answers(judge, asked, answers.items, log, runs=request.runs)
+                judge_answers(judge, questions, answers.items, log, runs=request.runs)
             run.folder.publish(ANSWERS)
             run.finish(log, summarise_ratings(log.items), **about)
     return run.result

@@ -14,7 +14,7 @@ import torch
 from cyclopts import Parameter
 
 from kfade.data.batches import Batch
-from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.data.sequences import digest_sequences
 from kfade.errors import InputError
 from kfade.evaluate.completions import (
     Prompt,
@@ -102,12 +102,12 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
         if edited:
             _check_vocabularies(base, replace(subject.model, model=edited))
         window = model_window(base.model)
-        asked = encode_prompts(examples, base.tokenizer, window=window, **how)
+        prompts = encode_prompts(examples, base.tokenizer, window=window, **how)
         digests = {"base_sha256": digest_weights(base.model)}
         folder = request.completions or run.folder.state
-        answers = _completions(base, asked, folder, digests["base_sha256"], request)
-        texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
-        groups = _groups(base, texts, request.batch_tokens)
+        answers = _completions(base, prompts, folder, digests["base_sha256"], request)
+        texts = [completed(p, a["tokens"]) for p, a in zip(prompts, answers, strict=True)]
+        groups = grouped(batches_for(base.model, texts, request.batch_tokens))
         digests["completions_sha256"] = digest_sequences(texts)
         evaluated, tokenizer = base, base.tokenizer
         if not edited:
@@ -116,13 +116,13 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
             key = f"{digest(list(digests.values()))[:16]}-{request.batch_tokens}"
             reference = _streamed(base, groups, run, key)
             del base, evaluated
-            _free()
+            _free_memory()
             other = replace(subject.model, model=edited, revision=None)
             evaluated = load_evaluated(Subject(other, quantise=subject.quantise))
         with evaluated.edited() as changed:
             digests["edited_sha256"] = digest_weights(changed)
         with run.items(**digests) as log:
-            _measure(log, evaluated, groups, reference, asked, answers, tokenizer)
+            _measure(log, evaluated, groups, reference, prompts, answers, tokenizer)
             if request.completions is None:
                 run.folder.publish(COMPLETIONS)
             figures = summarise_divergence(log.items, seed=request.seed)
@@ -162,12 +162,6 @@ def _completions(
         complete(base.model, base.tokenizer, prompts, log, decoding)
         log.finish({"completions": len(prompts)})
         return [log.items[str(i)] for i in range(len(prompts))]
-
-
-def _groups(
-    base: EvaluatedModel, texts: Sequence[TokenSequence], batch_tokens: int
-) -> list[list[Batch]]:
-    return grouped(batches_for(base.model, texts, batch_tokens))
 
 
 def _in_memory(base: EvaluatedModel, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
@@ -245,7 +239,7 @@ def _measure(
             )
 
 
-def _free() -> None:
+def _free_memory() -> None:
     gc.collect()
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()

@@ -94,20 +94,20 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
         trusted = config.trust_remote_code
         load_tokenizer(request.retain_model, trust_remote_code=trusted, tokenizer=config.tokenizer)
     settings = {**settings_of(request), "from_log": None}
-    how = _rendering(request, settings, out, resume)
+    options = _measure_options(request, settings, out, resume)
     legacy = LEGACY_ITEMS if request.tofu_legacy else None
     limits = [n for n in (request.limit, legacy) if n is not None]
     questions = read_tofu(request.split, folder=request.data, limit=min(limits, default=None))
     with evaluation("tofu", out, resume, settings) as run:
         subject = run.load(request.subject)
-        about = _about(subject, questions, how)
+        about = _about(subject, questions, options)
         with run.items(**about) as log:
-            _measure(subject, questions, log, how)
+            _measure(subject, questions, log, options)
             if request.retain_model:
                 del subject
                 gc.collect()  # a model holds references to itself
                 other = replace(config, model=request.retain_model, revision=None)
-                retain = _measure_retain(run, load_evaluated(Subject(other)), questions, how)
+                retain = _measure_retain(run, load_evaluated(Subject(other)), questions, options)
             measured = log_of(log.items, str(out), {**settings, **about})
             run.finish(log, aggregate(measured, retain), **about)
     return {**run.result, "notes": notes_on(measured, retain)}
@@ -139,7 +139,7 @@ def _read_retain(path: Path | None) -> TofuLog | None:
     return retain
 
 
-def _rendering(
+def _measure_options(
     request: TofuRequest, settings: dict[str, Any], out: Path, resume: bool
 ) -> dict[str, Any]:
     """The options of the measurement; writes the chat template in use into ``settings``."""
@@ -152,7 +152,7 @@ def _rendering(
 
 
 def _about(
-    subject: EvaluatedModel, questions: list[TofuQuestion], how: Mapping[str, Any]
+    subject: EvaluatedModel, questions: list[TofuQuestion], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Digests and facts that decide the numbers besides the options.
 
@@ -162,34 +162,37 @@ def _about(
         about: dict[str, Any] = {
             "weights_sha256": digest_weights(edited),
             "data_sha256": digest(questions),
-            "prompt_format": template_for(how["template"], edited, subject.tokenizer),
+            "prompt_format": template_for(options["template"], edited, subject.tokenizer),
         }
-    chat: ChatTemplate = how["chat"]
+    chat: ChatTemplate = options["chat"]
     if about["prompt_format"] == "chat" and chat.reads_date(subject.tokenizer):
         about["prompt_date"] = str(chat.now)
     return about
 
 
 def _measure(
-    subject: EvaluatedModel, questions: list[TofuQuestion], log: ItemLog, how: Mapping[str, Any]
+    subject: EvaluatedModel, questions: list[TofuQuestion], log: ItemLog, options: Mapping[str, Any]
 ) -> None:
     with stage("items"), subject.edited() as edited:
-        measure_tofu(edited, subject.tokenizer, questions, log, **how)
+        measure_tofu(edited, subject.tokenizer, questions, log, **options)
 
 
 def _measure_retain(
-    run: Evaluation, subject: EvaluatedModel, questions: list[TofuQuestion], how: Mapping[str, Any]
+    run: Evaluation,
+    subject: EvaluatedModel,
+    questions: list[TofuQuestion],
+    options: Mapping[str, Any],
 ) -> TofuLog:
     """Measure the retain model; its log is written to the folder, and --retain-log can read it."""
     header = {
         "benchmark": "tofu",
         "model": subject.name,
-        "max_new_tokens": how["decoding"].max_new_tokens,
+        "max_new_tokens": options["decoding"].max_new_tokens,
         **{name: run.settings[name] for name in ("template_args", "template_sha256")},
-        **_about(subject, questions, how),
+        **_about(subject, questions, options),
     }
     with ItemLog(run.folder.state / RETAIN_ITEMS, header) as log:
-        _measure(subject, questions, log, how)
+        _measure(subject, questions, log, options)
         retain = log_of(log.items, RETAIN_ITEMS, header)
         log.finish(aggregate(retain))
     run.folder.publish(RETAIN_ITEMS)

@@ -87,10 +87,8 @@ def unlearn(
     fit_examples, held_examples = read_retain(run.data, run.seed)
     given = {"curvature": str(saved.path) if saved is not None else None}
     clock = Clock()
-    asked, free = (
-        {**result_settings(run), **given},
-        {"size": "update-*"},
-    )  # no fit depends on the size
+    asked = {**result_settings(run), **given}
+    free = {"size": "update-*"}  # no fit depends on the size
     with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
