@@ -381,8 +381,8 @@ def test_command_refuses(desk, capsys):
     zoo.tiny("llama", dtype=torch.float32).save_pretrained(desk / "words")
     words.save_pretrained(desk / "words")
     for more, said in (
-        ((), "give --update or --edited"),
-        ((*UPDATE, "--edited", "edited"), "give --update or --edited"),
+        ((), "the edited model is missing or given twice"),
+        ((*UPDATE, "--edited", "edited"), "the edited model is missing or given twice"),
         (("--edited", "words"), "its vocabulary differs from MODEL's"),
         (("--edited", "other"), "its vocabulary differs from MODEL's"),
         (("--edited", "none"), "could not be loaded"),
