@@ -1,4 +1,4 @@
-"""kfade: make a language model unlearn, by a few Gauss-Newton steps.
+"""kfade: make a language model unlearn with a few Gauss-Newton steps.
 
 model, tokenizer = kfade.load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
 forget = kfade.encode(kfade.load_examples("forget.jsonl"), tokenizer)

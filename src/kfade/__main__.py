@@ -1,4 +1,4 @@
-"""``kfade`` and ``python -m kfade``."""
+"""Start the command line with ``python -m kfade``."""
 
 import sys
 

@@ -1,15 +1,15 @@
-"""The one exception that means: the input is at fault, not the program; and the words of others."""
+"""``InputError``, the exception for faulty input, and the first line of any error's message."""
 
 
 class InputError(ValueError):
-    """What is wrong, where, and what to do about it, in one line.
+    """The user's input is wrong. The message is one line: what is wrong, where, and what to do.
 
-    Raised before long work begins wherever the fault can be seen beforehand. The command line
-    prints the message and exits with 2; in a notebook it reads as an ordinary ``ValueError``.
+    It is raised before any long work if the fault can be detected by then. The command line prints
+    the message and exits with code 2. In Python it is an ordinary ``ValueError``.
     """
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
+    """The first line of an error's message that is not empty, or the name of the error's class."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(filter(None, lines), type(error).__name__)

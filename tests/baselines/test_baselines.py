@@ -397,11 +397,11 @@ def test_updates_of_the_head_are_measured_by_two_heads(tmp_path):
     # kfade eval kl: the base model's outputs are read by the base model's head.
     from kfade.evaluate.divergence import divergences, grouped
     from kfade.runs.eval_kl import _in_memory
-    from kfade.runs.evaluation import Judged
+    from kfade.runs.evaluation import EvaluatedModel
 
     model, sequences = tiny_llama(), random_sequences(5)
     update = Update({"lm_head.weight": torch.randn(17, 8, dtype=torch.float64) * 0.3})
-    subject = Judged("model", model, None, update, None, {})
+    subject = EvaluatedModel("model", model, None, update, None, {})
     groups = grouped(make_batches(sequences, budget=20))
     found = dict(divergences(groups, _in_memory(subject, groups), subject.edited))
     edited = tiny_llama()

@@ -111,8 +111,8 @@ def test_a_step_that_holds_at_first_is_the_only_one():
 def test_a_model_that_routes_passes_by_a_step_that_leaves_its_routes():
     found = small_step(built("qwen3_moe"))
     assert found.passed
-    assert "of larger steps the ratio is" in found.text
-    assert "beyond it other experts run" in found.text
+    assert "for larger steps the ratio is" in found.text
+    assert "beyond it the router chooses other experts" in found.text
 
 
 def test_curvature_of_higher_order_passes_by_a_smaller_step():
@@ -120,7 +120,7 @@ def test_curvature_of_higher_order_passes_by_a_smaller_step():
     model.model.layers[1].mlp.register_forward_hook(lambda m, a, out: out + (300 * out).sin() / 300)
     found = small_step(model)
     assert found.passed
-    assert "curvature of higher order counts beyond it" in found.text
+    assert "beyond it terms of higher order matter" in found.text
 
 
 def test_a_wrong_form_fails_at_any_size(monkeypatch):

@@ -312,7 +312,7 @@ def corrupt(path: Path, name: str) -> None:
         (("--labels", "true"), "--labels true: give sqrt"),
         (("--objective", "loss"), "--objective loss: give margin"),
         (("--later-objective", "loss", "--steps", "2"), "--later-objective loss: give margin"),
-        (("--later-objective", "ce"), "--later-objective ce with one step: give --steps"),
+        (("--later-objective", "ce"), "--later-objective ce needs a second step: give --steps"),
         (("--template", "llama"), "--template llama: give auto"),
         (("--template", "chat"), "no chat template"),
         (("--sequence-length", "100000"), "over the model's window"),

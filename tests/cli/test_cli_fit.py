@@ -15,9 +15,9 @@ from kfade.cli import main
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.store import SumsCheckpoint
 from kfade.errors import InputError
+from kfade.runs.choices import bytes_of
 from kfade.runs.config import FitConfig, ModelConfig, read_config
 from kfade.runs.session import load
-from kfade.runs.words import bytes_of
 
 RETAIN = [{"text": f"line {i} of some text to keep"} for i in range(12)]
 

@@ -80,7 +80,7 @@ def test_an_evaluation_takes_template_and_arguments_of_the_run(run, judge, tmp_p
     assert len(data["template_sha256"]) == 64
     code, settings = judge()
     assert code == 0
-    told = f"note: as the run that made --update: --template-file {run}/own.jinja, "
+    told = f"note: as in the run that made --update: --template-file {run}/own.jinja, "
     assert caplog.messages == [told + "--template-arg word=z"]
     keys = ("template_file", "template_args", "template_sha256", "template_date")
     assert [settings[key] for key in keys] == [data[key] for key in keys]

@@ -357,8 +357,8 @@ def test_command_resumes(desk, monkeypatch):
 
 def test_command_refuses(desk, capsys):
     for more, said in (
-        ((), "give --questions or --tasks"),
-        (("--questions", "q.jsonl", "--tasks", "mmlu"), "give --questions or --tasks"),
+        ((), "give either --questions or --tasks"),
+        (("--questions", "q.jsonl", "--tasks", "mmlu"), "give either --questions or --tasks"),
         (("--questions", "none"), "no such file of questions"),
         (("--questions", "q.jsonl", "--limit", "0"), "--limit."),
         (("--questions", "q.jsonl", "--batch-tokens", "0"), "--batch-tokens."),

@@ -28,7 +28,7 @@ from kfade.evaluate.divergence import (
 from kfade.evaluate.log import read_log
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.update import Update
-from kfade.runs.evaluation import load_judged
+from kfade.runs.evaluation import load_evaluated
 
 
 def small_update(model, size: float, seed: int = 1) -> Update:
@@ -341,12 +341,12 @@ def test_two_models_are_never_in_memory_together(desk, monkeypatch):
 
     def watched(*arguments, **named):
         assert all(model() is None for model in seen), "the base model is still there"
-        subject = load_judged(*arguments, **named)
+        subject = load_evaluated(*arguments, **named)
         seen.append(weakref.ref(subject.model))
         return subject
 
     for module in ("evaluation", "eval_kl"):
-        monkeypatch.setattr(f"kfade.runs.{module}.load_judged", watched)
+        monkeypatch.setattr(f"kfade.runs.{module}.load_evaluated", watched)
     assert kl("--edited", "edited") == 0
     assert len(seen) == 2
 
@@ -381,10 +381,10 @@ def test_command_refuses(desk, capsys):
     zoo.tiny("llama", dtype=torch.float32).save_pretrained(desk / "words")
     words.save_pretrained(desk / "words")
     for more, said in (
-        ((), "give --update or --edited"),
-        ((*UPDATE, "--edited", "edited"), "give --update or --edited"),
-        (("--edited", "words"), "its vocabulary is not MODEL's"),
-        (("--edited", "other"), "its vocabulary is not MODEL's"),
+        ((), "the edited model is missing or given twice"),
+        ((*UPDATE, "--edited", "edited"), "the edited model is missing or given twice"),
+        (("--edited", "words"), "its vocabulary differs from MODEL's"),
+        (("--edited", "other"), "its vocabulary differs from MODEL's"),
         (("--edited", "none"), "could not be loaded"),
         (("--update", "none"), "no such update"),
         ((*UPDATE, "--quantise", "int2"), "give int8 or int4"),

@@ -516,7 +516,7 @@ def test_the_command_from_end_to_end(model_dir, serve, tmp_path, monkeypatch, ca
     captured = capsys.readouterr()
     printed = json.loads(captured.out)
     said = " ".join(captured.err.split())
-    assert "1 of 10 replies of the judge held no [[rating]] from 1 to 10" in said
+    assert "1 of 10 replies of the judge contained no [[rating]] from 1 to 10" in said
     assert (printed["judged"], printed["unrated"]) == (10, 1)
     out = tmp_path / "out"
     names = {path.name for path in out.iterdir()}
@@ -533,7 +533,7 @@ def test_the_command_from_end_to_end(model_dir, serve, tmp_path, monkeypatch, ca
 def test_all_replies_without_a_rating(model_dir, serve, tmp_path, capsys):
     server = serve(lambda number, body: completion(None))
     assert bench(model_dir, tmp_path, server.url) == 0
-    assert "no reply of the judge held a rating" in capsys.readouterr().err
+    assert "no reply of the judge contained a rating" in capsys.readouterr().err
 
 
 def test_a_key_that_is_not_set_is_told(model_dir, tmp_path, capsys):

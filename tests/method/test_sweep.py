@@ -478,9 +478,9 @@ def test_other_retain_texts_are_said(fitted, tmp_path, capsys):
     other = write_lines(tmp_path / "other.jsonl", RETAIN[2:])
     more = ("--alpha", "0.01")
     assert main(command(fitted, tmp_path / "a", *more)) == 0
-    assert "was not fitted on what is kept" not in capsys.readouterr().err.replace("\n", " ")
+    assert "was not fitted on the retain texts" not in capsys.readouterr().err.replace("\n", " ")
     assert main(command(fitted, tmp_path / "b", *more, "--retain", other)) == 0
-    assert "was not fitted on what is kept" in capsys.readouterr().err.replace("\n", " ")
+    assert "was not fitted on the retain texts" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

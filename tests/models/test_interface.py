@@ -32,7 +32,7 @@ from kfade.method.sweep import Shared, sweep
 from kfade.models.interface import check_batches, check_length, check_readable
 from kfade.models.layers import choose_targets, find_targets
 from kfade.planning.memory import Work, curvature_budget, examine
-from kfade.runs.words import estimator_of
+from kfade.runs.choices import estimator_of
 
 
 @pytest.fixture

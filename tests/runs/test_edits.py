@@ -38,7 +38,7 @@ def said(capsys) -> str:
 def test_an_update_that_is_not_there_is_not_taken_away(desk, capsys):
     capsys.readouterr()
     assert main(["revert", desk["model"], desk["run"], "--out", desk["out"]]) == 2
-    assert "there is no such update to take away" in said(capsys)
+    assert "so it does not contain the update" in said(capsys)
     assert not Path(desk["out"]).exists()
     assert main(["revert", desk["edited"], desk["run"], "--out", desk["out"]]) == 0
     assert "note" not in said(capsys)
@@ -51,14 +51,14 @@ def test_an_update_that_may_not_be_there_is_taken_away_and_that_is_said(desk, ca
     save_file(tensors, path, {"format": "pt"})
     capsys.readouterr()
     assert main(["revert", desk["edited"], desk["run"], "--out", desk["out"]]) == 0
-    assert f"nothing shows that {desk['edited']} held this update" in said(capsys)
+    assert f"no record shows that {desk['edited']} contains this update" in said(capsys)
 
 
 def test_an_update_that_is_there_already_is_said(desk, capsys):
     capsys.readouterr()
     assert main(["apply", desk["edited"], desk["run"], "--out", desk["out"]]) == 0
     error = said(capsys)
-    assert f"{desk['edited']} held this update already; it has been added once more" in error
+    assert f"{desk['edited']} contained this update already; it has been added again" in error
     assert "fine-tuned descendant" not in error
 
 
@@ -94,14 +94,14 @@ def test_an_adapter_is_not_put_on_an_adapter(desk, tmp_path, capsys):
     export = ["export-lora", desk["out"], "--rank", "4"]
     assert main(export) == 2
     error = said(capsys)
-    assert f"{adapter}: is an adapter itself, on which peft puts no adapter" in error
+    assert f"{adapter}: is an adapter itself, to which peft cannot add an adapter" in error
     assert "kfade apply" in error
-    assert "name that folder as --model" in error
+    assert "give that folder as --model" in error
     assert not list(Path(desk["out"]).glob("lora*"))
     merged = tmp_path / "merged"
     save_model(adapted.merge_and_unload(), zoo.tokenizer(), merged)
     assert main([*export, "--model", str(merged)]) == 0
-    assert "for a model that has that adapter merged" in said(capsys)
+    assert "for a model with that adapter merged" in said(capsys)
     # The same weights, so that the update is at home there.
     assert main(["apply", str(merged), desk["out"], "--out", str(tmp_path / "e"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["base"] == "same"
@@ -112,7 +112,7 @@ def test_an_adapter_is_not_put_on_a_gguf_file(desk, monkeypatch, capsys):
     monkeypatch.setattr("kfade.runs.editing.resolve", lambda source: Resolved(place, place))
     capsys.readouterr()
     assert main(["export-lora", desk["run"], "--rank", "4", "--model", "m.gguf"]) == 2
-    assert "m.gguf: is a GGUF file, on which peft puts no adapter" in said(capsys)
+    assert "m.gguf: is a GGUF file, to which peft cannot add an adapter" in said(capsys)
 
 
 def test_updates_of_two_architectures_are_not_added(desk, tmp_path, capsys):

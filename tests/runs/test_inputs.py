@@ -191,11 +191,11 @@ OWN = ("--estimator", "kfac", "--labels", "sampled")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--estimator", "ekfac"), "with --estimator kfac, asked for is with --estimator ekfac"),
-        (("--estimator", "identity"), "asked for is with --estimator identity"),
-        (("--labels", "sqrt"), "with --labels sampled, asked for is with --labels sqrt"),
-        (("--joint-bias",), "without --joint-bias, asked for is with --joint-bias"),
-        (("--memory", "1GB"), "without --memory, asked for is with --memory 1GB"),
+        (("--estimator", "ekfac"), "with --estimator kfac, this run is with --estimator ekfac"),
+        (("--estimator", "identity"), "this run is with --estimator identity"),
+        (("--labels", "sqrt"), "with --labels sampled, this run is with --labels sqrt"),
+        (("--joint-bias",), "without --joint-bias, this run is with --joint-bias"),
+        (("--memory", "1GB"), "without --memory, this run is with --memory 1GB"),
     ],
 )
 def test_options_that_contradict_a_fit_are_refused(setup, capsys, more, message):
@@ -224,7 +224,7 @@ def test_a_configuration_that_contradicts_a_fit_is_refused(setup, tmp_path, caps
     for name in ("unlearn", "sweep"):
         capsys.readouterr()
         assert main(command(setup, name, *more)) == 2
-        assert "asked for is with --estimator diagonal" in " ".join(capsys.readouterr().err.split())
+        assert "this run is with --estimator diagonal" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_changed_curvature_is_not_gone_on_with(setup, monkeypatch, capsys):

@@ -213,7 +213,7 @@ def test_a_full_disk_that_nobody_foresaw(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr("kfade.cli.app", SimpleNamespace(parse_args=printed))
     assert main(["plan"]) == 2
-    assert "what it prints: cannot be written (No space left on device)" in one_line(capsys)
+    assert "the output: cannot be written (No space left on device)" in one_line(capsys)
 
 
 # --- where results go ------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def cut(setup, monkeypatch, capsys) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr("kfade.runs.unlearning.step_line", interrupt)
         assert main(command(setup)) == 130
-    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert "interrupted; to continue, run the same command with --resume" in capsys.readouterr().err
     part = Path(setup["out"] + ".part")
     assert (part / "state" / "update-001.safetensors").is_file()
     return part
@@ -183,7 +183,10 @@ def test_an_interrupt_by_a_signal_says_how_to_go_on(setup, tmp_path):
     process.join(60)
     assert process.exitcode == 130
     error = (tmp_path / "said" / "stderr").read_text()
-    assert error.splitlines()[-1] == "kfade: interrupted; the same command with --resume goes on"
+    assert (
+        error.splitlines()[-1]
+        == "kfade: interrupted; to continue, run the same command with --resume"
+    )
 
 
 def test_a_command_that_does_not_resume_promises_nothing(setup, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.method.update import Update
 from kfade.models.layers import decoder_blocks
-from kfade.runs.baseline_words import builder_of
+from kfade.runs.baseline_choices import builder_of
 from kfade.runs.session import Loaded
 
 from .fine_tune import block_weights

@@ -22,7 +22,7 @@ from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.targets import Target
-from kfade.runs.words import draw_of, estimator_of, objective_of
+from kfade.runs.choices import draw_of, estimator_of, objective_of
 
 from .baselines import train_baseline
 from .forgetting import BUDGET, Group, Ruler, Search

@@ -1,7 +1,7 @@
-"""The command line: each command validates, calls one function, prints.
+"""The command line: each command parses options, calls one function of ``kfade.runs``, and prints.
 
-Exit codes: 0 done; 2 the user's input is at fault, one line says what, where and what to do;
-130 interrupted; 1 anything else. With ``--json`` one JSON object goes to stdout; everything else
+Exit codes: 0 success; 2 wrong input, with one line that says what is wrong, where, and what to do;
+130 interrupted; 1 any other error. With ``--json`` one JSON object goes to stdout. Everything else
 goes to stderr.
 """
 
@@ -40,7 +40,7 @@ from kfade.runs.options import MODEL
 from kfade.runtime import distributed
 from kfade.runtime.files import FULL, unwritable
 
-INTERRUPTED = 130  # what a shell tells of a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
 
 app = App(
     name="kfade",
@@ -48,7 +48,7 @@ app = App(
     help_format="markdown",
     group_arguments=MODEL,
     config=fill_options,
-    # Of an option given twice the last one counts, as in most programs.
+    # If an option is repeated, the last one counts, as in most programs.
     default_parameter=Parameter(show_default=shown_default, allow_repeating=True),
 )
 eval_app = App(
@@ -106,20 +106,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         return _out_of_memory()
     except RuntimeError as error:
-        if "allocate memory" in str(error):  # how PyTorch's CPU allocator says it
+        if "allocate memory" in str(error):  # the message of PyTorch's CPU allocator
             return _out_of_memory()
         raise
     except OSError as error:
         if error.errno not in FULL:
             raise
-        return _fail(str(unwritable(error.filename or "what it prints", error)), 2)
+        return _fail(str(unwritable(error.filename or "the output", error)), 2)
     except KeyboardInterrupt:
-        goes_on = "; the same command with --resume goes on" if resumes else ""
-        return _fail(f"interrupted{goes_on}", INTERRUPTED)
+        remedy = "; to continue, run the same command with --resume" if resumes else ""
+        return _fail(f"interrupted{remedy}", INTERRUPTED)
     return 0
 
 
 def _check_several(command: Callable[..., Any]) -> None:
+    """Raises InputError if the command does not support several processes."""
     if command not in (fit.fit, unlearn.unlearn):
         raise InputError(
             f"kfade {command.__name__}: only fit and unlearn run in several processes; start it "
@@ -130,7 +131,7 @@ def _check_several(command: Callable[..., Any]) -> None:
 def _out_of_memory() -> int:
     return _fail(
         "out of memory: lower --batch-tokens, then --sequence-length, or target fewer --layers; "
-        "fit, unlearn and sweep hold less with --recompute",
+        "fit, unlearn and sweep need less memory with --recompute",
         2,
     )
 

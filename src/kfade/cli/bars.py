@@ -1,4 +1,4 @@
-"""Progress for whoever watches: bars on a terminal, a line now and then anywhere else."""
+"""Displays of progress: bars on a terminal, and regular lines of text otherwise."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PATIENCE = 10.0  # seconds that a task runs before a line tells of it
-EVERY = 30.0  # seconds between two lines
-TICK = 5.0  # seconds between two looks at what there is to tell
+FIRST_LINE = 10.0  # seconds after which a task gets its first line
+INTERVAL = 30.0  # seconds between two lines
+TICK = 5.0  # seconds between two checks of whether a line is due
 
 
 class Bars:
-    """Rich progress bars; a finished task's bar goes away, its stage stays in the log."""
+    """Progress bars of the package rich. The bar of a finished task disappears."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -33,7 +33,7 @@ class Bars:
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[word]}"),
+            TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             transient=True,
@@ -47,28 +47,30 @@ class Bars:
         self._progress.stop()
 
     def start(self, name: str, total: float | None) -> int:
-        """A bar appears; it swings to and fro where nobody knows how much there is to do."""
-        return self._progress.add_task(name, total=total, word="" if total is None else "left")
+        """Start a task with its bar, which is animated if the total is unknown."""
+        return self._progress.add_task(name, total=total, text="" if total is None else "left")
 
     def advance(self, task: int, amount: float) -> None:
-        """It grows."""
+        """Advance the bar of a task."""
         self._progress.advance(TaskID(task), amount)
 
     def received(self, task: int, done: int, total: int) -> None:
-        """Bytes stand where the time that is left would."""
-        self._progress.update(TaskID(task), word=_received(done, total))
+        """Show the downloaded bytes of a task instead of its remaining time."""
+        self._progress.update(TaskID(task), text=_received(done, total))
 
     def stop(self, task: int) -> None:
-        """It goes away."""
+        """Remove the bar of a task."""
         self._progress.remove_task(TaskID(task))
 
     def say(self, line: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self._progress.console.print(line)
 
 
 @dataclass
 class _Task:
+    """A task and how far it is."""
+
     name: str
     total: float | None
     begun: float
@@ -77,11 +79,11 @@ class _Task:
 
     @property
     def share(self) -> float:
-        """How much of it is done, 0 to 1."""
+        """Finished fraction, 0 to 1."""
         return min(self.done / self.total, 1.0) if self.total else 0.0
 
     def after(self, seconds: float) -> str:
-        """How far it is."""
+        """The line about a running task."""
         time = _duration(seconds)
         if self.total is None:
             return f"{self.name}: " + (f"{self.received} after " if self.received else "") + time
@@ -89,22 +91,22 @@ class _Task:
         return f"{self.name}: {100 * self.share:.0f} % after {time}{left}"
 
     def end(self, seconds: float) -> str:
-        """That it is over."""
+        """The line about a finished task."""
         if self.total is None:
             return f"{self.name}: ended after {_duration(seconds)}"
-        whole = self.done >= self.total * (1 - 1e-9)  # sums of shares are rounded
-        end = "done in" if whole else f"ended at {100 * self.share:.0f} % after"
+        complete = self.done >= self.total * (1 - 1e-9)  # sums of shares are rounded
+        end = "done in" if complete else f"ended at {100 * self.share:.0f} % after"
         return f"{self.name}: {end} {_duration(seconds)}"
 
 
 class Lines:
-    """A line for a task that takes long, and one when it is over; tasks within it say nothing.
+    """Prints lines about a long task, and one at its end. Tasks within a task get no lines.
 
-    A thread looks at the clock, so that a task is told of whose items take minutes each.
+    A thread checks the clock, so that lines are regular even if one item takes minutes.
 
     Args:
         say: prints a line.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class Lines:
         self._say, self._clock = say, clock
         self._tasks: dict[int, _Task] = {}
         self._started = 0
-        self._last = -EVERY
+        self._last = -INTERVAL
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -127,42 +129,42 @@ class Lines:
         self._thread.join()
 
     def start(self, name: str, total: float | None) -> int:
-        """A task begins."""
+        """Start a task."""
         with self._lock:
             self._started += 1
             self._tasks[self._started] = _Task(name, total, self._clock())
             return self._started
 
     def advance(self, task: int, amount: float) -> None:
-        """That much more of it is done."""
+        """Add ``amount`` to the finished part of a task."""
         with self._lock:
             self._tasks[task].done += amount
 
     def received(self, task: int, done: int, total: int) -> None:
-        """So many bytes of a download have come."""
+        """Set the downloaded bytes of a task."""
         with self._lock:
             self._tasks[task].received = _received(done, total)
 
     def stop(self, task: int) -> None:
-        """It is over, or was cut short; said if it took long and is no part of another."""
+        """End a task, finished or not. Prints a line if it was long and within no other task."""
         with self._lock:
             own = self._tasks.pop(task)
             seconds = self._clock() - own.begun
-            if seconds >= PATIENCE and not self._tasks:
+            if seconds >= FIRST_LINE and not self._tasks:
                 self._say(own.end(seconds))
 
     def say(self, line: str) -> None:
-        """A line at once."""
+        """Print a line at once."""
         self._say(line)
 
     def tick(self) -> None:
-        """Tell of the outermost task, if it is time to."""
+        """Print a line about the outermost task, if one is due."""
         with self._lock:
             outermost = next(iter(self._tasks.values()), None)
             now = self._clock()
             if (
                 outermost is None
-                or now - max(outermost.begun + PATIENCE - EVERY, self._last) < EVERY
+                or now - max(outermost.begun + FIRST_LINE - INTERVAL, self._last) < INTERVAL
             ):
                 return
             self._last = now

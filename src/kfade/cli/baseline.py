@@ -1,4 +1,4 @@
-"""``kfade baseline``: another method of unlearning, from files to an update like K-FADE's."""
+"""``kfade baseline``: another unlearning method, from data files to an update."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def baseline(
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
-    """Make MODEL forget by another METHOD, to compare with: the same data, the same kind of update.
+    """Unlearn with another METHOD, for comparison: from the same data to the same kind of update.
 
-    Writes `update.safetensors`, `manifest.json`, `metrics.json` and `log.jsonl` into OUT. MODEL
-    itself is not changed. Defaults are those of each method's reference code, made for models of
-    7 billion parameters; sweep `--lr` on any other.
+    Writes `update.safetensors`, `manifest.json`, `metrics.json` and `log.jsonl` into OUT. The files
+    of MODEL are not changed. Defaults are those of each method's reference code, for models of
+    7 billion parameters; for other sizes try several values of `--lr`.
 
     Example: `kfade baseline npo HuggingFaceTB/SmolLM2-135M-Instruct --forget forget.jsonl
     --retain retain.jsonl --lr 2e-5 --out out/npo`
@@ -33,7 +33,7 @@ def baseline(
 
 
 def summary(result: Mapping[str, Any], max_kl: float | None) -> list[str]:
-    """What a person wants to see at the end."""
+    """The result as lines of text."""
     loss, seconds = result["forget_loss"], result["seconds"]
     lines = [
         f"kept: step {result['kept_step']} of {result['curve'][-1]['step']}",
@@ -45,5 +45,7 @@ def summary(result: Mapping[str, Any], max_kl: float | None) -> list[str]:
         f"update written to {result['out']}/update.safetensors",
     ]
     if max_kl is not None and result["retain_kl"] > max_kl:
-        lines.insert(0, f"note: no evaluation was within --max-kl {max_kl}; the nearest is kept")
+        lines.insert(
+            0, f"note: no evaluation was within --max-kl {max_kl}; that of the lowest KL is kept"
+        )
     return lines

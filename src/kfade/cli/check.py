@@ -1,4 +1,4 @@
-"""``kfade check``: prove on the user's own model, before a long run, what the method rests on."""
+"""``kfade check``: test the assumptions of the method on a given model, before a long run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from kfade.runs.checking import check as run_check
 
 
 def check(request: CheckRequest = CheckRequest(), *, json: o.Json = False) -> None:
-    """Check in about a minute that MODEL can be unlearned with, on a few short texts.
+    """Check on a few short texts, in about a minute, that kfade supports MODEL.
 
-    That the targets are found; that padding and batch size do not change the gradients, nor what
-    is generated; where the length of a sequence matters, that others' does not; how the predicted,
-    the exact-quadratic and the measured KL of a small step relate. Exit code 1 if one of them
-    fails.
+    It checks that the targets are found; that padding and batch size change neither gradients nor
+    generated texts; that the length of a sequence does not change the numbers of others; and how
+    the predicted, the exact-quadratic and the measured KL of a small step compare. The exit code is
+    1 if a check fails.
     """
     with session():
         result = run_check(request)

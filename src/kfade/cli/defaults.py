@@ -1,4 +1,4 @@
-"""Where options that are not given get their values: a file of settings, a saved curvature."""
+"""Default values of options from files: a configuration, or the settings of a saved curvature."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ EXCLUSIVE = (
     {("step", "damping"), ("step", "relative_damping")},
     {("size", "alpha"), ("size", "kl"), ("size", "until")},
 )
-"""Settings of which one is given: then the file's value of another does not count."""
+"""Groups of settings that exclude each other: one on the command line overrides those in a file."""
 
 
 def fill_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Give each option that is not on the command line the value that a file says.
+    """Set each option that is not on the command line to its value in a file.
 
-    The files are that of ``--config`` and, for the settings of a fit, the saved ``--curvature``;
-    of a sweep, all settings of the run that fitted it. Cyclopts calls this before it converts
-    values.
+    The file of ``--config`` has the values. The settings of the fit come from the saved
+    ``--curvature``; for a sweep without ``--config``, all settings come from the run that fitted
+    it. Cyclopts calls this function before it converts values.
 
     Raises:
-        InputError: a file cannot be read, or that of a sweep asks for another fit.
+        InputError: a file cannot be read, or a sweep's configuration and curvature do not match.
     """
     config, curvature = (_path(arguments, name) for name in ("--config", "--curvature"))
     sweeps = curvature is not None and commands[-1:] == ("sweep",)
@@ -52,7 +52,7 @@ def fill_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 
 
 def shown_default(value: Any) -> str | None:
-    """What the help says of a default: nothing where the text says it, or where it is no."""
+    """The default in the help; None for defaults that are unset, empty or false."""
     if value in (None, False, "", []):
         return None
     return "yes" if value is True else str(value)

@@ -1,4 +1,4 @@
-"""``kfade demo``: watch a real model forget the capitals of the world and keep the rest."""
+"""``kfade demo``: make SmolLM2-135M-Instruct forget the capitals of the world."""
 
 from __future__ import annotations
 
@@ -22,18 +22,27 @@ OtherModel = Annotated[
 def demo(*, out: o.Out = Path("out/demo"), model: OtherModel = None, json: o.Json = False) -> None:
     """Make SmolLM2-135M-Instruct forget the capitals of the world, and show what changed.
 
-    Fits on statements about 74 countries and asks in other words; neighbouring geography and
-    general knowledge must stay. Five to eight minutes on two cores.
+    The forget set is statements about 74 countries; the questions use other words. Accuracy on
+    related geography and on general knowledge should not change. It takes five to eight minutes on
+    two cores.
     """
     with session():
         result = run_demo(out, model)
     before, after = result["before"], result["after"]
     if not json:
-        answers = Table("prompt", "before", "after", title="What it says (greedy)")
+        answers = Table("prompt", "before", "after", title="Greedy continuations")
         for prompt, old, new in zip(PROMPTS, before["answers"], after["answers"], strict=True):
             answers.add_row(prompt, old, new)
-        accuracy = Table(title="Accuracy of four choices, %: per token of the choice, and in all")
-        for column in ("questions not used in fitting", "before", "after", "in all", "after"):
+        accuracy = Table(
+            title="Accuracy with four choices, %, by likelihood per token and in total"
+        )
+        for column in (
+            "questions (not used in fitting)",
+            "per token, before",
+            "per token, after",
+            "total, before",
+            "total, after",
+        ):
             accuracy.add_column(column)
         for row in table_rows(before, after):
             accuracy.add_row(*row)

@@ -1,4 +1,4 @@
-"""What is done with updates: ``kfade apply`` and ``revert``, ``merge``, and ``export-lora``."""
+"""``kfade apply``, ``revert``, ``merge`` and ``export-lora``: commands on updates."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kfade.runs.options import MODEL, argument
 UpdatePath = Annotated[
     Path,
     argument("update"),
-    Parameter(required=True, help="Folder of a kfade run, or its update file."),
+    Parameter(required=True, help="Folder of a kfade run, or an update file."),
 ]
 UpdatePaths = Annotated[
     list[Path],
     Parameter(
         name="UPDATES",
         group=MODEL,
-        help="Folders of kfade runs, or their update files; two or more.",
+        help="Two or more folders of kfade runs, or update files.",
     ),
 ]
 
@@ -37,8 +37,8 @@ def apply(
 ) -> None:
     """Write MODEL with UPDATE added, as a folder that `from_pretrained` loads.
 
-    MODEL may be the one that the update was computed on or a fine-tuned descendant of it; a model
-    of other shapes is refused.
+    MODEL may be the one that the update was computed on, or a fine-tuned version of it. A model
+    with weights of other shapes is an error.
     """
     with session():
         result = editing.apply(model, update, out)
@@ -52,10 +52,10 @@ def revert(
     out: o.Out,
     json: o.Json = False,
 ) -> None:
-    """Write MODEL with UPDATE taken away: undoes `kfade apply`, up to one rounding."""
+    """Write MODEL with UPDATE subtracted: undoes `kfade apply`, up to one rounding."""
     with session():
         result = editing.revert(model, update, out)
-    show(result, json, _lines(result, model.model, "taken from"))
+    show(result, json, _lines(result, model.model, "subtracted from"))
 
 
 def _lines(result: dict[str, Any], model: str, done: str) -> list[str]:
@@ -68,20 +68,20 @@ def _lines(result: dict[str, Any], model: str, done: str) -> list[str]:
 def merge(updates: UpdatePaths, /, *, out: o.Out, json: o.Json = False) -> None:
     """Write the sum of several updates as one: `kfade apply` then makes all changes at once.
 
-    Updates of different models, or of one model at different times, are added all the same, with
-    a note that says so.
+    Updates of different models, or of one model at different times, are added too, with a note.
     """
     with session():
         result = editing.merge(updates, out)
-    told = f"sum of {len(updates)} updates, {result['weights']} weights, written to {out}"
-    show(result, json, [told])
+    line = f"sum of {len(updates)} updates, {result['weights']} weights, written to {out}"
+    show(result, json, [line])
 
 
 def export_lora(request: editing.LoraRequest, *, json: o.Json = False) -> None:
-    """Write the LoRA adapter that is nearest to UPDATE, as the package peft loads it.
+    """Write the LoRA adapter that is nearest to UPDATE, in the format of the package peft.
 
-    Each weight's change is cut to its largest singular values. The relative error, ‖ΔW − BA‖ /
-    ‖ΔW‖, is told in all and, in `metrics.json`, by weight. MODEL's weights are not needed.
+    The change of each weight keeps only its largest singular values. The relative error,
+    ‖ΔW − BA‖ / ‖ΔW‖, is printed for all weights together and is in `metrics.json` for each one. The
+    weights of the model are not needed.
     """
     with session():
         result = editing.export_lora(request)
@@ -89,7 +89,7 @@ def export_lora(request: editing.LoraRequest, *, json: o.Json = False) -> None:
     worst = max(errors, key=lambda weight: errors[weight])
     lines = [
         f"adapter of rank {request.rank} for {len(errors)} weights written to {result['out']}",
-        f"{100 * result['relative_error']:.3g} % of the update's norm is left out; of {worst} "
+        f"relative error {100 * result['relative_error']:.3g} %; largest for {worst}: "
         f"{100 * errors[worst]:.3g} %",
     ]
     show(result, json, lines)

@@ -1,4 +1,4 @@
-"""How the commands of ``kfade eval`` write a figure."""
+"""Formats figures for the commands of ``kfade eval``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def interval(figure: Mapping[str, float], digits: int = 3) -> str:
-    """``value [low, high]``, or ``value ± standard error``, for a person."""
+    """A figure as ``value [low, high]`` or ``value ± standard error``."""
     value = f"{figure['value']:.{digits}g}"
     if "low" in figure:
         return f"{value} [{figure['low']:.{digits}g}, {figure['high']:.{digits}g}]"

@@ -1,4 +1,4 @@
-"""``kfade eval choice``: multiple-choice questions by letters and by texts; lm-eval's tasks."""
+"""``kfade eval choice``: accuracy on multiple-choice questions, or on tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kfade.cli.session import session, show
 from kfade.evaluate.choice import SCORINGS
 from kfade.runs.eval_choice import ChoiceRequest, evaluate_choice
 
-NAME_WIDTH = 24  # of the printed table's first column
-COLUMNS = ("letters", "text", "/token", "/character")  # SCORINGS in that table
+NAME_WIDTH = 24  # of the first column of the printed table
+COLUMNS = ("letters", "text", "/token", "/character")  # titles of SCORINGS in that table
 
 
 def choice(

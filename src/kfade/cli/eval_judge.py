@@ -1,4 +1,4 @@
-"""``kfade eval mt-bench``: a model's answers, graded by a judge behind an API."""
+"""``kfade eval mt-bench``: a model's answers, graded by a judge model behind an API."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def mt_bench(
 def _show(result: Mapping[str, Any], as_json: bool) -> None:
     if result["unrated"]:
         console.print(
-            f"note: {result['unrated']} of {result['judged']} replies of the judge held no "
-            "[[rating]] from 1 to 10; they count in no mean (see reply in items.jsonl)"
+            f"note: {result['unrated']} of {result['judged']} replies of the judge contained no "
+            "[[rating]] from 1 to 10; they are not in the means (see reply in items.jsonl)"
         )
     if result["cut_off"]:
         console.print(
@@ -40,7 +40,7 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
             "--judge-max-tokens"
         )
     if result["score"] is None:
-        show(dict(result), as_json, ["no reply of the judge held a rating"])
+        show(dict(result), as_json, ["no reply of the judge contained a rating"])
         return
     over_runs, over_questions = result["standard_error"], result["standard_error_questions"]
     errors = [

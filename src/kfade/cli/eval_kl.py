@@ -1,4 +1,4 @@
-"""``kfade eval kl``: how far an edited model is from the base model on benign completions."""
+"""``kfade eval kl``: the KL between base and edited model on benign completions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kfade.runs.evaluation import ITEMS
 
 
 def kl(request: KlRequest, *, out: o.Out, resume: o.Resume = False, json: o.Json = False) -> None:
-    """Mean KL(MODEL ‖ edited) per token on what MODEL itself says to benign instructions.
+    """Mean KL(MODEL ‖ edited) per token on MODEL's own completions of benign instructions.
 
-    The edited model is MODEL with `--update`, or another one, `--edited`; then the two are in
-    memory one after the other. `--quantise` rounds the edited one.
+    The edited model is MODEL with `--update`, or another model, `--edited`. In the second case the
+    two are in memory one after the other. `--quantise` rounds the edited model.
 
     Example: `kfade eval kl MODEL --update out/run --prompts alpaca.jsonl --out out/kl`
     """

@@ -1,4 +1,4 @@
-"""``kfade eval memorisation``: what a model still reproduces, and what gives a text away."""
+"""``kfade eval memorisation``: memorisation of texts, and membership inference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kfade eval quantisation``: how much of an update is left when the weights are rounded."""
+"""``kfade eval quantisation``: how much of an update is left after the weights are rounded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from kfade.cli import options as o
 from kfade.cli.session import session, show
 from kfade.runs.config import ModelConfig
 from kfade.runs.eval_quantisation import evaluate_quantisation
-from kfade.runs.options import JUDGED
+from kfade.runs.options import EVALUATED
 
-Update = Annotated[Path, Parameter(group=JUDGED, help="Folder of a kfade run, or its update file.")]
+Update = Annotated[
+    Path, Parameter(group=EVALUATED, help="Folder of a kfade run, or an update file.")
+]
 
 
 def quantisation(
@@ -27,7 +29,7 @@ def quantisation(
 ) -> None:
     """How much of an update survives bfloat16, int8 and int4 round-to-nearest, weight by weight.
 
-    For what that does to a metric, give `--quantise int8` or `int4` to the other commands.
+    To measure the effect on a metric, use `--quantise int8` or `int4` with the other evaluations.
     """
     with session():
         result = evaluate_quantisation(model, update, out, resume=resume)
@@ -36,9 +38,9 @@ def quantisation(
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
     lines = [f"update of {result['weights']} weights"]
-    for word, figures in result["rounding"].items():
+    for name, figures in result["rounding"].items():
         lines.append(
-            f"{word}: {100 * figures['surviving']:.1f} % survives; what is added or lost is "
-            f"{100 * figures['lost']:.3g} % of its norm"
+            f"{name}: {100 * figures['surviving']:.1f} % survives; the rounding error is "
+            f"{100 * figures['lost']:.3g} % of the update's norm"
         )
     return [*lines, f"every weight in {result['out']}/items.jsonl"]

@@ -34,8 +34,8 @@ def tofu(
 ) -> None:
     """Forget quality, model utility and its nine parts on TOFU.
 
-    Forget quality needs the retain model (trained without what is to be forgotten): its log or
-    itself. With `--from-log` no model is run.
+    Forget quality needs the retain model, which was trained without the forget set: give its log or
+    the model itself. With `--from-log` no model is run.
 
     Example: `kfade eval tofu MODEL --update out/run --retain-log out/retain --out out/tofu`
     """
@@ -56,13 +56,13 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
     for note in result["notes"]:
         console.print(f"note: {note}")
     beside = result["retain_model"]
-    said = "not measured: give --retain-log or --retain-model"
+    quality = "not measured: give --retain-log or --retain-model"
     if result["forget_quality"] is not None:
-        said = (
+        quality = (
             f"{result['forget_quality']:.3g} (p of a KS test against the retain model, D = "
             f"{result['ks_statistic']:.3f})"
         )
-    lines = [f"forget quality {said}", _line("model utility", result, beside, "model_utility")]
+    lines = [f"forget quality {quality}", _line("model utility", result, beside, "model_utility")]
     for name in result["parts"]:
         lines.append(_line(f"  {name}", result["parts"], beside["parts"] if beside else None, name))
     for name in result["forget"]:
@@ -74,6 +74,6 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _line(title: str, values: Mapping[str, Any], beside: Mapping[str, Any] | None, key: str) -> str:
-    """One figure, the retain model's beside it."""
+    """One figure, with that of the retain model next to it."""
     other = beside[key] if beside else None
     return f"{title:<28}{values[key]:.4f}" + (f"   retain {other:.4f}" if other is not None else "")

@@ -1,4 +1,4 @@
-"""``kfade fit``: the curvature of a model on a retain set, saved for any number of steps."""
+"""``kfade fit``: fit the curvature of a model on a retain set and save it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def fit(
     """Fit the curvature of MODEL on a retain set and save it for `kfade unlearn --curvature`.
 
     Writes `curvature-000.safetensors` (one file for each group of layers), `manifest.json`,
-    `metrics.json` and `config.yaml` into OUT. The same examples are held out as in a `kfade
-    unlearn` with the same retain set and seed. Under `torchrun --nproc-per-node N -m kfade fit`
-    the data are split over N processes, and with `--shard` the model's weights too.
+    `metrics.json` and `config.yaml` into OUT. `kfade unlearn` with the same retain set and seed
+    holds out the same examples. `torchrun --nproc-per-node N -m kfade fit` splits the data over N
+    processes, and with `--shard` the model's weights too.
     """
     with session():
         metrics = run_fit(request, out, resume=resume)

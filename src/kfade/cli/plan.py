@@ -1,4 +1,4 @@
-"""``kfade plan``: what a fit and a step need in memory and time, from the configuration alone."""
+"""``kfade plan``: predict the memory and time of a fit and a step from a model's configuration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kfade.runs.planning import plan as run_plan
 
 
 def plan(request: PlanRequest = PlanRequest(), *, json: o.Json = False) -> None:
-    """Say what unlearning with MODEL will need: bytes, groups of layers, flops, seconds.
+    """Predict bytes, groups of layers, flops and seconds of unlearning with MODEL.
 
-    Only MODEL's configuration is read. With `--memory`, says in how many groups the layers are
-    fitted and whether each stage fits; with `--speed` or `--measure`, how long each takes.
+    Only MODEL's configuration is read. With `--memory` it prints in how many groups the layers are
+    fitted and whether each stage fits; with `--speed` or `--measure`, how long each stage takes.
     """
     with session():
         result = run_plan(request)

@@ -1,4 +1,4 @@
-"""What ``kfade plan`` found, as tables that a person reads."""
+"""The result of ``kfade plan`` as tables and notes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from rich.table import Table
 from kfade.planning.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
 
 SIZES = {
-    "model": "the model, or a device's part of it",
+    "model": "model, or a device's shard of it",
     "factors": "Kronecker factors A and S, float32",
-    "bases": "bases, which replace them",
+    "bases": "eigenbases, which replace the factors",
     "eigenvalues": "eigenvalues",
     "curvature": "curvature on disk: bases and eigenvalues",
-    "vector": "gradient, direction, update: each",
-    "activations": "what a forward pass keeps for backward",
-    "inputs": "inputs that wait for gradients in a pass (for the eigenvalues and the gradient)",
-    "head": "head, a chunk of positions",
+    "vector": "gradient, direction or update, each",
+    "activations": "activations that a forward pass keeps",
+    "inputs": "layer inputs that a pass keeps (for eigenvalues and gradient)",
+    "head": "vocabulary head, for a chunk of positions",
     "runtime": "Python and libraries",
 }
 STAGES = {
-    "load": "the model alone",
+    "load": "model",
     "covariance": "sums of A and S",
     "eigh": "decompositions",
-    "lambda": "eigenvalues in their basis",
-    "gradient": "of the forget objective",
-    "step": "direction, and its exact length",
-    "refine": "better directions, by exact products",
-    "check": "trials of the step's size",
+    "lambda": "eigenvalues in the eigenbasis",
+    "gradient": "gradient of the forget objective",
+    "step": "direction and its exact G-norm",
+    "refine": "refinement of the direction by exact products",
+    "check": "search for the step's size",
     "exchange": "sums and bases between devices",
 }
-AFTER = ("gradient", "step", "refine", "check")
+AFTER_FIT = ("gradient", "step", "refine", "check")
 
 
 def page(plan: dict[str, Any]) -> list[Any]:
-    """The parts of the page, from the JSON object."""
+    """The parts of the page for a result of :func:`kfade.runs.plan`."""
     parameters = plan["parameters"]
     head = (
         f"{plan['model']}: {parameters['all'] / 1e6:,.1f} M parameters in {plan['dtype']}; "
@@ -46,7 +46,7 @@ def page(plan: dict[str, Any]) -> list[Any]:
 
 def _sizes(plan: dict[str, Any]) -> Table:
     sequences, positions = plan["batch"]
-    table = Table("what", "bytes", title=f"Sizes, batches of {sequences} x {positions} positions")
+    table = Table("object", "bytes", title=f"Sizes, batches of {sequences} x {positions} positions")
     table.columns[1].justify = "right"
     for name, text in SIZES.items():
         if plan["bytes"][name]:
@@ -70,11 +70,12 @@ def _peaks(plan: dict[str, Any]) -> Table:
 
 
 def _marked(peak: int, memory: int | None) -> str:
+    """The size, with a mark if it exceeds the memory."""
     return size(peak) + (" !" if memory is not None and peak > memory else "")
 
 
 def _work(plan: dict[str, Any]) -> Table:
-    table = Table("stage", "TFLOP", "of which", title="Work of one step")
+    table = Table("stage", "TFLOP", "shares", title="Work of one step")
     table.columns[1].justify = "right"
     for count in plan["seconds"]:
         table.add_column("1 device" if count == "1" else f"{count} devices", justify="right")
@@ -104,7 +105,7 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     ]
     if speed is None:
         notes.append(
-            "for seconds, state a device's --speed in TFLOP/s, or --measure this machine's"
+            "to predict seconds, give a device's --speed in TFLOP/s, or --measure this machine"
         )
     else:
         shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in EFFICIENCY.items())
@@ -112,23 +113,24 @@ def _notes(plan: dict[str, Any]) -> list[str]:
         notes.append(
             f"at {speed['products'] / 1e12:.4g} TFLOP/s ({speed['float32'] / 1e12:.4g} in float32"
             + (f", {bandwidth / 1e9:.3g} GB/s" if bandwidth else "")
-            + f"), of which is reached: {shares}; a decomposition counts {EIGH_FLOPS} d³, at most "
+            + f"), of which each kind of work reaches: {shares}; a decomposition of width d "
+            f"counts as {EIGH_FLOPS} d³ flops, at most "
             f"{EIGH_LIMIT / 1e12:.0f} TFLOP/s"
         )
     least = plan["peak_bytes"]["smallest_groups"]
     stage = max(least, key=least.__getitem__)
     notes.append(
         f"layers fitted one at a time, a device must hold {size(least[stage])} ({stage}; its fit "
-        f"{size(max(peak for name, peak in least.items() if name not in AFTER))})"
+        f"{size(max(peak for name, peak in least.items() if name not in AFTER_FIT))})"
     )
     if memory is None:
-        notes.append("for groups of layers that fit a device, give its --memory")
+        notes.append("to get groups of layers that fit a device, give its --memory")
     elif plan["problem"] is not None:
         notes.append(f"does not fit {size(memory)}: {plan['problem']}")
     elif plan["over_memory"]:
         notes.append(
-            f"the layers are fitted in {plan['groups']} group(s), but {size(memory)} are not "
-            f"enough for: {', '.join(plan['over_memory'])}; take fewer --layers"
+            f"the layers are fitted in {plan['groups']} group(s), but {size(memory)} is not "
+            f"enough for: {', '.join(plan['over_memory'])}; give fewer --layers"
         )
     else:
         notes.append(f"fits {size(memory)}, the layers in {plan['groups']} group(s)")
@@ -145,7 +147,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """A duration in seconds, minutes or hours, with three digits."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -1,4 +1,4 @@
-"""``kfade report``: one page of what happened, from the folders of runs and evaluations."""
+"""``kfade report``: one HTML page from the folders of runs and evaluations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Folders = Annotated[
         help="Folders of runs, evaluations, sweeps and attacks; subfolders are searched too.",
     ),
 ]
-Page = Annotated[Path, Parameter(help="The HTML file to write.")]
+Page = Annotated[Path, Parameter(help="HTML file to write.")]
 Figures = Annotated[
-    Path | None, Parameter(help="Also write each figure into this folder, as SVG and PNG.")
+    Path | None,
+    Parameter(help="Also write each figure into this folder, as SVG and PNG. Unset: no files."),
 ]
-Title = Annotated[str | None, Parameter(help="The page's heading. Unset: the run's name.")]
+Title = Annotated[str | None, Parameter(help="Heading of the page. Unset: the name of the run.")]
 
 
 def report(
@@ -36,10 +37,10 @@ def report(
     title: Title = None,
     json: o.Json = False,
 ) -> None:
-    """Write one HTML page of runs and their evaluations, side by side; it needs no network.
+    """Write one HTML page that compares runs and their evaluations. It needs no network.
 
-    Give the folders of kfade unlearn and baseline, of kfade eval on the base model and on the
-    edited ones, of kfade sweep and kfade attack. What is missing is left out; the page says so.
+    FOLDERS are those of kfade unlearn and baseline, of kfade eval on the base model and on edited
+    ones, of kfade sweep and of kfade attack. The page names the results that are missing.
 
     Example: `kfade report out/run out/base-eval --out report.html`
     """

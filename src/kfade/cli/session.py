@@ -1,4 +1,4 @@
-"""What every command does around its work: progress on stderr, printing."""
+"""Progress on stderr during a command, and printing of its result."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from rich.console import Console
 from kfade.cli.bars import Bars, Lines
 from kfade.runtime import distributed, progress
 
-console = Console(stderr=True, highlight=False, markup=False)  # texts of data hold brackets
+console = Console(stderr=True, highlight=False, markup=False)  # texts of data contain brackets
 
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Progress on stderr, and nothing but results on stdout."""
+    """Show progress on stderr, and send to stderr what libraries print on stdout."""
     shown = Bars(console) if console.is_terminal else Lines(console.print)
     with shown, progress.reporting(shown), contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def show(result: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:
-    """The result, outside the session: one JSON object on stdout, or lines for a person."""
+    """Print the result as one JSON object on stdout, or ``lines`` on stderr.
+
+    Call it outside of :func:`session`.
+    """
     if as_json and distributed.rank() == 0:
         print(json.dumps(result), flush=True)
     elif not as_json:

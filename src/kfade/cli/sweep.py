@@ -19,11 +19,11 @@ def sweep(
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
-    """Measure a grid of one-step edits of MODEL, and write the update of the best one.
+    """Measure a grid of one-step edits of MODEL and write the update of the best one.
 
-    The best: the highest forget loss among the points whose measured retain KL is within --max-kl.
-    Settings that are not given are those of the fit, or of --config. Writes `points.jsonl`, and
-    for the picked point what `kfade unlearn` writes.
+    The best point has the highest forget loss of all points with a measured retain KL up to
+    --max-kl. Settings that are not given are those of the fit, or of --config. Writes
+    `points.jsonl`, and for the best point the files of `kfade unlearn`.
 
     Example: `kfade sweep MODEL --curvature out/fit --forget forget.jsonl
     --relative-damping 0.01,0.1,1 --kl 0.003,0.01,0.03 --out out/sweep`
@@ -36,13 +36,15 @@ def sweep(
 def _lines(result: Mapping[str, Any]) -> list[str]:
     figures = result["sweep"]
     lines = [
-        f"{figures['points']} points, {figures['failed']} of them failed; not beaten by any other:",
+        f"{figures['points']} points, {figures['failed']} of them failed; on the Pareto front:",
         *(f"  {point_line(name, result['points'][name])}" for name in figures["pareto"]),
     ]
     budget = f"the KL budget of {figures['max_kl']:.3g} nats/token"
     if figures["picked"] is None:
-        told = f"no point is within {budget}: no update written; raise --max-kl or sweep less far"
-        return [*lines, told]
+        note = (
+            f"no point is within {budget}: no update written; raise --max-kl or use smaller steps"
+        )
+        return [*lines, note]
     return [
         *lines,
         f"picked, the highest forget loss within {budget}: {figures['picked']}",

@@ -1,4 +1,4 @@
-"""``kfade unlearn``: the whole method, from files to an update."""
+"""``kfade unlearn``: the complete method, from data files to an update."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def unlearn(
     """Compute an update that makes MODEL forget one set of texts and keep another.
 
     Writes `update.safetensors`, `manifest.json`, `metrics.json`, `config.yaml` and `log.jsonl`
-    into OUT. MODEL itself is not changed.
+    into OUT. The files of MODEL are not changed.
 
     Example: `kfade unlearn HuggingFaceTB/SmolLM2-135M-Instruct --forget forget.jsonl
     --retain retain.jsonl --kl 0.01 --out out/run`
@@ -36,7 +36,7 @@ def unlearn(
 
 
 def summary(result: dict[str, Any]) -> list[str]:
-    """What a person wants to see at the end."""
+    """The result as lines of text."""
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items())
     loss, probability = result["forget_loss"], result["forget_probability"]
     return [

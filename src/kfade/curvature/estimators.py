@@ -12,7 +12,7 @@
 ``fit`` defines S, A and Λ. For all but the identity ½ δᵀG̃δ is in nats per loss token.
 
 An estimator is an object: its settings, how it is fitted (``EKFAC().fit(model, batches, targets)``)
-and the bytes that a fit takes. A new one is a subclass here and a word in ``runs/words.py``.
+and the bytes that a fit takes. A new one is a subclass here and a name in ``runs/choices.py``.
 
 Shapes: O outputs, I inputs of a layer.
 """

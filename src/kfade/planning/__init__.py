@@ -1,1 +1,1 @@
-"""Bytes, flops and seconds of a run, from a configuration alone."""
+"""Estimates bytes, flops and seconds of a run from the model's configuration, without weights."""

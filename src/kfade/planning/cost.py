@@ -1,4 +1,4 @@
-"""The time that unlearning will take, in flops and seconds by stage, before anything runs.
+"""Flops and seconds of each stage of unlearning, predicted before the run.
 
 A multiplication and an addition count as two flops.
 
@@ -24,18 +24,19 @@ from kfade.planning.memory import Work, Workload
 from kfade.runtime.distributed import assign_by_cost
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
-"""For a step's size: held-out and forget sequences that it is measured on, number of trials."""
+"""In the search for a step's size: held-out sequences, forget sequences, trials."""
 EIGH_FLOPS = 12
-"""Flops of an eigendecomposition, over d³. It stands for the time of LAPACK's ``syevd`` in float32
-at the speed of matrix products (0.22 s for d = 1536, 0.014 s for d = 576 at 190 GFLOP/s)."""
+"""Flops of an eigendecomposition of width d, divided by d³. Measured as the time of LAPACK's
+``syevd`` in float32 times the speed of matrix products (0.22 s for d = 1536, 0.014 s for d = 576 at
+190 GFLOP/s)."""
 EIGH_LIMIT = 2e12
-"""Most FLOP/s of an eigendecomposition. Half of it is bound by memory, and GPU solvers reach less
-than 3 % of an H100 (Wang et al., "Extracting the potential of emerging hardware accelerators for
-symmetric eigenvalue decomposition")."""
+"""Upper limit of the FLOP/s of an eigendecomposition. Half of it is bound by memory bandwidth, and
+GPU solvers reach less than 3 % of the peak of an H100 (Wang et al., "Extracting the potential of
+emerging hardware accelerators for symmetric eigenvalue decomposition")."""
 EFFICIENCY = {"forward": 0.78, "backward": 0.93, "head": 0.84, "products": 0.93}
-"""Speed of each kind of work over the speed of large matrix products, measured with SmolLM2-135M in
-float32 on two cores. It includes the time of other operations (norms, activations, label draws).
-The flops of causal attention include its masked half."""
+"""Speed of each kind of work divided by the speed of large matrix products, measured with
+SmolLM2-135M in float32 on two cores. It includes the time of other operations (norms, activations,
+label draws). The flops of causal attention include its masked half."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Speed:
     """The speed of a device, in FLOP/s and bytes/s."""
 
     products: float
-    """Large matrix products in the model's dtype."""
+    """FLOP/s of large matrix products in the model's dtype."""
     float32: float
-    """The same in float32: the forget gradient, the step, decompositions."""
+    """The same in float32, for the forget gradient, the step and decompositions."""
     bandwidth: float = math.inf
-    """Bandwidth of its memory, which bounds the squares of Λ."""
+    """Bandwidth of the device's memory, which limits the squares of Λ."""
     link: float = 10e9
     """Bandwidth to and from another device."""
 
@@ -62,7 +63,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of square matrices, so large that it takes a twentieth of a second."""
+    """FLOP/s of a product of square matrices that takes at least 0.05 s, or has width 16384."""
     size = 1024
     while True:
         left = torch.ones(size, size, dtype=dtype, device=device)
@@ -73,9 +74,9 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _typical(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a run, of at least four runs that take at least two seconds together.
+    """Median seconds of one call, of at least four calls and at least two seconds of calls.
 
-    The median, since a shared machine does not keep the speed of its fastest run.
+    The fastest call would be misleading: a shared machine does not sustain its speed.
     """
     taken: list[float] = []
     while len(taken) < 4 or sum(taken) < 2:
@@ -88,7 +89,7 @@ def _typical(work: Callable[[], object], device: torch.device) -> float:
 
 
 def symmetric_flops(width: int) -> int:
-    """Flops of one row in Σ rowᵀ row: the lower triangle, in panels of ``PANEL`` columns."""
+    """Flops per row of Σ rowᵀ row: only the lower triangle, in panels of ``PANEL`` columns."""
     starts = range(0, width, PANEL)
     return sum(2 * (width - start) * min(PANEL, width - start) for start in starts)
 
@@ -96,9 +97,9 @@ def symmetric_flops(width: int) -> int:
 def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
     """(flops of products, flops of squares) of Λ over the retain tokens.
 
-    Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘². For each sequence a side is rotated either in its
-    rows (2·T·D², once for all targets with the same input) or in the product (2·O·I·D), as
-    ``rows_first`` decides. The product costs 2·T·O·I, and its squares 2·O·I.
+    Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘². For each sequence, each side (of width D = O or I)
+    is rotated either in its rows (2·T·D², once for all targets with the same input) or in the
+    product (2·O·I·D), as ``rows_first`` decides. The product costs 2·T·O·I, and its squares 2·O·I.
     """
     length = work.length
     sequences = work.retain_tokens / work.sequence_length
@@ -129,13 +130,13 @@ def flops(
     """Flops of each stage of one step, by kind of work.
 
     Kinds: forward (with blocks that run again), backward (activation gradients, down to a group's
-    lowest target), head (2·D·V a token forward, as much backward), products (in the model's dtype),
-    float32 (products in float32), squares, decompositions, rotations (of the direction).
+    lowest target), head (2·D·V per token forward, as much backward), products (in the model's
+    dtype), float32 (products in float32), squares, decompositions, rotations (of the direction).
 
     Each group of layers has its own passes. The exact quadratic form costs three forward passes
     over the held-out tokens. Each trial of a step's size costs a forward pass over them and one
     over the measured forget sequences. A refined direction has its own trials, and an exact
-    product with the Gauss-Newton matrix costs four forward passes and a backward one.
+    product with the Gauss-Newton matrix costs four forward passes and a backward pass.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
@@ -183,7 +184,7 @@ def flops(
         one_pass("refine", subject.targets, positions)
         add("refine", forward=3 * forward * positions, head=2 * head * positions)
         add("refine", float32=2 * subject.targeted * positions)
-        add("refine", rotations=1.5 * work.refine * rotations)  # a solve, and a length
+        add("refine", rotations=1.5 * work.refine * rotations)  # one solve and one norm
     trials = TRIALS * directions
     tokens = (1 + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
@@ -197,10 +198,10 @@ def seconds(
     speed: Speed,
     devices: int = 1,
 ) -> dict[str, float]:
-    """Seconds of each stage of one step on so many devices.
+    """Seconds of each stage of one step on ``devices`` devices.
 
     Data are split evenly. Decompositions are assigned by cost, and the slowest device counts. Every
-    device computes the whole direction. "exchange" is the traffic between devices.
+    device computes the complete direction. "exchange" is the communication between devices.
     """
     rates = {kind: share * speed.products for kind, share in EFFICIENCY.items()}
     rates["float32"] = rates["rotations"] = EFFICIENCY["products"] * speed.float32
@@ -223,10 +224,10 @@ def seconds(
 def exchanged_bytes(subject: Workload, work: Work) -> int:
     """Bytes that each of several devices sends in one step.
 
-    A factor goes to the device that decomposes it, and its eigenbasis comes back. Λ and the
-    gradient are summed over all devices, which takes twice their size. Where layers are spread over
-    devices, the inputs and gradients of every token are sent instead of factors, bases and Λ, in
-    each pass, unless their owner has computed them.
+    A factor goes to the device that decomposes it, and its eigenbasis is sent back. Λ and the
+    gradient are summed over all devices, which sends twice their size. If layers are sharded, the
+    inputs and gradients of every token are sent in each pass instead of factors, bases and Λ,
+    unless the device that owns the layer has computed them.
     """
     vector = subject.size * subject.targeted
     if subject.shards > 1:
@@ -241,7 +242,7 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
 def _slowest(
     subject: Workload, group: Sequence[Target], estimator: Estimator, devices: int
 ) -> float:
-    """Flops of the decompositions of the device that has most of them."""
+    """Flops of the decompositions on the device with the most of them."""
     if subject.shards > 1:
         shares = assign_to_processes(group, estimator.peak_bytes, devices)
         return max(sum(_decompositions(own)) for own in shares)

@@ -1,7 +1,7 @@
-"""The memory that unlearning will need, in bytes by stage, before anything runs.
+"""Peak memory of each stage of unlearning, in bytes, predicted before the run.
 
-It follows from the shapes of the targets and one traced pass (``trace``), without weights or data.
-Sequences are assumed to be packed: all have L tokens, and so T = L − 1 positions.
+The prediction uses the shapes of the targets and one traced pass (``trace``), no weights or data.
+Sequences are assumed to be packed: all have L tokens and T = L − 1 positions.
 
 Shapes: O outputs, I inputs of a layer, D hidden width, V vocabulary, B sequences of a batch.
 """
@@ -29,7 +29,7 @@ from kfade.planning.trace import PassCost, trace_pass
 RUNTIME_BYTES = 450_000_000
 """Python, PyTorch, transformers and their threads, measured on a CPU; a CUDA context is similar."""
 HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
-"""Tensors [CHUNK, V] that the head holds at a time: logits, probabilities, draws, differences."""
+"""Number of tensors [CHUNK, V] in memory at the head: logits, probabilities, draws, differences."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Work:
     batch_tokens: int = 4096
     """Positions in one pass."""
     recompute: bool = False
-    """Whether blocks run again in backward passes, so that their activations are not kept."""
+    """Whether blocks run again in backward passes instead of keeping their activations."""
     refine: int = 0
     """Iterations of conjugate gradients that improve the direction."""
     refine_sequences: int = 64
@@ -55,7 +55,7 @@ class Work:
 
     @property
     def length(self) -> int:
-        """Positions T of a sequence: the last token is only predicted."""
+        """Positions T of a sequence: the last token is predicted, but is no input."""
         return self.sequence_length - 1
 
     @property
@@ -64,13 +64,13 @@ class Work:
         return max(1, self.batch_tokens // self.length), self.length
 
     def positions(self, tokens: int) -> float:
-        """Number of positions in sequences of so many tokens."""
+        """Number of positions in sequences with ``tokens`` tokens in total."""
         return tokens * self.length / self.sequence_length
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What planning needs of a model and its targets."""
+    """A model, its targets and the cost of a pass, as the estimates need them."""
 
     targets: Sequence[Target]
     cost: PassCost
@@ -82,7 +82,7 @@ class Workload:
 
     @property
     def size(self) -> int:
-        """Bytes of a number in sums, gradients and updates."""
+        """Bytes of one entry of sums, gradients and updates."""
         return sum_dtype(self.targets[0].weight.dtype).itemsize
 
     @property
@@ -92,13 +92,13 @@ class Workload:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of a gradient, a direction or an update: an [O, I] for every target."""
+        """Bytes of a gradient, a direction or an update: one [O, I] matrix for each target."""
         return self.size * self.targeted
 
     def input_bytes(self, group: Sequence[Target]) -> int:
-        """Bytes of the targets' inputs that are kept until their gradients come.
+        """Bytes of the targets' inputs that are kept until their gradients are computed.
 
-        These are the inputs of all targets, or of those of one block where blocks run again.
+        These are the inputs of all targets; if blocks run again, those of one block.
         """
         widths: Counter[int] = Counter()
         for target in {target.input_of: target for target in group}.values():
@@ -106,22 +106,22 @@ class Workload:
         return self.cost.positions * max(widths.values()) * group[0].weight.dtype.itemsize
 
     def head_bytes(self, stage: str) -> int:
-        """Bytes that the head holds at a time: several tensors for a chunk of positions."""
+        """Peak bytes at the head, which handles a chunk of positions at a time."""
         return HEAD_COPIES[stage] * min(CHUNK, self.cost.positions) * self.head[0] * self.size
 
 
 def model_bytes(model: Any, shards: int = 1) -> int:
     """Bytes of a model's parameters and buffers in one process; tied ones count once.
 
-    Where the weights of the blocks are spread over processes (``distributed.shard``), a process
-    holds its part of them, two whole blocks (the present and the next one), and all other weights.
+    If the weights of the blocks are sharded over processes (``distributed.shard``), a process holds
+    its shards, two complete blocks (the current and the next one), and all other weights.
     """
     all_bytes = _bytes_of(model)
     if shards == 1:
         return all_bytes
     _, blocks = decoder_blocks(model)
-    spread = [_bytes_of(block) for block in blocks]
-    return all_bytes - sum(spread) + sum(spread) // shards + 2 * max(spread)
+    sizes = [_bytes_of(block) for block in blocks]
+    return all_bytes - sum(sizes) + sum(sizes) // shards + 2 * max(sizes)
 
 
 def _bytes_of(module: nn.Module) -> int:
@@ -130,11 +130,11 @@ def _bytes_of(module: nn.Module) -> int:
 
 
 def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) -> Workload:
-    """What planning needs of a model, of real or fake tensors.
+    """Trace a pass of a model, whose tensors are real or fake.
 
     Args:
-        shards: number of processes over which the weights of the blocks will be spread; ``model``
-            itself is whole.
+        shards: number of processes over which the weights of the blocks will be sharded; ``model``
+            itself is not sharded yet.
 
     Raises:
         InputError: the operations of a pass depend on values, or sequences are too long.
@@ -148,12 +148,12 @@ def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) 
 
 @contextlib.contextmanager
 def on_shapes(model: Any) -> Iterator[None]:
-    """Within the ``with`` a failure of fake tensors becomes an InputError: there can be no plan."""
+    """Within the ``with``, an operation that needs values, not shapes alone, raises InputError."""
     try:
         yield
-    except RuntimeError as error:  # routed experts: how many rows each gets is not known
+    except RuntimeError as error:  # routed experts: the number of rows of each depends on values
         raise InputError(
-            f"{type(model).__name__} cannot be planned, its passes depend on its weights "
+            f"{type(model).__name__} cannot be planned: its passes depend on its weights "
             f"({str(error).splitlines()[0]}): fit it without --memory"
         ) from error
 
@@ -167,19 +167,20 @@ def curvature_budget(
     vectors: int = 0,
     shards: int = 1,
 ) -> int:
-    """Bytes for the curvature on a device of ``total`` bytes, beside a model and its passes.
+    """Bytes that a device of ``total`` bytes can hold of the curvature, beside model and passes.
 
     Args:
-        vectors: number of gradients, directions and updates, an [O, I] of every target, that stay
-            in memory meanwhile: three where later steps are fitted anew.
-        shards: number of processes over which the weights will be spread; ``model`` is still whole.
+        vectors: number of gradients, directions and updates that stay in memory during a fit:
+            three if later steps fit the curvature again.
+        shards: number of processes over which the weights will be sharded; ``model`` itself is not
+            sharded yet.
     """
     subject = examine(model, targets, work, shards)
     return total - fit_overhead(subject, work.estimator) - vectors * subject.vector_bytes
 
 
 def fit_overhead(subject: Workload, estimator: Estimator) -> int:
-    """Most bytes that a fit holds at a time beside the curvature."""
+    """Peak bytes of a fit without the curvature."""
     passes = [_pass_bytes(subject, name, subject.targets) for name in estimator.passes]
     return RUNTIME_BYTES + subject.model_bytes + max(passes, default=0)
 
@@ -193,11 +194,11 @@ def peaks(
 ) -> dict[str, int]:
     """Peak bytes of each stage of a first step.
 
-    The fit holds one group of layers at a time; of a model that is spread, the largest share of
-    the group. Finished curvature lies on disk and is read one layer at a time. The gradient and the
-    direction stay in memory; for a moment there are two directions. While a step's size is
-    searched, an update and the weights that it replaces are added. Refining adds four vectors and
-    the best direction so far; its products and solves add one more.
+    A fit holds one group of layers at a time; if the model is sharded, the largest share of the
+    group. Finished curvature is on disk and is read one layer at a time. The gradient and the
+    direction stay in memory, briefly two directions. The search for the step's size adds an update
+    and the weights that it replaces. Refinement adds four vectors and the best direction so far;
+    its products and solves add one more.
     """
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
@@ -226,10 +227,10 @@ def peaks(
 
 
 def _pass_bytes(subject: Workload, stage: str, group: Sequence[Target]) -> int:
-    """Peak bytes of a pass, without the model and the sums; it is reached in the head or after it.
+    """Peak bytes of a pass without the model and the sums. The peak is at the head or after it.
 
     Passes that need products of inputs and gradients keep the inputs of all layers until the
-    backward pass. Where blocks run again, they keep those of one block, after the head has run.
+    backward pass. If blocks run again, they keep those of one block, after the head has run.
     """
     inputs = 0 if stage == "covariance" else subject.input_bytes(group)
     head = subject.head_bytes("gradient" if stage == "gradient" else "fit")

@@ -1,8 +1,8 @@
-"""The cost of one pass through a model, found without weights: flops, and bytes in memory.
+"""Flops and memory of one pass through a model, measured without weights.
 
 The model runs on fake tensors, which have shapes, dtypes and a device but no values. The operations
-are those of the real pass, attention kernels included, and autograd keeps the same tensors. So no
-formulas for families of models are needed.
+are those of the real pass, including its attention kernels, and autograd keeps the same tensors. So
+no formula for each model family is needed.
 
 Shapes: B sequences, T positions of each.
 """
@@ -37,8 +37,8 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 class PassCost:
     """Flops and bytes of one batch [B, T] through the blocks of a model, without its head.
 
-    The keys of the tables are ``Target.input_of``. A value is that of a pass whose backward part
-    ends at the outputs of the targets that read this input.
+    The keys of the dictionaries are ``Target.input_of``. Each value is for a pass whose backward
+    pass ends at the outputs of the targets with this input.
     """
 
     shape: tuple[int, int]
@@ -46,6 +46,7 @@ class PassCost:
     recompute: bool
     """Whether blocks run again in the backward pass."""
     forward_flops: float
+    """Flops of a forward pass."""
     repeated_flops: dict[str, float]
     """Flops of the blocks that run again in the backward pass."""
     backward_flops: dict[str, float]
@@ -53,9 +54,9 @@ class PassCost:
     held_bytes: dict[str, int]
     """Bytes that the forward pass keeps for the backward pass."""
     forward_bytes: int
-    """Peak of a forward pass without gradients."""
+    """Peak bytes of a forward pass without gradients."""
     surplus_bytes: int
-    """Peak of a forward and backward pass, less the largest of ``held_bytes``."""
+    """Peak bytes of a forward and backward pass, minus the largest of ``held_bytes``."""
 
     @property
     def positions(self) -> int:
@@ -66,10 +67,10 @@ class PassCost:
 def trace_pass(
     model: Any, targets: Sequence[Target], shape: tuple[int, int], *, recompute: bool = False
 ) -> PassCost:
-    """The cost of a pass over a batch of that shape, as ``passes.backward`` makes it.
+    """The cost of a pass of ``passes.backward`` over a batch of shape ``shape`` (B, T).
 
     Args:
-        model: of real tensors, of which only the shapes are used, or of fake ones.
+        model: its tensors are real or fake; only their shapes are used.
         targets: in the order of the forward pass.
         recompute: see :func:`~kfade.curvature.recompute.recomputing`.
     """
@@ -84,11 +85,14 @@ def trace_pass(
     trace = _Trace(model, targets, input_BT, list(fakes.values()), recompute)
     stand_ins: dict[str, Tensor] = {f"inner.{name}": fake for name, fake in fakes.items()}
     with frozen(model), recomputing(model, targets, recompute):
-        return functional_call(_Around(base), stand_ins, (trace.cost,))
+        return functional_call(_Wrapper(base), stand_ins, (trace.cost,))
 
 
-class _Around(nn.Module):
-    """Runs a function while other weights replace a model's, also in blocks that run again."""
+class _Wrapper(nn.Module):
+    """Makes :func:`functional_call` replace the weights of ``inner`` while a function runs.
+
+    The function may then run the model, or parts of it, several times.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class _Trace:
     recompute: bool
 
     def cost(self) -> PassCost:
-        """The cost of a forward pass alone, then of forward and backward."""
+        """Measure a forward pass without gradients, then a forward and backward pass."""
         forward_flops, above, forward_bytes = self._forward()
         flops, live = _Flops(), _Live(self.weights)
         before: dict[str, tuple[int, int]] = {}
@@ -124,7 +128,7 @@ class _Trace:
             return note
 
         def on_gradient(target: Target, g_BTO: Tensor) -> None:
-            # Of several targets with one input the first gradient counts: the pass may end there.
+            # The pass can end at the first gradient of the targets with this input.
             done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
             backward_flops.setdefault(target.input_of, done)
 
@@ -155,7 +159,7 @@ class _Trace:
         )
 
     def _forward(self) -> tuple[float, dict[int, float], int]:
-        """(flops, flops from each block upwards, peak bytes) of a forward pass alone."""
+        """(flops, flops from each block to the last, peak bytes) of a forward pass."""
         flops, live = _Flops(), _Live(self.weights)
         below: dict[int, float] = {}
 
@@ -174,7 +178,7 @@ class _Trace:
 
 
 class _Flops(FlopCounterMode):
-    """Multiplications and additions of matrix products; of attention, masked ones included."""
+    """Counts flops of matrix products and of attention, including its masked half."""
 
     def __init__(self) -> None:
         aten = torch.ops.aten
@@ -216,25 +220,25 @@ def _attention_back_flops(
     *rest: Any,
     **options: Any,
 ) -> int:
-    """Flops of q·kᵀ once more, and of two products for each of the two of the forward pass."""
+    """Flops of q·kᵀ again, and of two products for each product of the forward pass."""
     b, heads, asking, width = query
     again = 2 * b * heads * asking * key[-2] * width
     return again + 2 * _attention_flops(query, key, value)
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and their peak; without those in ``apart``."""
+    """Bytes of the live tensors and their peak, without the tensors in ``excluded``."""
 
-    def __init__(self, apart: Iterable[Tensor]) -> None:
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = self.made = 0
-        self._apart = [tensor.untyped_storage() for tensor in apart]
-        self._ignored = {id(storage) for storage in self._apart}
+        self._excluded = [tensor.untyped_storage() for tensor in excluded]  # keeps ids unique
+        self._ignored = {id(storage) for storage in self._excluded}
         self._alive: dict[int, tuple[int, int]] = {}
-        """{id of a storage: (number of storages made before it, its bytes)}."""
+        """{id of a storage: (number of storages created before it, its bytes)}."""
 
     def made_since(self, number: int) -> int:
-        """Bytes of the storages that are alive, except the first ``number`` that were made."""
+        """Bytes of the live storages, without the first ``number`` that were created."""
         return sum(size for order, size in self._alive.values() if order >= number)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""A configuration becomes a folder: what the commands do, for scripts and notebooks.
+"""The commands as functions, for scripts and notebooks: settings in, a folder of results out.
 
 config = RunConfig(
     model=ModelConfig("HuggingFaceTB/SmolLM2-135M-Instruct"),

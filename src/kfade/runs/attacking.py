@@ -1,4 +1,4 @@
-"""Fine-tuning an unlearned model, and what comes back: from a request to a folder."""
+"""Relearning attack: fine-tune an unlearned model and measure how much of the forgotten returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kfade.data.batches import draw_without_replacement
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.log import read_log
 from kfade.evaluate.questions import Question, read_questions
 from kfade.evaluate.relearning import (
     AT,
@@ -29,10 +29,10 @@ from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.models.layers import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import DataConfig, ModelConfig
-from kfade.runs.evaluation import Judged, Subject, load_judged
-from kfade.runs.inputs import inputs
-from kfade.runs.session import Loaded, read_retain, read_source, to_tokens, with_length
-from kfade.runs.template import as_used, dated
+from kfade.runs.evaluation import EvaluatedModel, Subject, item_log, load_evaluated
+from kfade.runs.inputs import input_digests
+from kfade.runs.session import Loaded, complete_data, read_retain, read_source, to_tokens
+from kfade.runs.template import with_date
 from kfade.runtime import progress
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
@@ -40,54 +40,59 @@ from kfade.runtime.stages import Clock, stage, timing
 
 ATTACK = "attack.jsonl"
 KINDS = ("benign", "related", "forget")
-_FORGET, _HELD_OUT = "measured forget set", "held-out retain set"  # beside kinds of data
+_FORGET, _HELD_OUT = (
+    "measured forget set",
+    "held-out retain set",
+)  # sets that are no kind of data
 
 
 @o.settings(o.TRAINING)
 @dataclass(frozen=True)
 class AttackRequest:
-    """What to fine-tune, on what, and what to measure."""
+    """The model to fine-tune, the data, and the measurements."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model."""
+    """The model."""
     data: DataConfig = field(default_factory=DataConfig, kw_only=True)
-    """What was forgotten, whose loss is measured; the run's retain set, of which what is held out
-    gives the KL; and how text becomes sequences."""
+    """The forget set, whose loss is measured; the retain set, on whose held-out part KL is
+    measured; and how text becomes token sequences."""
     sources: Annotated[
         list[str], Parameter(name="--data", group=o.DATA, required=True), o.REPEATED
     ] = field(default_factory=list, kw_only=True)
-    """What to fine-tune on. Each one given is an attack from the start."""
+    """Data to fine-tune on, in the same formats as --retain. May be given several times: each one
+    is a separate attack."""
     kinds: Annotated[list[str], Parameter(name="--kind", group=o.DATA), o.REPEATED] = field(
         default_factory=list, kw_only=True
     )
-    """What each --data is: benign, related or forget. Unset, and one --data: benign."""
-    update: Annotated[Path | None, Parameter(group=o.JUDGED)] = field(default=None, kw_only=True)
-    """Attack MODEL with this update: folder of a run, or its file. Unset: MODEL as it is."""
+    """Kind of each --data: benign, related or forget. Unset: benign, for a single --data."""
+    update: Annotated[Path | None, Parameter(group=o.EVALUATED)] = field(default=None, kw_only=True)
+    """Attack MODEL with this update: folder of a run, or an update file. Unset: MODEL itself."""
     questions: Annotated[Path | None, Parameter(group=o.DATA)] = field(default=None, kw_only=True)
-    """Multiple choice on what was forgotten, as for kfade eval choice."""
+    """Multiple-choice questions about the forgotten texts, in the formats of kfade eval choice.
+    Unset: none."""
     steps: int = field(default=STEPS, kw_only=True)
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     lr: float = field(default=LEARNING_RATE, kw_only=True)
     """Learning rate of AdamW."""
     batch: int = field(default=BATCH, kw_only=True)
-    """Sequences in a step."""
+    """Number of sequences in each step."""
     warmup: Annotated[int, o.at_least(0)] = field(default=0, kw_only=True)
-    """Steps of linear warm-up."""
+    """Number of steps of linear learning-rate warm-up."""
     weight_decay: Annotated[float, o.at_least(0)] = field(default=WEIGHT_DECAY, kw_only=True)
     """Weight decay of AdamW."""
     at: Annotated[list[int], o.separated(int)] = field(
         default_factory=lambda: list(AT), kw_only=True
     )
-    """Numbers of steps after which to measure, separated by commas."""
+    """Steps after which to measure, separated by commas."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
-    """Seed of batches and of the held-out split."""
+    """Random seed of the batches and the held-out split."""
 
     @property
     def by_kind(self) -> dict[str, str]:
-        """What to fine-tune on, by kind.
+        """Sources of the data to fine-tune on, by kind.
 
         Raises:
-            InputError: not one kind for each source.
+            InputError: a kind is unknown, or the sources do not have one different kind each.
         """
         kinds = self.kinds or (["benign"] if len(self.sources) == 1 else [])
         if len(kinds) != len(self.sources) or len(set(kinds)) < len(kinds):
@@ -99,10 +104,10 @@ class AttackRequest:
 
     @property
     def measured_at(self) -> list[int]:
-        """Numbers of steps after which to measure, rising.
+        """Steps after which to measure, in ascending order.
 
         Raises:
-            InputError: one that is not between 0 and ``steps``.
+            InputError: a number is not between 0 and ``steps``.
         """
         if not self.at or not all(0 <= number <= self.steps for number in self.at):
             given = ",".join(map(str, self.at))
@@ -113,7 +118,7 @@ class AttackRequest:
 
     @property
     def tuning(self) -> Tuning:
-        """How to fine-tune."""
+        """The settings of the fine-tuning."""
         return Tuning(
             self.steps,
             self.lr,
@@ -126,7 +131,7 @@ class AttackRequest:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What a manifest tells of it."""
+        """The request as JSON values, for the manifest."""
         return {
             "run": {"model": asdict(self.model), "data": asdict(self.data), "seed": self.seed},
             "sources": self.by_kind,
@@ -139,28 +144,30 @@ class AttackRequest:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is asked for, read and checked."""
+    """Everything that an attack needs, read and checked."""
 
     request: AttackRequest
-    subject: Judged
+    subject: EvaluatedModel
     tokens: dict[str, list[TokenSequence]]
-    """What is trained on, by kind."""
+    """Sequences to fine-tune on, by kind."""
     examine: Examination
     base: dict[str, float]
-    """Measured before the update."""
+    """Measurements of the model without the update."""
     header: dict[str, Any]
-    """What log and manifest begin with."""
+    """First entries of the log and the manifest."""
 
 
 def attack(request: AttackRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Fine-tune a model with an update on each kind of data, measure what comes back, and add the
-    update once more; returns all measurements and the metrics.
+    """Fine-tune a model with an update on each kind of data, and measure how much it relearns.
+
+    After the fine-tuning the update is added again and the model is measured once more. Returns
+    all measurements and the metrics.
 
     Raises:
-        InputError: what is asked for cannot be done; or an interrupted attack in ``out`` that is
-            resumed was asked for something else.
+        InputError: a setting or a file is wrong, or a resumed attack has other settings than the
+            interrupted one in ``out``.
     """
-    data = dated(request.data, out, resume=resume, update=request.update)
+    data = with_date(request.data, out, resume=resume, update=request.update)
     request = replace(request, data=data)
     asked = request.asked
     examples = _read(request)
@@ -189,7 +196,7 @@ def attack(request: AttackRequest, out: Path, *, resume: bool = False) -> dict[s
 
 
 def _read(request: AttackRequest) -> dict[str, list[Example]]:
-    """Everything to be read, before any long work: by kind what is trained on, then the rest."""
+    """Read all examples before any long work: the data of each kind, and the measured sets."""
     data = request.data
     return {
         **{kind: read_source(source, "--data") for kind, source in request.by_kind.items()},
@@ -204,13 +211,13 @@ def _prepare(
     questions: Sequence[Question],
     folder: RunDir,
 ) -> _Ready:
-    """Everything before the fine-tuning."""
-    subject = load_judged(Subject(request.model, update=request.update))
+    """Load the model, encode the data and measure the model without the update."""
+    subject = load_evaluated(Subject(request.model, update=request.update))
     loaded = Loaded(subject.model, subject.tokenizer, [])
-    data = as_used(with_length(request.data, loaded), loaded.tokenizer)
+    data = complete_data(request.data, loaded)
     request = replace(request, data=data)
     tokens = {name: to_tokens(some, loaded, data) for name, some in examples.items()}
-    # Those that a kfade unlearn with the same data and seed measures: figures agree with it.
+    # kfade unlearn with the same data and seed measures the same sequences.
     forget = tokens.pop(_FORGET)
     chosen = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, request.seed)
     forget, held_out = [forget[i] for i in chosen], tokens.pop(_HELD_OUT)
@@ -238,56 +245,52 @@ def _prepare(
         "data_sha256": {name: digest_sequences(some) for name, some in sets.items()},
         **{name: asked[name] for name in ("questions", "sources", "tuning", "at")},
     }
-    read = inputs(header["base_sha256"], sets)
+    read = input_digests(header["base_sha256"], sets)
     folder.reads({**read, "the weights with --update": edited_digest})
     return _Ready(request, subject, tokens, examine, base, header)
 
 
 def _measure(ready: _Ready, folder: RunDir) -> list[dict[str, Any]]:
-    """All measurements, those of a kind in the log as soon as it is done."""
+    """Attack with each kind that the log does not have; its measurements are logged at the end."""
     request, subject = ready.request, ready.subject
     path = folder.state / ATTACK
     header = {**ready.header, "base": ready.base}
-    if path.is_file():  # measured by the interrupted run, perhaps on another device
+    if path.is_file():  # use the measurements of the interrupted run
         header["base"] = read_log(path, partial=True).header["base"]
     at = request.measured_at
-    again = bool(subject.update.deltas) and at[-1] > 0
-    with ItemLog(path, header) as log:
-        try:
-            for kind, sequences in ready.tokens.items():
-                if f"{kind}/{'reapplied' if again else 'attacked'}/{at[-1]}" in log.items:
-                    continue
-                with stage(kind):
-                    found = attack_model(
-                        subject.model,
-                        subject.update,
-                        sequences,
-                        ready.examine,
-                        tuning=request.tuning,
-                        at=at,
-                    )
-                for one in found:
-                    name = f"{kind}/{one.state}/{one.step}"
-                    progress.say(f"{name}: {told(one.figures.values)}")
-                    if name not in log.items:  # cut off in writing
-                        row = {"data": kind, "state": one.state, "step": one.step}
-                        log.add(name, **row, **asdict(one.figures))
-            rows = list(log.items.values())
-            log.finish({"last": _last(rows)})
-        finally:
-            if not log.items:  # nothing worth keeping
-                path.unlink(missing_ok=True)
+    reapplied = bool(subject.update.deltas) and at[-1] > 0
+    with item_log(path, header) as log:
+        for kind, sequences in ready.tokens.items():
+            if f"{kind}/{'reapplied' if reapplied else 'attacked'}/{at[-1]}" in log.items:
+                continue
+            with stage(kind):
+                found = attack_model(
+                    subject.model,
+                    subject.update,
+                    sequences,
+                    ready.examine,
+                    tuning=request.tuning,
+                    at=at,
+                )
+            for one in found:
+                name = f"{kind}/{one.state}/{one.step}"
+                progress.say(f"{name}: {values_line(one.figures.values)}")
+                if name not in log.items:  # an interruption may leave some of a kind
+                    row = {"data": kind, "state": one.state, "step": one.step}
+                    log.add(name, **row, **asdict(one.figures))
+        rows = list(log.items.values())
+        log.finish({"last": _last(rows)})
     return rows
 
 
 def _last(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Values after the last step, by kind and state."""
+    """Measurements after the last step, by kind and state."""
     last: dict[str, dict[str, dict[str, float]]] = {}
     for row in sorted(rows, key=lambda row: row["step"]):
         last.setdefault(row["data"], {})[row["state"]] = row["values"]
     return last
 
 
-def told(values: Mapping[str, float]) -> str:
-    """One measurement for a person."""
+def values_line(values: Mapping[str, float]) -> str:
+    """One line of text about a measurement."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

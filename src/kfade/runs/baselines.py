@@ -1,4 +1,4 @@
-"""Another method of unlearning, from a request to a folder with an update like K-FADE's."""
+"""Baseline: another unlearning method, from its settings to a folder with an update."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from kfade.method.update import Update
 from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.runs import options as o
-from kfade.runs.baseline_words import (
+from kfade.runs.baseline_choices import (
     LORA_ALPHA,
     LORA_DROPOUT,
     builder_of,
     settings_of,
     trainable_of,
 )
-from kfade.runs.config import DataConfig, ModelConfig, RunConfig, deciding
-from kfade.runs.inputs import inputs
+from kfade.runs.config import DataConfig, ModelConfig, RunConfig, result_settings
+from kfade.runs.inputs import input_digests
 from kfade.runs.session import (
     Loaded,
+    complete_data,
     open_model,
     read_retain,
     read_source,
     source_of,
     to_tokens,
-    with_length,
 )
-from kfade.runs.template import as_used, dated
+from kfade.runs.template import with_date
 from kfade.runtime import progress
 from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha
@@ -47,108 +47,112 @@ from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
 STATE = "training.safetensors"
-_IN_CONFIG = {"evaluate_every", "max_kl", "batch_tokens", "seed"}  # told by a manifest's config
-SAVE_SECONDS = 300.0  # between two savings of what a resumed run needs: up to four times the model
+_IN_CONFIG = {"evaluate_every", "max_kl", "batch_tokens", "seed"}  # in the manifest's config
+SAVE_SECONDS = 300.0  # between two training checkpoints, each up to four times the model's size
 
 
 @o.settings(o.LOSS)
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The method's loss; what is unset is as in its reference code, what it lacks is refused."""
+    """The loss of the method. Unset options are as in its reference code; others are refused."""
 
     beta: float | None = None
-    """β of npo (unset: 0.1) and simnpo (2.5)."""
+    """β of npo (unset: 0.1) and simnpo (unset: 2.5)."""
     gamma: float | None = None
-    """γ of simnpo (unset: 0); the retain loss's weight in soul (2)."""
+    """γ of simnpo (unset: 0), or the weight of the retain loss in soul (unset: 2)."""
     coefficient: float | None = None
-    """Forget term's weight in npo (unset: 1) and simnpo (0.1375); length c of rmu's control
-    vector (6.5)."""
+    """Weight of the forget term in npo (unset: 1) and simnpo (unset: 0.1375), or length c of the
+    control vector of rmu (unset: 6.5)."""
     retain_weight: float | None = None
-    """Retain term's weight. Unset: 1, of rmu 1200."""
+    """Weight of the retain term. Unset: 1; for rmu 1200."""
     layer: int | None = None
-    """Block whose output rmu steers, from 0. Unset: 7."""
+    """Block whose output rmu changes, counted from 0. Unset: 7."""
     concept: str | None = None
-    """What elm erases, in words: 'Greek mythology, its gods'."""
+    """Description of what elm erases, as in 'Greek mythology, its gods'. elm needs it."""
     eta: float | None = None
-    """Strength of elm's guidance. Unset: 1000."""
+    """Strength η of the guidance in elm. Unset: 1000."""
 
 
 @o.settings(o.TRAINING)
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The training loop; what is unset is as in the method's reference code."""
+    """The training loop. Unset options are as in the method's reference code."""
 
     lr: float | None = None
-    """Highest learning rate."""
+    """Peak learning rate. Unset: that of the method's reference code."""
     epochs: float | None = None
-    """Passes over the forget set."""
+    """Number of passes over the forget set. Unset: that of the method's reference code."""
     steps: int | None = None
-    """Optimiser steps, in place of --epochs."""
+    """Number of optimiser steps, instead of --epochs."""
     batch: int | None = None
-    """Sequences of each set in a batch. Unset: 32, of rmu 4, of elm 1."""
+    """Number of sequences of each set in a batch. Unset: 32; for rmu 4, for elm 1."""
     accumulate: int | None = None
-    """Batches in a step, their losses averaged. Unset: 1, of elm 4."""
+    """Number of batches in a step; their losses are averaged. Unset: 1; for elm 4."""
     warm_up: int | None = None
-    """Steps of rising learning rate. Unset: an epoch's; of soul a tenth of all; of rmu and elm
-    none."""
+    """Number of steps of learning-rate warm-up. Unset: one epoch; for soul a tenth of the steps;
+    for rmu and elm 0."""
     decay: bool | None = None
-    """Let the rate fall to 0 after it. Unset: yes, of rmu and elm no."""
+    """Decay the learning rate to 0 after the warm-up. Unset: yes; for rmu and elm no."""
     weight_decay: float | None = None
-    """The optimiser's weight decay. Unset: 0.01, of soul 0.1."""
+    """Weight decay of the optimiser. Unset: 0.01; for soul 0.1."""
     clip: float | None = None
-    """Longest gradient; 0 for any. Unset: 1, of rmu and elm any."""
+    """Maximum norm of the gradient, 0 for no limit. Unset: 1; for rmu and elm no limit."""
     evaluate_every: int | None = None
-    """Steps between evaluations. Unset: a tenth of all."""
+    """Number of steps between evaluations. Unset: a tenth of the steps."""
     max_kl: float | None = None
-    """Keep the evaluation that forgot most within this retain KL. Unset: the last."""
+    """Keep the checkpoint with the most forgetting of those up to this retain KL, in nats per
+    token. Unset: the last checkpoint."""
 
 
 @o.settings(o.WEIGHTS)
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """Which weights are trained; what is unset is as in the method's reference code."""
+    """The weights to train. Unset options are as in the method's reference code."""
 
     layers: str | None = None
-    """Blocks, counted from 0, as in 3-6 or 0,2,8-11."""
+    """Transformer blocks to train, counted from 0, as in 3-6 or 0,2,8-11. Unset: those of the
+    method's reference code."""
     target: str | None = None
-    """Glob over parameter names."""
+    """Glob pattern for the names of the parameters to train. Unset: those of the method's reference
+    code."""
     lora: int | None = None
-    """Rank of low-rank changes; 0 for whole weights. Unset: 0, of elm 256."""
+    """Rank of the low-rank (LoRA) changes, 0 to train the weights themselves. Unset: 0; for elm
+    256."""
     lora_alpha: float = LORA_ALPHA
-    """Their scale is this over the rank."""
+    """LoRA α: the low-rank changes are scaled by α / rank."""
     lora_dropout: float = LORA_DROPOUT
-    """Dropout of their inputs."""
+    """Dropout probability of the inputs of the low-rank changes."""
 
 
 @o.settings(o.RUN)
 @dataclass(frozen=True)
 class BaselineRequest:
-    """Another method, and what it is to forget."""
+    """The baseline method, the model, the data and the training."""
 
     method: Annotated[str, o.argument("method")] = ""
-    """ga, gd, kl-min, npo, simnpo, rmu, elm or soul."""
+    """Method: ga, gd, kl-min, npo, simnpo, rmu, elm or soul."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model."""
+    """The model."""
     data: DataConfig = field(default_factory=DataConfig, kw_only=True)
-    """Which data."""
+    """The data."""
     loss: LossConfig = field(default_factory=LossConfig, kw_only=True)
     """The method's loss."""
     training: TrainingConfig = field(default_factory=TrainingConfig, kw_only=True)
     """The training loop."""
     weights: WeightsConfig = field(default_factory=WeightsConfig, kw_only=True)
-    """Which weights are trained."""
+    """The weights to train."""
     seed: int = field(default=0, kw_only=True)
-    """Seed of the order of batches, of dropout and of the held-out split."""
+    """Random seed of the order of batches, of dropout and of the held-out split."""
     checkpoints: Annotated[bool, o.FLAG, Parameter(group=o.TRAINING)] = field(
         default=False, kw_only=True
     )
-    """Keep the update of every evaluation."""
+    """Write the update of every evaluation into checkpoints/."""
     export_model: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
-    """Also write the edited model, for from_pretrained."""
+    """Also write the edited model, as a folder that from_pretrained loads."""
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What a manifest tells of it: all that decides the result."""
+        """The settings that decide the result, as JSON values for the manifest."""
         return {
             "method": self.method,
             "model": asdict(self.model),
@@ -162,36 +166,36 @@ class BaselineRequest:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is asked for, read and checked."""
+    """Everything that a baseline run needs, read and checked."""
 
     request: BaselineRequest
     loaded: Loaded
     digests: dict[str, str]
-    """Of all weights."""
+    """Digests of all the model's weights."""
     method: Method
     trainable: Trainable
     settings: Settings
     sets: dict[str, list[TokenSequence]]
-    """forget, retain, held_out."""
+    """Token sequences by set: forget, retain, held_out."""
 
 
 def baseline(request: BaselineRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Make a model forget by another method; returns the metrics.
+    """Unlearn with another method and write its update to the folder ``out``; returns the metrics.
 
     Raises:
-        InputError: what is asked for cannot be done; or an interrupted run in ``out`` that is
-            resumed was asked for something else.
+        InputError: a setting or a file is wrong, or a resumed run has other settings than the
+            interrupted one in ``out``.
     """
-    request = replace(request, data=dated(request.data, out, resume=resume))
+    request = replace(request, data=with_date(request.data, out, resume=resume))
     build = builder_of(request.method, _given(request.loss))
     examples = (
         read_source(request.data.forget, "--forget"),
         *read_retain(request.data, request.seed),
     )
-    config = deciding(RunConfig(model=request.model, data=request.data))
-    again = {**request.asked, **{part: config[part] for part in ("model", "data")}}
+    config = result_settings(RunConfig(model=request.model, data=request.data))
+    settings = {**request.asked, **{part: config[part] for part in ("model", "data")}}
     clock = Clock()
-    with timing(clock), RunDir(out, again, resume=resume) as folder:
+    with timing(clock), RunDir(out, settings, resume=resume) as folder:
         ready = _prepare(request, examples, build, folder)
         update = _train(ready, folder)
         metrics = _finish(ready, update, clock, folder)
@@ -208,10 +212,14 @@ def _prepare(
     build: Callable[[Loaded, int], Method],
     folder: RunDir,
 ) -> _Ready:
-    """Everything before the training; ``examples`` to forget, to retain, and held out."""
+    """Load and encode everything that the training needs.
+
+    Args:
+        examples: those to forget, to retain, and held out.
+    """
     with stage("load"):
         loaded = Loaded(*open_model(request.model), [])
-    data = as_used(with_length(request.data, loaded), loaded.tokenizer)
+    data = complete_data(request.data, loaded)
     request = replace(request, data=data)
     method = build(loaded, request.seed)
     trainable = trainable_of(method, loaded, _given(request.weights), request.seed)
@@ -224,8 +232,8 @@ def _prepare(
     if request.export_model:
         check_writable(loaded.model, source_of(request.model))
     digests = weight_digests(loaded.model, "model")
-    called = {"forget": forget, "retain": retain, "held-out retain": held_out}
-    folder.reads(inputs(digests["model_sha256"], called))
+    names = {"forget": forget, "retain": retain, "held-out retain": held_out}
+    folder.reads(input_digests(digests["model_sha256"], names))
     count = sum(tensor.numel() for tensor in trainable.tensors.values())
     progress.say(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")
     sets = {"forget": forget, "retain": retain, "held_out": held_out}
@@ -243,16 +251,16 @@ def _train(ready: _Ready, folder: RunDir) -> Update:
             start=_resume_from(folder),
             on_evaluation=_on_evaluation(folder, ready.settings.steps, ready.request.checkpoints),
         )
-    except InputError:  # it would be met again: nothing to go on with
+    except InputError:  # a resumed run would raise it again
         (folder.state / STATE).unlink(missing_ok=True)
         raise
 
 
 def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict[str, Any]:
-    """Write everything; returns the metrics."""
+    """Write update, model, metrics and manifest; returns the metrics."""
     request, model, settings = ready.request, ready.loaded.model, ready.settings
     source = source_of(request.model)
-    made = {
+    about = {
         **update.provenance,
         **ready.digests,
         **update.edited_digest(model),
@@ -260,8 +268,8 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
         **provenance(source),
         "method": request.method,
     }
-    told = {**made, "config": request.asked}
-    Update(update.deltas, told).save(folder.part / "update.safetensors")
+    made = Update(update.deltas, {**about, "config": request.asked})
+    made.save(folder.part / "update.safetensors")
     if request.export_model:
         with stage("export"), update.applied_to(model) as edited:
             save_model(edited, ready.loaded.tokenizer, folder.part / "model", source)
@@ -271,7 +279,7 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
     }
     manifest = {
         "kind": "baseline",
-        **{k: v for k, v in made.items() if k != "curve"},
+        **{k: v for k, v in about.items() if k != "curve"},
         "seed": request.seed,
         "git_sha": git_sha(),
         "settings": {
@@ -285,7 +293,7 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
 
 
 def curve_line(row: Mapping[str, float], steps: int) -> str:
-    """One evaluation in a line."""
+    """One line of text about an evaluation."""
     return (
         f"step {row['step']:.0f}/{steps}: forget loss {row['forget_loss']:.3f}, retain loss "
         f"{row['retain_loss']:.3f}, retain KL {row['retain_kl']:.2e} nats/token"
@@ -295,7 +303,7 @@ def curve_line(row: Mapping[str, float], steps: int) -> str:
 def _on_evaluation(
     folder: RunDir, steps: int, every_update: bool
 ) -> Callable[[Checkpoint, Update], None]:
-    """Log each evaluation, and now and then keep what a resumed run needs."""
+    """A callback that logs each evaluation and regularly keeps a training checkpoint."""
     saved = -SAVE_SECONDS
 
     def on_evaluation(checkpoint: Checkpoint, update: Update) -> None:

@@ -1,4 +1,4 @@
-"""Check on the user's own model, before a long run, what the method rests on."""
+"""Check: tests the assumptions of the method on a given model, before a long run."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from kfade.models.layers import find_targets, has_experts
 from kfade.models.lengths import length_class, model_window
 from kfade.models.targets import named
 from kfade.runs import options as o
+from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
 from kfade.runs.session import Loaded, load, read_source, to_tokens
-from kfade.runs.words import draw_of, estimator_of
 from kfade.runtime import progress
 from kfade.runtime.stages import Clock, stage, timing
 
-SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small on purpose: a minute on a laptop
-SHORT, BEYOND = 10, 32  # tokens of a short sequence; of a long one, beyond where lengths matter
-PROMPTS, NEW_TOKENS = (2, 20, 5, 9, 20), 8  # lengths of prompts; two are the same
-SMALL_KLS = (1e-4, 1e-6, 1e-8)  # nats: small against the third order, in most models the first is
-ABOVE_ROUNDING = 10  # times the KL of rounding: what a small step measures at least
+SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small, so that a check takes a minute on a laptop
+SHORT, BEYOND = 10, 32  # tokens of a short sequence; tokens beyond the last border of lengths
+PROMPTS, NEW_TOKENS = (2, 20, 5, 9, 20), 8  # lengths of prompts; two are equal
+SMALL_KLS = (1e-4, 1e-6, 1e-8)  # nats; tried until the third order is negligible
+ABOVE_ROUNDING = 10  # smallest KL of a step, as a multiple of the KL of rounding
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -55,24 +55,24 @@ class Finding:
 @o.settings()
 @dataclass(frozen=True)
 class CheckRequest:
-    """Which model is checked, and with which curvature."""
+    """The model to check, and the curvature."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model."""
+    """The model."""
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig, kw_only=True)
-    """Which curvature, of which weights."""
+    """The estimator, the weights to change, and the pseudo-labels."""
     retain: Annotated[str | None, Parameter(group=o.DATA)] = field(default=None, kw_only=True)
-    """Texts to check on, as for unlearn. Unset: the demo's."""
+    """Texts to check on, in the same formats as for kfade unlearn. Unset: those of the demo."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
-    """Seed of the pseudo-labels."""
+    """Random seed of the pseudo-labels."""
 
 
 def check(request: CheckRequest) -> dict[str, Any]:
-    """Check on a few short texts what the method rests on; returns the findings.
+    """Test the assumptions of the method on a few short texts; returns the findings.
 
-    That the targets are found; that padding and batch size change neither gradients nor what is
-    generated; that the length of a sequence in a batch does not change another's numbers; how the
-    predicted, the exact-quadratic and the measured KL of a small step relate.
+    The targets are found. Padding and batch size change neither gradients nor generated texts. The
+    length of a sequence does not change the numbers of other sequences. The measured KL of a small
+    step agrees with the exact quadratic form, and the predicted KL is positive.
 
     Raises:
         InputError: the model is not supported, or the gradient is zero on these texts.
@@ -100,13 +100,14 @@ def check(request: CheckRequest) -> dict[str, Any]:
 
 
 def _targets(loaded: Loaded) -> Finding:
+    """The names and shapes of the targets."""
     kinds = Counter((t.name.split(f".{t.block}.", 1)[-1], t.shape) for t in loaded.targets)
     parts = [f"{count} x {name} {list(shape)}" for (name, shape), count in kinds.items()]
     return Finding("targets", True, "; ".join(parts))
 
 
 def _padding(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
-    """Gradients of one padded batch against one sequence at a time."""
+    """Compare the gradient of one padded batch with that of one sequence at a time."""
     cut = _unequal(tokens, model_window(loaded.model))
     device = loaded.targets[0].weight.device
     results = []
@@ -132,8 +133,10 @@ def _padding(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
 
 
 def _unequal(tokens: list[TokenSequence], window: int | None) -> list[TokenSequence]:
-    """``SEQUENCES`` of as many lengths, whatever there is: beginnings of the sequences in turn, of
-    which short ones are repeated, each token but the first scored."""
+    """``SEQUENCES`` sequences of different lengths, made of ``tokens``.
+
+    Long sequences are cut and short ones repeated. All tokens except the first are scored.
+    """
     longest = max(min(2 * SEQUENCES, window or LENGTH), *(len(s.tokens) for s in tokens))
     made = []
     for i in range(SEQUENCES):
@@ -145,16 +148,20 @@ def _unequal(tokens: list[TokenSequence], window: int | None) -> list[TokenSeque
 
 
 def _rounding(loaded: Loaded) -> float:
-    """What rounding may do to a number relative to its size, or to a log-probability in nats.
+    """Tolerance for rounding: relative for a gradient, in nats for a log-probability.
 
-    It grows with depth: a thousand units in the last place is usual, a wrong mask is O(1).
+    Rounding errors grow with depth, to about a thousand units in the last place. The error of a
+    wrong mask is of order 1.
     """
     return max(1e-3, 16 * torch.finfo(loaded.targets[0].weight.dtype).eps)
 
 
 def _lengths(loaded: Loaded, tokens: list[TokenSequence]) -> list[Finding]:
-    """Log-likelihoods of sequences on both sides of where the rotary frequencies change: alone,
-    together, and after longer ones; nothing for a model where they do not."""
+    """Compare log-likelihoods of sequences alone, in one batch, and after longer sequences.
+
+    Their lengths are on both sides of the length at which the rotary frequencies change. Empty for
+    a model whose frequencies do not change.
+    """
     borders = length_class(loaded.model).borders
     if not borders:
         return []
@@ -185,20 +192,20 @@ def _lengths(loaded: Loaded, tokens: list[TokenSequence]) -> list[Finding]:
 
 
 def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
-    """Greedy continuations of prompts of several lengths, together and one by one."""
+    """Compare greedy continuations of prompts of several lengths, in a batch and one by one."""
     name = "batched generation"
-    whole = [tokens[i % len(tokens)].tokens for i in range(len(PROMPTS))]
+    texts = [tokens[i % len(tokens)].tokens for i in range(len(PROMPTS))]
     longest = max(1, (model_window(loaded.model) or LENGTH) - NEW_TOKENS)
-    prompts = [text[: min(length, longest)] for text, length in zip(whole, PROMPTS, strict=True)]
-    said: list[dict[int, list[int]]] = [{}, {}]
-    for found, budget in zip(said, (10**9, 1), strict=True):
+    prompts = [text[: min(length, longest)] for text, length in zip(texts, PROMPTS, strict=True)]
+    results: list[dict[int, list[int]]] = [{}, {}]
+    for found, budget in zip(results, (10**9, 1), strict=True):
         decoding = Decoding(NEW_TOKENS, budget)
         try:
             found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            said_why = f"{type(error).__name__}: {first_line(error)}"
-            return Finding(name, False, f"it fails: {said_why}")
-    together, alone = said
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            return Finding(name, False, f"it fails: {reason}")
+    together, alone = results
     gaps = [
         _gap(loaded, prompt, together[i], alone[i])
         for i, prompt in enumerate(prompts)
@@ -216,16 +223,16 @@ def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
 
 
 def _gap(loaded: Loaded, prompt: tuple[int, ...], one: list[int], other: list[int]) -> float:
-    """Between the log-probabilities of the first tokens in which two continuations differ."""
+    """Difference of the log-probabilities of the first tokens at which two continuations differ."""
     place = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    texts = [(*prompt, *said[: place + 1]) for said in (one, other)]
+    texts = [(*prompt, *tokens[: place + 1]) for tokens in (one, other)]
     last = [TokenSequence(text, (False,) * (len(text) - 1) + (True,)) for text in texts]
     first, second = log_likelihoods(loaded.model, last)
     return abs(first - second)
 
 
 def _few_blocks(loaded: Loaded, curvature: CurvatureConfig) -> Loaded:
-    """At most ``BLOCKS`` of the targeted blocks, spread evenly."""
+    """The model with the targets of at most ``BLOCKS`` blocks, evenly spaced."""
     blocks = sorted({t.block for t in loaded.targets})
     if len(blocks) > BLOCKS:
         blocks = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)]
@@ -239,7 +246,7 @@ def _few_blocks(loaded: Loaded, curvature: CurvatureConfig) -> Loaded:
 
 
 def _after_rounding(model: nn.Module, update: Update) -> Update:
-    """What is left of ``update`` in weights of the model's dtype."""
+    """The part of ``update`` that remains after rounding to the model's dtype."""
     weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     left = {}
     for name, delta in update.deltas.items():
@@ -250,27 +257,28 @@ def _after_rounding(model: nn.Module, update: Update) -> Update:
 
 @dataclass(frozen=True)
 class Trial:
-    """A small step of one size."""
+    """KL of a small step, in nats per token."""
 
     exact: float
     """KL by the exact quadratic form."""
     measured: float
+    """KL by forward passes."""
     predicted: float
-    """By the fit."""
+    """KL by the fitted curvature."""
 
     @property
     def ratio(self) -> float:
-        """1 where the form holds."""
+        """Measured over exact KL; 1 if the quadratic form holds."""
         return self.measured / self.exact
 
 
 def _small_step(
     few: Loaded, tokens: list[TokenSequence], fit: Estimator, seed: int
 ) -> list[Finding]:
-    """Predicted, exact-quadratic and measured KL of one small step, on the fit's own sequences.
+    """Compare predicted, exact-quadratic and measured KL of a small step, on the fit's sequences.
 
-    The form is what the KL tends to as the step gets smaller: where the two are apart, smaller
-    ones are tried.
+    The KL approaches the quadratic form as the step becomes smaller. If the two differ, smaller
+    steps are tried.
     """
     model, targets = few.model, few.targets
     group = length_class(model)
@@ -282,13 +290,13 @@ def _small_step(
     gauge = Gauge(model, batches, batches[-1:])
     floor = ABOVE_ROUNDING * gauge.rounding_kl(targets)
     exact = quadratic_form(model, batches, targets, step.direction)
-    # In 16 bits rounding adds a tenth (its KL adds to the step's), the forward-mode pass rounds as
-    # well, and a larger step has more of a third order; a wrong product is off by its whole size.
+    # In 16 bits the KL of rounding adds a tenth, forward-mode products are rounded too, and the
+    # larger step has a larger third-order term. The error of a wrong product is of order 1.
     limit = 0.1 if floor == 0 else 0.5
     trials: list[Trial] = []
     for kl in sorted({max(kl, floor) for kl in SMALL_KLS}, reverse=True):
         alpha = (2 * kl / exact) ** 0.5
-        # In 16 bits much of a small step is lost in the weights: what is left of it is looked at.
+        # In 16 bits much of a small step is lost to rounding: compare the part that remains.
         update = Update({}).plus(parameter_changes(targets, step.direction), alpha)
         left = _after_rounding(model, update)
         remains = {target.name: target.from_parameters(left.deltas) for target in targets}
@@ -301,18 +309,18 @@ def _small_step(
     progress.say(f"small step on blocks {blocks}, {sum(b.loss_tokens for b in batches)} tokens")
     last = trials[-1]
     passed = abs(last.ratio - 1) <= limit
-    rounding = f"; of rounding alone {floor / ABOVE_ROUNDING:.1e}" if floor else ""
+    rounding = f"; KL of rounding alone {floor / ABOVE_ROUNDING:.1e}" if floor else ""
     text = (
         f"it predicts {last.exact:.1e} nats, {last.measured:.2e} were measured "
         f"(ratio {last.ratio:.3f}, limit 1 ± {limit}{rounding})"
     )
     if len(trials) > 1:
         tried = ", ".join(f"{trial.ratio:.3g} at {trial.exact:.0e}" for trial in trials[:-1])
-        text += f"; of larger steps the ratio is {tried}"
+        text += f"; for larger steps the ratio is {tried}"
         if passed:
-            why = "curvature of higher order counts beyond it"
+            why = "beyond it terms of higher order matter"
             if has_experts(model):
-                why = "beyond it other experts run"
+                why = "beyond it the router chooses other experts"
             text += f": the form holds up to about {last.exact:.0e} nats, {why}"
     seen = last.predicted
     return [

@@ -1,7 +1,8 @@
-"""What a run is asked to do: frozen dataclasses, one per stage, to and from YAML.
+"""The settings of a run: frozen dataclasses, one for each stage, read from and written to YAML.
 
-Only ``runs/`` and ``cli/`` read these; library functions take tensors, models and numbers.
-A class extends another where a command reads more of the same kind than a second command does.
+Each field is also an option of the command line, with its docstring as the help text. Only
+``runs/`` and ``cli/`` use these classes; library functions take tensors, models and numbers. A
+class extends another if one command has more settings of a kind than a second command.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from kfade.runs import options as o
 @o.settings(o.RUN)
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, and in which precision."""
+    """The model and its precision."""
 
     model: Annotated[str, o.argument("model")] = ""
     """Hub id, local folder, GGUF file, or LoRA adapter."""
     revision: str | None = field(default=None, kw_only=True)
-    """Branch, tag or commit of the model on the hub. Unset: its main branch."""
+    """Branch, tag or commit of the model on the hub. Unset: the main branch."""
     dtype: str | None = field(default=None, kw_only=True)
-    """float32 or bfloat16. Unset: the checkpoint's own."""
+    """Precision of the weights: float32 or bfloat16. Unset: that of the checkpoint."""
     trust_remote_code: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
-    """Let code that comes with a hub model run."""
+    """Run Python code that comes with the model."""
 
 
 @o.settings(o.RUN)
 @dataclass(frozen=True)
 class ModelConfig(ModelSource):
-    """Which model, and how it is loaded."""
+    """The model, its tokenizer and its device."""
 
     tokenizer: str | None = field(default=None, kw_only=True)
-    """Hub id or folder of the tokenizer. Unset: it is with the model."""
+    """Hub id or folder of the tokenizer. Unset: that of the model."""
     device: str | None = field(default=None, kw_only=True)
-    """Device in PyTorch's spelling: cpu, cuda, cuda:1. Unset: the GPU if there is one."""
+    """PyTorch device: cpu, cuda or cuda:1. Unset: the GPU if there is one."""
 
 
 @o.settings(o.DATA)
@@ -53,24 +54,26 @@ class TemplateConfig:
     """How conversations are rendered."""
 
     template: str = "auto"
-    """chat, plain or auto. auto uses the tokenizer's chat template if it has one."""
+    """How conversations are rendered: chat (by the chat template), plain (as plain text) or auto
+    (chat if the tokenizer has a chat template, else plain)."""
     template_file: str | None = None
-    """File with a chat template in Jinja. Unset: the tokenizer's own."""
+    """File with a chat template in Jinja. Unset: the chat template of the tokenizer."""
     template_args: Annotated[list[str], Parameter(name="--template-arg"), o.REPEATED] = field(
         default_factory=list
     )
-    """Argument of the template, as in enable_thinking=false. May be given several times."""
+    """Argument of the chat template, as in enable_thinking=false. May be given several times."""
     template_sha256: Annotated[str | None, o.HIDDEN] = None
-    """Digest of the text of ``template_file``, set when a run begins."""
+    """SHA-256 of the text of ``template_file``, set when a run begins."""
     template_date: str | None = None
-    """Date for templates that ask for it. Unset: when the run, or that of --update, began."""
+    """Current date for chat templates that use one, as in 2026-01-31. Unset: the start of the run,
+    or of the run that made --update."""
 
     @property
     def enabled(self) -> bool | None:
-        """Whether conversations go through the chat template; None: if there is one.
+        """Whether to use the chat template. None: if the tokenizer has one.
 
         Raises:
-            InputError: ``template`` is another word.
+            InputError: ``template`` is not auto, chat or plain.
         """
         match self.template:
             case "auto":
@@ -88,73 +91,78 @@ class BatchConfig:
     """Sizes of sequences and batches."""
 
     sequence_length: int | None = None
-    """Tokens of a packed sequence. Unset: 512, or the model's window if it is shorter."""
+    """Tokens in a packed sequence. Unset: 512, or the model's context window if it is shorter."""
     batch_tokens: int = 4096
-    """Positions in one forward pass. Lower it to save memory."""
+    """Maximum number of token positions in one forward pass. Lower it to save memory."""
 
 
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class RetainConfig(TemplateConfig, BatchConfig):
-    """What to keep, and how text becomes sequences."""
+    """The retain set, and how text becomes token sequences."""
 
     retain: Annotated[str | None, Parameter(group=o.SETS)] = None
-    """What must not change: a JSONL file, a folder, or hf:NAME[:CONFIG][:SPLIT], where SPLIT may
-    be a slice as in train[:1000]. A part of it is held out to measure on."""
+    """Retain set, texts on which the model must not change: a JSONL file, a folder, or
+    hf:NAME[:CONFIG][:SPLIT], where SPLIT may be a slice as in train[:1000]. A part of it is held
+    out for measurements."""
     score_end: bool = False
-    """Score the EOS that closes a text, too."""
+    """Include the EOS token at the end of a text in the loss."""
     pack: bool = True
-    """Join texts end to end. With --no-pack each text is a sequence of its own."""
+    """Concatenate texts into sequences of --sequence-length tokens. With --no-pack each text is a
+    sequence of its own."""
     truncate: bool = False
-    """Cut sequences that are longer than the model's window instead of refusing them."""
+    """Truncate sequences that are longer than the model's context window. Without it they are an
+    error."""
     holdout: Annotated[int | None, Parameter(group=o.SETS)] = None
-    """Retain examples held out to measure on. Unset: a tenth, at least 1 and at most 64."""
+    """Number of retain examples held out for measurements. Unset: a tenth, at least 1 and at most
+    64."""
 
 
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(RetainConfig):
-    """What to forget, what to keep, and how text becomes sequences."""
+    """The forget set, the retain set, and how text becomes token sequences."""
 
     forget: Annotated[str | None, Parameter(group=o.SETS)] = None
-    """What to forget, in the same forms as --retain."""
+    """Forget set, texts that the model is to forget, in the same formats as --retain."""
 
 
 @o.settings(o.FIT)
 @dataclass(frozen=True, kw_only=True)
 class EstimatorConfig:
-    """Which curvature, of which weights."""
+    """The estimator of the curvature, and the weights to change."""
 
     estimator: str = "ekfac"
-    """ekfac, kfac, diagonal or identity."""
+    """Estimator of the curvature: ekfac, kfac, diagonal or identity."""
     layers: str | None = None
-    """Blocks, counted from 0, as in 3-6 or 0,2,8-11. Unset: all."""
+    """Transformer blocks to change, counted from 0, as in 3-6 or 0,2,8-11. Unset: all."""
     target: str | None = None
-    """Glob over parameter names. Unset: every feed-forward weight."""
+    """Glob pattern for the names of the parameters to change. Unset: all feed-forward weights."""
     joint_bias: bool = False
-    """Change biases too: a layer's bias becomes one more column of its weight."""
+    """Change biases too: the bias of a layer is treated as one more column of its weight."""
     recompute: bool = False
-    """Run each block again in a backward pass instead of keeping its activations: less memory,
-    more work, the same result."""
+    """Recompute the activations of each block in the backward pass instead of keeping them: less
+    memory, more computation, the same result."""
 
 
 @o.settings(o.FIT)
 @dataclass(frozen=True, kw_only=True)
 class CurvatureConfig(EstimatorConfig):
-    """How the curvature is sampled."""
+    """The estimator, the weights to change, and the pseudo-labels."""
 
     labels: str = "sqrt"
-    """Pseudo-labels: sqrt (square-root draw) or sampled."""
+    """Pseudo-labels for the curvature: sqrt (square-root draw) or sampled (from the model's
+    distribution)."""
 
 
 @o.settings(o.FIT)
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(CurvatureConfig):
-    """The curvature and the weights it covers."""
+    """The curvature, the weights to change, and the memory of a fit."""
 
     memory: str | None = None
-    """What a device may hold, as in 20GB; layers are then fitted in groups that fit. Unset: all
-    layers at once."""
+    """Memory of a device that may be used, as in 20GB. Layers are fitted in groups that fit into
+    it. Unset: no limit, all layers at once."""
 
 
 @o.settings(o.STEP)
@@ -163,86 +171,90 @@ class StepConfig:
     """The direction of each step."""
 
     objective: str = "margin"
-    """margin or ce (cross-entropy)."""
+    """Forgetting objective: margin or ce (cross-entropy)."""
     later_objective: str | None = None
-    """Objective of all steps after the first: ce where a step of the margin has made the text
-    unlikely. Unset: as --objective."""
+    """Objective of all steps after the first, for example ce when the first step of the margin has
+    made the text unlikely. Unset: as --objective."""
     steps: int = 1
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
-    """Forget sequences in a step, drawn without replacement. Unset: all."""
+    """Number of forget sequences in each step, drawn without replacement. Unset: all."""
     refit: bool = True
-    """Fit the curvature anew at each step."""
+    """Fit the curvature again at each step. With --no-refit all steps use the first fit."""
     damping: float | None = None
-    """Damping λ, absolute (as in the paper)."""
+    """Absolute damping λ, as in the paper. Unset: see --relative-damping."""
     relative_damping: float | None = None
-    """Damping λ as a multiple of each layer's mean eigenvalue. Unset, and --damping too: 0.1."""
+    """Damping λ as a multiple of each layer's mean eigenvalue. If neither this nor --damping is
+    set: 0.1."""
     exact_norm: Annotated[bool, Parameter(negative="--fitted-norm")] = False
-    """Measure a step's length by the exact Gauss-Newton form instead of the fitted one."""
+    """Compute a step's G-norm with the exact Gauss-Newton matrix instead of the fitted
+    curvature."""
 
 
 @o.settings(o.STEP)
 @dataclass(frozen=True, kw_only=True)
 class RefinementConfig:
-    """How the direction of each step is improved by exact Gauss-Newton products."""
+    """Refinement of each step's direction by exact Gauss-Newton products."""
 
     refine: int = 0
-    """Iterations of conjugate gradients on exact Gauss-Newton products for each direction; the
-    best direction on held-out retain data is taken."""
+    """Number of conjugate-gradient iterations with exact Gauss-Newton products for each direction.
+    Of all iterates, the best direction on held-out retain data is used."""
     refine_sequences: int = 64
-    """Retain sequences in each of those products, drawn anew for each step."""
+    """Number of retain sequences in each exact product of --refine, drawn again for each step."""
 
 
 @o.settings(o.SIZE)
 @dataclass(frozen=True, kw_only=True)
 class SizeConfig:
-    """How far to go: one of alpha, kl and until; a measured KL of 0.01 when none is set."""
+    """The size of a step: one of alpha, kl and until. If none is set, a measured KL of 0.01."""
 
     alpha: float | None = None
-    """G-norm α of each step: predicts a KL of ½α² nats per token."""
+    """G-norm α of each step, which predicts a KL of ½α² nats per token. Unset: see --kl."""
     kl: float | None = None
-    """Measured KL on held-out retain data, nats per token, of the whole run. Unset, and the
-    others too: 0.01."""
+    """Measured KL of the complete run on held-out retain data, in nats per token. If neither this
+    nor --alpha nor --until is set: 0.01."""
     until: str | None = None
-    """Forgetting target, as in forget_loss=2.7 or forget_probability=0.1."""
+    """Forgetting target: forget_loss=2.7 (nats per token) or forget_probability=0.1 (mean over the
+    forget texts). Unset: see --kl."""
     max_kl: float | None = None
-    """Upper limit of the measured KL of the whole run, in addition."""
+    """Upper limit of the measured KL of the complete run, in nats per token, in addition to the
+    option that sets the size. Unset: no limit."""
 
 
 @o.settings()
 @dataclass(frozen=True)
 class FitRequest:
-    """Everything that decides a fit."""
+    """All settings of a fit."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model."""
+    """The model."""
     data: RetainConfig = field(default_factory=RetainConfig, kw_only=True)
-    """Which data."""
+    """The data."""
     fit: FitConfig = field(default_factory=FitConfig, kw_only=True)
-    """Which curvature."""
+    """The curvature."""
     shard: Annotated[bool, o.FLAG, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
-    """Spread the weights of the model's blocks over the processes of torchrun."""
+    """Shard the weights of the model's blocks over the processes of torchrun."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
-    """Seed of the draws, the order of forget batches and the held-out split."""
+    """Random seed of the pseudo-labels, the order of forget batches and the held-out split."""
 
 
 @o.settings()
 @dataclass(frozen=True)
 class RunConfig(FitRequest):
-    """Everything that decides a run's result."""
+    """All settings of a run."""
 
     data: DataConfig = field(default_factory=DataConfig, kw_only=True)
-    """Which data."""
+    """The data."""
     step: StepConfig = field(default_factory=StepConfig, kw_only=True)
-    """Which direction."""
+    """The direction of each step."""
     refinement: RefinementConfig = field(default_factory=RefinementConfig, kw_only=True)
-    """How the direction is improved."""
+    """Refinement of the direction."""
     size: SizeConfig = field(default_factory=SizeConfig, kw_only=True)
-    """How far."""
+    """The size of each step."""
 
 
 def read_config(path: Path) -> RunConfig:
-    """A configuration from YAML; what the file leaves out keeps its default.
+    """Read a configuration from YAML. Settings that are not in the file keep their defaults.
 
     Raises:
         InputError: no such file, not YAML, an unknown key, a value of the wrong type.
@@ -251,19 +263,19 @@ def read_config(path: Path) -> RunConfig:
 
 
 def settings_in(path: Path) -> dict[tuple[str, ...], Any]:
-    """What a YAML file says, and nothing else: by stage and name, as in ``("size", "kl")``.
+    """The settings that a YAML file contains, by stage and name, as in ``("size", "kl")``.
 
     Raises:
         InputError: as :func:`read_config`.
     """
-    config, said = read_config(path), _read_yaml(path)
+    config, data = read_config(path), _read_yaml(path)
     found: dict[tuple[str, ...], Any] = {}
-    for stage, value in said.items():
-        own = getattr(config, stage)
-        if is_dataclass(own):
-            found.update({(stage, name): getattr(own, name) for name in value})
+    for stage, value in data.items():
+        setting = getattr(config, stage)
+        if is_dataclass(setting):
+            found.update({(stage, name): getattr(setting, name) for name in value})
         else:
-            found[stage,] = own
+            found[stage,] = setting
     return found
 
 
@@ -281,9 +293,12 @@ def write_config(config: FitRequest) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def deciding(config: FitRequest) -> dict[str, Any]:
-    """What a resumed run must ask for again: all of ``config`` but what changes numbers by no more
-    than rounding, so that one that ran out of memory can go on with less."""
+def result_settings(config: FitRequest) -> dict[str, Any]:
+    """The settings that decide the result, which a resumed run must repeat.
+
+    Settings whose only effect is rounding are left out. So a run that ran out of memory can be
+    resumed with, for example, smaller batches.
+    """
     values = asdict(config)
     for stage, name in (
         ("fit", "recompute"),
@@ -302,7 +317,7 @@ def _build(kind: type, data: Any, where: str) -> Any:
     arguments = {}
     for key, value in data.items():
         if key not in hints:
-            raise InputError(f"{where}: unknown key '{key}'; known are {', '.join(hints)}")
+            raise InputError(f"{where}: unknown key '{key}'; known keys are {', '.join(hints)}")
         hint = hints[key]
         build = _build if is_dataclass(hint) else _checked
         arguments[key] = build(hint, value, f"{where}, {key}")
@@ -316,7 +331,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         value = float(value)
     if isinstance(value, str) and float in allowed:
         with contextlib.suppress(ValueError):
-            value = float(value)  # YAML reads 1e-8 as text
+            value = float(value)  # YAML reads 1e-8 as a string
     if type(value) not in allowed:
         names = " or ".join("nothing" if t is types.NoneType else t.__name__ for t in allowed)
         raise InputError(f"{where}: {value!r} is not {names}")

@@ -1,4 +1,4 @@
-"""The demo: a real model forgets the capitals of the world and keeps the rest."""
+"""Demo: SmolLM2-135M-Instruct forgets the capitals of the world, measured before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kfade.runtime.stages import Clock, stage, timing
 
 
 def demo_config(model: str) -> RunConfig:
-    """The demo's settings: one EK-FAC step with the margin, up to a budget of retain KL."""
+    """The settings of the demo: one EK-FAC step with the margin and a limit of the retain KL."""
     return RunConfig(
         model=ModelConfig(model=model, dtype="float32"),
         data=DataConfig(
@@ -29,15 +29,15 @@ def demo_config(model: str) -> RunConfig:
             holdout=50,
         ),
         step=StepConfig(relative_damping=1.0),
-        size=SizeConfig(kl=0.0005, max_kl=0.00055),  # a search meets a KL within 10 %
+        size=SizeConfig(kl=0.0005, max_kl=0.00055),  # the search reaches a KL within 10 %
     )
 
 
 def demo(out: Path, model: str | None = None) -> dict[str, Any]:
-    """Run the demo; returns the run's metrics, and accuracies and answers before and after.
+    """Run the demo; returns the metrics of the run, with accuracies and answers before and after.
 
     Args:
-        model: hub id, folder or GGUF file; SmolLM2-135M-Instruct when None.
+        model: hub id, folder or GGUF file. None: SmolLM2-135M-Instruct.
     """
     check_free(out)
     config = demo_config(model or demo_model())

@@ -1,4 +1,4 @@
-"""What is done with updates: put into a model, taken out, added up, written as a LoRA adapter."""
+"""Apply, revert and merge updates, and export one as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -32,62 +32,64 @@ from kfade.runtime.stages import Clock, stage, timing
 @o.settings(o.RUN)
 @dataclass(frozen=True)
 class LoraRequest:
-    """Which update is to become an adapter, and of which rank."""
+    """The update to export as an adapter, and the rank."""
 
     update: Annotated[Path, o.argument("update")]
-    """Folder of a kfade run, or its update file."""
+    """Folder of a kfade run, or an update file."""
     rank: int = field(kw_only=True)
-    """Rank of each weight's adapter."""
+    """Rank of the adapter of each weight."""
     out: Path | None = field(default=None, kw_only=True)
-    """Folder to write. Unset: lora-RANK in the update's folder."""
+    """Folder to write. Unset: lora-RANK in the folder of the update."""
     model: str | None = field(default=None, kw_only=True)
-    """Where the model lies. Unset: as UPDATE says."""
+    """Hub id or folder of the model. Unset: the one recorded in UPDATE."""
     revision: str | None = field(default=None, kw_only=True)
-    """Branch, tag or commit of the model on the hub. Unset: as UPDATE says."""
+    """Branch, tag or commit of the model on the hub. Unset: the one recorded in UPDATE."""
     trust_remote_code: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
-    """Let code that comes with a hub model run."""
+    """Run Python code that comes with the model."""
     device: str | None = field(default=None, kw_only=True)
-    """Where the changes are decomposed. Unset: the GPU if there is one."""
+    """PyTorch device for the decompositions: cpu, cuda or cuda:1. Unset: the GPU if there is
+    one."""
 
 
 def apply(model: ModelConfig, update: Path, out: Path) -> dict[str, Any]:
     """Write the model with the update added, as a folder that ``from_pretrained`` loads.
 
-    Returns: among others ``norm``, ‖ΔW‖ over all weights, and ``lost_in_dtype``, the share of it
-    that rounding takes away.
+    Returns: among others ``norm``, ‖ΔW‖ over all weights, and ``lost_in_dtype``, the fraction of
+    the update that is lost to rounding.
 
     Raises:
-        InputError: no such model or update, one that does not fit the other, or ``out`` is taken.
+        InputError: the model or the update does not exist, they do not match, or ``out`` exists.
     """
     return _edit(model, update, out, sign=1)
 
 
 def revert(model: ModelConfig, update: Path, out: Path) -> dict[str, Any]:
-    """Write the model with the update taken away: undoes :func:`apply`, up to one rounding.
+    """Write the model with the update subtracted: undoes :func:`apply`, up to one rounding.
 
     Raises:
-        InputError: as :func:`apply`; or the update was computed on just these weights, so that it
-            is not in them.
+        InputError: as :func:`apply`; or the update was computed on these weights, so that they do
+            not contain it.
     """
     return _edit(model, update, out, sign=-1)
 
 
 def _edit(config: ModelConfig, path: Path, out: Path, *, sign: int) -> dict[str, Any]:
+    """Write the model with ``sign`` times the update added."""
     update, source = Update.load(path), source_of(config)
     check_free(out)
-    part = beside(out, ".writing")  # not .part: an interrupted run may lie there
+    part = beside(out, ".writing")  # not .part, which may hold an interrupted run
     with writing(out):
         remove(part)  # of a run that was killed
     with making(part):
         with stage("load"):
-            # To add ΔW to weights takes no tokenizer.
+            # Adding ΔW to weights needs no tokenizer.
             model, tokenizer = open_model(config, needs_tokenizer=False)
         check_writable(model, source)
-        base, there = update.compare_base(model), update.is_in(model)
-        if sign < 0 and there is False:
+        base, contained = update.compare_base(model), update.is_in(model)
+        if sign < 0 and contained is False:
             raise InputError(
-                f"{source.name}: has the weights that {path} was computed on, so that there is no "
-                "such update to take away; give the model that it was added to"
+                f"{source.name}: has the weights that {path} was computed on, so it does not "
+                "contain the update; give the model that the update was added to"
             )
         change = update if sign > 0 else -update
         lost = change.lost_fraction(model)
@@ -96,12 +98,15 @@ def _edit(config: ModelConfig, path: Path, out: Path, *, sign: int) -> dict[str,
         with writing(out):
             part.replace(out)
     notes = []
-    if sign > 0 and there:
-        notes = [f"note: {source.name} held this update already; it has been added once more"]
+    if sign > 0 and contained:
+        notes = [f"note: {source.name} contained this update already; it has been added again"]
     elif sign > 0:
         notes = notes_on_base(update, base, "applied", source.revision, source.tokenizer)
-    elif there is None:
-        notes = [f"note: nothing shows that {source.name} held this update; taken away anyway"]
+    elif contained is None:
+        notes = [
+            f"note: no record shows that {source.name} contains this update; it was subtracted"
+            " anyway"
+        ]
     for note in notes:
         progress.say(note)
     return {
@@ -117,14 +122,13 @@ def _edit(config: ModelConfig, path: Path, out: Path, *, sign: int) -> dict[str,
 def merge(updates: Sequence[Path], out: Path) -> dict[str, Any]:
     """Write the sum of several updates as one.
 
-    Updates of different models, or of one model at different times, are added all the same, and it
-    is said.
+    Updates of different models, or of one model at different times, are added too, with a note.
 
     Raises:
-        InputError: fewer than two updates, or no model holds the weights of all.
+        InputError: there are fewer than two updates, or no model has the weights of all.
     """
     if len(updates) < 2:
-        given = f"{updates[0]}: one update only" if updates else "no update"
+        given = f"{updates[0]}: only one update" if updates else "no update"
         raise InputError(f"{given}; give two or more to add up")
     clock = Clock()
     with timing(clock), RunDir(out, {"updates": [str(path) for path in updates]}) as folder:
@@ -154,11 +158,11 @@ def merge(updates: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
-    """What is to be said of the updates' bases.
+    """Notes about differences between the base models of the updates.
 
     Raises:
-        InputError: they change one weight in different shapes, or are of architectures that have
-            none of the changed weights in common.
+        InputError: two updates change a weight in different shapes, or belong to different
+            architectures and change no weight in common.
     """
     notes = []
     for (path, one), (other_path, other) in combinations(zip(paths, updates, strict=True), 2):
@@ -167,14 +171,14 @@ def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
             if shapes[0] != shapes[1]:
                 raise InputError(
                     f"{other_path} changes {name} of shape {shapes[1]}, {path} of {shapes[0]}: "
-                    "they are of different models"
+                    "they belong to different models; merge updates of one model"
                 )
-        made = [update.provenance.get("architecture") for update in (one, other)]
-        apart = one.deltas.keys().isdisjoint(other.deltas.keys())
-        if apart and None not in made and made[0] != made[1]:
+        kinds = [update.provenance.get("architecture") for update in (one, other)]
+        disjoint = one.deltas.keys().isdisjoint(other.deltas.keys())
+        if disjoint and None not in kinds and kinds[0] != kinds[1]:
             raise InputError(
-                f"{other_path} was computed on a {made[1]}, {path} on a {made[0]}, and they change "
-                "no weight in common: no model holds the weights of both"
+                f"{other_path} was computed on a {kinds[1]}, {path} on a {kinds[0]}, and they "
+                "change no weight in common: no model has the weights of both"
             )
         models = [update.provenance.get("model") for update in (one, other)]
         bases = [part.provenance for part in (one, other)]
@@ -184,8 +188,8 @@ def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
         )
         if one.deltas.keys() == other.deltas.keys() and not same_base:
             notes.append(
-                f"{other_path} was computed on other weights than {path}; their sum is exact if "
-                "those were the other's result, and to first order otherwise"
+                f"{other_path} was computed on other weights than {path}; their sum is exact "
+                "if one was computed on the result of the other, else correct to first order"
             )
         elif models[0] != models[1]:
             notes.append(f"{path} was computed on {models[0]}, {other_path} on {models[1]}")
@@ -193,14 +197,14 @@ def _compare(paths: Sequence[Path], updates: Sequence[Update]) -> list[str]:
 
 
 def _common(updates: Sequence[Update]) -> dict[str, Any]:
-    """Provenance of a sum: that of all parts, and what they agree on about their base."""
+    """Provenance of a sum: that of all parts, and the entries about the base that are equal."""
     parts = [update.provenance for update in updates]
     common: dict[str, Any] = {"merged": parts}
     for fact in ("model", "architecture"):
         if all(part.get(fact) == parts[0].get(fact) for part in parts):
             common[fact] = parts[0].get(fact)
     same_weights = all(update.deltas.keys() == updates[0].deltas.keys() for update in updates)
-    own = digest_names("weights") if same_weights else []  # else none is over the sum's weights
+    own = digest_names("weights") if same_weights else []  # else no digest covers the sum's weights
     for digest in [*own, *digest_names("model")]:
         if len({part.get(digest) for part in parts}) == 1 and digest in parts[0]:
             common[digest] = parts[0][digest]
@@ -208,20 +212,20 @@ def _common(updates: Sequence[Update]) -> dict[str, Any]:
 
 
 def export_lora(request: LoraRequest) -> dict[str, Any]:
-    """Write the LoRA adapter that is nearest to an update, as the package peft loads it.
+    """Write the LoRA adapter that is nearest to an update, in the format of the package peft.
 
     Returns: among others ``relative_error``, ‖ΔW − BA‖ / ‖ΔW‖ over all weights, and
     ``relative_errors`` by weight.
 
     Raises:
-        InputError: no such update or model, or one that peft puts no adapter on.
+        InputError: the update or the model does not exist, or peft cannot add an adapter to it.
     """
     path, rank = request.update, request.rank
     update = Update.load(path)
     out = request.out or (path if path.is_dir() else path.parent) / f"lora-{rank}"
     name = request.model or update.provenance.get("model")
     if not name:
-        raise InputError(f"{path}: does not say of which model it is; give --model")
+        raise InputError(f"{path}: the name of its model is not recorded; give --model")
     clock = Clock()
     with timing(clock), RunDir(out, {"update": str(path), "rank": rank}) as folder:
         with stage("load"):
@@ -253,21 +257,21 @@ def export_lora(request: LoraRequest) -> dict[str, Any]:
         folder.finish(manifest, metrics)
     if "adapter_base" in update.provenance:
         progress.say(
-            f"note: the update was computed on the adapter {update.provenance['model']}; this one "
-            f"holds the update alone, for a model that has that adapter merged"
+            f"note: the update was computed on the adapter {update.provenance['model']}; the "
+            "new one contains only the update, for a model with that adapter merged"
         )
     return {"out": str(out), **metrics}
 
 
 def _refuse_no_base(source: Source) -> None:
-    """Raises InputError for a model that peft cannot put an adapter on."""
+    """Raises InputError for a model to which peft cannot add an adapter."""
     place = resolve(source)
     what = "an adapter itself" if place.adapter is not None else "a GGUF file"
     if place.adapter is not None or "gguf_file" in place.weights.options:
         raise InputError(
-            f"{source.name}: is {what}, on which peft puts no adapter; write the whole edited "
-            "model with kfade apply, or save the model as a folder of its own (of an adapter after "
-            "peft's merge_and_unload) and name that folder as --model"
+            f"{source.name}: is {what}, to which peft cannot add an adapter; write the edited "
+            "model with kfade apply, or save the model as a folder (an adapter after peft's "
+            "merge_and_unload) and give that folder as --model"
         )
 
 

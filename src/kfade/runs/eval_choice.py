@@ -1,4 +1,4 @@
-"""Multiple-choice questions, by letters and by texts, and lm-eval's tasks: to a folder."""
+"""Evaluation on multiple-choice questions, scored by letters and by texts, or on lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from kfade.models.layers import digest_weights
 from kfade.models.lengths import model_window
 from kfade.runs import options as o
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     Evaluation,
     EvaluationRequest,
-    Judged,
     evaluation,
     settings_of,
 )
 from kfade.runtime.stages import stage
 
-TASK_TOKENS = 512  # positions that an item of lm-eval is taken to have, to size its batches
+TASK_TOKENS = 512  # assumed positions of an lm-eval item, for the batch size
 
 
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRequest(EvaluationRequest):
-    """Questions, or tasks of lm-eval."""
+    """The questions, or tasks of lm-eval."""
 
     questions: Annotated[list[Path], o.REPEATED] = field(default_factory=list)
-    """JSONL of {question, choices, answer}, MMLU's csv, or a folder of csv files. May be given
-    several times."""
+    """Questions: JSONL of {question, choices, answer}, a CSV file of MMLU, or a folder of CSV
+    files. May be given several times."""
     tasks: str | None = None
-    """Tasks of lm-eval, as in mmlu,wmdp_bio."""
+    """Tasks of lm-eval, as in mmlu,wmdp_bio, instead of --questions."""
     task_folder: Path | None = None
-    """Folder of further tasks of lm-eval (YAML)."""
+    """Folder with further tasks of lm-eval (YAML). Unset: lm-eval's own tasks only."""
     cloze: Annotated[bool, o.FLAG] = False
-    """Questions are beginnings of texts that a choice continues."""
+    """Treat each question as the beginning of a text that a choice continues."""
     seed: Annotated[int, Parameter(group=o.RUN)] = 0
-    """Seed of what is resampled."""
+    """Random seed of lm-eval, for example of its few-shot examples."""
 
 
 def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Accuracy on multiple-choice questions, or on tasks of lm-eval, with standard errors.
 
     Raises:
-        InputError: questions and tasks, or neither; or what is asked for cannot be done.
+        InputError: questions and tasks, or neither, are given; or a setting or a file is wrong.
     """
     if bool(request.questions) == bool(request.tasks):
-        raise InputError("give --questions or --tasks, and one of them")
+        raise InputError("give either --questions or --tasks")
     settings = settings_of(request)
     paths = [str(path) for path in request.questions]
     settings["questions"] = (paths[0] if len(paths) == 1 else paths) if paths else None
-    asked = read_sets(request.questions, request.limit)
+    sets = read_sets(request.questions, request.limit)
     if request.tasks:
         check_installed()
     with evaluation("choice", out, resume, settings) as run:
@@ -69,18 +69,18 @@ def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) 
             if request.tasks:
                 _run_tasks(run, subject, digests, request)
             else:
-                _ask(run, subject, digests, asked, request)
+                _answer(run, subject, digests, sets, request)
     return run.result
 
 
-def _ask(
+def _answer(
     run: Evaluation,
-    subject: Judged,
+    subject: EvaluatedModel,
     digests: dict[str, str],
     sets: Mapping[str, Sequence[Question]],
     request: ChoiceRequest,
 ) -> None:
-    """Of one set the items are called by their numbers, of several by the set's name too."""
+    """Answer all questions. Items are named by number; with several sets, by set and number."""
     ids = {
         name: [f"{name}/{i}" if len(sets) > 1 else str(i) for i in range(len(own))]
         for name, own in sets.items()
@@ -117,7 +117,7 @@ def _ask(
 
 
 def _run_tasks(
-    run: Evaluation, subject: Judged, digests: dict[str, str], request: ChoiceRequest
+    run: Evaluation, subject: EvaluatedModel, digests: dict[str, str], request: ChoiceRequest
 ) -> None:
     tasks = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
     with stage("tasks"):

@@ -1,4 +1,4 @@
-"""A model's answers, graded by a judge behind an API: from a request to a folder."""
+"""Evaluation on MT-Bench: answers of a model, graded by a judge model behind an API."""
 
 from __future__ import annotations
 
@@ -32,51 +32,54 @@ ANSWERS = "answers.jsonl"
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(EvaluationRequest):
-    """Questions of several turns."""
+    """The questions, which have several turns, and how they are answered."""
 
     questions: Path
-    """JSONL of {question_id, category, turns[, reference]}: MT-Bench's question.jsonl."""
+    """Questions, as in question.jsonl of MT-Bench: JSONL of {question_id, category, turns[,
+    reference]}."""
     references: Path | None = None
-    """Right answers that the judge sees: MT-Bench's reference_answer/gpt-4.jsonl."""
+    """Correct answers that the judge sees, as in reference_answer/gpt-4.jsonl of MT-Bench. Unset:
+    those in --questions, if any."""
     runs: Annotated[int, o.at_least(1), Parameter(group=o.JUDGE)] = 1
-    """Answer and judge so many times."""
+    """Number of times that the questions are answered and judged."""
     max_new_tokens: Annotated[int, o.at_least(1)] = 1024
-    """Longest answer."""
+    """Maximum length of an answer, in tokens."""
     rendering: TemplateConfig = field(default_factory=TemplateConfig)
     """How conversations are rendered."""
     seed: Annotated[int, Parameter(group=o.RUN)] = 0
-    """Seed of sampling."""
+    """Random seed of sampling."""
 
 
 @o.settings(o.JUDGE)
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """The model that grades, behind an API."""
+    """The judge: a model behind an API that grades answers."""
 
     judge_url: str
-    """Its server, as in http://localhost:8000/v1."""
+    """URL of the judge's API, as in http://localhost:8000/v1."""
     judge_model: str
-    """Its name there."""
+    """Name of the judge model at that API."""
     judge_key_env: str | None = None
-    """Environment variable that holds the API key. Unset: no key."""
+    """Name of the environment variable with the API key. Unset: no key."""
     judge_timeout: Annotated[float, o.at_least(1)] = 300.0
-    """Seconds to wait for one judgement."""
+    """Time limit for one judgement, in seconds."""
     judge_max_tokens: Annotated[int, o.at_least(1)] = 1024
-    """Longest judgement."""
+    """Maximum length of a judgement, in tokens."""
 
     def open(self) -> Judge:
-        """The judge that these settings name.
+        """Make the judge of these settings.
 
         Raises:
             InputError: the environment variable of the key is not set.
         """
         key = None
         if self.judge_key_env is not None:
-            # Not on the command line, where every user of the machine could read it.
+            # A key on the command line could be read by every user of the machine.
             key = os.environ.get(self.judge_key_env)
             if not key:
                 raise InputError(
-                    f"--judge-key-env {self.judge_key_env}: this environment variable is not set"
+                    f"--judge-key-env {self.judge_key_env}: this environment variable is not set; "
+                    "set it to the API key"
                 )
         return Judge(
             self.judge_url,
@@ -93,12 +96,12 @@ def evaluate_mt_bench(
     """Mean rating, 1 to 10, of a model's answers to questions of several turns.
 
     Raises:
-        InputError: what is asked for cannot be done, or the judge cannot be reached.
+        InputError: a setting or a file is wrong, or the judge cannot be reached.
     """
     judge = grader.open()
     settings = {
         **settings_of(request),
-        # Where the judge is found decides no number: a resumed evaluation may look elsewhere.
+        # The URL decides no number: a resumed evaluation may use another one.
         "judge_model": judge.model,
         "judge_max_tokens": judge.max_tokens,
     }
@@ -107,19 +110,19 @@ def evaluate_mt_bench(
         "runs": request.runs,
     }
     decoding = Decoding(request.max_new_tokens, request.batch_tokens, seed=request.seed)
-    asked = read_bench(request.questions, request.references)[: request.limit]
+    questions = read_bench(request.questions, request.references)[: request.limit]
     with evaluation("mt-bench", out, resume, settings) as run:
         subject = run.load(request.subject)
         with subject.edited() as edited:
-            about = {"weights_sha256": digest_weights(edited), "data_sha256": digest(asked)}
+            about = {"weights_sha256": digest_weights(edited), "data_sha256": digest(questions)}
             header = {"benchmark": "mt-bench answers", **settings, **about}
             header = {k: str(v) if isinstance(v, Path) else v for k, v in header.items()}
             with stage("answers"), ItemLog(run.folder.state / ANSWERS, header) as answers:
-                answer_questions(edited, subject.tokenizer, asked, answers, decoding, **how)
+                answer_questions(edited, subject.tokenizer, questions, answers, decoding, **how)
                 answers.finish({"answers": len(answers.items)})
         with run.items(**about) as log:
             with stage("judgements"):
-                judge_answers(judge, asked, answers.items, log, runs=request.runs)
+                judge_answers(judge, questions, answers.items, log, runs=request.runs)
             run.folder.publish(ANSWERS)
             run.finish(log, summarise_ratings(log.items), **about)
     return run.result

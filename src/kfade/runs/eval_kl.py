@@ -1,4 +1,4 @@
-"""How far an edited model is from the base model on benign completions: to a folder."""
+"""Evaluation of specificity: KL(base ‖ edited) on the base model's own benign completions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from cyclopts import Parameter
 
 from kfade.data.batches import Batch
-from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.data.sequences import digest_sequences
 from kfade.errors import InputError
 from kfade.evaluate.completions import (
     Prompt,
@@ -40,12 +40,12 @@ from kfade.models.load import load_skeleton, load_tokenizer
 from kfade.runs import options as o
 from kfade.runs.config import ModelConfig, TemplateConfig
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     Evaluation,
     EvaluationRequest,
-    Judged,
     Subject,
     evaluation,
-    load_judged,
+    load_evaluated,
     settings_of,
 )
 from kfade.runs.template import rendering_of
@@ -59,35 +59,38 @@ MAX_NEW_TOKENS = 256
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class KlRequest(EvaluationRequest):
-    """The base model, and what it became: by an update, by rounding, or another model."""
+    """The base model, and the edited one: by an update, by rounding, or another model."""
 
     prompts: str
-    """Instructions: JSONL of {instruction, input}, {prompt}, {question} or {messages}, or
+    """Benign instructions: JSONL of {instruction, input}, {prompt}, {question} or {messages}, or
     hf:NAME[:CONFIG][:SPLIT]."""
-    edited: Annotated[str | None, Parameter(group=o.JUDGED)] = None
-    """Judge this model against MODEL."""
+    edited: Annotated[str | None, Parameter(group=o.EVALUATED)] = None
+    """Compare this model with MODEL, instead of --update."""
     completions: Path | None = None
-    """Folder that keeps MODEL's completions for further runs; made if missing. Unset: the run's
-    own."""
+    """Folder in which MODEL's completions are kept for further runs; it is created if necessary.
+    Unset: they are kept in --out only."""
     max_new_tokens: Annotated[int, o.at_least(1)] = MAX_NEW_TOKENS
-    """Longest completion."""
+    """Maximum length of a completion, in tokens."""
     rendering: TemplateConfig = field(default_factory=TemplateConfig)
     """How conversations are rendered."""
     seed: Annotated[int, Parameter(group=o.RUN)] = 0
-    """Seed of what is resampled."""
+    """Random seed of the bootstrap intervals."""
 
 
 def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Mean KL(base ‖ edited), nats per token, on what the base model says to benign instructions.
+    """Mean KL(base ‖ edited) on the base model's completions of instructions, in nats per token.
 
-    Two models are in memory one after the other.
+    If the edited model is another one, the two are in memory one after the other.
 
     Raises:
-        InputError: nothing says what the model became, or what is asked for cannot be done.
+        InputError: no edited model is given, or a setting or a file is wrong.
     """
     subject, edited = request.subject, request.edited
     if (subject.update is None) == (edited is None) and not (subject.quantise and edited is None):
-        raise InputError("give --update or --edited (or --quantise alone): what MODEL became")
+        raise InputError(
+            "the edited model is missing or given twice: give --update, --edited, or --quantise "
+            "alone"
+        )
     settings = settings_of(request)
     how: dict[str, Any] = {
         "template": rendering_of(request.rendering, settings, out, resume=resume),
@@ -99,27 +102,27 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
         if edited:
             _check_vocabularies(base, replace(subject.model, model=edited))
         window = model_window(base.model)
-        asked = encode_prompts(examples, base.tokenizer, window=window, **how)
+        prompts = encode_prompts(examples, base.tokenizer, window=window, **how)
         digests = {"base_sha256": digest_weights(base.model)}
         folder = request.completions or run.folder.state
-        answers = _completions(base, asked, folder, digests["base_sha256"], request)
-        texts = [completed(p, a["tokens"]) for p, a in zip(asked, answers, strict=True)]
-        groups = _groups(base, texts, request.batch_tokens)
+        answers = _completions(base, prompts, folder, digests["base_sha256"], request)
+        texts = [completed(p, a["tokens"]) for p, a in zip(prompts, answers, strict=True)]
+        groups = grouped(batches_for(base.model, texts, request.batch_tokens))
         digests["completions_sha256"] = digest_sequences(texts)
-        judged, words = base, base.tokenizer
+        evaluated, tokenizer = base, base.tokenizer
         if not edited:
             reference = _in_memory(base, groups)
         else:
             key = f"{digest(list(digests.values()))[:16]}-{request.batch_tokens}"
             reference = _streamed(base, groups, run, key)
-            del base, judged
-            _free()
+            del base, evaluated
+            _free_memory()
             other = replace(subject.model, model=edited, revision=None)
-            judged = load_judged(Subject(other, quantise=subject.quantise))
-        with judged.edited() as changed:
+            evaluated = load_evaluated(Subject(other, quantise=subject.quantise))
+        with evaluated.edited() as changed:
             digests["edited_sha256"] = digest_weights(changed)
         with run.items(**digests) as log:
-            _measure(log, judged, groups, reference, asked, answers, words)
+            _measure(log, evaluated, groups, reference, prompts, answers, tokenizer)
             if request.completions is None:
                 run.folder.publish(COMPLETIONS)
             figures = summarise_divergence(log.items, seed=request.seed)
@@ -128,13 +131,13 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
 
 
 def _completions(
-    base: Judged,
+    base: EvaluatedModel,
     prompts: Sequence[Prompt],
     folder: Path,
     weights: str,
     request: KlRequest,
 ) -> list[dict[str, Any]]:
-    """Completions of all prompts: those that ``folder`` has, and new ones, which it then has."""
+    """Completions of all prompts: read from ``folder`` if there, else generated and kept there."""
     header = {
         "benchmark": "completions",
         "weights_sha256": weights,
@@ -161,26 +164,22 @@ def _completions(
         return [log.items[str(i)] for i in range(len(prompts))]
 
 
-def _groups(base: Judged, texts: Sequence[TokenSequence], batch_tokens: int) -> list[list[Batch]]:
-    return grouped(batches_for(base.model, texts, batch_tokens))
+def _in_memory(base: EvaluatedModel, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
+    """A function that computes the base model's outputs on a group of batches.
 
-
-def _in_memory(base: Judged, groups: Sequence[Sequence[Batch]]) -> Callable[[int], Outputs]:
-    """The base model's outputs on a group, computed when they are asked for.
-
-    Read by a copy of its head: an update may change the head itself.
+    The outputs use a copy of the head, since an update may change the head itself.
     """
     head = copy.deepcopy(outputs(base.model, [], "base model").head)
     return lambda number: replace(outputs(base.model, groups[number], "base model"), head=head)
 
 
 def _streamed(
-    base: Judged, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
+    base: EvaluatedModel, groups: Sequence[Sequence[Batch]], run: Evaluation, key: str
 ) -> Callable[[int], Outputs]:
-    """The base model's outputs on a group, written to disk now and read when they are asked for.
+    """Write the base model's outputs to disk; returns a function that reads those on a group.
 
-    Only its head stays in memory. What an interrupted run has written serves again if its ``key``
-    is the same: the model, the texts and how they are batched.
+    Only the head stays in memory. Outputs that an interrupted run has written are used again if
+    their ``key`` is the same, which stands for the model, the texts and the batches.
     """
 
     def name(number: int) -> str:
@@ -195,11 +194,11 @@ def _streamed(
     return lambda number: Outputs.load(run.folder.state / name(number), head, groups[number])
 
 
-def _check_vocabularies(base: Judged, edited: ModelConfig) -> None:
-    """Raises InputError where the two models' tokens, or their numbers, are not the same."""
+def _check_vocabularies(base: EvaluatedModel, edited: ModelConfig) -> None:
+    """Raises InputError if tokenizers or numbers of logits of the two models differ."""
     trusted = edited.trust_remote_code
-    theirs = load_tokenizer(edited.model, trust_remote_code=trusted, tokenizer=edited.tokenizer)
-    _check_vocabulary(edited.model, base.tokenizer.get_vocab(), theirs.get_vocab())
+    tokenizer = load_tokenizer(edited.model, trust_remote_code=trusted, tokenizer=edited.tokenizer)
+    _check_vocabulary(edited.model, base.tokenizer.get_vocab(), tokenizer.get_vocab())
     skeleton = load_skeleton(edited.model, trust_remote_code=trusted)
     _check_vocabulary(edited.model, _outputs_of(base.model), _outputs_of(skeleton))
 
@@ -207,19 +206,19 @@ def _check_vocabularies(base: Judged, edited: ModelConfig) -> None:
 def _check_vocabulary(name: str, base: object, edited: object) -> None:
     if base != edited:
         raise InputError(
-            f"--edited {name}: its vocabulary is not MODEL's, so their outputs cannot be compared "
-            "token by token"
+            f"--edited {name}: its vocabulary differs from MODEL's, so that their outputs cannot "
+            "be compared token by token; give a model with the same tokenizer"
         )
 
 
 def _outputs_of(model: Any) -> int:
-    """Number of logits: the vocabulary, and what a model was padded to."""
+    """Number of logits: the size of the vocabulary, with padding."""
     return model.get_output_embeddings().weight.shape[0]
 
 
 def _measure(
     log: ItemLog,
-    judged: Judged,
+    evaluated: EvaluatedModel,
     groups: Sequence[Sequence[Batch]],
     reference: Callable[[int], Outputs],
     prompts: Sequence[Prompt],
@@ -228,7 +227,7 @@ def _measure(
 ) -> None:
     with stage("kl"):
         done = {int(item) for item in log.items}
-        for index, kl in divergences(groups, reference, judged.edited, done=done):
+        for index, kl in divergences(groups, reference, evaluated.edited, done=done):
             tokens = answers[index]["tokens"]
             log.add(
                 str(index),
@@ -240,7 +239,7 @@ def _measure(
             )
 
 
-def _free() -> None:
+def _free_memory() -> None:
     gc.collect()
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()

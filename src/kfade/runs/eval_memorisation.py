@@ -1,4 +1,4 @@
-"""What a model still reproduces, and what gives a text away: from a request to a folder."""
+"""Evaluation of memorisation, and of membership inference, on texts that were trained on."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from kfade.models.lengths import model_window
 from kfade.runs import options as o
 from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (
+    EvaluatedModel,
     EvaluationRequest,
-    Judged,
     evaluation,
     settings_of,
 )
@@ -39,20 +39,22 @@ from kfade.runtime.stages import stage
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class MemorisationRequest(EvaluationRequest):
-    """Texts that were trained on, and texts that were not."""
+    """Members (texts that were trained on), non-members, and what is measured on them."""
 
     members: str
-    """Texts that were trained on (or forgotten): JSONL or hf:NAME[:CONFIG][:SPLIT]."""
+    """Members, texts that were trained on (or forgotten): JSONL or hf:NAME[:CONFIG][:SPLIT]."""
     non_members: str | None = None
-    """Texts of the same kind that were not; without them there is no membership inference."""
+    """Non-members, similar texts that were not trained on. Unset: no membership inference."""
     retain_log: Path | None = None
-    """items.jsonl of the same evaluation of a model that never saw the members."""
+    """Log of this evaluation of a model that was not trained on the members: its folder or its
+    items.jsonl. Unset: no comparison."""
     min_k: Annotated[float, Parameter(validator=Number(gte=0, lte=1))] = MIN_K
-    """Share of tokens that Min-K % looks at."""
+    """Share of tokens that Min-K % uses, 0 to 1."""
     rendering: TemplateConfig = field(default_factory=TemplateConfig)
     """How conversations are rendered."""
     truncate: bool = False
-    """Cut texts that are longer than the model's window instead of refusing them."""
+    """Truncate texts that are longer than the model's context window. Without it they are an
+    error."""
 
 
 def evaluate_memorisation(
@@ -61,7 +63,7 @@ def evaluate_memorisation(
     """Exact memorisation, extraction strength, perplexity; membership inference by four scores.
 
     Raises:
-        InputError: what is asked for cannot be done, or ``retain_log`` is of other texts.
+        InputError: a setting or a file is wrong, or ``retain_log`` is of other texts.
     """
     settings = settings_of(request)
     how: dict[str, Any] = {
@@ -95,23 +97,23 @@ def evaluate_memorisation(
 
 
 def _read_retain(path: Path | None) -> tuple[str, dict[str, Any]] | None:
-    """(digest of its data, its figures) of a retain model's log."""
+    """(digest of the data, aggregate figures) of a retain model's log."""
     if path is None:
         return None
     log = read_log(path / "items.jsonl" if path.is_dir() else path)
     if log.header.get("benchmark") != "memorisation":
-        raise InputError(f"--retain-log {path}: not a log of kfade eval memorisation")
+        raise InputError(f"--retain-log {path}: not a log of kfade eval memorisation; give one")
     assert log.aggregate is not None
     return log.header["data_sha256"], log.aggregate
 
 
 def _tokens(
-    examples: Mapping[str, list[Example]], subject: Judged, how: Mapping[str, Any]
+    examples: Mapping[str, list[Example]], subject: EvaluatedModel, how: Mapping[str, Any]
 ) -> tuple[list[str], list[TokenSequence]]:
-    """Item names and token sequences, one a text.
+    """Item names and token sequences, one for each text.
 
-    A ``{"text"}`` gets no EOS: it may be a passage, and an end that no model could foresee would
-    put its extraction strength at 0.
+    A ``{"text"}`` gets no EOS. It may be an excerpt, whose end no model can predict, and its
+    extraction strength would then be 0.
     """
     names: list[str] = []
     sequences: list[TokenSequence] = []
@@ -129,12 +131,12 @@ def _tokens(
 
 def _measure(
     log: ItemLog,
-    subject: Judged,
+    subject: EvaluatedModel,
     names: list[str],
     sequences: list[TokenSequence],
     request: MemorisationRequest,
 ) -> None:
-    """Every text's statistics into the log, of the model as it is now."""
+    """Measure the statistics of each text that the log does not have."""
     texts = dict(zip(names, sequences, strict=True))
     values_of = partial(
         token_values,

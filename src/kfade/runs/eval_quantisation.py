@@ -1,4 +1,4 @@
-"""How much of an update is left when the weights are rounded: from a request to a folder."""
+"""Evaluation of quantisation: how much of an update is left after the weights are rounded."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from kfade.runtime.stages import stage
 def evaluate_quantisation(
     model: ModelConfig, update: Path, out: Path, *, resume: bool = False
 ) -> dict[str, Any]:
-    """How much of an update survives bfloat16, int8 and int4, weight by weight.
+    """How much of an update survives rounding to bfloat16, int8 and int4, weight by weight.
 
     Raises:
-        InputError: no such update, or one that does not fit the model.
+        InputError: the update does not exist or does not match the model.
     """
     subject = Subject(model, update=update)
     settings = settings_of(subject)
     del settings["quantise"]
     with evaluation("quantisation", out, resume, settings) as run:
-        judged = run.load(subject)
-        digests = {"weights_sha256": digest_weights(judged.model)}
+        evaluated = run.load(subject)
+        digests = {"weights_sha256": digest_weights(evaluated.model)}
         with run.items(**digests) as log:
             with stage("rounding"):
-                found = survival(judged.model, judged.update)
+                found = survival(evaluated.model, evaluated.update)
             for name, figures in found.items():
                 if name not in log.items:
                     log.add(name, **figures)
             aggregate = {
                 "weights": len(found),
-                "lost_in_dtype": judged.update.lost_fraction(judged.model),
+                "lost_in_dtype": evaluated.update.lost_fraction(evaluated.model),
                 "rounding": overall(found),
             }
             run.finish(log, aggregate, **digests)

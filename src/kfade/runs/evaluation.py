@@ -1,8 +1,8 @@
-"""What evaluations share, which is everything but the measuring.
+"""The parts that all evaluations share: the evaluated model, the output folder, the item log.
 
-Each reads its data, then works within :func:`evaluation`: an output folder that is whole or absent,
-with ``items.jsonl`` (every item's values), ``metrics.json`` and ``manifest.json``. An interrupted
-one keeps its items and goes on when it is resumed.
+An evaluation reads its data and then works within :func:`evaluation`. The output folder is complete
+or absent. It holds ``items.jsonl`` (the values of each item), ``metrics.json`` and
+``manifest.json``. An interrupted evaluation keeps its items; a resumed one continues after them.
 """
 
 import contextlib
@@ -26,47 +26,45 @@ from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
 ITEMS = "items.jsonl"
-_CALLED = {
+_INPUT_NAMES = {
     "weights_sha256": "the weights that are judged",
     "base_sha256": "the weights of MODEL",
     "edited_sha256": "the edited weights",
     "data_sha256": "the data",
     "completions_sha256": "the completions",
 }
+_NOT_SETTINGS = {"batch_tokens", "device", "trust_remote_code"}  # they decide no number
 
 
-_NOT_SETTINGS = {"batch_tokens", "device", "trust_remote_code"}
-
-
-@o.settings(o.JUDGED)
+@o.settings(o.EVALUATED)
 @dataclass(frozen=True)
 class Subject:
-    """Which model is judged, and as what."""
+    """The model to evaluate: with an update, and rounded, or as it is."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """As it is loaded."""
+    """The model."""
     update: Path | None = field(default=None, kw_only=True)
-    """Judge MODEL with this update: folder of a run, or its file."""
+    """Evaluate MODEL with this update: folder of a run, or an update file. Unset: no update."""
     quantise: str | None = field(default=None, kw_only=True)
-    """Judge it rounded to nearest: int8 or int4. Unset: as it is."""
+    """Evaluate the model with its weights rounded to nearest: int8 or int4. Unset: not rounded."""
 
 
 @o.settings(o.DATA)
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What every evaluation on data is asked for."""
+    """Settings of every evaluation on data."""
 
     subject: Subject = field(default_factory=Subject)
-    """What is judged."""
+    """The model to evaluate."""
     limit: Annotated[int | None, o.at_least(1)] = field(default=None, kw_only=True)
-    """Take the first so many items only. Unset: all."""
+    """Number of items to use, from the first. Unset: all."""
     batch_tokens: Annotated[int, o.at_least(1)] = field(default=4096, kw_only=True)
-    """Positions in one forward pass. Lower it to save memory."""
+    """Maximum number of token positions in one forward pass. Lower it to save memory."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The model that is judged: as it was loaded, and as it is edited."""
+class EvaluatedModel:
+    """The model under evaluation, the update and the rounding to apply to it."""
 
     name: str
     model: Any
@@ -74,76 +72,75 @@ class Judged:
     update: Update
     rounding: Rounding | None
     provenance: dict[str, Any]
-    """Where the model came from: what :func:`kfade.models.load.provenance` tells."""
+    """The model's origin, from :func:`kfade.models.load.provenance`."""
 
     @contextlib.contextmanager
     def edited(self) -> Iterator[nn.Module]:
-        """With the update, then rounded, within the ``with``; as it was loaded afterwards."""
+        """The model with the update, then rounded, within the ``with``; then it is restored."""
         with self.update.applied_to(self.model) as model, quantised(model, self.rounding):
             yield model
 
 
-def load_judged(subject: Subject) -> Judged:
-    """The model that is to be judged, loaded.
+def load_evaluated(subject: Subject) -> EvaluatedModel:
+    """Load the model and the update of an evaluation.
 
     Raises:
-        InputError: no such model or update, or one that does not fit the other.
+        InputError: the model or the update does not exist, or they do not match.
     """
     config, update = subject.model, subject.update
     rounding = rounding_of(subject.quantise)
     change = Update.load(update) if update else Update({})
     with stage("load"):
-        model, words = open_model(config)
+        model, tokenizer = open_model(config)
         if update:
             base = change.compare_base(model)  # raises where shapes or names differ
-            for note in notes_on_base(change, base, "judged", config.revision, config.tokenizer):
+            for note in notes_on_base(change, base, "evaluated", config.revision, config.tokenizer):
                 progress.say(note)
     origin = provenance(source_of(config))
-    return Judged(config.model, model, words, change, rounding, origin)
+    return EvaluatedModel(config.model, model, tokenizer, change, rounding, origin)
 
 
 class Evaluation:
-    """One evaluation on its way from its request to its folder."""
+    """One evaluation in progress: its settings, its log of items and its folder."""
 
     def __init__(
         self, benchmark: str, settings: Mapping[str, Any], clock: Clock, folder: RunDir
     ) -> None:
         self.folder = folder
         self.result: dict[str, Any] = {}
-        """What is told about it, once the evaluation is whole."""
+        """Metrics and folder, once the evaluation is finished."""
         self.settings = dict(settings)
-        """All of the request that decides a number."""
+        """All settings that decide a number."""
         self._benchmark, self._clock = benchmark, clock
         self._provenance: dict[str, Any] = {}
 
-    def load(self, subject: Subject) -> Judged:
-        """:func:`load_judged`, of the model whose origin the manifest tells."""
-        judged = load_judged(subject)
-        self._provenance = judged.provenance
-        if not (self.settings.get("template_file") or judged.tokenizer.chat_template):
-            self.settings.pop("template_date", None)  # no template was told it
-        return judged
+    def load(self, subject: Subject) -> EvaluatedModel:
+        """Load the model with :func:`load_evaluated` and keep its origin for the manifest."""
+        evaluated = load_evaluated(subject)
+        self._provenance = evaluated.provenance
+        if not (self.settings.get("template_file") or evaluated.tokenizer.chat_template):
+            self.settings.pop("template_date", None)  # no template used it
+        return evaluated
 
     @contextlib.contextmanager
     def items(self, **decides: Any) -> Iterator[ItemLog]:
-        """The log of items; ``decides`` (digests of weights and data) goes into its header.
+        """Open the log of items.
+
+        Args:
+            decides: digests of weights and data, by name; they are written into the log's header.
 
         Raises:
-            InputError: an interrupted log was made of other weights or data.
+            InputError: the log of the interrupted run is of other weights or data.
         """
         path = self.folder.state / ITEMS
-        called = {_CALLED.get(name, name): str(value) for name, value in decides.items()}
-        self.folder.reads(called, resumed=path.is_file())
+        inputs = {_INPUT_NAMES.get(name, name): str(value) for name, value in decides.items()}
+        self.folder.reads(inputs, resumed=path.is_file())
         header = {"benchmark": self._benchmark, **self.settings, **decides}
-        with ItemLog(path, header) as log:
-            try:
-                yield log
-            finally:
-                if not log.items:  # nothing worth keeping
-                    path.unlink(missing_ok=True)
+        with item_log(path, header) as log:
+            yield log
 
     def finish(self, log: ItemLog, aggregate: Mapping[str, Any], **manifest: Any) -> None:
-        """Write everything; ``manifest`` adds to what is told about the run."""
+        """Write log, metrics and manifest; ``manifest`` holds further entries of the manifest."""
         log.finish(aggregate)
         self.folder.publish(ITEMS)
         metrics = {
@@ -165,13 +162,24 @@ class Evaluation:
 
 
 @contextlib.contextmanager
+def item_log(path: Path, header: Mapping[str, Any]) -> Iterator[ItemLog]:
+    """A log of items within the ``with``; deleted if it has no items at the end."""
+    with ItemLog(path, header) as log:
+        try:
+            yield log
+        finally:
+            if not log.items:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def evaluation(
     benchmark: str, out: Path, resume: bool, settings: Mapping[str, Any]
 ) -> Iterator[Evaluation]:
-    """The frame of an evaluation: clock and folder.
+    """Start the clock and open the output folder of an evaluation.
 
     Args:
-        settings: all of the request that decides a number; a resumed run must ask for the same.
+        settings: all settings that decide a number; a resumed run must repeat them.
     """
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     asked = {"benchmark": benchmark, **plain}
@@ -181,7 +189,7 @@ def evaluation(
 
 
 def settings_of(request: Any) -> dict[str, Any]:
-    """What of a request decides a number, by name: its fields, and those of its parts."""
+    """The settings of a request that decide a number, by name, without the nesting of classes."""
     found: dict[str, Any] = {}
     for one in fields(request):
         value = getattr(request, one.name)

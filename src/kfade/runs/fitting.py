@@ -1,4 +1,4 @@
-"""The curvature of a model on a retain set, from a configuration to a folder."""
+"""Fit: the curvature of a model on a retain set, from a configuration to a folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from kfade.method.preflight import preflight
 from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.models.load import provenance
-from kfade.runs.config import FitRequest, deciding, write_config
-from kfade.runs.inputs import inputs
-from kfade.runs.session import Loaded, load, read_retain, source_of, spread, to_tokens, with_length
-from kfade.runs.template import as_used, dated
+from kfade.runs.choices import draw_of, estimator_of
+from kfade.runs.config import FitRequest, result_settings, write_config
+from kfade.runs.inputs import input_digests
+from kfade.runs.session import (
+    Loaded,
+    complete_data,
+    load,
+    read_retain,
+    shard_model,
+    source_of,
+    to_tokens,
+)
+from kfade.runs.template import with_date
 from kfade.runs.unlearning import curvature_bytes
-from kfade.runs.words import draw_of, estimator_of
 from kfade.runtime import distributed
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
@@ -27,21 +35,26 @@ from kfade.runtime.stages import Clock, stage, timing
 
 
 def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Fit the curvature of the configuration's model on its retain set; returns the metrics."""
-    run = replace(run, data=dated(run.data, out, resume=resume))
+    """Fit the curvature on the retain set and write it to the folder ``out``; returns the metrics.
+
+    Raises:
+        InputError: a setting or a file is wrong, or a resumed fit has other settings than the
+            interrupted one in ``out``.
+    """
+    run = replace(run, data=with_date(run.data, out, resume=resume))
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
     examples, _ = read_retain(run.data, run.seed)
     clock = Clock()
-    with timing(clock), RunDir(out, deciding(run), resume=resume) as folder:
+    with timing(clock), RunDir(out, result_settings(run), resume=resume) as folder:
         loaded = load(run.model, run.fit, shard=run.shard)
-        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
+        run = replace(run, data=complete_data(run.data, loaded))
         budget = curvature_bytes(run, loaded, estimator)
-        spread(run, loaded.model)
+        shard_model(run, loaded.model)
         with stage("load"):
             preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
         digests = weight_digests(loaded.model, "model")
-        folder.reads(inputs(digests["model_sha256"], {"retain": sequences}))
+        folder.reads(input_digests(digests["model_sha256"], {"retain": sequences}))
         weight = loaded.targets[0].weight
         batches = make_batches(
             sequences,
@@ -77,12 +90,12 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
 def _made_for(
     run: FitRequest, loaded: Loaded, sequences: Sequence[TokenSequence]
 ) -> dict[str, Any]:
-    """What the curvature belongs to, kept with it."""
+    """The provenance of the curvature: model, weights, settings and data."""
     return {
         "model": run.model.model,
         **provenance(source_of(run.model)),
         "dtype": str(loaded.targets[0].weight.dtype).removeprefix("torch."),
-        "settings": deciding(run)["fit"],
+        "settings": result_settings(run)["fit"],
         "weights_sha256": {
             t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets
         },
@@ -94,7 +107,7 @@ def _made_for(
 def _metrics(
     clock: Clock, sequences: Sequence[TokenSequence], files: Sequence[Path]
 ) -> dict[str, Any]:
-    """What ``metrics.json`` tells of a fit that is written to ``files``."""
+    """The metrics of a fit whose curvature is in ``files``."""
     stages = ("load", "covariance", "eigh", "lambda", "save")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
     return {

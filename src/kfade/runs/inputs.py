@@ -1,4 +1,4 @@
-"""What a run reads besides examples: a saved curvature; and digests of all of it, to resume by."""
+"""A saved curvature as an input of a run; digests of all inputs, which a resumed run checks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from kfade.runs.session import Loaded
 from kfade.runtime import progress
 
 
-def inputs(
+def input_digests(
     model_digest: str, sets: Mapping[str, Sequence[TokenSequence]], saved: SavedFit | None = None
 ) -> dict[str, str]:
-    """What :meth:`RunDir.reads` is told of a run: the model's weights, sets of data by name, and
-    the curvature, where one is read."""
+    """The inputs of a run by name, each with its digest, for :meth:`RunDir.reads`.
+
+    Args:
+        model_digest: digest of the model's weights.
+        sets: token sequences of each data set, by name.
+        saved: the curvature, if one is read.
+    """
     data = {
         f"the {name.removesuffix(' set')} set": digest_sequences(tokens)
         for name, tokens in sets.items()
@@ -33,37 +38,37 @@ def inputs(
 
 
 MADE_WITH = ("estimator", "labels", "joint_bias", "memory")
-"""Settings of a fit that a run with this curvature cannot choose."""
+"""Settings of a fit that a run with a saved curvature must share."""
 
 
 @dataclass(frozen=True)
 class SavedFit:
-    """What ``kfade fit`` wrote, before the model is there."""
+    """A curvature that ``kfade fit`` wrote, and its settings. It can be read before the model."""
 
     path: Path
     curvature: Curvature
     settings: FitConfig
-    """What it was fitted with."""
+    """The settings of the fit."""
 
     @classmethod
     def read(cls, path: Path) -> SavedFit:
-        """The curvature in a folder, or in a file.
+        """Read a curvature from a folder or a file.
 
         Raises:
-            InputError: no such curvature, or one that does not tell how it was made.
+            InputError: there is no such curvature, or its settings are missing.
         """
         curvature = Curvature.load(path)
         settings = curvature.provenance.get("settings")
         if settings is None:
             raise InputError(
-                f"--curvature {path}: does not tell of which model it is, nor with which settings "
-                "it was made; fit it anew with kfade fit"
+                f"--curvature {path}: the record of its model and settings is missing; fit it "
+                "again with kfade fit"
             )
         return cls(path, curvature, FitConfig(**settings))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over its files."""
+        """SHA-256 of the curvature's files."""
         digest = hashlib.sha256()
         for file in curvature_files(self.path):
             with file.open("rb") as content:
@@ -72,53 +77,54 @@ class SavedFit:
         return digest.hexdigest()
 
     def check(self, run: RunConfig) -> None:
-        """Compare the settings of a run with those of this fit.
+        """Check that a run has the settings of this fit that ``MADE_WITH`` names.
 
-        Blocks and weights are the run's own, some of those that the fit covers; so is the memory
-        of later fits, where a run has any.
+        A run may choose its weights among those that the fit covers. If it fits the curvature
+        again in later steps, it may also choose the memory of these fits.
 
         Raises:
-            InputError: another estimator, other labels and the like were asked for.
+            InputError: a setting is different, for example the estimator.
         """
         refits = run.step.refit and run.step.steps > 1
         for name in MADE_WITH:
             asked, fitted = getattr(run.fit, name), getattr(self.settings, name)
             if asked != fitted and not (name == "memory" and refits):
                 raise InputError(
-                    f"--curvature {self.path} was fitted {_words(name, fitted)}, asked for is "
-                    f"{_words(name, asked)}: leave that out, or fit anew with kfade fit"
+                    f"--curvature {self.path} was fitted {_as_option(name, fitted)}, this run is "
+                    f"{_as_option(name, asked)}: use the setting of the fit, or fit again with "
+                    "kfade fit"
                 )
 
     def facts(self) -> dict[str, Any]:
-        """What a manifest tells of it."""
+        """The curvature's entries in a manifest."""
         return {
             "curvature_sha256": self.digest,
             "curvature_retain_sha256": self.curvature.provenance.get("retain_sha256"),
         }
 
     def note_other_texts(self, retain: Sequence[TokenSequence]) -> None:
-        """Say so where it was fitted on other texts than the run's own ``retain``."""
+        """Print a note if the fit's texts are not the run's ``retain`` texts."""
         if digest_sequences(retain) != self.curvature.provenance.get("retain_sha256"):
             progress.say(
-                "note: the curvature was not fitted on what is kept of --retain here, so it may "
-                "have seen the texts that KL is measured on"
+                "note: the curvature was not fitted on the retain texts of this run (--retain "
+                "without the held-out ones), so it may have seen the texts that KL is measured on"
             )
 
     def of(self, loaded: Loaded, model_digest: str) -> Curvature:
-        """The curvature, cut to the targets; its blocks are read when they are used.
+        """The curvature of the targets alone. Its blocks are read when they are used.
 
         Args:
-            model_digest: of all the model's weights.
+            model_digest: digest of all the model's weights.
 
         Raises:
-            InputError: it was fitted on other weights, or does not cover every target.
+            InputError: the curvature was fitted on other weights, or does not cover every target.
         """
         recorded = self.curvature.provenance
         names = [target.name for target in loaded.targets]
         missing = [name for name in names if name not in self.curvature.blocks]
         if missing:
             raise InputError(
-                f"--curvature does not cover {missing[0]}: fit it with the same --layers and "
+                f"--curvature does not cover {missing[0]}: fit it again with the same --layers and "
                 "--target"
             )
         if recorded["model_sha256"] != model_digest:
@@ -126,15 +132,15 @@ class SavedFit:
         return self.curvature.only(names, loaded.targets[0].weight.device)
 
     def _other_model(self, loaded: Loaded) -> str:
-        """How the model differs from the fit's."""
+        """The error message for a model that differs from the fit's."""
         recorded = self.curvature.provenance
         if is_copy(recorded, loaded.model, "model"):
             dtype = recorded["dtype"]
-            give = f"give --dtype {dtype}, or fit" if dtype in DTYPES else "fit"
+            remedy = f"give --dtype {dtype}, or fit" if dtype in DTYPES else "fit"
             here = str(loaded.targets[0].weight.dtype).removeprefix("torch.")
             return (
-                f"--curvature was fitted on this model in {dtype}, here it is in {here}; {give} it "
-                "anew with kfade fit"
+                f"--curvature was fitted on this model in {dtype}, here it is in {here}; {remedy} "
+                "it again with kfade fit"
             )
         digests = recorded["weights_sha256"]
         differing = [
@@ -148,8 +154,8 @@ class SavedFit:
         )
 
 
-def _words(name: str, value: Any) -> str:
-    """A setting of a fit as options say it."""
+def _as_option(name: str, value: Any) -> str:
+    """A setting of a fit as an option, for an error message."""
     flag = f"--{name.replace('_', '-')}"
     if value is None or value is False:
         return f"without {flag}"

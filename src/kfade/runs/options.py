@@ -1,8 +1,8 @@
-"""How a field of a settings class appears as an option: its group in the help, kind and limits.
+"""Annotations for fields of settings classes: the option's group in the help, its kind and limits.
 
-Every option of the command line is one field of a frozen dataclass in this room: its name, type and
-default are the option's, its docstring is the help text. Cyclopts reads them. The same classes are
-what :mod:`kfade.runs` takes from Python and what a YAML file of settings holds.
+Each option of the command line is a field of a frozen dataclass in this folder. The field gives the
+option's name, type and default, and its docstring is the help text. Cyclopts reads them. The
+functions of :mod:`kfade.runs` and YAML files use the same classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cyclopts.validators import Number
 MODEL = Group("Arguments", sort_key=0)
 SETS = Group("Forget and retain sets", sort_key=1)
 DATA = Group("Data", sort_key=2)
-JUDGED = Group("Model under evaluation", sort_key=1)
+EVALUATED = Group("Model under evaluation", sort_key=1)
 FIT = Group("Curvature", sort_key=3)
 STEP = Group("Step", sort_key=4)
 SIZE = Group("Step size (give one)", sort_key=5)
@@ -35,25 +35,25 @@ REPEATED = Parameter(negative=())  # a list: the option may be given several tim
 
 
 def settings(group: Group | None = None) -> Parameter:
-    """Decorate a settings class: its fields become options of the command itself."""
+    """Decorator of a settings class: its fields become options, in ``group`` of the help."""
     return Parameter(name="*", group=group)
 
 
 def argument(name: str) -> Parameter:
-    """Let a field be a positional argument, too."""
+    """A field that is also a positional argument."""
     return Parameter(name=f"--{name}", group=MODEL)
 
 
 def at_least(smallest: float) -> Parameter:
-    """Limit a number from below."""
+    """A number with a lower limit."""
     return Parameter(validator=Number(gte=smallest))
 
 
 def separated(kind: type, by: str = ",") -> Parameter:
-    """Read a list of values from one word, as in ``0.01,0.1,1``."""
+    """A list of values in one argument, as in ``0.01,0.1,1``."""
 
     def convert(_: Any, tokens: Sequence[Any]) -> list[Any]:
-        last = tokens[-1]  # of an option given twice the last one counts
+        last = tokens[-1]  # if an option is repeated, the last one counts
         try:
             return [kind(word.strip()) for word in last.value.split(by) if word.strip()]
         except ValueError:

@@ -1,4 +1,4 @@
-"""What a fit and a step need in memory and time, from a model's configuration alone."""
+"""Plan: memory and time of a fit and a step, predicted from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -28,64 +28,66 @@ from kfade.planning.memory import (
     peaks,
 )
 from kfade.runs import options as o
+from kfade.runs.choices import bytes_of, estimator_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
-from kfade.runs.words import bytes_of, estimator_of
 
 
 @o.settings(o.DATA)
 @dataclass(frozen=True, kw_only=True)
 class AmountConfig(BatchConfig):
-    """How much data."""
+    """Amounts of data and sizes of batches."""
 
     tokens: int = Work.retain_tokens
-    """Retain tokens that the curvature is fitted on. Unset: 4000 sequences of 512."""
+    """Number of retain tokens for the fit; the default is 4000 sequences of 512."""
     forget_tokens: int = Work.forget_tokens
-    """Forget tokens of one step. Unset: 2500 sequences of 512."""
+    """Number of forget tokens in one step; the default is 2500 sequences of 512."""
 
 
 @o.settings(o.DEVICE)
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """On what."""
+    """The devices: number, memory and speed."""
 
     memory: Annotated[list[str], o.REPEATED] = field(default_factory=list)
-    """What a device may hold, as in 24GB. Repeat it, or write 24GB,80GB, where devices differ."""
+    """Memory of a device, as in 24GB. For several different devices, repeat the option or write
+    24GB,80GB. Unset: no limit."""
     devices: int | None = None
     """Number of devices. Unset: one for each --memory."""
     shard: Annotated[bool, o.FLAG] = False
-    """Spread the weights of the model's blocks over the devices."""
+    """Shard the weights of the model's blocks over the devices."""
     speed: float | None = None
-    """TFLOP/s that large products in the model's dtype reach."""
+    """Speed of large matrix products in the model's dtype, in TFLOP/s. Unset: no times are
+    estimated."""
     float32_speed: float | None = None
-    """The same in float32. Unset: as --speed."""
+    """Speed of large matrix products in float32, in TFLOP/s. Unset: as --speed."""
     bandwidth: float | None = None
-    """GB/s of a device's memory. Unset: unlimited."""
+    """Bandwidth of a device's memory, in GB/s. Unset: unlimited."""
     measure: Annotated[bool, o.FLAG] = False
-    """Measure this machine's speed, in a few seconds."""
+    """Measure the speed of this machine, which takes a few seconds, instead of --speed."""
 
 
 @o.settings()
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be unlearned with, and on what."""
+    """The model, the amounts of data, the method and the devices of a planned run."""
 
     model: ModelSource = field(default_factory=ModelSource)
-    """Which model."""
+    """The model."""
     data: AmountConfig = field(default_factory=AmountConfig, kw_only=True)
-    """How much data."""
+    """Amounts of data and sizes of batches."""
     fit: EstimatorConfig = field(default_factory=EstimatorConfig, kw_only=True)
-    """Which curvature, of which weights."""
+    """The estimator, and the weights to change."""
     refinement: RefinementConfig = field(default_factory=RefinementConfig, kw_only=True)
-    """How each direction is improved."""
+    """Refinement of each direction."""
     device: DeviceConfig = field(default_factory=DeviceConfig, kw_only=True)
-    """On what."""
+    """The devices."""
 
     @property
     def work(self) -> Work:
-        """Of what a run consists.
+        """The settings that the cost depends on.
 
         Raises:
-            InputError: a word that is no estimator, or a number that is out of range.
+            InputError: the estimator is unknown, or a number is out of range.
         """
         estimator = estimator_of(self.fit.estimator)
         if (self.data.sequence_length or 2) < 2 or self.data.batch_tokens < 1:
@@ -108,14 +110,15 @@ class PlanRequest:
 
 
 def plan(request: PlanRequest) -> dict[str, Any]:
-    """Bytes by stage, groups of layers, flops and seconds of a run; only the model's configuration
-    is read.
+    """Predict bytes by stage, groups of layers, flops and seconds of a run.
+
+    Only the model's configuration is read.
 
     Raises:
-        InputError: what is asked for cannot be done.
+        InputError: a setting is wrong, or the model cannot be planned.
     """
     work, source, fit = request.work, request.model, request.fit
-    machines = _machines(request.device)
+    devices = _devices(request.device)
     rates = _stated_speed(request.device)
     skeleton = load_skeleton(
         source.model,
@@ -129,25 +132,25 @@ def plan(request: PlanRequest) -> dict[str, Any]:
         targets = find_targets(
             skeleton, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
-    shards = machines.count if request.device.shard else 1
+    shards = devices.count if request.device.shard else 1
     subject = examine(skeleton, targets, work, shards)
     if request.device.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rates = measure_speed(device, targets[0].weight.dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    return _result(source.model, parameters, subject, work, machines, rates)
+    return _result(source.model, parameters, subject, work, devices, rates)
 
 
 @dataclass(frozen=True)
-class _Machines:
-    """The devices, all of which hold the model (or a part of it) and one group of layers."""
+class _Devices:
+    """The devices. Each holds the model (or a shard of it) and one group of layers."""
 
     count: int
     memory: int | None
-    """Of the smallest."""
+    """Bytes of the smallest device; None: no limit."""
 
 
-def _machines(config: DeviceConfig) -> _Machines:
+def _devices(config: DeviceConfig) -> _Devices:
     sizes = [bytes_of(size) for given in config.memory for size in given.split(",")]
     count = max(1, len(sizes)) if config.devices is None else config.devices
     if count < 1:
@@ -157,11 +160,11 @@ def _machines(config: DeviceConfig) -> _Machines:
             f"--devices {config.devices}, but {len(sizes)} sizes of --memory: give one size, or "
             "one for each device"
         )
-    return _Machines(count, min(sizes, default=None))
+    return _Devices(count, min(sizes, default=None))
 
 
 def _stated_speed(config: DeviceConfig) -> Speed | None:
-    """The speed that the options say."""
+    """The speed in the options; None if it is not given."""
     products, float32, bandwidth = config.speed, config.float32_speed, config.bandwidth
     given = {"--speed": products, "--float32-speed": float32, "--bandwidth": bandwidth}
     for option, value in given.items():
@@ -172,7 +175,7 @@ def _stated_speed(config: DeviceConfig) -> Speed | None:
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{option} {value}: give a positive, finite number")
         if products is None:
-            raise InputError(f"{option} says nothing without --speed: give both")
+            raise InputError(f"{option} has no effect without --speed: give both")
     if products is None:
         return None
     limit = {} if bandwidth is None else {"bandwidth": bandwidth * 1e9}
@@ -184,23 +187,23 @@ def _result(
     parameters: int,
     subject: Workload,
     work: Work,
-    machines: _Machines,
+    devices: _Devices,
     speed: Speed | None,
 ) -> dict[str, Any]:
-    """The plan as one JSON object."""
-    whole = [list(subject.targets)]
-    groups, problem = _groups(subject, work, machines)
+    """The plan as JSON values."""
+    one_group = [list(subject.targets)]
+    groups, problem = _groups(subject, work, devices)
     refine = work.refine > 0
-    planned = peaks(subject, groups or whole, work.estimator, refine=refine)
+    planned = peaks(subject, groups or one_group, work.estimator, refine=refine)
     times = {}
-    for count in sorted({1, machines.count}):
+    for count in sorted({1, devices.count}):
         if speed is None:
             break
-        stages = seconds(subject, groups or whole, work, speed, count)
+        stages = seconds(subject, groups or one_group, work, speed, count)
         times[str(count)] = {**stages, "total": sum(stages.values())}
     smallest = group_by_input(subject.targets)
     least = peaks(subject, smallest, work.estimator, refine=refine)
-    over = [stage for stage, peak in planned.items() if machines.memory and peak > machines.memory]
+    over = [stage for stage, peak in planned.items() if devices.memory and peak > devices.memory]
     return {
         "model": name,
         "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
@@ -209,34 +212,34 @@ def _result(
         "parameters": {"all": parameters, "targeted": subject.targeted},
         "weights": len(subject.targets),
         "bytes": _sizes(subject, work.estimator),
-        "memory": machines.memory,
-        "devices": machines.count,
+        "memory": devices.memory,
+        "devices": devices.count,
         "shards": subject.shards,
         "groups": len(groups) if groups else None,
-        "passes": len(groups or whole) * len(work.estimator.passes),
+        "passes": len(groups or one_group) * len(work.estimator.passes),
         "peak_bytes": {
-            "one_group": peaks(subject, whole, work.estimator, refine=refine),
+            "one_group": peaks(subject, one_group, work.estimator, refine=refine),
             "planned": planned,
             "smallest_groups": least,
         },
         "over_memory": over,
         "problem": problem,
-        "flops": flops(subject, groups or whole, work),
+        "flops": flops(subject, groups or one_group, work),
         "speed": {k: v for k, v in asdict(speed).items() if v < math.inf} if speed else None,
         "seconds": times,
     }
 
 
 def _groups(
-    subject: Workload, work: Work, machines: _Machines
+    subject: Workload, work: Work, devices: _Devices
 ) -> tuple[list[list[Target]] | None, str | None]:
-    """Groups of layers that fit the smallest device; None and why, if there are none."""
+    """(groups of layers that fit the smallest device, None), or (None, why there are none)."""
     budget = None
-    if machines.memory is not None:
-        budget = machines.memory - fit_overhead(subject, work.estimator)
+    if devices.memory is not None:
+        budget = devices.memory - fit_overhead(subject, work.estimator)
         if budget < 0:
             return None, (
-                f"the model and a pass of {subject.cost.positions} positions are over it by "
+                f"the model and a pass of {subject.cost.positions} positions exceed it by "
                 f"{-budget / 1e9:.3g} GB: lower --batch-tokens, or take fewer --layers"
             )
     try:
@@ -248,7 +251,7 @@ def _groups(
 
 
 def _sizes(subject: Workload, estimator: Estimator) -> dict[str, int]:
-    """Bytes of everything that a run holds at one time or another."""
+    """Bytes of each object that a run holds at some time."""
     targets = subject.targets
     stored = estimator.stored_bytes(targets)
     factors = factor_bytes(targets) if estimator.has_eigenbases else 0

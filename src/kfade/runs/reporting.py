@@ -1,4 +1,4 @@
-"""One page of what happened, from the folders of runs and evaluations."""
+"""Report: one HTML page from the folders of runs and evaluations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kfade.runtime.files import write_text, writing
 def report(
     folders: Sequence[Path], out: Path, *, figures: Path | None = None, title: str | None = None
 ) -> dict[str, Any]:
-    """Write one HTML page of runs and their evaluations, side by side; returns what is in it.
+    """Write one HTML page that compares runs and their evaluations; returns a summary of the page.
 
     Args:
-        folders: searched to the bottom.
-        figures: folder that gets each figure as SVG and PNG.
-        title: the page's heading; the run's name when None.
+        folders: folders of results; subfolders are searched too.
+        figures: folder for each figure as SVG and PNG. None: figures are in the page only.
+        title: heading of the page. None: the run's name.
 
     Raises:
         InputError: no results in the folders, or a package is missing.

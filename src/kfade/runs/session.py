@@ -1,4 +1,4 @@
-"""What runs share: the model and the data that a configuration names."""
+"""Loads the model and the data of a configuration, and finds the weights to change."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
 from kfade.models.sources import Source
 from kfade.models.targets import Target
-from kfade.runs.config import BatchConfig, EstimatorConfig, FitRequest, ModelConfig, RetainConfig
-from kfade.runs.template import template_of
+from kfade.runs.config import EstimatorConfig, FitRequest, ModelConfig, RetainConfig
+from kfade.runs.template import template_of, without_unused_date
 from kfade.runtime import distributed, progress
 from kfade.runtime.stages import stage
 
-Batching = TypeVar("Batching", bound=BatchConfig)
+DataSettings = TypeVar("DataSettings", bound=RetainConfig)
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,22 @@ class Loaded:
 
 
 def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> Loaded:
-    """The model, and its targets, found before any data are read.
+    """Load the model and find its targets, before any data are read.
 
     Args:
-        shard: the model's blocks are going to be spread over several processes.
+        shard: whether the model's blocks will be sharded over several processes.
+
+    Raises:
+        InputError: the model cannot be loaded, nothing matches the targets, or ``shard`` is set
+            with one process.
     """
     if shard and distributed.count() == 1:
         raise InputError(
             "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
-            "unlearn, or leave shard out"
+            "unlearn, or leave --shard out"
         )
-    with stage("load"):  # with all that is tried before data are read
-        # A model to be spread may be larger than a device.
+    with stage("load"):
+        # A model to be sharded may be larger than a device.
         model, tokenizer = open_model(replace(config, device="cpu") if shard else config)
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
@@ -60,9 +64,11 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
 
 
 def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) that the configuration names."""
+    """(model, tokenizer) of the configuration."""
     if not config.model:
-        raise InputError("no MODEL: give a hub id, a local folder, a GGUF file, or a LoRA adapter")
+        raise InputError(
+            "MODEL is missing: give a hub id, a local folder, a GGUF file, or a LoRA adapter"
+        )
     return load_model(
         config.model,
         dtype=config.dtype,
@@ -75,41 +81,41 @@ def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn
 
 
 def source_of(config: ModelConfig) -> Source:
-    """Where the configuration's model lies."""
+    """The source of the configuration's model."""
     return Source(config.model, config.revision, config.tokenizer)
 
 
 def notes_on_base(
     update: Update, base: str, done: str, revision: str | None, tokenizer: str | None
 ) -> list[str]:
-    """What is to be said where an update is used.
+    """Notes for the user about differences between this model and the one of the update.
 
     Args:
-        base: what :meth:`Update.compare_base` found.
-        done: what is done with the update, as in "applied".
+        base: the result of :meth:`Update.compare_base`.
+        done: the use of the update, as in "applied".
     """
     notes = []
     if base == ROUNDED:
         notes.append(
-            "note: the update was computed on these weights in another dtype; they are equal once "
-            "rounded to the one of fewer bits"
+            "note: the update was computed on these weights in another dtype; they are equal "
+            "after rounding to the dtype with fewer bits"
         )
     elif base == OTHER:
         notes.append(
             f"note: these are not the weights that the update was computed on; {done} as on a "
             "fine-tuned descendant"
         )
-    asked = update.provenance.get("config", {}).get("model", {})
+    settings = update.provenance.get("config", {}).get("model", {})
     for option, given in (("revision", revision), ("tokenizer", tokenizer)):
-        recorded = asked.get(option) if isinstance(asked, dict) else None
+        recorded = settings.get(option) if isinstance(settings, dict) else None
         if recorded != given and recorded is not None:
             used = f"with --{option} {given}" if given is not None else f"without --{option}"
             notes.append(f"note: the update was computed with --{option} {recorded}; {done} {used}")
     return notes
 
 
-def spread(request: FitRequest, model: nn.Module) -> None:
-    """Spread a model's blocks over the processes, on their devices, if it is asked for."""
+def shard_model(request: FitRequest, model: nn.Module) -> None:
+    """Shard the blocks over the processes and move them to the devices, if --shard is set."""
     if not request.shard:
         return
     with stage("load"):
@@ -118,11 +124,11 @@ def spread(request: FitRequest, model: nn.Module) -> None:
 
 
 def read_retain(config: RetainConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """(fit, held out) retain examples."""
+    """(examples to fit on, held-out examples) of the retain set."""
     examples = read_source(config.retain, "--retain")
     if len(examples) < 2:
         raise InputError(
-            f"{config.retain}: one example only; give at least two, so that one can be held out"
+            f"{config.retain}: only one example; give at least two, so that one can be held out"
         )
     count = config.holdout
     if count is None:
@@ -133,23 +139,27 @@ def read_retain(config: RetainConfig, seed: int) -> tuple[list[Example], list[Ex
 
 
 def read_source(source: str | None, option: str) -> list[Example]:
-    """Examples of a source that has to be given."""
+    """The examples of a source; ``option`` is its option, for the error if it is missing."""
     if source is None:
         raise InputError(f"{option} is missing: give a JSONL file or hf:NAME[:CONFIG][:SPLIT]")
     return load_examples(source)
 
 
-def with_length(config: Batching, loaded: Loaded) -> Batching:
-    """The settings with the length of packed sequences in numbers, as this model has it."""
-    if config.sequence_length is not None:
-        return config
-    return replace(config, sequence_length=packed_length(None, model_window(loaded.model)))
+def complete_data(config: DataSettings, loaded: Loaded) -> DataSettings:
+    """The data settings, completed for a model.
+
+    The length of packed sequences is set, and a template date that is not used is removed.
+    """
+    length = config.sequence_length
+    if length is None:
+        length = packed_length(None, model_window(loaded.model))
+    return without_unused_date(replace(config, sequence_length=length), loaded.tokenizer)
 
 
 def to_tokens(
     examples: Sequence[Example], loaded: Loaded, config: RetainConfig
 ) -> list[TokenSequence]:
-    """Token sequences as the data settings ask for."""
+    """The examples as token sequences, by the data settings."""
     length = config.sequence_length
     if (length is not None and length < 2) or config.batch_tokens < 1:
         raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")

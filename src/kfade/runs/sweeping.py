@@ -1,4 +1,4 @@
-"""What ``kfade sweep`` does between its options and its folder."""
+"""Sweep: a grid of steps from one saved curvature, and the update of the best one, in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from kfade.curvature.damping import Damping
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, grid, pareto, pick
 from kfade.method.objectives import Objective
@@ -31,6 +30,7 @@ from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.models.targets import Target
 from kfade.runs import options as o
+from kfade.runs.choices import objective_of
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
@@ -39,22 +39,22 @@ from kfade.runs.config import (
     RunConfig,
     SizeConfig,
     StepConfig,
-    deciding,
+    result_settings,
     write_config,
 )
-from kfade.runs.inputs import SavedFit, inputs
+from kfade.runs.evaluation import item_log
+from kfade.runs.inputs import SavedFit, input_digests
 from kfade.runs.session import (
     Loaded,
+    complete_data,
     load,
     read_retain,
     read_source,
     source_of,
     to_tokens,
-    with_length,
 )
-from kfade.runs.template import as_used, dated
+from kfade.runs.template import with_date
 from kfade.runs.unlearning import run_metrics
-from kfade.runs.words import objective_of
 from kfade.runtime import progress
 from kfade.runtime.files import reading_kept, write_tensors
 from kfade.runtime.provenance import git_sha, versions
@@ -63,71 +63,74 @@ from kfade.runtime.stages import Clock, timing
 
 POINTS = "points.jsonl"
 DEFAULT_KLS = (0.001, 0.003, 0.01, 0.03)
-DEFAULT_MAX_KL = 0.02  # twice what an unlearn that is told nothing aims at
+DEFAULT_MAX_KL = 0.02  # twice DEFAULT_KL, the default size of unlearn
 
 
 @o.settings(o.GRID)
 @dataclass(frozen=True, kw_only=True)
 class GridStep:
-    """Directions of the points."""
+    """The directions of the points."""
 
     objective: Annotated[list[str], o.separated(str)] = field(default_factory=lambda: ["margin"])
-    """margin, ce (cross-entropy)."""
+    """Forgetting objectives: margin, ce (cross-entropy), or both."""
     damping: Annotated[list[float], o.separated(float)] = field(default_factory=list)
-    """Dampings λ, absolute."""
+    """Absolute dampings λ, as in the paper. Unset: see --relative-damping."""
     relative_damping: Annotated[list[float], o.separated(float)] = field(default_factory=list)
-    """Dampings λ as multiples of each layer's mean eigenvalue. Unset, and --damping too: 0.1."""
+    """Dampings λ as multiples of each layer's mean eigenvalue. If neither this nor --damping is
+    set: 0.1."""
     forget_batch: Annotated[int | None, Parameter(group=o.STEP)] = None
-    """Forget sequences in a step, drawn without replacement. Unset: all."""
+    """Number of forget sequences in a step, drawn without replacement. Unset: all."""
 
 
 @o.settings(o.GRID)
 @dataclass(frozen=True, kw_only=True)
 class GridRefinement:
-    """How the directions of the points are improved."""
+    """Refinement of the directions of the points."""
 
     refine: Annotated[list[int], o.separated(int)] = field(default_factory=lambda: [0])
-    """Iterations of conjugate gradients on exact Gauss-Newton products."""
+    """Numbers of conjugate-gradient iterations with exact Gauss-Newton products."""
     refine_sequences: Annotated[int, Parameter(group=o.STEP)] = 64
-    """Retain sequences in each of those products."""
+    """Number of retain sequences in each exact product of --refine."""
 
 
 @o.settings(o.GRID)
 @dataclass(frozen=True)
 class SweepRequest:
-    """A grid of steps from one saved curvature; a point for each choice of values."""
+    """A grid of steps from one saved curvature. Each combination of values is a point."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model."""
+    """The model."""
     curvature: Annotated[Path, Parameter(group=o.FIT)] = field(kw_only=True)
-    """Folder that kfade fit wrote."""
+    """Folder of a kfade fit, with the curvature that all points use."""
     data: DataConfig = field(default_factory=DataConfig, kw_only=True)
-    """Which data."""
+    """The data."""
     step: GridStep = field(default_factory=GridStep, kw_only=True)
-    """Which directions."""
+    """The directions."""
     refinement: GridRefinement = field(default_factory=GridRefinement, kw_only=True)
-    """How the directions are improved."""
+    """Refinement of the directions."""
     layers: Annotated[list[str], o.separated(str, by=";")] = field(
         default_factory=lambda: [ALL], kw_only=True
     )
-    """Blocks, counted from 0; choices are separated by semicolons, as in '0-5;6-11;all'."""
+    """Transformer blocks to change, counted from 0; alternatives are separated by semicolons, as in
+    '0-5;6-11;all'."""
     alpha: Annotated[list[float], o.separated(float)] = field(default_factory=list, kw_only=True)
-    """G-norms of the step."""
+    """G-norms α of the step; each predicts a KL of ½α² nats per token."""
     kl: Annotated[list[float], o.separated(float)] = field(default_factory=list, kw_only=True)
-    """Measured KLs, nats per token. Unset, and --alpha too: 0.001,0.003,0.01,0.03."""
+    """Measured KLs on held-out retain data, in nats per token. If neither this nor --alpha is set:
+    0.001,0.003,0.01,0.03."""
     max_kl: Annotated[float, Parameter(group=o.RUN)] = field(default=DEFAULT_MAX_KL, kw_only=True)
-    """A point is picked within this measured KL, nats per token."""
+    """Upper limit of the measured KL, in nats per token, for the point that is picked."""
     recompute: Annotated[bool, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
-    """Run each block again in a backward pass instead of keeping its activations: less memory,
-    more work, the same result."""
+    """Recompute the activations of each block in the backward pass instead of keeping them: less
+    memory, more computation, the same result."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
-    """Seed of the draws, the order of forget batches and the held-out split."""
+    """Random seed of the pseudo-labels, the order of forget batches and the held-out split."""
 
     def points(self) -> list[Point]:
-        """The grid.
+        """The points of the grid.
 
         Raises:
-            InputError: two kinds of damping, two kinds of size, or a value out of its range.
+            InputError: two kinds of damping, two kinds of size, or a value out of range.
         """
         step = self.step
         if step.damping and step.relative_damping:
@@ -148,7 +151,7 @@ class SweepRequest:
         )
 
     def run(self, fitted: FitConfig) -> RunConfig:
-        """What all points share, as the configuration of a run; each names blocks of its own."""
+        """The settings that all points share, as a run's configuration without a point's blocks."""
         return RunConfig(
             self.model,
             data=self.data,
@@ -161,14 +164,14 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is asked for, read and checked."""
+    """Everything that a sweep needs, read and checked."""
 
     points: Sequence[Point]
     run: RunConfig
     saved: SavedFit
     loaded: Loaded
     digests: dict[str, str]
-    """Of all weights."""
+    """Digests of all the model's weights."""
     curvature: Curvature
     objectives: dict[str, Objective]
     forget: list[TokenSequence]
@@ -177,22 +180,22 @@ class _Ready:
 
 
 def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Measure all points, and write the update of the best one; returns the metrics.
+    """Measure all points and write the update of the best one; returns the metrics.
 
-    The best: the highest forget loss among the points whose measured KL is within ``max_kl``.
+    The best point has the highest forget loss of all points with a measured KL up to ``max_kl``.
 
     Raises:
-        InputError: what is asked for cannot be done; or an interrupted sweep in ``out`` that is
-            resumed was asked for something else.
+        InputError: a setting or a file is wrong, or a resumed sweep has other settings than the
+            interrupted one in ``out``.
     """
     points, max_kl, saved = request.points(), request.max_kl, SavedFit.read(request.curvature)
     run = request.run(saved.settings)
-    run = replace(run, data=dated(run.data, out, resume=resume))
+    run = replace(run, data=with_date(run.data, out, resume=resume))
     objectives = {name: objective_of(name) for name in {point.objective for point in points}}
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     asked = {
-        **deciding(run),
+        **result_settings(run),
         "curvature": str(saved.path),
         "points": [point.id for point in points],
         "max_kl": max_kl,
@@ -200,14 +203,14 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
     clock = Clock()
     with timing(clock), RunDir(out, asked, resume=resume) as folder:
         loaded = load(run.model, run.fit)
-        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
-        asked = {**asked, "data": deciding(run)["data"]}
+        run = replace(run, data=complete_data(run.data, loaded))
+        asked = {**asked, "data": result_settings(run)["data"]}
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"])
-        folder.reads(inputs(digests["model_sha256"], sets_by_name, saved))
+        folder.reads(input_digests(digests["model_sha256"], sets_by_name, saved))
         ready = _Ready(points, run, saved, loaded, digests, curvature, objectives, *tokens)
         saved.note_other_texts(ready.retain)
         outcomes = _measure(ready, max_kl, folder)
@@ -221,7 +224,7 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
             metrics.update(run_metrics(update, clock, *tokens))
             metrics["lost_in_dtype"] = update.lost_fraction(loaded.model)
             provenance = {k: v for k, v in update.provenance.items() if k != "steps"}
-            # Of the kind of the update that lies there: it is a run to whoever evaluates it.
+            # The folder holds an update, so that evaluations read it as one of unlearn.
             manifest = {"kind": "unlearn", "made_by": "sweep", **provenance}
         metrics["seconds"] = {**metrics.get("seconds", clock.seconds), "total": clock.total}
         about = {"seed": run.seed, "git_sha": git_sha(), "config": asdict(run), "asked": asked}
@@ -232,7 +235,7 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
 
 
 def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
-    """All outcomes, each in the log as soon as it is there."""
+    """Measure all points that the log does not have; each outcome is logged at once."""
     model, run, points = ready.loaded.model, ready.run, ready.points
     header = {
         "benchmark": "sweep",
@@ -245,7 +248,7 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
     }
     label = {"method": "K-FADE", "estimator": ready.curvature.provenance.get("estimator")}
     path = folder.state / POINTS
-    with ItemLog(path, header) as log:
+    with item_log(path, header) as log:
         known = {point: log.items[point.id] for point in points if point.id in log.items}
         if known:
             progress.say(f"resuming after {len(known)} of {len(points)} points")
@@ -254,40 +257,36 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
             log.add(outcome.point.id, **label, **outcome.values)
             progress.say(point_line(outcome.point.id, outcome.values))
 
-        try:
-            outcomes = sweep_model(
-                model,
-                points,
-                Shared(
-                    ready.curvature,
-                    ready.loaded.targets,
-                    ready.objectives,
-                    forget_batch=run.step.forget_batch,
-                    refine_sequences=run.refinement.refine_sequences,
-                    batch_tokens=run.data.batch_tokens,
-                    recompute=run.fit.recompute,
-                    seed=run.seed,
-                    gradient=_kept(folder, header),
-                    seconds=_fit_seconds(ready.saved.path),
-                ),
-                forget=ready.forget,
-                held_out=ready.held_out,
-                retain=ready.retain,
-                done={point: _outcome(point, values) for point, values in known.items()},
-                on_point=note,
-            )
-            log.finish(_aggregate(outcomes, max_kl))
-        finally:
-            if not log.items:  # nothing worth keeping
-                path.unlink(missing_ok=True)
+        outcomes = sweep_model(
+            model,
+            points,
+            Shared(
+                ready.curvature,
+                ready.loaded.targets,
+                ready.objectives,
+                forget_batch=run.step.forget_batch,
+                refine_sequences=run.refinement.refine_sequences,
+                batch_tokens=run.data.batch_tokens,
+                recompute=run.fit.recompute,
+                seed=run.seed,
+                gradient=_cached_gradient(folder, header),
+                seconds=_fit_seconds(ready.saved.path),
+            ),
+            forget=ready.forget,
+            held_out=ready.held_out,
+            retain=ready.retain,
+            done={point: _outcome(point, values) for point, values in known.items()},
+            on_point=note,
+        )
+        log.finish(_aggregate(outcomes, max_kl))
     return outcomes
 
 
-def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
-    """:func:`forget_gradient`, kept in the run's state: a resumed run need not repeat it."""
+def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
+    """:func:`forget_gradient` with its results kept in the run's state, for a resumed run."""
     digest = f"{header['weights_sha256'][:16]}-{header['forget_sha256'][:16]}"
 
-    def kept(
+    def gradient(
         model: nn.Module,
         batches: Sequence[Batch],
         targets: Sequence[Target],
@@ -302,11 +301,11 @@ def _kept(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
         folder.keep(name, lambda path: write_tensors(path, matrices))
         return matrices
 
-    return kept
+    return gradient
 
 
 def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
-    """The picked point, made by the method itself."""
+    """Compute the update of the picked point with :func:`kfade.method.unlearn.unlearn`."""
     point = best.point
     targets = targets_within(ready.loaded.targets, point.layers)
     update = unlearn(
@@ -342,7 +341,7 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
 
 
 def _settings(run: RunConfig, best: Outcome) -> RunConfig:
-    """With these ``kfade unlearn --curvature`` makes the picked point."""
+    """The settings with which ``kfade unlearn --curvature`` computes the picked point."""
     point, damping = best.point, best.point.damping
     layers = run.fit.layers if point.layers == ALL else point.layers
     step = replace(
@@ -374,18 +373,19 @@ def _aggregate(outcomes: Sequence[Outcome], max_kl: float) -> dict[str, Any]:
 
 
 def _outcome(point: Point, values: Mapping[str, Any]) -> Outcome:
-    """What :attr:`Outcome.values` told."""
-    own = [one.name for one in fields(Outcome) if one.name in values]
-    return Outcome(point, **{name: values[name] for name in own})
+    """The outcome with these :attr:`Outcome.values`."""
+    names = [one.name for one in fields(Outcome) if one.name in values]
+    return Outcome(point, **{name: values[name] for name in names})
 
 
 def _fit_seconds(folder: Path) -> float:
+    """Seconds that the fit in ``folder`` took; 0 if they are not recorded."""
     path = folder / "metrics.json"
     return json.loads(path.read_text())["seconds"]["total"] if path.is_file() else 0.0
 
 
 def point_line(name: str, values: Mapping[str, Any]) -> str:
-    """One point for a person."""
+    """One line of text about a point."""
     if "failure" in values:
         return f"{name}: {values['failure']}"
     return (

@@ -1,4 +1,4 @@
-"""The options about chat templates as the object that renders, its clock stopped for a run."""
+"""Options of chat templates: the object that renders, and one date for a run and its resumption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def template_of(config: TemplateConfig) -> ChatTemplate:
-    """How conversations are rendered, as the data settings ask for.
+    """The chat template that the settings describe.
 
     Raises:
         InputError: no such template file, or an argument or a date that cannot be read.
@@ -44,19 +44,20 @@ def template_of(config: TemplateConfig) -> ChatTemplate:
     return ChatTemplate(text, arguments, _moment(config.template_date), config.enabled)
 
 
-def dated(
+def with_date(
     config: Rendering, out: Path, *, resume: bool = False, update: Path | None = None
 ) -> Rendering:
-    """The settings with the date that templates are told, and the digest of the template's file.
+    """The settings with the date for templates, and the digest of the template file.
 
-    What was given goes first; then the date of the interrupted run in ``out`` that is resumed, then
-    that of the run that made ``update``, then the present. Template file and arguments that are not
-    given are those of the run that made ``update``, too.
+    The date is the first of these that exists: ``template_date``; the date of the interrupted run
+    in ``out``, if it is resumed; that of the run that made ``update``; the present. If a template
+    file or arguments are not given, those of the run that made ``update`` are used.
 
     Raises:
-        InputError: what was given cannot be read, or the run's template file is not what it was.
+        InputError: the template cannot be read, or the template file of the run that made
+            ``update`` has changed or is missing.
     """
-    template_of(config)  # can it be read? before anything else is
+    template_of(config)  # raises if it cannot be read
     made = _recorded(Update.load(update).provenance) if update is not None else {}
     config = _with_templates_of(made, config)
     if config.template == "plain":
@@ -64,16 +65,16 @@ def dated(
     resumed = _recorded(interrupted(out)) if resume else {}
     date = config.template_date or resumed.get(_DATE) or made.get(_DATE)
     if date is None:
-        # One clock for all processes.
+        # All processes use the clock of the first one.
         now = distributed.all_gather_lists([int(time.time())])[0][0]
         date = datetime.fromtimestamp(now).isoformat()
     return replace(config, template_date=date, template_sha256=_digest(config))
 
 
-def as_used(config: Rendering, tokenizer: Any) -> Rendering:
-    """The settings for a manifest: without the date where conversations go through no template.
+def without_unused_date(config: Rendering, tokenizer: Any) -> Rendering:
+    """The settings for a manifest, without the date if no chat template is used.
 
-    Two runs that differ in nothing else are then told alike.
+    So two runs that differ only in an unused date have equal manifests.
     """
     template = template_of(config)
     return config if template.used_by(tokenizer) else replace(config, template_date=None)
@@ -82,48 +83,49 @@ def as_used(config: Rendering, tokenizer: Any) -> Rendering:
 def rendering_of(
     given: TemplateConfig, settings: dict[str, Any], out: Path, *, resume: bool
 ) -> ChatTemplate:
-    """How an evaluation renders conversations; its ``settings`` then hold what is used.
+    """The chat template of an evaluation. Its settings are written into ``settings``.
 
-    With a --template other than chat and auto no template is used.
+    Values of --template other than chat and auto use no chat template.
     """
-    config = dated(given, out, resume=resume, update=settings["update"])
+    config = with_date(given, out, resume=resume, update=settings["update"])
     settings.update(asdict(config))
     settings["template_args"] = config.template_args or None
     return template_of(config)
 
 
 def _with_templates_of(made: Mapping[str, Any], config: Rendering) -> Rendering:
-    """The settings with the template file and arguments of a run, where none are given."""
+    """The settings; a template file and arguments that are not given come from the run ``made``."""
     if config.template not in ("auto", "chat"):
         return config
     taken: dict[str, Any] = {}
-    told = []
+    options = []
     if config.template_file is None and (file := made.get("template_file")):
         taken["template_file"] = file
-        told.append(f"--template-file {file}")
-        there = Path(file).is_file()
+        options.append(f"--template-file {file}")
+        exists = Path(file).is_file()
         recorded = made.get("template_sha256")
-        if not there or (recorded and recorded != _digest(replace(config, template_file=file))):
-            what = "has changed since" if there else "is gone"
+        if not exists or (recorded and recorded != _digest(replace(config, template_file=file))):
+            what = "has changed since" if exists else "is gone"
             raise InputError(
                 f"{file}: the run that made --update used this template, and it {what}; restore "
                 "it, or give a --template-file"
             )
-    if not config.template_args and (words := made.get("template_args")):
-        taken["template_args"] = words
-        told += [f"--template-arg {word}" for word in words]
-    if told:
-        logger.warning("note: as the run that made --update: %s", ", ".join(told))
+    if not config.template_args and (arguments := made.get("template_args")):
+        taken["template_args"] = arguments
+        options += [f"--template-arg {argument}" for argument in arguments]
+    if options:
+        logger.warning("note: as in the run that made --update: %s", ", ".join(options))
     return replace(config, **taken)
 
 
 def _digest(config: TemplateConfig) -> str | None:
-    """Of the template file's text."""
+    """SHA-256 of the text of the template file; None without a file."""
     text = template_of(config).text
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _argument(word: str) -> tuple[str, Any]:
+    """(name, value) of ``NAME=VALUE``; the value is YAML."""
     name, given, value = word.partition("=")
     try:
         if given and name.strip().isidentifier():
@@ -143,9 +145,9 @@ def _moment(date: str | None) -> datetime | None:
 
 
 def _recorded(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The data's settings as some run kept them, wherever they are; nothing where there are none.
+    """The data settings in a run's record, at any depth; empty if there are none.
 
-    They are known by their date.
+    They are the mapping that has a template date.
     """
     if isinstance(settings.get(_DATE), str):
         return settings

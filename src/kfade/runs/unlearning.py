@@ -1,4 +1,4 @@
-"""The whole method, from a configuration to a folder with its update."""
+"""Unlearn: the complete method, from a configuration to a folder with its update."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
 from kfade.planning.memory import Work, curvature_budget
-from kfade.runs.config import FitRequest, RunConfig, deciding, write_config
-from kfade.runs.inputs import SavedFit, inputs
-from kfade.runs.session import (
-    Loaded,
-    load,
-    read_retain,
-    read_source,
-    source_of,
-    spread,
-    to_tokens,
-    with_length,
-)
-from kfade.runs.template import as_used, dated
-from kfade.runs.words import (
+from kfade.runs.choices import (
     bytes_of,
     direction_of,
     draw_of,
     estimator_of,
-    going_of,
+    run_of,
     step_size,
 )
+from kfade.runs.config import FitRequest, RunConfig, result_settings, write_config
+from kfade.runs.inputs import SavedFit, input_digests
+from kfade.runs.session import (
+    Loaded,
+    complete_data,
+    load,
+    read_retain,
+    read_source,
+    shard_model,
+    source_of,
+    to_tokens,
+)
+from kfade.runs.template import with_date
 from kfade.runtime import distributed, progress
 from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
 
-_UNLOGGED = {"relative_change", "probes"}  # too long for a line
+_UNLOGGED = {"relative_change", "probes"}  # too long for a line of the log
 
 
 def unlearn(
@@ -60,35 +60,41 @@ def unlearn(
     export_model: bool = False,
     loaded: Loaded | None = None,
 ) -> dict[str, Any]:
-    """One run of the method from its configuration to its folder; returns the metrics.
+    """Compute an update and write it to the folder ``out``; returns the metrics.
 
     Args:
-        saved: the curvature of the first step.
-        loaded: the configuration's model, where the caller has it already.
+        saved: a curvature for the first step. None: it is fitted.
+        resume: continue the interrupted run in ``out``.
+        export_model: also write the edited model.
+        loaded: the configuration's model, if it is loaded already.
 
     Raises:
-        InputError: what is asked for cannot be done; ``saved`` was fitted with other settings; or
-            an interrupted run in ``out`` that is resumed was asked for something else.
+        InputError: a setting or a file is wrong, ``saved`` was fitted with other settings, or a
+            resumed run has other settings than the interrupted one in ``out``.
     """
     if saved is not None:
         saved.check(run)
     if export_model and run.shard:
-        raise InputError("--export-model with --shard: apply the update afterwards, kfade apply")
-    run = replace(run, data=dated(run.data, out, resume=resume))
+        raise InputError(
+            "--export-model does not work with --shard: leave it out, and add the update to the "
+            "model with kfade apply"
+        )
+    run = replace(run, data=with_date(run.data, out, resume=resume))
     source = source_of(run.model)
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
-    direction, size, going = direction_of(run), step_size(run), going_of(run)
+    direction, size, settings = direction_of(run), step_size(run), run_of(run)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     given = {"curvature": str(saved.path) if saved is not None else None}
     clock = Clock()
-    asked, free = {**deciding(run), **given}, {"size": "update-*"}  # no fit depends on the size
+    asked = {**result_settings(run), **given}
+    free = {"size": "update-*"}  # no fit depends on the size
     with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
-        run = replace(run, data=as_used(with_length(run.data, loaded), loaded.tokenizer))
+        run = replace(run, data=complete_data(run.data, loaded))
         refitted = run.step.refit and run.step.steps > 1
         budget = curvature_bytes(run, loaded, estimator, vectors=3 if refitted else 0)
-        spread(run, loaded.model)
+        shard_model(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
@@ -98,13 +104,13 @@ def unlearn(
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"]) if saved is not None else None
         sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
-        folder.reads(inputs(digests["model_sha256"], sets, saved))
+        folder.reads(input_digests(digests["model_sha256"], sets, saved))
         if saved is not None:
             saved.note_other_texts(retain)
         made_for = {
             "model_sha256": digests["model_sha256"],
             "retain_sha256": digest_sequences(retain),
-            "config": deciding(run)["fit"],
+            "config": result_settings(run)["fit"],
         }
         update = unlearn_model(
             loaded.model,
@@ -115,7 +121,7 @@ def unlearn(
             direction=direction,
             size=size,
             run=replace(
-                going,
+                settings,
                 targets=loaded.targets,
                 curvature=curvature,
                 memory=budget,
@@ -154,7 +160,7 @@ def unlearn(
 
 
 def _keep_step(folder: RunDir, total: int, update: Update) -> None:
-    """Write the update after a step, for a resumed run to go on from, and tell of the step."""
+    """Keep the update after a step, for a resumed run; log the step and print a line about it."""
     steps = update.provenance["steps"]
     folder.keep(f"update-{len(steps):03}.safetensors", update.save)
     folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
@@ -164,16 +170,18 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
 def curvature_bytes(
     run: FitRequest, loaded: Loaded, estimator: Estimator, *, vectors: int = 0
 ) -> int | None:
-    """What ``--memory`` leaves for the curvature beside the model, not yet sharded, and a pass.
+    """Bytes of ``--memory`` that remain for the curvature beside the model and a pass.
+
+    None without ``--memory``. The model must not be sharded yet.
 
     Args:
-        vectors: how many vectors of the targets' size are held besides.
+        vectors: number of vectors of the targets' size that are in memory too.
     """
     if run.fit.memory is None:
         return None
     total = bytes_of(run.fit.memory)
     length = run.data.sequence_length
-    assert length is not None, "with_length comes first"
+    assert length is not None, "complete_data sets the length"
     return curvature_budget(
         total,
         loaded.model,
@@ -190,7 +198,7 @@ def curvature_bytes(
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
-    """One step in a line."""
+    """One line of text about a step."""
     refined = f", refined {record['refined']}" if record["refined"] else ""
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
@@ -203,8 +211,10 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
 def _store(
     folder: RunDir, made_for: dict[str, Any], model: nn.Module, targets: Sequence[Target]
 ) -> Store:
-    """Where the fit at the model's present weights is kept, in the state of a run; earlier fits are
-    deleted."""
+    """The store for the fit at the model's current weights, in the run's state.
+
+    The stores of earlier fits are deleted.
+    """
     digest = digest_weights(model, parameter_names(targets))
     place = folder.state / f"curvature-{digest[:16]}"
     if distributed.rank() == 0:
@@ -217,6 +227,7 @@ def _store(
 
 
 def _resume_from(folder: RunDir) -> Update | None:
+    """The update after the last step of the interrupted run, if there is one."""
     done = sorted(folder.state.glob("update-*.safetensors"))
     if not done:
         return None
@@ -233,7 +244,7 @@ def run_metrics(
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
 ) -> dict[str, Any]:
-    """What ``metrics.json`` tells of an update that :func:`kfade.unlearn` made."""
+    """The metrics of an update from :func:`kfade.unlearn`, as in ``metrics.json``."""
     steps = update.provenance["steps"]
     stages = ["load", "fit", "gradient", "step", "check"]
     if "refine" in clock.seconds:

@@ -1,4 +1,4 @@
-"""What the words and numbers of ``kfade baseline`` stand for: a method, weights, settings."""
+"""Converts the options of ``kfade baseline`` to a method, trained weights and training settings."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ LORA_ALPHA, LORA_DROPOUT = 16.0, 0.05
 
 
 def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], Method]:
-    """The method of that name with the loss options ``given``; to be called with model and seed.
+    """A function of (model, seed) that builds the method ``word`` with the loss options ``given``.
 
     Raises:
-        InputError: no such method, or an option that it does not have.
+        InputError: there is no such method, or the method does not have an option.
     """
 
     def only(*names: str) -> dict[str, Any]:
+        """The options, which must be among ``names``."""
         other = [name for name in given if name not in names]
         if other:
-            raise InputError(f"--{other[0].replace('_', '-')} is no option of {word}: leave it out")
+            raise InputError(
+                f"--{other[0].replace('_', '-')} is not an option of {word}: leave it out"
+            )
         return dict(given)
 
     match word:
@@ -60,17 +63,19 @@ def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], M
         case "elm":
             own = only("concept", "eta", "retain_weight")
             if "concept" not in own:
-                raise InputError("--concept is missing: say in words what elm is to erase")
+                raise InputError(
+                    "--concept is missing: describe what elm is to erase, as in 'Greek mythology'"
+                )
             concept, eta = own.pop("concept"), own.pop("eta", Guidance.eta)
             return lambda loaded, seed: methods.elm(guidance(loaded, concept, eta, seed), **own)
     raise InputError(f"METHOD {word}: give {METHODS}")
 
 
 def guidance(loaded: Loaded, concept: str, eta: float, seed: int) -> Guidance:
-    """ELM's texts about ``concept``, in the model's tokens."""
+    """The prompts with which ELM guides the model, about ``concept``, as tokens."""
     tokenizer, window = loaded.tokenizer, model_window(loaded.model)
     longest = Guidance.fluent_tokens
-    # After a full stop, as it will stand after a text.
+    # Tokenized after a full stop, since it follows a text.
     turn = "\nBut enough of that; let us turn to something else altogether."
     bridge = continuation(tokenizer, ".", turn)
 
@@ -91,10 +96,11 @@ def guidance(loaded: Loaded, concept: str, eta: float, seed: int) -> Guidance:
 
 
 def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed: int) -> Trainable:
-    """The weights that the method trains where nothing is ``given``, or those that are.
+    """The weights to train: those in the options ``given``, else those of the method.
 
     Raises:
-        InputError: nothing matches, an impossible rank, or a block that the method never runs.
+        InputError: nothing matches, a rank or dropout is out of range, or the method does not run a
+            block.
     """
     model, pattern = loaded.model, given.get("target")
     rank, dropout = given.get("lora", method.defaults.lora), given.get("lora_dropout", LORA_DROPOUT)
@@ -103,7 +109,8 @@ def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed:
     layers = given.get("layers", None if pattern else method.defaults.layers)
     names = method.trains
     if layers or pattern:
-        # Whole feed-forward weights, as kfade unlearn changes; attention too where it is usual.
+        # Attention is included for low-rank changes and for a method's own layers. With --layers
+        # alone, dense changes are those of kfade unlearn: feed-forward weights.
         wide = pattern is None and (rank > 0 or "layers" not in given)
         found = (
             methods.block_targets(model, layers)
@@ -121,19 +128,20 @@ def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed:
 
 
 def _refuse_unreached(method: Method, targets: Sequence[Target]) -> None:
+    """Raises InputError for a target above the last block that the method runs."""
     for target in targets:
         if method.last_block is not None and target.block > method.last_block:
             raise InputError(
                 f"{target.name} lies above block {method.last_block}, where rmu stops: give "
-                "--layers up to there"
+                "--layers up to that block"
             )
 
 
 def settings_of(defaults: Defaults, given: Mapping[str, Any], sequences: int) -> Settings:
-    """How to train: what is ``given``, else as the method's reference code does.
+    """The training settings: the options ``given``, else those of the method's reference code.
 
     Raises:
-        InputError: both or an impossible number of steps and epochs.
+        InputError: both steps and epochs are given, or a number is out of range.
     """
     batch = given.get("batch", defaults.batch)
     accumulate = given.get("accumulate", defaults.accumulate)

@@ -1,4 +1,4 @@
-"""The words and numbers of a configuration as what the library takes: functions and values."""
+"""Converts settings to what the library takes: names to functions, numbers to value objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kfade.runs.config import RunConfig
 
 
 def estimator_of(word: str, draw: Draw = square_root_draw) -> Estimator:
-    """The estimator of that name, with pseudo-labels by ``draw``."""
+    """The estimator with the name ``word``; ``draw`` makes its pseudo-labels."""
     match word:
         case "ekfac":
             return EKFAC(draw)
@@ -29,7 +29,7 @@ def estimator_of(word: str, draw: Draw = square_root_draw) -> Estimator:
 
 
 def draw_of(word: str) -> Draw:
-    """The pseudo-label draw of that name."""
+    """The draw of pseudo-labels with the name ``word``."""
     match word:
         case "sqrt":
             return square_root_draw
@@ -39,7 +39,7 @@ def draw_of(word: str) -> Draw:
 
 
 def objective_of(word: str, flag: str = "--objective") -> Objective:
-    """The forgetting objective of that name; ``flag`` is what gave it."""
+    """The forgetting objective with the name ``word``; ``flag`` is its option, for the error."""
     match word:
         case "margin":
             return margin
@@ -49,7 +49,7 @@ def objective_of(word: str, flag: str = "--objective") -> Objective:
 
 
 def until_of(word: str | None) -> dict[str, float]:
-    """``forget_loss=2.7`` or ``forget_probability=0.1`` as ``unlearn`` calls it."""
+    """The argument of ``StepSize`` for ``forget_loss=2.7`` or ``forget_probability=0.1``."""
     if word is None:
         return {}
     names = {"forget_loss": "until", "forget_probability": "until_probability"}
@@ -67,7 +67,7 @@ def until_of(word: str | None) -> dict[str, float]:
 
 
 def bytes_of(size: str, option: str = "--memory") -> int:
-    """Bytes of ``20GB``, ``800MB`` or a plain number; powers of 1000."""
+    """Number of bytes in a size such as ``20GB``, ``800MB`` or ``1000``; a kB is 1000 bytes."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = size.strip().rstrip("BGKMTbgkmt")
     unit = size.strip()[len(number) :].upper()
@@ -81,7 +81,7 @@ def bytes_of(size: str, option: str = "--memory") -> int:
 
 
 def step_size(run: RunConfig) -> StepSize:
-    """The step's size as asked; a measured KL of ``DEFAULT_KL`` where nothing is said."""
+    """The step's size. If no size is set, a measured KL of ``DEFAULT_KL``."""
     until = until_of(run.size.until)
     kl = run.size.kl
     if run.size.alpha is None and kl is None and not until:
@@ -90,7 +90,7 @@ def step_size(run: RunConfig) -> StepSize:
 
 
 def damping_of(run: RunConfig) -> Damping:
-    """The damping as asked."""
+    """The damping of each layer."""
     absolute, relative = run.step.damping, run.step.relative_damping
     if absolute is not None and relative is not None:
         raise InputError("give --damping or --relative-damping, not both")
@@ -100,10 +100,10 @@ def damping_of(run: RunConfig) -> Damping:
 
 
 def direction_of(run: RunConfig) -> Direction:
-    """The direction of each step as asked.
+    """The settings of each step's direction.
 
     Raises:
-        InputError: a word or a number that is none, or settings that do not go together.
+        InputError: an unknown objective, a number out of range, or conflicting settings.
     """
     return Direction(
         objective_of(run.step.objective),
@@ -115,8 +115,8 @@ def direction_of(run: RunConfig) -> Direction:
     )
 
 
-def going_of(run: RunConfig) -> Run:
-    """How the run goes about its steps, as far as a configuration says it."""
+def run_of(run: RunConfig) -> Run:
+    """The settings of the steps, without those that need the model (targets, curvature)."""
     return Run(
         steps=run.step.steps,
         forget_batch=run.step.forget_batch,
@@ -128,8 +128,8 @@ def going_of(run: RunConfig) -> Run:
 
 
 def _later_objective_of(run: RunConfig) -> Objective | None:
-    """The objective of all steps after the first, where it is another one."""
+    """The objective of all steps after the first; None if it is that of the first step."""
     word = run.step.later_objective
     if word is not None and run.step.steps == 1:
-        raise InputError(f"--later-objective {word} with one step: give --steps 2 or more")
+        raise InputError(f"--later-objective {word} needs a second step: give --steps 2 or more")
     return objective_of(word, "--later-objective") if word is not None else None
