@@ -113,7 +113,7 @@ def test_tokens_without_an_embedding(data, token, where):
     for fit in (kfade.Identity, kfade.Diagonal, kfade.KFAC, kfade.EKFAC):
         with pytest.raises(InputError, match=told):
             fit().fit(model, batches, targets)
-    point = Point("margin", "all", 0.1, True, StepSize(alpha=0.1))
+    point = Point("margin", "all", kfade.Damping(0.1), StepSize(alpha=0.1))
     with pytest.raises(InputError, match=told):
         sweep(
             model,
