@@ -4,7 +4,8 @@
 # # kfade in a notebook
 #
 # Cells are marked by `# %%`: Jupyter (with jupytext), VS Code and PyCharm run them one by one.
-# As a script: `python examples/notebook.py MODEL forget.jsonl retain.jsonl`.
+# Set the model and the two files below. As a script:
+# `python examples/notebook.py MODEL forget.jsonl retain.jsonl`.
 
 # %% Model and data
 import sys
@@ -13,7 +14,9 @@ from tempfile import mkdtemp
 
 import kfade
 
-name, forget_file, retain_file = sys.argv[1:4]
+name, forget_file, retain_file = "MODEL", "forget.jsonl", "retain.jsonl"
+if len(sys.argv) == 4 and sys.argv[1] != "-f":  # a script, not a notebook
+    name, forget_file, retain_file = sys.argv[1:]
 model, tokenizer = kfade.load_model(name)
 forget = kfade.encode(kfade.load_examples(forget_file), tokenizer, pack=False)
 retain = kfade.encode(kfade.load_examples(retain_file), tokenizer, pack=False)
@@ -58,6 +61,7 @@ update = updates[0.01]
 path = Path(mkdtemp()) / "update.safetensors"
 update.save(path)
 with kfade.Update.load(path).applied_to(model) as edited:
-    prompt = tokenizer(kfade.load_examples(forget_file)[0].turns[0][1], return_tensors="pt")
+    beginning = tokenizer.decode(forget[0].tokens[:8])
+    prompt = tokenizer(beginning, return_tensors="pt")
     answer = edited.generate(**prompt.to(edited.device), max_new_tokens=8, do_sample=False)
     print("edited model:", tokenizer.decode(answer[0]))

@@ -29,7 +29,8 @@ def main(name: str, forget_file: str, retain_file: str) -> kfade.Update:
     print(f"retain KL {step['retain_kl']:.4f} nats per token")
 
     with update.applied_to(model) as edited:  # only inside the block
-        prompt = tokenizer(kfade.load_examples(forget_file)[0].turns[0][1], return_tensors="pt")
+        beginning = tokenizer.decode(forget[0].tokens[:8])
+        prompt = tokenizer(beginning, return_tensors="pt")
         answer = edited.generate(**prompt.to(edited.device), max_new_tokens=8, do_sample=False)
         print("edited model:", tokenizer.decode(answer[0]))
     return update

@@ -28,13 +28,18 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def given(tmp_path) -> list[str]:
+@pytest.fixture(params=["prompt", "text"])
+def given(tmp_path, request) -> list[str]:
     """Model, forget and retain data in files."""
     zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
     zoo.tokenizer().save_pretrained(tmp_path / "model")
     rows = {
-        "forget": [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"],
+        "forget": [
+            {"prompt": f"a b {x}", "completion": " d e"}
+            if request.param == "prompt"
+            else {"text": f"a b {x} d e"}
+            for x in "fghi"
+        ],
         "retain": [{"text": f"{x} k l m n o p q r s"} for x in "abcdefghijkl"],
     }
     for name, own in rows.items():
@@ -73,7 +78,9 @@ def test_own_objective(given):
 
 
 def test_compare_methods(given, tmp_path):
-    page = load("compare_methods").main(*given, str(tmp_path / "out"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "k l m"}\n{"prompt": "n o p"}\n', encoding="utf-8")
+    page = load("compare_methods").main(*given, str(prompts), str(tmp_path / "out"))
     text = page.read_text(encoding="utf-8")
     assert "K-FADE" in text
     assert "NPO" in text

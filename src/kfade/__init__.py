@@ -1,8 +1,8 @@
 """kfade: make a language model unlearn with a few Gauss-Newton steps.
 
 model, tokenizer = kfade.load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
-forget = kfade.encode(kfade.load_examples("forget.jsonl"), tokenizer)
-retain = kfade.encode(kfade.load_examples("retain.jsonl"), tokenizer)
+forget = kfade.encode(kfade.load_examples("forget.jsonl"), tokenizer, pack=False)
+retain = kfade.encode(kfade.load_examples("retain.jsonl"), tokenizer, pack=False)
 update = kfade.unlearn(model, forget=forget, retain=retain[8:], held_out=retain[:8],
                        size=kfade.StepSize(kl=0.02))
 update.apply(model)

@@ -90,10 +90,10 @@ def test_a_run_writes_what_it_promises(baseline, tmp_path, capsys, method):
 
 def test_defaults_are_the_methods_own(baseline, tmp_path):
     assert baseline("npo") == 0
-    # Four sequences make one batch of 32: ten epochs are no whole step, so one.
+    # Four sequences are fewer than a batch of 32, so one batch: ten epochs are ten steps.
     found = read(tmp_path / "out", "manifest.json")["settings"]
     assert found == {
-        **{"lr": 1e-5, "steps": 1, "batch": 32, "accumulate": 1, "warm_up": 1, "decay": True},
+        **{"lr": 1e-5, "steps": 10, "batch": 32, "accumulate": 1, "warm_up": 1, "decay": True},
         **{"weight_decay": 0.01, "clip": 1.0, "optimizer": "AdamW"},
     }
     options = ("--batch", "1", "--epochs", "5", "--no-decay", "--clip", "0")

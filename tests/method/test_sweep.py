@@ -491,7 +491,7 @@ def test_other_retain_texts_are_said(fitted, tmp_path, capsys):
         (("--damping", "1", "--relative-damping", "1"), "not both"),
         (("--kl", "-1"), "--kl -1.0: give a positive"),
         (("--kl", "0.1,0.1"), "step size twice"),
-        (("--objective", "loss"), "--objective loss: give margin or ce"),
+        (("--objective", "loss"), "--objective loss: give margin"),
         (("--layers", "0-7"), "--layers 0-7: the curvature does not cover block 2"),
         (("--max-kl", "0"), "--max-kl 0.0: give a positive number"),
         (("--forget", "missing.jsonl"), "missing.jsonl: no such file"),

@@ -153,7 +153,8 @@ def settings_of(defaults: Defaults, given: Mapping[str, Any], sequences: int) ->
     steps = given.get("steps", None if "epochs" in given else defaults.steps)
     if steps is None:
         epochs = given.get("epochs", defaults.epochs)
-        steps = max(1, int(epochs * sequences) // (batch * accumulate))
+        # A set smaller than a batch is one batch.
+        steps = max(1, int(epochs * sequences) // (min(batch, sequences) * accumulate))
     warm_up = {"epoch": epoch, "tenth": max(1, steps // 10), "none": 0}[defaults.warm_up]
     return Settings(
         lr=given.get("lr", defaults.lr),

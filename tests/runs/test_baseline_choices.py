@@ -1,0 +1,24 @@
+"""Numbers of steps of baselines, from epochs and batches."""
+
+from __future__ import annotations
+
+import pytest
+
+from kfade.baselines import methods
+from kfade.runs.baseline_choices import settings_of
+
+
+@pytest.mark.parametrize(
+    ("sequences", "batch", "epochs", "steps"),
+    [
+        (8, 32, 10, 10),  # a set smaller than a batch is one batch
+        (1, 32, 10, 10),
+        (32, 32, 10, 10),
+        (100, 32, 10, 31),
+        (64, 32, 0.5, 1),
+    ],
+)
+def test_steps_of_epochs(sequences, batch, epochs, steps):
+    defaults = methods.npo(beta=0.1).defaults
+    given = {"batch": batch, "epochs": epochs, "lr": 1e-5}
+    assert settings_of(defaults, given, sequences).steps == steps
