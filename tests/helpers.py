@@ -198,3 +198,18 @@ class NoFit:
 
     def fit(self, *args, **options):
         raise AssertionError("fitted")
+
+
+class Counted:
+    """A draw that counts its calls, one a batch, and fails at the n-th."""
+
+    __name__ = "square_root_draw"
+
+    def __init__(self, fail_at: int = 0) -> None:
+        self.calls, self.fail_at = 0, fail_at
+
+    def __call__(self, p_NV, key_N):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("cut short")
+        return kfade.square_root_draw(p_NV, key_N)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cyclopts import App
 
-from kfade.cli import app
+from kfade.cli import app, main
 
 LISTED = Path(__file__).with_name("options.txt")
 ADDED = {
@@ -62,3 +62,18 @@ def test_no_command_is_missing():
     names = {name for name in app if not name.startswith("-")} - {"eval"}
     names |= {f"eval {name}" for name in app["eval"] if not name.startswith("-")}
     assert names == set(before())
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_a_missing_model_is_named(command, capsys):
+    assert main([command]) == 2
+    assert "MODEL is missing: give a hub id" in capsys.readouterr().err
+
+
+def test_of_an_option_given_twice_the_last_one_counts(tmp_path):
+    """Also for the files from which other options get their values."""
+    for name, seed in (("first", 1), ("last", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
+    files = [word for n in ("first", "last") for word in ("--config", str(tmp_path / f"{n}.yaml"))]
+    _, given, _ = app.parse_args(["unlearn", "MODEL", "--out", "out", *files])
+    assert given.arguments["run"].seed == 2

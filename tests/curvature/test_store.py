@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import flat, random_sequences, same_bits, tiny_llama
+from helpers import Counted, flat, random_sequences, same_bits, tiny_llama
 from processes import start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -65,21 +65,6 @@ def differences(ours: Curvature, theirs: Curvature) -> list[str]:
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-class Counted:
-    """A draw that counts its calls, one a batch, and fails at the n-th."""
-
-    __name__ = "square_root_draw"
-
-    def __init__(self, fail_at: int = 0) -> None:
-        self.calls, self.fail_at = 0, fail_at
-
-    def __call__(self, p_NV, key_N):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise RuntimeError("cut short")
-        return square_root_draw(p_NV, key_N)
 
 
 def cut_short(kind, model, batches, targets, fail_at: int, **options) -> None:

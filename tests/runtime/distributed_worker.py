@@ -11,7 +11,7 @@ import unittest.mock
 from pathlib import Path
 
 import torch
-from helpers import flat, random_sequences, tiny_llama
+from helpers import Counted, flat, random_sequences, tiny_llama
 
 import kfade
 from kfade import (
@@ -21,7 +21,6 @@ from kfade import (
     find_targets,
     make_batches,
     margin,
-    square_root_draw,
 )
 from kfade.curvature import fit as fit_module
 from kfade.curvature.passes import run_pass
@@ -41,21 +40,6 @@ FITS = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC}
 
 def batches_of(sequences, budget=20):
     return make_batches(sequences, budget=budget)
-
-
-class Counted:
-    """A draw that counts its calls, one a batch, and fails at the n-th."""
-
-    __name__ = "square_root_draw"
-
-    def __init__(self, fail_at: int = 0) -> None:
-        self.calls, self.fail_at = 0, fail_at
-
-    def __call__(self, p_NV, key_N):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise RuntimeError("cut short")
-        return square_root_draw(p_NV, key_N)
 
 
 def tensors_of(curvature) -> dict[str, torch.Tensor]:

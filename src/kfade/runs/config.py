@@ -36,6 +36,18 @@ class ModelSource:
     trust_remote_code: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
     """Run Python code that comes with the model."""
 
+    def required(self) -> str:
+        """``model``, which must be set.
+
+        Raises:
+            InputError: it is not.
+        """
+        if not self.model:
+            raise InputError(
+                "MODEL is missing: give a hub id, a local folder, a GGUF file, or a LoRA adapter"
+            )
+        return self.model
+
 
 @o.settings(o.RUN)
 @dataclass(frozen=True)
@@ -268,7 +280,8 @@ def settings_in(path: Path) -> dict[tuple[str, ...], Any]:
     Raises:
         InputError: as :func:`read_config`.
     """
-    config, data = read_config(path), _read_yaml(path)
+    data = _read_yaml(path)
+    config = _build(RunConfig, data, str(path))
     found: dict[tuple[str, ...], Any] = {}
     for stage, value in data.items():
         setting = getattr(config, stage)

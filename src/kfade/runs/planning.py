@@ -121,7 +121,7 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     devices = _devices(request.device)
     rates = _stated_speed(request.device)
     skeleton = load_skeleton(
-        source.model,
+        source.required(),
         dtype=source.dtype,
         trust_remote_code=source.trust_remote_code,
         revision=source.revision,

@@ -65,12 +65,8 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
 
 def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of the configuration."""
-    if not config.model:
-        raise InputError(
-            "MODEL is missing: give a hub id, a local folder, a GGUF file, or a LoRA adapter"
-        )
     return load_model(
-        config.model,
+        config.required(),
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
