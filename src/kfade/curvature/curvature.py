@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ from torch import Tensor
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.damping import Damping
 from kfade.curvature.store import StoredBlocks, write_blocks
+from kfade.curvature.vectors import OnDevice, Storage, Vector
 from kfade.errors import InputError
-
-Matrices = dict[str, Tensor]
-"""Target name -> matrix [O, I]: a vector in the space of all targeted weights."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,20 @@ class Curvature:
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was fitted: estimator, labels, seed, tokens, digests of weights and data."""
 
-    def solve(self, x: Mapping[str, Tensor], damping: Damping) -> Matrices:
-        """(G̃ + λI)⁻¹ x."""
-        return {
-            name: block.solve(x[name], damping.of(block)) for name, block in self.blocks.items()
-        }
+    def solve(
+        self, x: Vector, damping: Damping, storage: Storage = OnDevice()
+    ) -> MutableMapping[str, Tensor]:
+        """(G̃ + λI)⁻¹ x, kept in ``storage``."""
+        solution = storage.vector()
+        for name, block in self.blocks.items():
+            solution[name] = block.solve(x[name], damping.of(block))
+        return solution
 
-    def matvec(self, x: Mapping[str, Tensor]) -> Matrices:
+    def matvec(self, x: Vector) -> dict[str, Tensor]:
         """G̃ x."""
         return {name: block.matvec(x[name]) for name, block in self.blocks.items()}
 
-    def quadratic(self, x: Mapping[str, Tensor]) -> float:
+    def quadratic(self, x: Vector) -> float:
         """xᵀG̃x, summed over all layers in float64."""
         return sum(block.quadratic(x[name]).double().item() for name, block in self.blocks.items())
 

@@ -10,17 +10,18 @@ Shapes: B batch, T positions, N loss tokens, D hidden width, R live rows, I inpu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfade.curvature.curvature import Matrices
 from kfade.curvature.factors import sum_dtype
+from kfade.curvature.groups import group_targets
 from kfade.curvature.passes import FromOutputs, PendingInputs, live_rows, run_pass
 from kfade.curvature.recompute import recomputing
+from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.models.head import hidden_states
 from kfade.models.targets import ForwardHook, Target, hooked
@@ -35,23 +36,41 @@ def transpose_product(
     name: str,
     *,
     recompute: bool = False,
-) -> Matrices:
+    memory: int | None = None,
+    storage: Storage = OnDevice(),
+) -> MutableMapping[str, Tensor]:
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
 
-    ``from_outputs(head, batch, hidden_ND)`` gives u [N, D] at the loss positions, from the final
-    hidden states there. ``recompute``: see :func:`~kfade.curvature.recompute.recomputing`.
+    Args:
+        from_outputs: gives u [N, D] at the loss positions, from the final hidden states there.
+        recompute: see :func:`~kfade.curvature.recompute.recomputing`.
+        memory: bytes of the product that a pass may hold; more takes several passes over the
+            batches, each for a group of layers. None: one pass.
+        storage: keeps the product.
     """
-    products = _Products(targets)
-    with recomputing(model, targets, recompute):
-        run_pass(model, batches, targets, products, from_outputs, name)
-    return {name: distributed.all_reduce(sum_OI) for name, sum_OI in products.sums.items()}
+    product = storage.vector()
+    for group in group_targets(targets, sum_bytes, memory):
+        products = _Products(group)
+        with recomputing(model, group, recompute):
+            run_pass(model, batches, group, products, from_outputs, name)
+        for target in group:
+            product[target.name] = distributed.all_reduce(products.sums.pop(target.name))
+    return product
+
+
+def sum_bytes(group: Sequence[Target]) -> int:
+    """Bytes of the layers of a vector: one matrix [O, I] for each target."""
+    return sum(
+        target.shape[0] * target.shape[1] * sum_dtype(target.weight.dtype).itemsize
+        for target in group
+    )
 
 
 class _Products:
     """Σ g aᵀ over live rows, one matrix [O, I] a target."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        self.sums: Matrices = {}
+        self.sums: dict[str, Tensor] = {}
         for target in targets:
             weight = target.weight
             dtype = sum_dtype(weight.dtype)
@@ -69,13 +88,11 @@ class _Products:
         g_RO = live_rows(g_BTO, self._batch).to(sum_OI.dtype)
         sum_OI.addmm_(g_RO.T, self._inputs.take(target).to(sum_OI.dtype))
 
-    def tensors(self) -> Matrices:
+    def tensors(self) -> dict[str, Tensor]:
         return self.sums
 
 
-Tangents = Callable[
-    [nn.Module, Batch, Sequence[Target], Mapping[str, Tensor]], tuple[Tensor, Tensor]
-]
+Tangents = Callable[[nn.Module, Batch, Sequence[Target], Vector], tuple[Tensor, Tensor]]
 """(model, batch, targets, δ) -> (h, J δ): final hidden states [N, D] at the loss positions, and
 their derivative along δ."""
 
@@ -85,7 +102,10 @@ def tangents_of(model: nn.Module, targets: Sequence[Target]) -> Tangents:
     :func:`differences`."""
     weight = targets[0].weight
     tokens_BT = torch.arange(2, device=weight.device)[None]
-    along = {t.name: torch.ones(t.shape, dtype=weight.dtype).to(weight.device) for t in targets}
+    shapes = {target.name: target.shape for target in targets}
+    along = Layerwise(
+        shapes, lambda name: torch.ones(shapes[name], dtype=weight.dtype).to(weight.device)
+    )
     try:
         _, tangent_BTD = _dual_states(model, tokens_BT, targets, along)
     except NotImplementedError:
@@ -98,7 +118,7 @@ def tangents_of(model: nn.Module, targets: Sequence[Target]) -> Tangents:
 
 
 def tangents(
-    model: nn.Module, batch: Batch, targets: Sequence[Target], delta: Mapping[str, Tensor]
+    model: nn.Module, batch: Batch, targets: Sequence[Target], delta: Vector
 ) -> tuple[Tensor, Tensor]:
     """(h, J δ): final hidden states [N, D] at the loss positions and their derivative along δ.
 
@@ -112,7 +132,7 @@ def tangents(
 
 
 def differences(
-    model: nn.Module, batch: Batch, targets: Sequence[Target], delta: Mapping[str, Tensor]
+    model: nn.Module, batch: Batch, targets: Sequence[Target], delta: Vector
 ) -> tuple[Tensor, Tensor]:
     """Like :func:`tangents`, by (h(ε) − h(−ε)) / 2ε, where a target's output is W a + ε δ a.
 
@@ -141,7 +161,7 @@ def differences(
 
 @contextlib.contextmanager
 def _shifted(
-    targets: Sequence[Target], delta: Mapping[str, Tensor], step: float, moved: list[Tensor]
+    targets: Sequence[Target], delta: Vector, step: float, moved: list[Tensor]
 ) -> Iterator[None]:
     """Within the ``with``, each target's output is W a + step · δ a.
 
@@ -164,7 +184,7 @@ def _shifted(
 
 
 def _dual_states(
-    model: nn.Module, input_BT: Tensor, targets: Sequence[Target], delta: Mapping[str, Tensor]
+    model: nn.Module, input_BT: Tensor, targets: Sequence[Target], delta: Vector
 ) -> tuple[Tensor, Tensor | None]:
     with (
         _entering(targets, delta),
@@ -192,7 +212,7 @@ def _plain_experts(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _entering(targets: Sequence[Target], delta: Mapping[str, Tensor]) -> Iterator[None]:
+def _entering(targets: Sequence[Target], delta: Vector) -> Iterator[None]:
     def hook(target: Target) -> ForwardHook:
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             a = target.inputs(forward_ad.unpack_dual(args[0]).primal)

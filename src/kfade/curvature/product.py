@@ -12,14 +12,14 @@ Shapes: N loss tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import tangents_of, transpose_product
+from kfade.curvature.vectors import OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.models.head import Head, read_head
 from kfade.models.lengths import refuse_mixed
@@ -33,7 +33,7 @@ def quadratic_form(
     model: nn.Module,
     batches: Sequence[Batch],
     targets: Sequence[Target],
-    delta: Mapping[str, Tensor],
+    delta: Vector,
 ) -> float:
     """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0."""
     refuse_mixed(model, batches)
@@ -59,12 +59,17 @@ def gauss_newton_product(
     model: nn.Module,
     batches: Sequence[Batch],
     targets: Sequence[Target],
-    delta: Mapping[str, Tensor],
+    delta: Vector,
     *,
     recompute: bool = False,
-) -> Matrices:
-    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute``: see
-    :func:`~kfade.curvature.recompute.recomputing`."""
+    memory: int | None = None,
+    storage: Storage = OnDevice(),
+) -> MutableMapping[str, Tensor]:
+    """G δ with the exact G of ``batches``, one matrix [O, I] a target.
+
+    ``recompute``, ``memory``, ``storage``: see
+    :func:`~kfade.curvature.jacobian.transpose_product`.
+    """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     with frozen(model):
         tangents = tangents_of(model, targets)
@@ -83,7 +88,14 @@ def gauss_newton_product(
         return u_ND
 
     return transpose_product(
-        model, batches, targets, from_outputs, "exact product", recompute=recompute
+        model,
+        batches,
+        targets,
+        from_outputs,
+        "exact product",
+        recompute=recompute,
+        memory=memory,
+        storage=storage,
     )
 
 

@@ -75,7 +75,8 @@ def to_lora(
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     lost = size = 0.0
-    for name, delta in track(list(update.deltas.items()), "singular values"):
+    for name in track(list(update.deltas), "singular values"):
+        delta = update.deltas[name]
         layer = name.removesuffix(".weight")
         delta_OI = delta.T if isinstance(layers[name], Conv1D) else delta
         a_RI, b_OR, values = _truncated(delta_OI.to(device), rank)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from kfade.curvature.curvature import Matrices
+from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.errors import InputError
 from kfade.method.measure import (
@@ -35,21 +36,30 @@ class Gauge:
     Args:
         held_out: retain data that KL is measured on.
         forget: data that losses and objectives are measured on.
+        storage: keeps the weights that an update replaces while it is measured.
     """
 
     def __init__(
-        self, model: nn.Module, held_out: Sequence[Batch], forget: Sequence[Batch]
+        self,
+        model: nn.Module,
+        held_out: Sequence[Batch],
+        forget: Sequence[Batch],
+        storage: Storage = OnDevice(),
     ) -> None:
-        self.model, self._forget = model, forget
+        self.model, self._forget, self._storage = model, forget, storage
         with frozen(model):
             self.head = read_head(model)
         self.base = hidden_reference(model, held_out, "base reference")
         self.latest = self.base
         """Hidden states on held-out retain data with the update that was measured last."""
 
+    def applied(self, update: Update) -> AbstractContextManager[nn.Module]:
+        """The model with ``update`` within the ``with``."""
+        return update.applied_to(self.model, self._storage)
+
     def measure(self, update: Update, objective: Objective, alpha: float = 0.0) -> Probe:
         """Retain KL, forget loss and probability, and objective of the model with ``update``."""
-        with update.applied_to(self.model) as model:
+        with self.applied(update) as model:
             self.latest = self.base
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
@@ -68,7 +78,7 @@ class Gauge:
         if targets[0].weight.dtype.itemsize >= 4 and asked >= FLOAT32_SAFE:
             return 0.0
         changes = rounding_changes(self.model, parameter_names(targets))
-        with Update(changes).applied_to(self.model) as model:
+        with self.applied(Update(changes)) as model:
             moved = hidden_reference(model, self.base.batches, "KL of rounding")
         return mean_divergence(self.head, self.base, moved)
 
@@ -103,9 +113,13 @@ def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps:
     )
 
 
-def parameter_changes(targets: Sequence[Target], matrices: Matrices) -> dict[str, Tensor]:
-    """Matrices [O, I] by target as changes by parameter, in the parameters' own layout."""
-    changes: dict[str, Tensor] = {}
-    for target in targets:
-        changes.update(target.to_parameters(matrices[target.name]))
-    return changes
+def parameter_changes(targets: Sequence[Target], matrices: Vector) -> Vector:
+    """Matrices [O, I] by target as changes by parameter, in the parameters' own layout; each is
+    made when it is read."""
+    target_of = {name: t for t in targets for name in (t.name, t.bias) if name is not None}
+
+    def change(name: str) -> Tensor:
+        target = target_of[name]
+        return target.to_parameters(matrices[target.name])[name]
+
+    return Layerwise(target_of, change)

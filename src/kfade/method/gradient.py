@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import transpose_product
+from kfade.curvature.vectors import OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective
 from kfade.models.head import Head
@@ -25,12 +25,14 @@ def forget_gradient(
     objective: Objective,
     *,
     recompute: bool = False,
-) -> Matrices:
+    memory: int | None = None,
+    storage: Storage = OnDevice(),
+) -> Vector:
     """g = ∇_W of the objective's mean per loss token, one matrix [O, I] a target.
 
     In float32 or better, from captured inputs and output gradients: parameters get no ``.grad``
-    and the model stays bit-identical. ``recompute``: see
-    :func:`~kfade.curvature.recompute.recomputing`.
+    and the model stays bit-identical. ``recompute``, ``memory``, ``storage``: see
+    :func:`~kfade.curvature.jacobian.transpose_product`.
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
 
@@ -45,5 +47,12 @@ def forget_gradient(
         return u_ND
 
     return transpose_product(
-        model, batches, targets, from_outputs, "forget gradient", recompute=recompute
+        model,
+        batches,
+        targets,
+        from_outputs,
+        "forget gradient",
+        recompute=recompute,
+        memory=memory,
+        storage=storage,
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kfade.curvature.vectors import Layerwise, Vector
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head, hidden_states, read_head
@@ -123,26 +124,28 @@ def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
     return total / base.loss_tokens
 
 
-def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
+def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> Vector:
     """ΔW by parameter name, of the size of rounding changed weights to the model's dtype.
 
     One weight in 12 changes by one unit in the last place, up or down at random. Its mean square is
-    unit² / 12, that of rounding, and W + ΔW is representable in the dtype.
+    unit² / 12, that of rounding, and W + ΔW is representable in the dtype. Each ΔW is made when it
+    is read, from the weight W of that moment.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    changes = {}
-    for name in names:
+    seeds = {name: seed + number for number, name in enumerate(names)}
+
+    def change(name: str) -> Tensor:
         weight = distributed.gather_full(parameters[name].detach())
-        generator = torch.Generator(weight.device).manual_seed(seed)
-        seed += 1
+        generator = torch.Generator(weight.device).manual_seed(seeds[name])
         die = torch.randint(
             24, weight.shape, generator=generator, device=weight.device, dtype=torch.int8
         )
         moved = (die == 0).to(weight.dtype) - (die == 1).to(weight.dtype)
         _, exponent = weight.frexp()  # |w| in [2^(e−1), 2^e) has the unit eps · 2^(e−1)
         unit = torch.ldexp(torch.full_like(weight, torch.finfo(weight.dtype).eps), exponent - 1)
-        changes[name] = torch.where(weight == 0, 0, moved * unit)
-    return changes
+        return torch.where(weight == 0, 0, moved * unit)
+
+    return Layerwise(seeds, change)
 
 
 def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from kfade.curvature.vectors import Vector
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StepRecord:
         return rise * math.sqrt(other.retain_kl) > their_rise * math.sqrt(self.retain_kl)
 
 
-Candidate = tuple[StepRecord, dict[str, Tensor]]
+Candidate = tuple[StepRecord, Vector]
 """(record of a step, its direction by parameter); the change of weights is α times the
 direction."""
 
@@ -73,7 +73,7 @@ class Best:
         self._measured: list[dict[str, float]] = []
         self._best: Candidate | None = None
 
-    def add(self, record: StepRecord, changes: dict[str, Tensor]) -> None:
+    def add(self, record: StepRecord, changes: Vector) -> None:
         """Add a candidate."""
         self._measured.append(record.measured)
         if self._best is None or record.beats(self._best[0], self._first_loss):

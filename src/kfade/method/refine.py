@@ -9,13 +9,14 @@ coupling between layers, and entries off the diagonal in the eigenbases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
 
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
+from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector, keep
 from kfade.method.step import Step, gauss_newton_step, unit_step
 from kfade.runtime.stages import stage
 
@@ -30,19 +31,21 @@ class Directions:
     Args:
         product: δ ↦ Gδ with the exact G.
         iterations: iterations of conjugate gradients after the K-FADE step.
+        storage: keeps the vectors; one layer of each is needed at a time.
     """
 
     def __init__(
         self,
         curvature: Curvature,
-        gradient: Mapping[str, Tensor],
-        product: Callable[[Matrices], Matrices],
+        gradient: Vector,
+        product: Callable[[Vector], MutableMapping[str, Tensor]],
         *,
         damping: Damping,
         iterations: int,
+        storage: Storage = OnDevice(),
     ) -> None:
         self._curvature, self._gradient, self._product = curvature, gradient, product
-        self._damping, self._iterations = damping, iterations
+        self._damping, self._iterations, self._storage = damping, iterations, storage
         self._first: Step | None = None  # between the first direction and the second
         self._system: _System | None = None  # between the second and the last
         self.refined = -1
@@ -59,7 +62,9 @@ class Directions:
         if self.refined == self._iterations:
             return None
         if self._first is not None:
-            self._system = _System(self._curvature, self._gradient, self._product, self._damping)
+            self._system = _System(
+                self._curvature, self._gradient, self._product, self._damping, self._storage
+            )
             with stage("refine"):
                 self._system.advance(self._first.direction)
             self._first = None
@@ -84,10 +89,12 @@ class Directions:
 
     def _begin(self) -> Step:
         with stage("step"):
-            step = gauss_newton_step(self._curvature, self._gradient, self._damping)
+            step = gauss_newton_step(self._curvature, self._gradient, self._damping, self._storage)
         self.refined = 0
         if self._iterations > 0:
             self._first = step
+        else:
+            self._gradient = {}
         return step
 
 
@@ -98,19 +105,24 @@ class _System:
     def __init__(
         self,
         curvature: Curvature,
-        gradient: Mapping[str, Tensor],
-        product: Callable[[Matrices], Matrices],
+        gradient: Vector,
+        product: Callable[[Vector], MutableMapping[str, Tensor]],
         damping: Damping,
+        storage: Storage,
     ) -> None:
         self._curvature, self._product, self._damping = curvature, product, damping
+        self._storage = storage
         blocks = curvature.blocks.items()
         self._ridge = {name: damping.of(block) for name, block in blocks}
-        self._g = {name: gradient[name] for name in self._ridge}
-        self._r = {name: torch.zeros_like(matrix) for name, matrix in self._g.items()}
-        self._s = dict(self._g)
-        self._p: Matrices = {}
-        self._q: Matrices = {}
-        eps = max(torch.finfo(matrix.dtype).eps for matrix in self._g.values())
+        self._g = Layerwise(self._ridge, lambda name: gradient[name])
+        self._r = storage.vector()
+        self._s = storage.vector()
+        eps = 0.0
+        for name, matrix in self._g.items():
+            self._r[name], self._s[name] = torch.zeros_like(matrix), matrix
+            eps = max(eps, torch.finfo(matrix.dtype).eps)
+        self._p: Vector = {}
+        self._q: Vector = {}
         self._rounding = (10 * eps) ** 2 * inner(self._g, self._g)
 
     @property
@@ -118,35 +130,37 @@ class _System:
         """Whether the residual is no larger than rounding."""
         return inner(self._s, self._s) <= self._rounding
 
-    def advance(self, p: Matrices) -> None:
+    def advance(self, p: Vector) -> None:
         """Minimise ½ rᵀ(G + D) r − gᵀr along p; q = (G + D) p."""
         self._p, self._q = p, {}  # frees the old ones before the product
-        self._q = self._product(p)
+        q = self._product(p)
         for name, value in self._ridge.items():
-            self._q[name] = self._q[name] + value * p[name]
+            q[name] = q[name] + value * p[name]
+        self._q = q
         along = inner(p, self._s) / inner(p, self._q)
         add(self._r, along, p)
         add(self._s, -along, self._q)
 
-    def conjugate(self) -> Matrices:
+    def conjugate(self) -> Vector:
         """The next search direction: (G̃ + D)⁻¹s made conjugate to p, pᵀ(G + D) next = 0."""
-        z = self._curvature.solve(self._s, self._damping)
+        z = self._curvature.solve(self._s, self._damping, self._storage)
         add(z, -inner(z, self._q) / inner(self._p, self._q), self._p)
         return z
 
     def step(self) -> Step:
-        """r, scaled to ‖r‖_G̃ = 1."""
+        """r, scaled to ‖r‖_G̃ = 1; a copy, since later iterations change r."""
         with stage("refine"):
             square = self._curvature.quadratic(self._r)
-            return unit_step(self._r, inner(self._g, self._r), square)
+            r = keep(self._r, self._storage)
+            return unit_step(r, inner(self._g, r), square)
 
 
-def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
+def inner(x: Vector, y: Vector) -> float:
     """xᵀy, summed in float64."""
     return sum((x[name] * y[name]).sum(dtype=torch.float64).item() for name in x)
 
 
-def add(x: Matrices, factor: float, y: Mapping[str, Tensor]) -> None:
+def add(x: MutableMapping[str, Tensor], factor: float, y: Vector) -> None:
     """x ← x + factor · y, one layer at a time; replaces the tensors, does not write into them."""
     for name in x:
         x[name] = torch.add(x[name], y[name], alpha=factor)

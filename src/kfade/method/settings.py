@@ -13,6 +13,7 @@ from torch import nn
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
 from kfade.curvature.store import Store
+from kfade.curvature.vectors import OnDevice, Storage
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, margin
 from kfade.method.update import Update
@@ -82,7 +83,10 @@ class Run:
     """Recompute activations of each block in backward passes instead of keeping them: the same
     result with less memory and more work."""
     memory: int | None = None
-    """Bytes of curvature that a fit may hold at a time; it then takes the layers in groups."""
+    """Bytes of curvature, or of a gradient, that a pass may hold at a time; it then takes the
+    layers in groups."""
+    storage: Storage = OnDevice()
+    """Where the gradient, the direction, the update, and the weights that it replaces are kept."""
     store: Callable[[nn.Module, Sequence[Target]], Store] | None = None
     """(model at its present weights, targets) -> where their fit is kept on disk, finished or not;
     in memory when None."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
+from kfade.curvature.vectors import OnDevice, Storage, Vector, scaled
 from kfade.errors import InputError
 from kfade.models.targets import named
 
@@ -22,7 +21,7 @@ MIDWAY_TOLERANCE = 0.5  # of either, if more steps follow, which compensate
 class Step:
     """A direction r in weight space; the change of weights is α r."""
 
-    direction: Matrices
+    direction: Vector
     slope: float
     """Predicted change of the objective per unit of α: gᵀr."""
     unit_kl: float
@@ -34,19 +33,20 @@ class Step:
 
     def scaled(self, factor: float) -> Step:
         """The same direction, ``factor`` times as long."""
-        direction = {name: matrix * factor for name, matrix in self.direction.items()}
-        return Step(direction, self.slope * factor, self.unit_kl * factor**2)
+        return Step(scaled(self.direction, factor), self.slope * factor, self.unit_kl * factor**2)
 
 
 def gauss_newton_step(
-    curvature: Curvature, gradient: Mapping[str, Tensor], damping: Damping
+    curvature: Curvature, gradient: Vector, damping: Damping, storage: Storage = OnDevice()
 ) -> Step:
     """r = (G̃ + λI)⁻¹g, scaled so that ‖r‖_G̃ = 1 over all layers together (paper §3, "Step size").
+
+    Needs one layer of each at a time; r is kept in ``storage``.
 
     Raises:
         InputError: the gradient is zero in all layers, or rᵀG̃r is zero or not finite.
     """
-    direction: Matrices = {}
+    direction = storage.vector()
     square = slope = gradient_square = 0.0
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
@@ -69,7 +69,7 @@ def gauss_newton_step(
     return unit_step(direction, slope, square)
 
 
-def unit_step(direction: Matrices, slope: float, square: float) -> Step:
+def unit_step(direction: Vector, slope: float, square: float) -> Step:
     """The direction r scaled to ‖r‖_G̃ = 1, given gᵀr = ``slope`` and rᵀG̃r = ``square``.
 
     Raises:

@@ -16,10 +16,11 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.curvature.vectors import Storage, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
@@ -58,12 +59,21 @@ class Shared:
     """Positions in one forward pass."""
     recompute: bool = Run.recompute
     """For gradients and exact products, see :class:`~kfade.method.settings.Run`."""
+    memory: int | None = Run.memory
+    """Bytes of a gradient that a pass may hold, see :class:`~kfade.method.settings.Run`."""
+    storage: Storage = Run.storage
+    """Where gradients, directions, and weights that an edit replaces are kept."""
     seed: int = Run.seed
     """Keys the draws of sequences."""
-    gradient: Callable[..., Matrices] = forget_gradient
+    gradient: Callable[..., Vector] = forget_gradient
     """Computes the gradient of an objective, or reads one that was kept."""
     seconds: float = 0.0
     """Seconds spent before on what all points share, such as the fit."""
+
+    @property
+    def passes(self) -> dict[str, Any]:
+        """The settings of a gradient and of an exact product."""
+        return {"recompute": self.recompute, "memory": self.memory, "storage": self.storage}
 
 
 def sweep(
@@ -106,7 +116,8 @@ def sweep(
     with stage("check"):
         preflight(model, targets, recompute=shared.recompute)
         least = min((least_kl(point.size) for point in points), default=math.inf)
-        gauge = Gauge(model, sampler.all(held_out), sampler.draw(forget, MEASURED_SEQUENCES))
+        measured = sampler.draw(forget, MEASURED_SEQUENCES)
+        gauge = Gauge(model, sampler.all(held_out), measured, shared.storage)
         floor = gauge.rounding_kl(targets, least)
     outcomes = dict(done or {})
 
@@ -121,14 +132,12 @@ def sweep(
         start = time.perf_counter()
         with stage("gradient"):
             objective = shared.objectives[name]
-            matrices = shared.gradient(
-                model, forget_batches, targets, objective, recompute=shared.recompute
-            )
+            gradient = shared.gradient(model, forget_batches, targets, objective, **shared.passes)
         share = shared.seconds / len(points) + (time.perf_counter() - start) / len(own)
         for (layers, _), line in track(_grouped(own, lambda p: p.direction), name):
             missing = [point for point in line if point not in outcomes]
             if missing:
-                directions = _directions(model, refining, shared, matrices, within[layers], missing)
+                directions = _directions(model, refining, shared, gradient, within[layers], missing)
                 ruler = _Ruler(gauge, floor, within[layers])
                 _measure_points(ruler, line, directions, share, outcomes, record)
                 del directions  # before the next ones are made
@@ -142,18 +151,19 @@ def _directions(
     model: nn.Module,
     refining: Sequence[Batch],
     shared: Shared,
-    gradient: Matrices,
+    gradient: Vector,
     targets: Sequence[Target],
     points: Sequence[Point],
 ) -> Directions:
     """The directions of points that differ in step size and refinement only."""
-    product = partial(gauss_newton_product, model, refining, targets, recompute=shared.recompute)
+    product = partial(gauss_newton_product, model, refining, targets, **shared.passes)
     return Directions(
         cut(shared.curvature, targets),
         gradient,
         product,
         damping=points[0].damping,
         iterations=max(point.refine for point in points),
+        storage=shared.storage,
     )
 
 
@@ -237,9 +247,7 @@ class _Ruler:
     """KL of rounding; a point that asks for less fails."""
     targets: Sequence[Target]
 
-    def measure(
-        self, point: Point, step: Step, changes: Mapping[str, Tensor], last: Outcome | None
-    ) -> Outcome:
+    def measure(self, point: Point, step: Step, changes: Vector, last: Outcome | None) -> Outcome:
         """The outcome of a point, without its seconds.
 
         Args:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from torch import Tensor, nn
+from torch import nn
 
 from kfade.curvature.product import quadratic_form
+from kfade.curvature.vectors import Vector
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.measure import mean_divergence
@@ -98,7 +99,7 @@ class Trial:
         """The step, scaled to exact unit length if ``exact_norm``, and its squared length rᵀGr with
         the exact G of held-out retain data."""
         gauge = self._gauge
-        with stage("step"), self._update.applied_to(gauge.model):
+        with stage("step"), gauge.applied(self._update):
             exact = quadratic_form(gauge.model, gauge.base.batches, self._targets, step.direction)
         if exact == 0:
             raise InputError(
@@ -142,9 +143,7 @@ class Trial:
         return record, changes
 
 
-def _relative_change(
-    model: nn.Module, changes: Mapping[str, Tensor], alpha: float
-) -> dict[str, float]:
+def _relative_change(model: nn.Module, changes: Vector, alpha: float) -> dict[str, float]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     relative = {}
     for name, change in changes.items():

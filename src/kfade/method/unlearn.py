@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 
-from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
+from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, check_sequences, digest_sequences
 from kfade.errors import InputError
@@ -74,14 +74,15 @@ def unlearn(
     retain_batches = sampler.all(retain)
     with stage("check"):
         preflight(model, targets, recompute=run.recompute)
-        gauge = Gauge(model, sampler.all(held_out), sampler.draw(forget, MEASURED_SEQUENCES))
+        measured = sampler.draw(forget, MEASURED_SEQUENCES)
+        gauge = Gauge(model, sampler.all(held_out), measured, run.storage)
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
     update = run.start or Update(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
     )
-    update = update.to(device)  # an update read from a file is on the CPU
+    update = update.kept(run.storage, device)  # it may be in a file
     curvature = run.curvature
     if curvature is not None:
         curvature = curvature.only([target.name for target in targets], device)
@@ -92,7 +93,7 @@ def unlearn(
             break
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
-            with stage("fit"), at.applied_to(model):
+            with stage("fit"), at.applied_to(model, run.storage):
                 curvature = fit.fit(
                     model,
                     retain_batches,
@@ -102,13 +103,28 @@ def unlearn(
                     memory=run.memory,
                     store=run.store(model, targets) if run.store is not None else None,
                 )
-        with stage("gradient"), update.applied_to(model):
-            forget_batches = sampler.draw(forget, run.forget_batch, index)
-            gradient = forget_gradient(model, forget_batches, targets, aim, recompute=run.recompute)
+        with stage("gradient"), update.applied_to(model, run.storage):
+            gradient = forget_gradient(
+                model,
+                sampler.draw(forget, run.forget_batch, index),
+                targets,
+                aim,
+                recompute=run.recompute,
+                memory=run.memory,
+                storage=run.storage,
+            )
         refining = sampler.draw(retain, direction.refine_sequences, index)
-        product = _exact_product(model, update, targets, refining, run.recompute)
-        record, changes = trial.best(_directions(curvature, gradient, product, direction))
-        update = _after(update, record, changes)
+        directions = Directions(
+            curvature,
+            gradient,
+            _exact_product(model, update, targets, refining, run),
+            damping=direction.damping,
+            iterations=direction.refine,
+            storage=run.storage,
+        )
+        del gradient  # the directions let it go when they need it no longer
+        record, changes = trial.best(directions)
+        update = _after(update, record, changes).kept(run.storage, device)
         if run.on_step is not None:
             run.on_step(update)
     return update
@@ -119,33 +135,26 @@ def _exact_product(
     update: Update,
     targets: Sequence[Target],
     batches: Sequence[Batch],
-    recompute: bool,
-) -> Callable[[Matrices], Matrices]:
+    run: Run,
+) -> Callable[[Vector], MutableMapping[str, Tensor]]:
     """δ ↦ Gδ with the exact G of ``batches`` at the weights that ``update`` makes."""
 
-    def product(delta: Matrices) -> Matrices:
-        with update.applied_to(model):
-            return gauss_newton_product(model, batches, targets, delta, recompute=recompute)
+    def product(delta: Vector) -> MutableMapping[str, Tensor]:
+        with update.applied_to(model, run.storage):
+            return gauss_newton_product(
+                model,
+                batches,
+                targets,
+                delta,
+                recompute=run.recompute,
+                memory=run.memory,
+                storage=run.storage,
+            )
 
     return product
 
 
-def _directions(
-    curvature: Curvature,
-    gradient: Matrices,
-    product: Callable[[Matrices], Matrices],
-    direction: Direction,
-) -> Directions:
-    return Directions(
-        curvature,
-        gradient,
-        product,
-        damping=direction.damping,
-        iterations=direction.refine,
-    )
-
-
-def _after(update: Update, record: StepRecord, changes: Mapping[str, Tensor]) -> Update:
+def _after(update: Update, record: StepRecord, changes: Vector) -> Update:
     """The update with one more step."""
     records = [*update.provenance["steps"], asdict(record)]
     update = update.plus(changes, record.alpha)

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kfade.curvature.vectors import (
+    FileVector,
+    Layerwise,
+    OnDevice,
+    Storage,
+    Vector,
+    keep,
+    plus,
+    scaled,
+)
 from kfade.errors import InputError
 from kfade.models.layers import digest_names, digest_weights, is_copy
 from kfade.runtime import distributed
@@ -27,10 +36,11 @@ SAME, EQUAL, ROUNDED, OTHER = "same", "equal", "rounded", "other"  # see Update.
 class Update:
     """ΔW for each changed parameter, in float32 or better, with its provenance.
 
-    Nothing else in kfade changes a model.
+    Nothing else in kfade changes a model. All methods need one parameter of ΔW at a time. Sums and
+    differences of updates are computed when they are read, and so is a file.
     """
 
-    deltas: dict[str, Tensor]
+    deltas: Vector
     """Parameter name -> ΔW, in the layout of the parameter."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Base model, digests of weights and data, configuration, versions, per-step diagnostics."""
@@ -42,40 +52,44 @@ class Update:
             InputError: the model lacks a parameter or has it in another shape; nothing is changed.
         """
         parameters = self._parameters(model)
-        with torch.no_grad():
-            for name, delta in self.deltas.items():
-                weight = distributed.gather_full(parameters[name])
-                changed = weight.to(delta.dtype) + delta.to(weight.device)
-                distributed.scatter_into(parameters[name], changed)
+        for name, delta in self.deltas.items():
+            _add(parameters[name], delta)
 
     def revert(self, model: nn.Module) -> None:
         """W ← W − ΔW: undoes :meth:`apply` up to one rounding of W; see :meth:`applied_to`."""
         (-self).apply(model)
 
     @contextlib.contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The edited model within the ``with``; its weights are restored bit for bit afterwards."""
-        parameters = self._parameters(model)
-        before = {name: parameters[name].detach().clone() for name in self.deltas}
+    def applied_to(self, model: nn.Module, storage: Storage = OnDevice()) -> Iterator[nn.Module]:
+        """The edited model within the ``with``; its weights are restored bit for bit afterwards.
+
+        Args:
+            storage: keeps the weights that are replaced.
+
+        Raises:
+            InputError: the model lacks a parameter or has it in another shape.
+        """
+        parameters, before = _parameters(model), storage.vector()
         try:
-            self.apply(model)
+            for name, delta in self.deltas.items():
+                _refuse_other(model, parameters, name, delta)
+                before[name] = distributed.own_part(parameters[name].detach()).clone()
+                _add(parameters[name], delta)
             yield model
         finally:
             with torch.no_grad():
-                for name, tensor in before.items():
-                    parameters[name].copy_(tensor)
+                for name in before:
+                    distributed.own_part(parameters[name]).copy_(before[name])
 
-    def to(self, device: torch.device | str) -> Update:
-        """The same update on another device."""
-        moved = {name: delta.to(device) for name, delta in self.deltas.items()}
-        return Update(moved, self.provenance)
+    def kept(self, storage: Storage, device: torch.device | str) -> Update:
+        """The same update, computed or read now, on ``device`` and kept in ``storage``."""
+        deltas = self.deltas
+        moved = Layerwise(deltas, lambda name: deltas[name].to(device))
+        return Update(keep(moved, storage), self.provenance)
 
-    def plus(self, deltas: Mapping[str, Tensor], scale: float = 1.0) -> Update:
+    def plus(self, deltas: Vector, scale: float = 1.0) -> Update:
         """This update plus ``scale`` times ``deltas``, with the same provenance."""
-        total = dict(self.deltas)
-        for name, delta in deltas.items():
-            total[name] = total[name] + scale * delta if name in total else scale * delta
-        return Update(total, self.provenance)
+        return Update(plus(self.deltas, deltas, scale), self.provenance)
 
     def __add__(self, other: Update) -> Update:
         """The sum of both updates; the provenance holds that of both."""
@@ -83,7 +97,7 @@ class Update:
         return Update(self.plus(other.deltas).deltas, merged)
 
     def __neg__(self) -> Update:
-        return Update({name: -delta for name, delta in self.deltas.items()}, self.provenance)
+        return Update(scaled(self.deltas, -1.0), self.provenance)
 
     def fits_base(self, model: nn.Module) -> bool:
         """Whether ``model`` has the weights that this update was computed on, in any dtype.
@@ -160,7 +174,8 @@ class Update:
 
     @classmethod
     def load(cls, path: Path | str) -> Update:
-        """Read what :meth:`save` wrote, from the file or the folder of a run.
+        """Open what :meth:`save` wrote: a file, or the folder of a run. ΔW stays in the file and is
+        read when it is used.
 
         Raises:
             InputError: no such file, or not an update file of this format.
@@ -169,27 +184,42 @@ class Update:
         path = path / "update.safetensors" if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"{path}: no such update; give the folder of a kfade unlearn run")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("kfade", "{}"))
-                if metadata.get("format") != FORMAT:
-                    raise InputError(f"{path}: not an update file of this version of kfade")
-                deltas = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        deltas = FileVector(path)
+        metadata = json.loads(deltas.metadata.get("kfade", "{}"))
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path}: not an update file of this version of kfade")
         return cls(deltas, metadata["provenance"])
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        """The model's parameters, among them all that this update changes, in their shapes."""
+        parameters = _parameters(model)
         for name, delta in self.deltas.items():
-            if name not in parameters:
-                raise InputError(
-                    f"the update changes {name}, which {type(model).__name__} does not have: it "
-                    "was computed on another model"
-                )
-            if parameters[name].shape != delta.shape:
-                raise InputError(
-                    f"the update changes {name} of shape {tuple(delta.shape)}, the model has "
-                    f"{tuple(parameters[name].shape)}: it was computed on another model"
-                )
+            _refuse_other(model, parameters, name, delta)
         return parameters
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _refuse_other(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], name: str, delta: Tensor
+) -> None:
+    """Raises InputError where the model lacks a parameter or has it in another shape."""
+    if name not in parameters:
+        raise InputError(
+            f"the update changes {name}, which {type(model).__name__} does not have: it was "
+            "computed on another model"
+        )
+    if parameters[name].shape != delta.shape:
+        raise InputError(
+            f"the update changes {name} of shape {tuple(delta.shape)}, the model has "
+            f"{tuple(parameters[name].shape)}: it was computed on another model"
+        )
+
+
+def _add(parameter: nn.Parameter, delta: Tensor) -> None:
+    """W ← W + ΔW in the dtype of ΔW, rounded once."""
+    with torch.no_grad():
+        weight = distributed.gather_full(parameter)
+        distributed.scatter_into(parameter, weight.to(delta.dtype) + delta.to(weight.device))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from safetensors.torch import load_file
 from torch import nn
 
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
+from kfade.curvature.vectors import FileVector, Layerwise, Storage, Vector, keep
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -282,7 +282,7 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
     return outcomes
 
 
-def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Matrices]:
+def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Vector]:
     """:func:`forget_gradient` with its results kept in the run's state, for a resumed run."""
     digest = f"{header['weights_sha256'][:16]}-{header['forget_sha256'][:16]}"
 
@@ -291,15 +291,18 @@ def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[...,
         batches: Sequence[Batch],
         targets: Sequence[Target],
         objective: Objective,
+        *,
+        storage: Storage,
         **options: Any,
-    ) -> Matrices:
+    ) -> Vector:
         name = f"gradient-{objective.__name__}-{digest}.safetensors"
         if (folder.state / name).is_file():
             with reading_kept(folder.state / name):
-                return load_file(folder.state / name, str(targets[0].weight.device))
-        matrices = forget_gradient(model, batches, targets, objective, **options)
-        folder.keep(name, lambda path: write_tensors(path, matrices))
-        return matrices
+                kept, device = FileVector(folder.state / name), targets[0].weight.device
+                return keep(Layerwise(kept, lambda name: kept[name].to(device)), storage)
+        found = forget_gradient(model, batches, targets, objective, storage=storage, **options)
+        folder.keep(name, lambda path: write_tensors(path, found))
+        return found
 
     return gradient
 

@@ -209,6 +209,11 @@ def gather_full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, if it is not sharded."""
+    return tensor.to_local() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def scatter_into(tensor: Tensor, values: Tensor) -> None:
     """Write whole ``values`` into ``tensor``, of which this process may hold a part."""
     if _is_shard(tensor):
