@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfade
 from kfade import Damping
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.vectors import Vector
 from kfade.data.batches import make_batches
 from kfade.data.chat import ChatTemplate
 from kfade.method.gauge import Gauge, parameter_changes
@@ -113,7 +114,7 @@ def main() -> None:
     gradient = forget_gradient(model, make_batches(forget), targets, margin)
     gauge = Gauge(model, make_batches(held_out), make_batches(forget))
     base = gauge.measure(Update({}), margin)
-    exact: dict[str, tuple[Curvature, Matrices]] = {}
+    exact: dict[str, tuple[Curvature, Vector]] = {}
     rows: list[Record] = []
     for name, (dtype, seed) in FITS.items():
         for estimator, curvature in fits(given.model, fitted, dtype, seed):
@@ -169,7 +170,7 @@ def fits(
     yield "EK-FAC", ekfac
 
 
-def inner(curvature: Curvature, first: Matrices, second: Matrices) -> float:
+def inner(curvature: Curvature, first: Vector, second: Vector) -> float:
     """xᵀ G̃ y over all layers."""
     product = curvature.matvec(second)
     return sum((first[name] * product[name]).sum().item() for name in product)

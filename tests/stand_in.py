@@ -180,13 +180,11 @@ if AVAILABLE:
         import kfade.evaluate.divergence
         import kfade.models.load
         import kfade.runs.session
-        import kfade.runs.sweeping
 
         with pytest.MonkeyPatch.context() as patch, ByWayOfTheCPU():
             for module in (kfade.models.load, kfade.runs.session):
                 patch.setattr(module, "default_device", lambda: str(stand_in))
-            for module in (kfade.runs.sweeping, kfade.evaluate.divergence):
-                patch.setattr(module, "load_file", load_file)
+            patch.setattr(kfade.evaluate.divergence, "load_file", load_file)
             patch.setattr(kfade.curvature.store, "safe_open", SafeOpen)
             patch.setattr(torch, "Generator", generator)
             yield

@@ -83,7 +83,7 @@ class System:
             start += size
         return dense
 
-    def product(self, x: kfade.curvature.curvature.Matrices):
+    def product(self, x: kfade.curvature.vectors.Vector):
         return unflatten(torch.from_numpy(self.G) @ flatten(x, self.targets), self.targets)
 
     def steps(self, iterations: int, product=None, curvature: Curvature | None = None, **options):
@@ -324,7 +324,7 @@ def test_of_the_directions_tried_only_the_best_is_there_at_the_next_product(
 
     def noted(self, step, exact, refined):
         record, changes = along(self, step, exact, refined)
-        tried.append(weakref.ref(next(iter(changes.values()))))
+        tried.append(weakref.ref(changes))
         if hoard:
             kept.append(changes)
         return record, changes

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfade.curvature.curvature import Matrices
+from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch
 from kfade.models.load import frozen
 from kfade.models.targets import Target
@@ -21,7 +21,7 @@ def flatten(matrices: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor
     return torch.cat([matrices[target.name].reshape(-1) for target in targets])
 
 
-def unflatten(vector_P: Tensor, targets: Sequence[Target]) -> Matrices:
+def unflatten(vector_P: Tensor, targets: Sequence[Target]) -> Vector:
     """Inverse of :func:`flatten`."""
     sizes = [target.shape[0] * target.shape[1] for target in targets]
     parts = vector_P.split(sizes)

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from kfade import Damping
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.product import quadratic_form
+from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
@@ -114,7 +115,7 @@ class Search:
     def step(
         self,
         curvature: Curvature,
-        gradient: Matrices,
+        gradient: Vector,
         targets: Sequence[Target],
         *,
         damping: float,

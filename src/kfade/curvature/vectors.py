@@ -211,6 +211,11 @@ def plus(vector: Vector, other: Vector, scale: float = 1.0) -> Vector:
     return Layerwise([*vector, *other], layer)
 
 
+def on_device(vector: Vector, device: torch.device | str) -> Vector:
+    """The vector on another device, layer by layer when it is read."""
+    return Layerwise(vector, lambda name: vector[name].to(device))
+
+
 def keep(vector: Vector, storage: Storage) -> Vector:
     """``vector``, computed or read layer by layer, and kept in ``storage``."""
     kept = storage.vector()

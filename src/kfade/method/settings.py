@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -96,6 +97,11 @@ class Run:
     """The update after some steps of the same run, to continue from."""
     on_step: Callable[[Update], None] | None = None
     """Called with the update after every step."""
+
+    @property
+    def passes(self) -> dict[str, Any]:
+        """The settings of a gradient and of an exact product."""
+        return {"recompute": self.recompute, "memory": self.memory, "storage": self.storage}
 
     def __post_init__(self) -> None:
         at_least("--steps", self.steps, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
@@ -82,7 +83,7 @@ def unlearn(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
     )
-    update = update.kept(run.storage, device)  # it may be in a file
+    update = update.to(device).kept(run.storage)  # it may be in a file
     curvature = run.curvature
     if curvature is not None:
         curvature = curvature.only([target.name for target in targets], device)
@@ -94,25 +95,10 @@ def unlearn(
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), at.applied_to(model, run.storage):
-                curvature = fit.fit(
-                    model,
-                    retain_batches,
-                    targets,
-                    seed=seed,
-                    recompute=run.recompute,
-                    memory=run.memory,
-                    store=run.store(model, targets) if run.store is not None else None,
-                )
+                curvature = _fitted(fit, model, retain_batches, targets, run, seed)
         with stage("gradient"), update.applied_to(model, run.storage):
-            gradient = forget_gradient(
-                model,
-                sampler.draw(forget, run.forget_batch, index),
-                targets,
-                aim,
-                recompute=run.recompute,
-                memory=run.memory,
-                storage=run.storage,
-            )
+            forget_batches = sampler.draw(forget, run.forget_batch, index)
+            gradient = forget_gradient(model, forget_batches, targets, aim, **run.passes)
         refining = sampler.draw(retain, direction.refine_sequences, index)
         directions = Directions(
             curvature,
@@ -124,10 +110,30 @@ def unlearn(
         )
         del gradient  # the directions let it go when they need it no longer
         record, changes = trial.best(directions)
-        update = _after(update, record, changes).kept(run.storage, device)
+        update = _after(update, record, changes).kept(run.storage)
         if run.on_step is not None:
             run.on_step(update)
     return update
+
+
+def _fitted(
+    fit: Estimator,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    run: Run,
+    seed: int,
+) -> Curvature:
+    """The fit at the model's present weights."""
+    return fit.fit(
+        model,
+        batches,
+        targets,
+        seed=seed,
+        recompute=run.recompute,
+        memory=run.memory,
+        store=run.store(model, targets) if run.store is not None else None,
+    )
 
 
 def _exact_product(
@@ -141,15 +147,7 @@ def _exact_product(
 
     def product(delta: Vector) -> MutableMapping[str, Tensor]:
         with update.applied_to(model, run.storage):
-            return gauss_newton_product(
-                model,
-                batches,
-                targets,
-                delta,
-                recompute=run.recompute,
-                memory=run.memory,
-                storage=run.storage,
-            )
+            return gauss_newton_product(model, batches, targets, delta, **run.passes)
 
     return product
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from kfade.curvature.vectors import (
     FileVector,
-    Layerwise,
     OnDevice,
     Storage,
     Vector,
     keep,
+    on_device,
     plus,
     scaled,
 )
@@ -81,11 +81,13 @@ class Update:
                 for name in before:
                     distributed.own_part(parameters[name]).copy_(before[name])
 
-    def kept(self, storage: Storage, device: torch.device | str) -> Update:
-        """The same update, computed or read now, on ``device`` and kept in ``storage``."""
-        deltas = self.deltas
-        moved = Layerwise(deltas, lambda name: deltas[name].to(device))
-        return Update(keep(moved, storage), self.provenance)
+    def to(self, device: torch.device | str) -> Update:
+        """The same update on another device."""
+        return Update(on_device(self.deltas, device), self.provenance)
+
+    def kept(self, storage: Storage) -> Update:
+        """The same update, computed or read now and kept in ``storage``."""
+        return Update(keep(self.deltas, storage), self.provenance)
 
     def plus(self, deltas: Vector, scale: float = 1.0) -> Update:
         """This update plus ``scale`` times ``deltas``, with the same provenance."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
-from kfade.curvature.vectors import FileVector, Layerwise, Storage, Vector, keep
+from kfade.curvature.vectors import FileVector, Storage, Vector, keep, on_device
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -298,8 +298,8 @@ def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[...,
         name = f"gradient-{objective.__name__}-{digest}.safetensors"
         if (folder.state / name).is_file():
             with reading_kept(folder.state / name):
-                kept, device = FileVector(folder.state / name), targets[0].weight.device
-                return keep(Layerwise(kept, lambda name: kept[name].to(device)), storage)
+                kept = FileVector(folder.state / name)
+                return keep(on_device(kept, targets[0].weight.device), storage)
         found = forget_gradient(model, batches, targets, objective, storage=storage, **options)
         folder.keep(name, lambda path: write_tensors(path, found))
         return found
