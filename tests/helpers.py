@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
@@ -213,3 +216,30 @@ class Counted:
         if self.calls == self.fail_at:
             raise RuntimeError("cut short")
         return kfade.square_root_draw(p_NV, key_N)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and their peak; those of ``apart`` do not count."""
+
+    def __init__(self, apart) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.apart = [tensor.untyped_storage() for tensor in apart]
+        self.known = {id(storage) for storage in self.apart}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                key, taken = id(storage), storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    self.now += taken
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.drop, key, taken)
+        return result
+
+    def drop(self, key: int, taken: int) -> None:
+        self.known.discard(key)
+        self.now -= taken

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import zoo
-from helpers import random_sequences, tiny_llama
+from helpers import LiveBytes, random_sequences, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -477,33 +475,6 @@ def test_plan_of_blocks_that_run_again():
         assert more[stage] == pytest.approx(expected, rel=3e-5)  # rotary angles, as above
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and their peak; those of ``apart`` do not count."""
-
-    def __init__(self, apart) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.apart = [tensor.untyped_storage() for tensor in apart]
-        self.known = {id(storage) for storage in self.apart}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                key, taken = id(storage), storage.nbytes()
-                if key not in self.known:
-                    self.known.add(key)
-                    self.now += taken
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.drop, key, taken)
-        return result
-
-    def drop(self, key: int, taken: int) -> None:
-        self.known.discard(key)
-        self.now -= taken
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("kind", [KFAC, EKFAC, Diagonal])
@@ -513,7 +484,7 @@ def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, kind, recompute):
     work = Work(kind(), 8 * 33, 33, sequence_length=33, batch_tokens=128, recompute=recompute)
     subject = examine(model, targets, work)
     batches = make_batches(packed(8, 33), budget=work.batch_tokens)
-    live = Live([*model.parameters(), *model.buffers()])
+    live = LiveBytes([*model.parameters(), *model.buffers()])
     found = {}
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ one, and a :class:`Storage` says where they are in the meantime.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,7 @@ class _DiskVector(_Kept):
         self._index: dict[str, _Piece] = {}
         with writing(folder):
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
     def __setitem__(self, name: str, layer: Tensor) -> None:
         old = self._index.get(name)
