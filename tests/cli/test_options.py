@@ -18,6 +18,10 @@ LISTED = Path(__file__).with_name("options.txt")
 ADDED = {
     # One class of settings is read by several commands.
     "check": {"--recompute", "--no-recompute"},
+    # Vectors of the size of the targeted weights need not be on the device.
+    "plan": {"--offload"},
+    "sweep": {"--offload", "--memory"},
+    "unlearn": {"--offload"},
 }
 IN_BOTH_FORMS = {"--model", "--method", "--update"}  # a positional argument has a name as well
 

@@ -31,7 +31,8 @@ from kfade.method.step import StepSize
 from kfade.method.sweep import Shared, sweep
 from kfade.models.interface import check_batches, check_length, check_readable
 from kfade.models.layers import choose_targets, find_targets
-from kfade.planning.memory import Work, curvature_budget, examine
+from kfade.planning.arrange import Arranger
+from kfade.planning.memory import Work, examine
 from kfade.runs.choices import estimator_of
 
 
@@ -177,7 +178,7 @@ def test_a_sequence_longer_than_the_learned_positions(family, data):
     with pytest.raises(InputError, match=told):
         examine(model, targets, Work(sequence_length=14))
     with pytest.raises(InputError, match=told):
-        curvature_budget(10**9, model, targets, Work(batch_tokens=64, sequence_length=14))
+        Arranger(model, targets, Work(batch_tokens=64, sequence_length=14), "fit").at_once()
 
 
 def test_an_index_beyond_a_table_is_told_without_the_table_being_read():
@@ -263,7 +264,7 @@ def test_nan_is_blamed_on_the_weight_that_holds_it(data):
 def test_a_memory_below_the_model_is_told_as_such():
     model = zoo.tiny("llama")
     work = Work(batch_tokens=64, sequence_length=16)
-    budget = curvature_budget(1, model, find_targets(model), work)
+    budget = Arranger(model, find_targets(model), work, "fit").least(1).budget
     with pytest.raises(InputError, match=r"the model and a pass alone are over it by 0\.4\d GB"):
         kfade.KFAC().fit(model, make_batches([sequence(1, 2)]), find_targets(model), memory=budget)
 

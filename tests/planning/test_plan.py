@@ -47,15 +47,15 @@ from kfade.errors import InputError
 from kfade.models.head import hidden_states, read_head
 from kfade.models.layers import find_targets
 from kfade.models.load import frozen, load_skeleton
+from kfade.planning.arrange import Arranger
 from kfade.planning.cost import EIGH_FLOPS, Speed, flops, lambda_flops, measure_speed, seconds
 from kfade.planning.cost import symmetric_flops as symmetric
 from kfade.planning.memory import (
     RUNTIME_BYTES,
     Work,
-    curvature_budget,
     examine,
-    fit_overhead,
     model_bytes,
+    overhead,
     peaks,
 )
 from kfade.planning.trace import trace_pass
@@ -266,7 +266,7 @@ def test_fewer_groups_hold_more_and_pass_less(tmp_path):
     work = Work(retain_tokens=330, sequence_length=33)
     one, many = [list(subject.targets)], group_by_input(subject.targets)
     assert len(many) == 6
-    at_once, in_turn = (peaks(subject, groups, EKFAC()) for groups in (one, many))
+    at_once, in_turn = (peaks(subject, groups, work) for groups in (one, many))
     assert all(in_turn[stage] <= at_once[stage] for stage in at_once)
     assert in_turn["lambda"] < at_once["lambda"]
     few, more = (flops(subject, groups, work) for groups in (one, many))
@@ -282,7 +282,8 @@ def test_fewer_groups_hold_more_and_pass_less(tmp_path):
 def test_peaks_by_hand(tmp_path):
     model = load_skeleton(saved(SMALL, tmp_path))
     targets = find_targets(model)
-    subject = examine(model, targets, Work(sequence_length=33, batch_tokens=64))
+    work = Work(sequence_length=33, batch_tokens=64)
+    subject = examine(model, targets, work)
     assert subject.cost.shape == (2, 32)
     factors, grids, largest = factor_bytes(targets), 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
     parameters = 2 * 50 * 64 + 3 * (64 * 64 * 3 + 3 * 64 * 224 + 2 * 64) + 64
@@ -291,19 +292,27 @@ def test_peaks_by_hand(tmp_path):
     held, surplus = subject.cost.held_bytes[targets[0].input_of], subject.cost.surplus_bytes
     inputs, chunk = 64 * 4 * 3 * (64 + 224), 64 * 50 * 4  # fewer positions than a whole chunk
     assert 4 * chunk < surplus  # here backward is what needs most
-    found = peaks(subject, [targets], EKFAC())
+    found = peaks(subject, [targets], work)
     assert found["load"] == fixed
     assert found["covariance"] == fixed + factors + held + surplus
     assert found["eigh"] == fixed + factors + workspace_bytes(224, 4, CPU)
     lambda_ = fixed + factors + grids + 2 * largest + held + surplus + inputs
     assert found["lambda"] == lambda_
-    assert fit_overhead(subject, EKFAC()) == lambda_ - factors - grids - 2 * largest
+    assert overhead(subject, EKFAC.passes) == lambda_ - factors - grids - 2 * largest
     assert found["gradient"] == fixed + held + surplus + inputs + grids + largest
     forward = subject.cost.forward_bytes
     layer = 4 * (64**2 + 224**2) + largest
-    solve, exact = layer + 3 * grids + 4 * largest, 2 * grids + 2 * forward + 6 * chunk
+    solve = layer + 2 * grids + 4 * largest
+    exact = grids + 2 * forward + 6 * chunk + 2 * largest
     assert found["step"] == fixed + max(solve, exact)
-    assert found["check"] == fixed + 4 * grids + 2 * largest + forward + 8 * chunk
+    assert found["check"] == fixed + 2 * grids + 3 * largest + forward + 8 * chunk
+    # Kept elsewhere, no vector counts; a gradient's pass holds the layers of one input.
+    groups = group_by_input(targets)
+    less = peaks(subject, groups, replace(work, offload=True), gradient_groups=groups)
+    solve, exact = layer + 4 * largest, 2 * forward + 6 * chunk + 2 * largest
+    assert less["step"] == fixed + max(solve, exact)
+    assert less["check"] == fixed + 3 * largest + forward + 8 * chunk
+    assert less["gradient"] < found["gradient"] - 6 * largest
 
 
 def test_a_group_is_gone_when_the_next_is_fitted(tmp_path):
@@ -456,17 +465,15 @@ def test_plan_of_blocks_that_run_again():
     fixed = RUNTIME_BYTES + model_bytes(model)
     held, surplus = ours.cost.held_bytes[targets[0].name], ours.cost.surplus_bytes
     grids = 9 * 4 * 64 * 224
-    found, kept = (peaks(s, [targets], EKFAC(), refine=True) for s in (ours, plain))
+    found, kept = (peaks(s, [targets], replace(work, refine=1)) for s in (ours, plain))
     assert found["covariance"] == fixed + held + surplus + factor_bytes(targets)
     inputs = ours.input_bytes(targets)
     assert found["gradient"] == fixed + held + surplus + inputs + grids + 4 * 64 * 224
-    assert fit_overhead(ours, EKFAC()) == fixed + held + surplus + inputs
+    assert overhead(ours, EKFAC.passes) == fixed + held + surplus + inputs
     for stage in ("load", "eigh", "step", "check"):
         assert found[stage] == kept[stage]
-    kept, again = (
-        curvature_budget(10**9, model, targets, replace(work, recompute=r)) for r in (False, True)
-    )
-    assert again - kept == fit_overhead(plain, EKFAC()) - fit_overhead(ours, EKFAC())
+    kept, again = (budget(model, targets, replace(work, recompute=r)) for r in (False, True))
+    assert again - kept == overhead(plain, EKFAC.passes) - overhead(ours, EKFAC.passes)
     # Every pass with gradients runs its blocks forward once more, and nothing else does.
     work = replace(work, refine=1)
     less, more = (flops(s, [targets], work) for s in (plain, ours))
@@ -498,7 +505,7 @@ def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, kind, recompute):
     with live:
         kind().fit(model, batches, targets, recompute=recompute)
     fixed = RUNTIME_BYTES + subject.model_bytes
-    predicted = peaks(subject, [targets], kind())
+    predicted = peaks(subject, [targets], Work(kind()))
     # Where blocks run again some inputs of the one at hand are gone when most is held.
     within = 0.15 if recompute else 0.1
     for name, peak in found.items():
@@ -610,17 +617,52 @@ def test_measured_speed_is_what_the_clock_says(monkeypatch):
 # --- the budget of fits ------------------------------------------------------------------------
 
 
+def budget(model, targets, work, kind="fit", **more) -> int:
+    """Bytes of curvature that a device of 1 GB holds beside the model and a pass."""
+    way = Arranger(model, targets, work, kind, **{"may_recompute": False, **more}).within(10**9)
+    assert way is not None
+    return way.budget
+
+
+def test_a_run_is_arranged_to_fit():
+    """The first of the ways that fits, in order of their cost in time, and no other."""
+    model = small()
+    targets, work = find_targets(model), Work(batch_tokens=256, sequence_length=33)
+    arranger = Arranger(model, targets, work, "unlearn", refit=True)
+    at_once, least = arranger.at_once().peak_bytes, arranger.least(0).peak_bytes
+    ways = {}
+    for total in range(max(at_once.values()) + 2_000_000, max(least.values()), -100_000):
+        way = arranger.within(total)
+        if way is not None:
+            peak = max(way.peak_bytes.values())
+            assert way.fits(peak)
+            assert not way.fits(peak - 1)
+            assert peak <= total
+        ways.setdefault(way and (way.work.recompute, way.work.offload), total)
+    assert list(ways) == [(False, False), (False, True), (True, False), (True, True), None]
+    way = arranger.within(ways[True, True])
+    assert way.options(3 * 10**9) == "--memory 3GB --offload auto --recompute"
+    fixed = replace(arranger, may_recompute=False, may_offload=False)
+    assert fixed.within(ways[False, True]) is None
+    assert fixed.within(ways[False, False]).work == work
+
+
 def test_curvature_budget_leaves_room_for_model_and_pass():
     model = small()
     targets = find_targets(model)
     subject = examine(model, targets, Work(batch_tokens=64, sequence_length=33))
-    least = fit_overhead(subject, EKFAC())
+    least = overhead(subject, EKFAC.passes)
     work = Work(batch_tokens=64, sequence_length=33)
-    assert curvature_budget(10**9, model, targets, work) == 10**9 - least
-    held = curvature_budget(10**9, model, targets, work, vectors=3)
-    assert held == 10**9 - least - 3 * 4 * 9 * 64 * 224
-    kfac = curvature_budget(10**9, model, targets, replace(work, estimator=KFAC()))
+    assert budget(model, targets, work) == 10**9 - least
+    kfac = budget(model, targets, replace(work, estimator=KFAC()))
     assert kfac - (10**9 - least) == subject.input_bytes(targets)
+    # A run's gradient holds the inputs of all layers too; later fits have the update beside them.
+    both = overhead(subject, (*EKFAC.passes, "gradient"))
+    assert budget(model, targets, work, kind="unlearn") == 10**9 - both
+    again = budget(model, targets, work, kind="unlearn", refit=True, may_offload=False)
+    assert again == 10**9 - both - 2 * 4 * 9 * 64 * 224
+    away = budget(model, targets, replace(work, offload=True), kind="unlearn", refit=True)
+    assert away == 10**9 - both
     # Twice the positions, nearly twice the activations.
     wide = examine(model, targets, Work(batch_tokens=128, sequence_length=33))
     ratio = wide.cost.held_bytes[targets[0].name] / subject.cost.held_bytes[targets[0].name]
@@ -635,7 +677,7 @@ def test_shards_of_a_model(tmp_path):
     assert model_bytes(model, 6) == outside + 3 * block // 6 + 2 * block
     targets = find_targets(model)
     work = Work(batch_tokens=64)
-    whole, spread = (curvature_budget(10**9, model, targets, work, shards=n) for n in (1, 6))
+    whole, spread = (budget(model, targets, work, shards=n) for n in (1, 6))
     assert spread - whole == 3 * block - (3 * block // 6 + 2 * block)
 
 
@@ -726,8 +768,8 @@ def test_command_plans_refinements(tmp_path, capsys):
         assert second > first
     vector = plain["bytes"]["vector"]
     peaks = [p["peak_bytes"]["planned"] for p in (plain, one)]
-    assert peaks[1]["check"] - peaks[0]["check"] == 5 * vector
-    assert peaks[1]["refine"] > peaks[1]["gradient"] + 6 * vector
+    assert peaks[1]["check"] - peaks[0]["check"] == 6 * vector  # g, r, s, p, q, the best so far
+    assert peaks[1]["refine"] > peaks[1]["gradient"] + 5 * vector
     assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
 
 
@@ -769,7 +811,10 @@ def test_command_finds_groups_for_a_device(tmp_path, capsys):
     stages = ("covariance", "eigh", "lambda")
     assert all(big["peak_bytes"]["planned"][stage] <= 48 * 10**9 for stage in stages)
     assert any(big["peak_bytes"]["one_group"][stage] > 48 * 10**9 for stage in stages)
-    assert big["over_memory"] == ["step", "check"]
+    assert (big["over_memory"], big["offload"], free["offload"]) == ([], True, False)
+    held = planned(capsys, *arguments, "--memory", "48GB", "--offload", "device")
+    assert held["over_memory"] == ["step"]
+    assert held["advice"] == "--memory 48GB --offload auto"
 
 
 def test_command_reads_gguf_and_dtypes(tmp_path, capsys):

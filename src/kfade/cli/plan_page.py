@@ -130,10 +130,15 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     elif plan["over_memory"]:
         notes.append(
             f"the layers are fitted in {plan['groups']} group(s), but {size(memory)} is not "
-            f"enough for: {', '.join(plan['over_memory'])}; give fewer --layers"
+            f"enough for: {', '.join(plan['over_memory'])}"
         )
     else:
-        notes.append(f"fits {size(memory)}, the layers in {plan['groups']} group(s)")
+        elsewhere = ", vectors outside the device (--offload)" if plan["offload"] else ""
+        notes.append(f"fits {size(memory)}, the layers in {plan['groups']} group(s){elsewhere}")
+    if plan["advice"] is not None:
+        notes.append(f"it fits with {plan['advice']}")
+    elif plan["problem"] is not None or plan["over_memory"]:
+        notes.append("give fewer --layers, --dtype bfloat16, or --shard over several --devices")
     return notes
 
 

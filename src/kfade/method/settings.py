@@ -100,8 +100,12 @@ class Run:
 
     @property
     def passes(self) -> dict[str, Any]:
-        """The settings of a gradient and of an exact product."""
-        return {"recompute": self.recompute, "memory": self.memory, "storage": self.storage}
+        """The settings of a gradient and of an exact product.
+
+        One that stays on the device is there as a whole anyway, so it takes one pass.
+        """
+        memory = None if isinstance(self.storage, OnDevice) else self.memory
+        return {"recompute": self.recompute, "memory": memory, "storage": self.storage}
 
     def __post_init__(self) -> None:
         at_least("--steps", self.steps, 1)

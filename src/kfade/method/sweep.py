@@ -72,8 +72,9 @@ class Shared:
 
     @property
     def passes(self) -> dict[str, Any]:
-        """The settings of a gradient and of an exact product."""
-        return {"recompute": self.recompute, "memory": self.memory, "storage": self.storage}
+        """As :attr:`~kfade.method.settings.Run.passes`."""
+        run = Run(recompute=self.recompute, memory=self.memory, storage=self.storage)
+        return run.passes
 
 
 def sweep(

@@ -19,6 +19,7 @@ from torch import nn
 from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import largest_share
+from kfade.curvature.jacobian import sum_bytes
 from kfade.errors import InputError
 from kfade.models.head import CHUNK
 from kfade.models.interface import check_length
@@ -48,6 +49,8 @@ class Work:
     """Positions in one pass."""
     recompute: bool = False
     """Whether blocks run again in backward passes instead of keeping their activations."""
+    offload: bool = False
+    """Whether gradient, direction, update and replaced weights are kept outside the device."""
     refine: int = 0
     """Iterations of conjugate gradients that improve the direction."""
     refine_sequences: int = 64
@@ -93,7 +96,12 @@ class Workload:
     @property
     def vector_bytes(self) -> int:
         """Bytes of a gradient, a direction or an update: one [O, I] matrix for each target."""
-        return self.size * self.targeted
+        return sum_bytes(self.targets)
+
+    @property
+    def replaced_bytes(self) -> int:
+        """Bytes of the targeted weights, which are kept while an update replaces them."""
+        return self.targeted * self.targets[0].weight.dtype.itemsize
 
     def input_bytes(self, group: Sequence[Target]) -> int:
         """Bytes of the targets' inputs that are kept until their gradients are computed.
@@ -158,48 +166,29 @@ def on_shapes(model: Any) -> Iterator[None]:
         ) from error
 
 
-def curvature_budget(
-    total: int,
-    model: Any,
-    targets: Sequence[Target],
-    work: Work,
-    *,
-    vectors: int = 0,
-    shards: int = 1,
-) -> int:
-    """Bytes that a device of ``total`` bytes can hold of the curvature, beside model and passes.
-
-    Args:
-        vectors: number of gradients, directions and updates that stay in memory during a fit:
-            three if later steps fit the curvature again.
-        shards: number of processes over which the weights will be sharded; ``model`` itself is not
-            sharded yet.
-    """
-    subject = examine(model, targets, work, shards)
-    return total - fit_overhead(subject, work.estimator) - vectors * subject.vector_bytes
-
-
-def fit_overhead(subject: Workload, estimator: Estimator) -> int:
-    """Peak bytes of a fit without the curvature."""
-    passes = [_pass_bytes(subject, name, subject.targets) for name in estimator.passes]
-    return RUNTIME_BYTES + subject.model_bytes + max(passes, default=0)
+def overhead(subject: Workload, passes: Sequence[str]) -> int:
+    """Peak bytes of passes ("covariance", "lambda", "gradient") without the sums that they make."""
+    most = max((_pass_bytes(subject, name, subject.targets) for name in passes), default=0)
+    return RUNTIME_BYTES + subject.model_bytes + most
 
 
 def peaks(
     subject: Workload,
     groups: Sequence[Sequence[Target]],
-    estimator: Estimator,
+    work: Work,
     *,
-    refine: bool = False,
+    gradient_groups: Sequence[Sequence[Target]] | None = None,
 ) -> dict[str, int]:
     """Peak bytes of each stage of a first step.
 
     A fit holds one group of layers at a time; if the model is sharded, the largest share of the
-    group. Finished curvature is on disk and is read one layer at a time. The gradient and the
-    direction stay in memory, briefly two directions. The search for the step's size adds an update
-    and the weights that it replaces. Refinement adds four vectors and the best direction so far;
-    its products and solves add one more.
+    group. Finished curvature is on disk and is read one layer at a time. The gradient stays in
+    memory until the direction is known, the direction until the step is taken. The search for the
+    step's size adds the weights that are replaced. Refinement adds five vectors and the best
+    direction so far; its solves add one more. With ``offload`` all of these are elsewhere, and a
+    pass for the gradient holds one of ``gradient_groups``.
     """
+    estimator, refine = work.estimator, work.refine > 0
     fixed = RUNTIME_BYTES + subject.model_bytes
     found = {"load": fixed}
     for group in groups:
@@ -207,22 +196,26 @@ def peaks(
         for stage, curvature in estimator.fit_bytes(share).items():
             passing = 0 if stage == "eigh" else _pass_bytes(subject, stage, group)
             found[stage] = max(found.get(stage, 0), fixed + passing + curvature)
-    targets, cost, vector = subject.targets, subject.cost, subject.vector_bytes
+    targets, cost = subject.targets, subject.cost
+    vector = 0 if work.offload else subject.vector_bytes
     largest = subject.size * max(t.shape[0] * t.shape[1] for t in targets)
     read = max(estimator.stored_bytes([target]) for target in targets)
-    found["gradient"] = fixed + _pass_bytes(subject, "gradient", targets) + vector + largest
-    solve = read + 3 * vector + 4 * largest
-    exact = 2 * vector + 2 * cost.forward_bytes + subject.head_bytes("step")
+    summed = max(
+        _pass_bytes(subject, "gradient", group) + sum_bytes(group)
+        for group in gradient_groups or [targets]
+    )
+    found["gradient"] = fixed + summed + largest
+    solve = read + 2 * vector + 4 * largest
+    exact = vector + 2 * cost.forward_bytes + subject.head_bytes("step") + 2 * largest
     found["step"] = fixed + max(solve, exact)
     held = 0
     if refine:
-        held = 5 * vector
-        product = _pass_bytes(subject, "gradient", targets) + 2 * cost.forward_bytes
-        product += 7 * vector + largest
-        found["refine"] = fixed + max(product, read + 8 * vector + 4 * largest)
-    replaced = subject.targeted * targets[0].weight.dtype.itemsize
+        held = 6 * vector
+        product = summed + 2 * cost.forward_bytes + 5 * vector
+        found["refine"] = fixed + max(product + largest, read + 7 * vector + 4 * largest)
+    replaced = 0 if work.offload else subject.replaced_bytes
     trial = cost.forward_bytes + subject.head_bytes("check")
-    found["check"] = fixed + 3 * vector + held + replaced + 2 * largest + trial
+    found["check"] = fixed + vector + held + replaced + 3 * largest + trial
     return found
 
 

@@ -80,6 +80,13 @@ def bytes_of(size: str, option: str = "--memory") -> int:
     return value
 
 
+def offload_of(word: str | None) -> str | None:
+    """Where vectors are kept: device, cpu or disk; None where that is left to the planner."""
+    if word not in (None, "auto", "device", "cpu", "disk"):
+        raise InputError(f"--offload {word}: give auto, device, cpu or disk")
+    return None if word == "auto" else word
+
+
 def step_size(run: RunConfig) -> StepSize:
     """The step's size. If no size is set, a measured KL of ``DEFAULT_KL``."""
     until = until_of(run.size.until)

@@ -173,8 +173,9 @@ class FitConfig(CurvatureConfig):
     """The curvature, the weights to change, and the memory of a fit."""
 
     memory: str | None = None
-    """Memory of a device that may be used, as in 20GB. Layers are fitted in groups that fit into
-    it. Unset: no limit, all layers at once."""
+    """Memory of a device that may be used, as in 20GB, or auto for what is free. Layers are fitted
+    in groups that fit into it; auto also gives --recompute if necessary. Unset: all layers at
+    once."""
 
 
 @o.settings(o.STEP)
@@ -201,6 +202,10 @@ class StepConfig:
     exact_norm: Annotated[bool, Parameter(negative="--fitted-norm")] = False
     """Compute a step's G-norm with the exact Gauss-Newton matrix instead of the fitted
     curvature."""
+    offload: str | None = None
+    """Where the gradient, the direction, the update and the weights that it replaces are kept:
+    device, cpu (host memory), disk, or auto. Unset: auto, which means outside the device only as
+    far as --memory makes it necessary."""
 
 
 @o.settings(o.STEP)
@@ -315,11 +320,12 @@ def result_settings(config: FitRequest) -> dict[str, Any]:
     values = asdict(config)
     for stage, name in (
         ("fit", "recompute"),
+        ("step", "offload"),
         ("data", "batch_tokens"),
         ("model", "device"),
         ("model", "trust_remote_code"),
     ):
-        del values[stage][name]
+        values.get(stage, {}).pop(name, None)
     return values
 
 

@@ -17,6 +17,7 @@ from kfade.models.load import provenance
 from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import FitRequest, result_settings, write_config
 from kfade.runs.inputs import input_digests
+from kfade.runs.memory import make_room
 from kfade.runs.session import (
     Loaded,
     complete_data,
@@ -27,7 +28,6 @@ from kfade.runs.session import (
     to_tokens,
 )
 from kfade.runs.template import with_date
-from kfade.runs.unlearning import curvature_bytes
 from kfade.runtime import distributed
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
@@ -48,7 +48,7 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
     with timing(clock), RunDir(out, result_settings(run), resume=resume) as folder:
         loaded = load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
-        budget = curvature_bytes(run, loaded, estimator)
+        room = make_room(run, loaded, estimator, "fit", folder)
         shard_model(run, loaded.model)
         with stage("load"):
             preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
@@ -68,8 +68,8 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
                 batches,
                 loaded.targets,
                 seed=run.seed,
-                recompute=run.fit.recompute,
-                memory=budget,
+                recompute=room.recompute,
+                memory=room.memory,
                 store=Store(folder.state, {**_made_for(run, loaded, sequences), **digests}),
             )
         files = sorted(folder.state.glob("curvature-*.safetensors"))

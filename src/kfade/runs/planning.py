@@ -10,25 +10,23 @@ import torch
 
 from kfade.curvature.estimators import Estimator
 from kfade.curvature.factors import factor_bytes
-from kfade.curvature.groups import group_by_input, group_targets
+from kfade.curvature.groups import group_by_input
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
 from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
 from kfade.models.load import load_skeleton
-from kfade.models.targets import Target
+from kfade.planning.arrange import Arranger
 from kfade.planning.cost import Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,
     Work,
     Workload,
-    examine,
-    fit_overhead,
     on_shapes,
     peaks,
 )
 from kfade.runs import options as o
-from kfade.runs.choices import bytes_of, estimator_of
+from kfade.runs.choices import bytes_of, estimator_of, offload_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
 
 
@@ -55,6 +53,10 @@ class DeviceConfig:
     """Number of devices. Unset: one for each --memory."""
     shard: Annotated[bool, o.FLAG] = False
     """Shard the weights of the model's blocks over the devices."""
+    offload: str | None = None
+    """Where the gradient, the direction, the update and the weights that it replaces are kept:
+    device, cpu (host memory), disk, or auto. Unset: auto, which means outside the device only as
+    far as --memory makes it necessary."""
     speed: float | None = None
     """Speed of large matrix products in the model's dtype, in TFLOP/s. Unset: no times are
     estimated."""
@@ -106,6 +108,7 @@ class PlanRequest:
             forget_tokens=self.data.forget_tokens,
             refine=self.refinement.refine,
             refine_sequences=self.refinement.refine_sequences,
+            offload=offload_of(self.device.offload) in ("cpu", "disk"),
         )
 
 
@@ -133,12 +136,20 @@ def plan(request: PlanRequest) -> dict[str, Any]:
             skeleton, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
     shards = devices.count if request.device.shard else 1
-    subject = examine(skeleton, targets, work, shards)
+    arranger = Arranger(
+        skeleton,
+        targets,
+        work,
+        "unlearn",
+        shards=shards,
+        may_recompute=False,
+        may_offload=offload_of(request.device.offload) is None,
+    )
     if request.device.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rates = measure_speed(device, targets[0].weight.dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    return _result(source.model, parameters, subject, work, devices, rates)
+    return _result(source.model, parameters, arranger, devices, rates)
 
 
 @dataclass(frozen=True)
@@ -185,16 +196,20 @@ def _stated_speed(config: DeviceConfig) -> Speed | None:
 def _result(
     name: str,
     parameters: int,
-    subject: Workload,
-    work: Work,
+    arranger: Arranger,
     devices: _Devices,
     speed: Speed | None,
 ) -> dict[str, Any]:
     """The plan as JSON values."""
+    plain, memory = arranger.at_once(), devices.memory
+    way = plain if memory is None else arranger.within(memory) or arranger.least(memory)
+    subject, work, groups = way.subject, way.work, way.groups
     one_group = [list(subject.targets)]
-    groups, problem = _groups(subject, work, devices)
-    refine = work.refine > 0
-    planned = peaks(subject, groups or one_group, work.estimator, refine=refine)
+    planned = way.peak_bytes if groups else plain.peak_bytes
+    advice = None
+    if memory is not None and not way.fits(memory):
+        found = replace(arranger, may_recompute=True, may_offload=True).within(memory)
+        advice = found and found.options(memory)
     times = {}
     for count in sorted({1, devices.count}):
         if speed is None:
@@ -202,8 +217,8 @@ def _result(
         stages = seconds(subject, groups or one_group, work, speed, count)
         times[str(count)] = {**stages, "total": sum(stages.values())}
     smallest = group_by_input(subject.targets)
-    least = peaks(subject, smallest, work.estimator, refine=refine)
-    over = [stage for stage, peak in planned.items() if devices.memory and peak > devices.memory]
+    least = peaks(subject, smallest, work, gradient_groups=smallest if work.offload else None)
+    over = [stage for stage, peak in planned.items() if memory and peak > memory]
     return {
         "model": name,
         "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
@@ -212,42 +227,24 @@ def _result(
         "parameters": {"all": parameters, "targeted": subject.targeted},
         "weights": len(subject.targets),
         "bytes": _sizes(subject, work.estimator),
-        "memory": devices.memory,
+        "memory": memory,
+        "offload": work.offload,
         "devices": devices.count,
         "shards": subject.shards,
         "groups": len(groups) if groups else None,
         "passes": len(groups or one_group) * len(work.estimator.passes),
         "peak_bytes": {
-            "one_group": peaks(subject, one_group, work.estimator, refine=refine),
+            "one_group": plain.peak_bytes,
             "planned": planned,
             "smallest_groups": least,
         },
         "over_memory": over,
-        "problem": problem,
+        "problem": way.problem,
+        "advice": advice,
         "flops": flops(subject, groups or one_group, work),
         "speed": {k: v for k, v in asdict(speed).items() if v < math.inf} if speed else None,
         "seconds": times,
     }
-
-
-def _groups(
-    subject: Workload, work: Work, devices: _Devices
-) -> tuple[list[list[Target]] | None, str | None]:
-    """(groups of layers that fit the smallest device, None), or (None, why there are none)."""
-    budget = None
-    if devices.memory is not None:
-        budget = devices.memory - fit_overhead(subject, work.estimator)
-        if budget < 0:
-            return None, (
-                f"the model and a pass of {subject.cost.positions} positions exceed it by "
-                f"{-budget / 1e9:.3g} GB: lower --batch-tokens, or take fewer --layers"
-            )
-    try:
-        return group_targets(
-            subject.targets, work.estimator.peak_bytes, budget, subject.shards
-        ), None
-    except InputError as error:
-        return None, str(error)
 
 
 def _sizes(subject: Workload, estimator: Estimator) -> dict[str, int]:

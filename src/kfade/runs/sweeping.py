@@ -30,7 +30,7 @@ from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.models.targets import Target
 from kfade.runs import options as o
-from kfade.runs.choices import objective_of
+from kfade.runs.choices import estimator_of, objective_of
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
@@ -44,6 +44,7 @@ from kfade.runs.config import (
 )
 from kfade.runs.evaluation import item_log
 from kfade.runs.inputs import SavedFit, input_digests
+from kfade.runs.memory import Room, make_room
 from kfade.runs.session import (
     Loaded,
     complete_data,
@@ -123,6 +124,13 @@ class SweepRequest:
     recompute: Annotated[bool, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
     """Recompute the activations of each block in the backward pass instead of keeping them: less
     memory, more computation, the same result."""
+    memory: Annotated[str | None, Parameter(group=o.RUN)] = field(default=None, kw_only=True)
+    """Memory of a device that may be used, as in 20GB, or auto for what is free. Unset: no
+    limit."""
+    offload: Annotated[str | None, Parameter(group=o.RUN)] = field(default=None, kw_only=True)
+    """Where gradients, directions and the weights that an edit replaces are kept: device, cpu (host
+    memory), disk, or auto. Unset: auto, which means outside the device only as far as --memory
+    makes it necessary."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
     """Random seed of the pseudo-labels, the order of forget batches and the held-out split."""
 
@@ -156,7 +164,7 @@ class SweepRequest:
             self.model,
             data=self.data,
             fit=replace(fitted, recompute=self.recompute),
-            step=StepConfig(forget_batch=self.step.forget_batch),
+            step=StepConfig(forget_batch=self.step.forget_batch, offload=self.offload),
             refinement=RefinementConfig(refine_sequences=self.refinement.refine_sequences),
             seed=self.seed,
         )
@@ -170,6 +178,7 @@ class _Ready:
     run: RunConfig
     saved: SavedFit
     loaded: Loaded
+    room: Room
     digests: dict[str, str]
     """Digests of all the model's weights."""
     curvature: Curvature
@@ -208,10 +217,12 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
+        limited = replace(run, fit=replace(run.fit, memory=request.memory))
+        room = make_room(limited, loaded, estimator_of(run.fit.estimator), "steps", folder)
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"])
         folder.reads(input_digests(digests["model_sha256"], sets_by_name, saved))
-        ready = _Ready(points, run, saved, loaded, digests, curvature, objectives, *tokens)
+        ready = _Ready(points, run, saved, loaded, room, digests, curvature, objectives, *tokens)
         saved.note_other_texts(ready.retain)
         outcomes = _measure(ready, max_kl, folder)
         best = pick(outcomes, max_kl)
@@ -267,7 +278,9 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
                 forget_batch=run.step.forget_batch,
                 refine_sequences=run.refinement.refine_sequences,
                 batch_tokens=run.data.batch_tokens,
-                recompute=run.fit.recompute,
+                recompute=ready.room.recompute,
+                memory=ready.room.memory,
+                storage=ready.room.storage,
                 seed=run.seed,
                 gradient=_cached_gradient(folder, header),
                 seconds=_fit_seconds(ready.saved.path),
@@ -328,7 +341,9 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
             curvature=cut(ready.curvature, targets),
             forget_batch=run.step.forget_batch,
             batch_tokens=run.data.batch_tokens,
-            recompute=run.fit.recompute,
+            recompute=ready.room.recompute,
+            memory=ready.room.memory,
+            storage=ready.room.storage,
             seed=run.seed,
         ),
     )

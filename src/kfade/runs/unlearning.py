@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from kfade.curvature.estimators import Estimator
 from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -20,17 +19,16 @@ from kfade.method.update import Update
 from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
-from kfade.planning.memory import Work, curvature_budget
 from kfade.runs.choices import (
-    bytes_of,
     direction_of,
     draw_of,
     estimator_of,
     run_of,
     step_size,
 )
-from kfade.runs.config import FitRequest, RunConfig, result_settings, write_config
+from kfade.runs.config import RunConfig, result_settings, write_config
 from kfade.runs.inputs import SavedFit, input_digests
+from kfade.runs.memory import make_room
 from kfade.runs.session import (
     Loaded,
     complete_data,
@@ -92,8 +90,8 @@ def unlearn(
     with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
-        refitted = run.step.refit and run.step.steps > 1
-        budget = curvature_bytes(run, loaded, estimator, vectors=3 if refitted else 0)
+        fits = saved is None or (run.step.refit and run.step.steps > 1)
+        room = make_room(run, loaded, estimator, "unlearn" if fits else "steps", folder)
         shard_model(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
@@ -124,7 +122,9 @@ def unlearn(
                 settings,
                 targets=loaded.targets,
                 curvature=curvature,
-                memory=budget,
+                memory=room.memory,
+                recompute=room.recompute,
+                storage=room.storage,
                 store=partial(_store, folder, made_for),
                 start=_resume_from(folder),
                 on_step=partial(_keep_step, folder, run.step.steps),
@@ -165,36 +165,6 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     folder.keep(f"update-{len(steps):03}.safetensors", update.save)
     folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
     progress.say(step_line(len(steps), total, steps[-1]))
-
-
-def curvature_bytes(
-    run: FitRequest, loaded: Loaded, estimator: Estimator, *, vectors: int = 0
-) -> int | None:
-    """Bytes of ``--memory`` that remain for the curvature beside the model and a pass.
-
-    None without ``--memory``. The model must not be sharded yet.
-
-    Args:
-        vectors: number of vectors of the targets' size that are in memory too.
-    """
-    if run.fit.memory is None:
-        return None
-    total = bytes_of(run.fit.memory)
-    length = run.data.sequence_length
-    assert length is not None, "complete_data sets the length"
-    return curvature_budget(
-        total,
-        loaded.model,
-        loaded.targets,
-        Work(
-            estimator,
-            sequence_length=length,
-            batch_tokens=run.data.batch_tokens,
-            recompute=run.fit.recompute,
-        ),
-        vectors=vectors,
-        shards=distributed.count() if run.shard else 1,
-    )
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from kfade.runtime.files import unwritable, write_file, write_text, writing
 
 CONFIG = "config.json"  # the settings of an unfinished run
 INPUTS = "inputs.json"  # digests of what it reads
+CHOICES = "choices.json"  # what it chose by the state of the machine
 
 
 def check_free(path: Path) -> None:
@@ -182,6 +183,16 @@ class RunDir:
         elif self._writes:
             self._write(path, digests)
 
+    def settle(self, name: str, choose: Callable[[], int]) -> int:
+        """The number that the interrupted run chose, or else that of ``choose``, which is kept."""
+        path = self.part / CHOICES
+        if path.is_file() and self._found:
+            return int(_read(path)[name])
+        number = choose()
+        if self._writes:
+            self._write(path, {name: number})
+        return number
+
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Have ``write`` make a file of the state, a finished piece; see :func:`write_file`."""
         if self._writes:
@@ -222,6 +233,7 @@ class RunDir:
                 shutil.rmtree(self.state)  # before the files that describe it
                 (self.part / CONFIG).unlink()
                 (self.part / INPUTS).unlink(missing_ok=True)
+                (self.part / CHOICES).unlink(missing_ok=True)
                 os.replace(self.part, self.path)
         self._finished = True
 

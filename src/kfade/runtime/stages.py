@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -63,6 +67,25 @@ def stage(name: str) -> Iterator[None]:
         clock.peak_bytes = outer_peaks
         clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
         _reset_peak()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of ``device`` that this process may use: what is free, and what it uses already.
+
+    Processes of one machine share a CPU's memory; a limit of the container counts.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    free: int = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own: int = psutil.Process().memory_info().rss
+    return free // processes + own
 
 
 def _synchronise() -> None:

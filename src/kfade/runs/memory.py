@@ -1,0 +1,146 @@
+"""The memory of a run: what it may hold, asked of the planner before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kfade.curvature.estimators import Estimator
+from kfade.curvature.vectors import InHostMemory, OnDevice, OnDisk, Storage
+from kfade.errors import InputError
+from kfade.planning.arrange import Arrangement, Arranger, Kind
+from kfade.planning.memory import Work, model_bytes
+from kfade.runs.choices import bytes_of, offload_of
+from kfade.runs.config import FitRequest, RunConfig
+from kfade.runs.session import Loaded
+from kfade.runtime import distributed, progress
+from kfade.runtime.run_dir import RunDir
+from kfade.runtime.stages import free_bytes
+
+AUTO = "auto"
+SMALL = 0.01  # a model of less than this share of the free memory fits without a plan
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run may hold in memory."""
+
+    memory: int | None
+    """Bytes of curvature, or of a gradient, that a pass may hold; None: no limit."""
+    recompute: bool
+    """Whether blocks run again in backward passes."""
+    storage: Storage
+    """Where gradient, direction, update and replaced weights are kept."""
+
+
+def make_room(
+    run: FitRequest, loaded: Loaded, estimator: Estimator, kind: Kind, folder: RunDir
+) -> Room:
+    """Arrange a run so that it fits ``--memory``, or check that it fits what is free.
+
+    Without ``--memory`` the run stays as asked for. With ``--memory auto`` layers are fitted in
+    groups, vectors are kept outside the device, and blocks run again in backward passes, as far as
+    the free memory makes necessary; a resumed run repeats the choice. The model must not be sharded
+    yet.
+
+    Raises:
+        InputError: the run does not fit; names the options with which it would. An option is wrong.
+    """
+    limit = run.fit.memory
+    word = offload_of(run.step.offload) if isinstance(run, RunConfig) else None
+    device = loaded.targets[0].weight.device
+    if word == "cpu" and device.type == "cpu":
+        raise InputError("--offload cpu: the model is on the CPU; give --offload disk")
+    arranger = Arranger(
+        loaded.model,
+        loaded.targets,
+        _work(run, estimator, offload=word in ("cpu", "disk")),
+        kind,
+        refit=isinstance(run, RunConfig) and run.step.refit and run.step.steps > 1,
+        shards=distributed.count() if run.shard else 1,
+        may_recompute=limit == AUTO,
+        may_offload=word is None,
+    )
+    if limit is None:
+        _refuse_too_large(arranger, device)
+        return Room(None, run.fit.recompute, _storage(word, folder.state))
+    total = bytes_of(limit) if limit != AUTO else folder.settle("memory", lambda: _free(device))
+    way = arranger.within(total)
+    if way is None:
+        raise InputError(f"--memory {limit}: {_too_little(arranger, total)}")
+    if limit == AUTO:
+        progress.say(f"memory: {total / 1e9:.3g} GB are free; as with {way.options(total)}")
+    if way.work.offload and word is None:
+        word = _place(way, device)
+    return Room(way.budget, way.work.recompute, _storage(word, folder.state))
+
+
+def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
+    length = run.data.sequence_length
+    assert length is not None, "complete_data sets the length"
+    work = Work(
+        estimator,
+        sequence_length=length,
+        batch_tokens=run.data.batch_tokens,
+        recompute=run.fit.recompute,
+        offload=offload,
+    )
+    if not isinstance(run, RunConfig):
+        return work
+    some = run.refinement
+    return replace(work, refine=some.refine, refine_sequences=some.refine_sequences)
+
+
+def _refuse_too_large(arranger: Arranger, device: torch.device) -> None:
+    """Raises InputError where a run that is not limited does not fit the free memory."""
+    total = _free(device)
+    stored = arranger.work.estimator.stored_bytes(arranger.targets)
+    if model_bytes(arranger.model) + stored < SMALL * total:
+        return
+    try:
+        way = arranger.at_once()
+    except InputError:  # it cannot be planned
+        return
+    if not way.fits(total):
+        problem = _too_little(replace(arranger, may_recompute=True), total)
+        raise InputError(f"{total / 1e9:.3g} GB are free on {device}: {problem}")
+
+
+def _too_little(arranger: Arranger, total: int) -> str:
+    """What a run needs that does not fit, and with what options it would."""
+    found = replace(arranger, may_recompute=True, may_offload=True).within(total)
+    if found is not None:
+        return f"the run needs more; give {found.options(total)}"
+    least = arranger.least(total)
+    need = least.peak_bytes[least.worst] / 1e9
+    return (
+        f"the run needs {need:.3g} GB at the least ({least.worst}): lower --batch-tokens, give "
+        "fewer --layers, --dtype bfloat16, or --shard over several devices"
+    )
+
+
+def _place(way: Arrangement, device: torch.device) -> str:
+    """Where vectors go: host memory if that is not the device's and has room, else disk."""
+    needed = 3 * way.subject.vector_bytes + way.subject.replaced_bytes
+    if device.type == "cpu" or needed > _free(torch.device("cpu")):
+        return "disk"
+    return "cpu"
+
+
+def _storage(word: str | None, folder: Path) -> Storage:
+    match word:
+        case "cpu":
+            return InHostMemory()
+        case "disk":
+            return OnDisk(folder)
+    return OnDevice()
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of ``device`` that each process may use, with those that it uses already: the same in
+    all processes."""
+    found: Sequence[Sequence[int]] = distributed.all_gather_lists([free_bytes(device)])
+    return min(own for [own] in found)
