@@ -662,7 +662,7 @@ def test_shards_of_a_model(tmp_path):
     assert model_bytes(model) == outside + 3 * block
     assert model_bytes(model, 6) == outside + 3 * block // 6 + 2 * block
     targets = find_targets(model)
-    work = Work(batch_tokens=64)
+    work = Work(batch_tokens=64, sequence_length=64)
     whole, spread = (curvature_budget(10**9, model, targets, work, shards=n) for n in (1, 6))
     assert spread - whole == 3 * block - (3 * block // 6 + 2 * block)
 

@@ -22,7 +22,7 @@ from kfade.curvature.curvature import Matrices
 from kfade.curvature.jacobian import tangents_of, transpose_product
 from kfade.data.batches import Batch
 from kfade.models.head import Head, read_head
-from kfade.models.lengths import refuse_mixed
+from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
 from kfade.models.targets import Target
 from kfade.runtime import distributed
@@ -36,7 +36,7 @@ def quadratic_form(
     delta: Mapping[str, Tensor],
 ) -> float:
     """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0."""
-    refuse_mixed(model, batches)
+    check_lengths(model, batches)
     total = 0.0
     with frozen(model):
         head = read_head(model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.lengths import refuse_mixed
+from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
@@ -42,7 +42,7 @@ class Reference:
 
 def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
     """Hidden states of ``model`` at its present weights, to compare an edited model with."""
-    refuse_mixed(model, batches)
+    check_lengths(model, batches)
     with frozen(model), torch.no_grad():
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
@@ -66,7 +66,7 @@ def mean_objectives(
     Args:
         head: the model's head, if it has been read before (reading it runs trial passes).
     """
-    refuse_mixed(model, batches)
+    check_lengths(model, batches)
     totals = [0.0 for _ in objectives]
     with frozen(model), torch.no_grad():
         head = head or read_head(model)

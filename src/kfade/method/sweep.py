@@ -32,9 +32,9 @@ from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
-from kfade.method.unlearn import MEASURED_SEQUENCES, check_sets
+from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.update import Update
-from kfade.models.interface import check_model, check_readable
+from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import parse_layers
 from kfade.models.targets import Target
 from kfade.runtime.progress import track
@@ -90,15 +90,15 @@ def sweep(
         on_point: called with every new outcome.
 
     Raises:
-        InputError: an empty set, blocks that the curvature does not cover, or every point failed.
+        InputError: an empty set, a sequence that the model cannot read, blocks that the curvature
+            does not cover, or every point failed.
     """
     sets = {"forget set": forget, "held-out retain set": held_out}
     if any(point.refine for point in points):
         sets["retain set"] = retain
-    check_sets(sets)
     targets = shared.targets
     check_model(model, targets)
-    check_readable(model, [*forget, *retain, *held_out])
+    check_sets(model, sets)
     within = {point.layers: targets_within(targets, point.layers) for point in points}
     sampler = Sampler(model, targets, batch_tokens=shared.batch_tokens, seed=shared.seed)
     forget_batches = sampler.draw(forget, shared.forget_batch)

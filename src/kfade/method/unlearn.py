@@ -13,7 +13,7 @@ from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
 from kfade.data.batches import Batch
-from kfade.data.sequences import TokenSequence, check_sequences, digest_sequences
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.gradient import forget_gradient
@@ -25,7 +25,7 @@ from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
-from kfade.models.interface import check_model, check_readable
+from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import find_targets, parameter_names, weight_digests
 from kfade.models.targets import Target
 from kfade.runtime.provenance import versions
@@ -64,10 +64,9 @@ def unlearn(
             that the model does not read; a KL that is too small to tell from rounding in the
             model's dtype; numbers that are not finite.
     """
-    _check_data(forget, retain, held_out, run.forget_batch)
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
-    check_readable(model, [*forget, *retain, *held_out])
+    _check_data(model, forget, retain, held_out, run.forget_batch)
     refuse_float16(targets)
     device = targets[0].weight.device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
@@ -171,19 +170,12 @@ def base_facts(
 
 
 def _check_data(
+    model: nn.Module,
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
     forget_batch: int | None,
 ) -> None:
-    check_sets({"forget set": forget, "retain set": retain, "held-out retain set": held_out})
+    check_sets(model, {"forget set": forget, "retain set": retain, "held-out retain set": held_out})
     if forget_batch is not None and not 1 <= forget_batch <= len(forget):
         raise InputError(f"--forget-batch {forget_batch}: the forget set has {len(forget)}")
-
-
-def check_sets(sets: Mapping[str, Sequence[TokenSequence]]) -> None:
-    """Raises InputError if one of the named sets is empty or does not hold token sequences."""
-    for name, sequences in sets.items():
-        if not sequences:
-            raise InputError(f"the {name} is empty: give at least one sequence")
-        check_sequences(sequences, f"the {name}")
