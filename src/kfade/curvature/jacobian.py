@@ -22,7 +22,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.passes import FromOutputs, PendingInputs, live_rows, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.data.batches import Batch
-from kfade.models.head import hidden_states
+from kfade.models.head import Head, hidden_states
 from kfade.models.targets import ForwardHook, Target, hooked
 from kfade.runtime import distributed
 
@@ -35,15 +35,17 @@ def transpose_product(
     name: str,
     *,
     recompute: bool = False,
+    head: Head | None = None,
 ) -> Matrices:
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
 
     ``from_outputs(head, batch, hidden_ND)`` gives u [N, D] at the loss positions, from the final
-    hidden states there. ``recompute``: see :func:`~kfade.curvature.recompute.recomputing`.
+    hidden states there. ``recompute``: see :func:`~kfade.curvature.recompute.recomputing`;
+    ``head``: see :func:`~kfade.curvature.passes.run_pass`.
     """
     products = _Products(targets)
     with recomputing(model, targets, recompute):
-        run_pass(model, batches, targets, products, from_outputs, name)
+        run_pass(model, batches, targets, products, from_outputs, name, head=head)
     return {name: distributed.all_reduce(sum_OI) for name, sum_OI in products.sums.items()}
 
 

@@ -87,8 +87,13 @@ def run_pass(
     from_outputs: FromOutputs,
     name: str,
     checkpoint: Checkpoint | None = None,
+    *,
+    head: Head | None = None,
 ) -> None:
     """Add this process's share of ``batches`` to ``sums``.
+
+    Args:
+        head: the model's head, if it has been read before (reading it runs trial passes).
 
     Raises:
         InputError: NaN or Inf in a layer's input or output gradient (names the weight that holds
@@ -115,7 +120,7 @@ def run_pass(
         sums.on_gradient(target, g_BTO)
 
     with frozen(model):
-        head = read_head(model)
+        head = head or read_head(model)
         for number, batch in enumerate(track(own[done:], name, lambda b: b.positions), done + 1):
             sums.begin(batch)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):

@@ -34,12 +34,18 @@ def quadratic_form(
     batches: Sequence[Batch],
     targets: Sequence[Target],
     delta: Mapping[str, Tensor],
+    *,
+    head: Head | None = None,
 ) -> float:
-    """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0."""
+    """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0.
+
+    Args:
+        head: the model's head, if it has been read before (reading it runs trial passes).
+    """
     check_lengths(model, batches)
     total = 0.0
     with frozen(model):
-        head = read_head(model)
+        head = head or read_head(model)
         tangents = tangents_of(model, targets)
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
@@ -62,9 +68,14 @@ def gauss_newton_product(
     delta: Mapping[str, Tensor],
     *,
     recompute: bool = False,
+    head: Head | None = None,
 ) -> Matrices:
-    """G δ with the exact G of ``batches``, one matrix [O, I] a target; ``recompute``: see
-    :func:`~kfade.curvature.recompute.recomputing`."""
+    """G δ with the exact G of ``batches``, one matrix [O, I] a target.
+
+    Args:
+        recompute: see :func:`~kfade.curvature.recompute.recomputing`.
+        head: the model's head, if it has been read before (reading it runs trial passes).
+    """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     with frozen(model):
         tangents = tangents_of(model, targets)
@@ -83,7 +94,7 @@ def gauss_newton_product(
         return u_ND
 
     return transpose_product(
-        model, batches, targets, from_outputs, "exact product", recompute=recompute
+        model, batches, targets, from_outputs, "exact product", recompute=recompute, head=head
     )
 
 

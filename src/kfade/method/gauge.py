@@ -21,7 +21,7 @@ from kfade.method.measure import (
 from kfade.method.objectives import Objective
 from kfade.method.step import Probe, StepSize
 from kfade.method.update import Update
-from kfade.models.head import read_head
+from kfade.models.head import Head, read_head
 from kfade.models.layers import parameter_names
 from kfade.models.load import frozen
 from kfade.models.targets import Target
@@ -35,14 +35,19 @@ class Gauge:
     Args:
         held_out: retain data that KL is measured on.
         forget: data that losses and objectives are measured on.
+        head: the model's head, if it has been read before (reading it runs trial passes).
     """
 
     def __init__(
-        self, model: nn.Module, held_out: Sequence[Batch], forget: Sequence[Batch]
+        self,
+        model: nn.Module,
+        held_out: Sequence[Batch],
+        forget: Sequence[Batch],
+        head: Head | None = None,
     ) -> None:
         self.model, self._forget = model, forget
         with frozen(model):
-            self.head = read_head(model)
+            self.head = head or read_head(model)
         self.base = hidden_reference(model, held_out, "base reference")
         self.latest = self.base
         """Hidden states on held-out retain data with the update that was measured last."""

@@ -25,12 +25,16 @@ def forget_gradient(
     objective: Objective,
     *,
     recompute: bool = False,
+    head: Head | None = None,
 ) -> Matrices:
     """g = ∇_W of the objective's mean per loss token, one matrix [O, I] a target.
 
     In float32 or better, from captured inputs and output gradients: parameters get no ``.grad``
-    and the model stays bit-identical. ``recompute``: see
-    :func:`~kfade.curvature.recompute.recomputing`.
+    and the model stays bit-identical.
+
+    Args:
+        recompute: see :func:`~kfade.curvature.recompute.recomputing`.
+        head: the model's head, if it has been read before (reading it runs trial passes).
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
 
@@ -45,5 +49,5 @@ def forget_gradient(
         return u_ND
 
     return transpose_product(
-        model, batches, targets, from_outputs, "forget gradient", recompute=recompute
+        model, batches, targets, from_outputs, "forget gradient", recompute=recompute, head=head
     )

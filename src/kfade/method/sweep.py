@@ -104,9 +104,10 @@ def sweep(
     forget_batches = sampler.draw(forget, shared.forget_batch)
     refining = sampler.draw(retain, shared.refine_sequences)
     with stage("check"):
-        preflight(model, targets, recompute=shared.recompute)
+        head = preflight(model, targets, recompute=shared.recompute)
         least = min((least_kl(point.size) for point in points), default=math.inf)
-        gauge = Gauge(model, sampler.all(held_out), sampler.draw(forget, MEASURED_SEQUENCES))
+        measured = sampler.draw(forget, MEASURED_SEQUENCES)
+        gauge = Gauge(model, sampler.all(held_out), measured, head)
         floor = gauge.rounding_kl(targets, least)
     outcomes = dict(done or {})
 
@@ -122,13 +123,13 @@ def sweep(
         with stage("gradient"):
             objective = shared.objectives[name]
             matrices = shared.gradient(
-                model, forget_batches, targets, objective, recompute=shared.recompute
+                model, forget_batches, targets, objective, recompute=shared.recompute, head=head
             )
         share = shared.seconds / len(points) + (time.perf_counter() - start) / len(own)
         for (layers, _), line in track(_grouped(own, lambda p: p.direction), name):
             missing = [point for point in line if point not in outcomes]
             if missing:
-                directions = _directions(model, refining, shared, matrices, within[layers], missing)
+                directions = _directions(gauge, refining, shared, matrices, within[layers], missing)
                 ruler = _Ruler(gauge, floor, within[layers])
                 _measure_points(ruler, line, directions, share, outcomes, record)
                 del directions  # before the next ones are made
@@ -139,7 +140,7 @@ def sweep(
 
 
 def _directions(
-    model: nn.Module,
+    gauge: Gauge,
     refining: Sequence[Batch],
     shared: Shared,
     gradient: Matrices,
@@ -147,7 +148,14 @@ def _directions(
     points: Sequence[Point],
 ) -> Directions:
     """The directions of points that differ in step size and refinement only."""
-    product = partial(gauss_newton_product, model, refining, targets, recompute=shared.recompute)
+    product = partial(
+        gauss_newton_product,
+        gauge.model,
+        refining,
+        targets,
+        recompute=shared.recompute,
+        head=gauge.head,
+    )
     return Directions(
         cut(shared.curvature, targets),
         gradient,
@@ -275,5 +283,8 @@ class _Ruler:
         """An α near the one that gives that KL, which grows about as α²."""
         if last is not None and last.alpha and last.retain_kl:
             return last.alpha * math.sqrt(kl / last.retain_kl)
-        model, batches = self.gauge.model, self.gauge.base.batches
-        return math.sqrt(2 * kl / quadratic_form(model, batches, self.targets, step.direction))
+        gauge = self.gauge
+        exact = quadratic_form(
+            gauge.model, gauge.base.batches, self.targets, step.direction, head=gauge.head
+        )
+        return math.sqrt(2 * kl / exact)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.estimators import EKFAC, Estimator
-from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
@@ -67,13 +66,13 @@ def unlearn(
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
-    refuse_float16(targets)
-    device = targets[0].weight.device
+    device, recompute = targets[0].weight.device, run.recompute
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     retain_batches = sampler.all(retain)
     with stage("check"):
-        preflight(model, targets, recompute=run.recompute)
-        gauge = Gauge(model, sampler.all(held_out), sampler.draw(forget, MEASURED_SEQUENCES))
+        head = preflight(model, targets, recompute=recompute)
+        measured = sampler.draw(forget, MEASURED_SEQUENCES)
+        gauge = Gauge(model, sampler.all(held_out), measured, head)
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
     update = run.start or Update(
@@ -97,15 +96,16 @@ def unlearn(
                     retain_batches,
                     targets,
                     seed=seed,
-                    recompute=run.recompute,
+                    recompute=recompute,
                     memory=run.memory,
                     store=run.store(model, targets) if run.store is not None else None,
+                    head=head,
                 )
         with stage("gradient"), update.applied_to(model):
-            forget_batches = sampler.draw(forget, run.forget_batch, index)
-            gradient = forget_gradient(model, forget_batches, targets, aim, recompute=run.recompute)
+            drawn = sampler.draw(forget, run.forget_batch, index)
+            gradient = forget_gradient(model, drawn, targets, aim, recompute=recompute, head=head)
         refining = sampler.draw(retain, direction.refine_sequences, index)
-        product = _exact_product(model, update, targets, refining, run.recompute)
+        product = _exact_product(gauge, update, targets, refining, recompute)
         record, changes = trial.best(_directions(curvature, gradient, product, direction))
         update = _after(update, record, changes)
         if run.on_step is not None:
@@ -114,7 +114,7 @@ def unlearn(
 
 
 def _exact_product(
-    model: nn.Module,
+    gauge: Gauge,
     update: Update,
     targets: Sequence[Target],
     batches: Sequence[Batch],
@@ -123,8 +123,10 @@ def _exact_product(
     """δ ↦ Gδ with the exact G of ``batches`` at the weights that ``update`` makes."""
 
     def product(delta: Matrices) -> Matrices:
-        with update.applied_to(model):
-            return gauss_newton_product(model, batches, targets, delta, recompute=recompute)
+        with update.applied_to(gauge.model) as model:
+            return gauss_newton_product(
+                model, batches, targets, delta, recompute=recompute, head=gauge.head
+            )
 
     return product
 
