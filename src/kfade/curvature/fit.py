@@ -190,7 +190,7 @@ def _is_finished(store: Store, number: int, owners: Owners, facts: Mapping[str, 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
     """(N loss tokens, M live positions)."""
-    return sum(b.loss_tokens for b in batches), sum(int(b.live_BT.sum()) for b in batches)
+    return sum(b.loss_tokens for b in batches), sum(sum(b.lengths) for b in batches)
 
 
 def _fingerprint(bases: Bases) -> int:

@@ -103,7 +103,7 @@ class TokenLosses:
         :func:`mean_objectives` over ``batches``; clears the recorded values."""
         total = 0.0
         if own := distributed.share(batches, lambda batch: batch.positions):
-            counts = [n for batch in own for n in batch.loss_BT.sum(dim=1).tolist()]
+            counts = [n for batch in own for n in batch.loss_counts]
             losses = torch.cat(self._losses).split(counts)
             total = sum(math.exp(-loss.mean().item()) for loss in losses)
         self._losses.clear()

@@ -89,7 +89,7 @@ def batches_for(model: Any, sequences: Sequence[TokenSequence], budget: int = 40
     """
     device = next(model.parameters()).device
     batches = make_batches(sequences, budget=budget, device=device, group=length_class(model))
-    refuse_too_long(model, max((batch.input_BT.shape[1] for batch in batches), default=0))
+    check_lengths(model, batches)
     return batches
 
 
@@ -116,12 +116,12 @@ def check_lengths(model: Any, batches: Sequence[Batch]) -> None:
     if not group.borders:
         return
     for batch in batches:
-        lengths = batch.live_BT.sum(dim=1).tolist()
-        if any(group(n) != group(batch.input_BT.shape[1]) for n in lengths if n):
+        if any(group(n) != group(batch.input_BT.shape[1]) for n in batch.lengths if n):
             raise InputError(
-                f"a batch holds sequences of {min(lengths)} and {max(lengths)} positions, and this "
-                f"model's rotary frequencies change with the length beyond {group.borders[0]}: "
-                "make batches with make_batches(..., group=length_class(model))"
+                f"a batch holds sequences of {min(batch.lengths)} and {max(batch.lengths)} "
+                "positions, and this model's rotary frequencies change with the length beyond "
+                f"{group.borders[0]}: make batches with make_batches(..., "
+                "group=length_class(model))"
             )
 
 
