@@ -73,11 +73,9 @@ def write_lines(path: Path, rows: list[Any]) -> str:
 def commands(root: Path) -> Iterator[tuple[str, list[str]]]:
     """(name, arguments) of every run, in an order in which each finds what it reads."""
     model = str(root / "model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(model)
-    zoo.tokenizer().save_pretrained(model)
+    zoo.save(model)
     half = str(root / "half")
-    zoo.tiny("gpt2", dtype=torch.bfloat16).save_pretrained(half)
-    zoo.tokenizer(chat=True).save_pretrained(half)
+    zoo.save(half, zoo.tiny("gpt2", dtype=torch.bfloat16), chat=True)
     forget = write_lines(root / "forget.jsonl", FORGET)
     retain = write_lines(root / "retain.jsonl", RETAIN)
     questions = write_lines(root / "questions.jsonl", QUESTIONS)

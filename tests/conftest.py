@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import zoo
 from helpers import random_sequences, tiny_llama
 
 from kfade.data.batches import Batch, make_batches
@@ -33,3 +36,11 @@ def sequences() -> list[TokenSequence]:
 def batches(sequences) -> list[Batch]:
     """Several batches, with padding in some."""
     return make_batches(sequences, budget=20)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    """A folder with a tiny model and its tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("model")
+    zoo.save(folder)
+    return folder

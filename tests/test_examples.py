@@ -31,8 +31,7 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(params=["prompt", "text"])
 def given(tmp_path, request) -> list[str]:
     """Model, forget and retain data in files."""
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
-    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    zoo.save(tmp_path / "model")
     rows = {
         "forget": [
             {"prompt": f"a b {x}", "completion": " d e"}

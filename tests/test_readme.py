@@ -28,15 +28,13 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """A folder with forget.jsonl, retain.jsonl and a tiny model called MODEL, as working folder."""
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "MODEL")
-    zoo.tokenizer().save_pretrained(tmp_path / "MODEL")
+    zoo.save(tmp_path / "MODEL")
     forget = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
     retain = [{"text": f"{x} k l m n o p q r s t u v w {y}"} for x in "abcdef" for y in "xyz"]
     for name, rows in (("forget", forget), ("retain", retain)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    zoo.tiny("llama", dtype=torch.float32, seed=1).save_pretrained(tmp_path / "RETAIN")
-    zoo.tokenizer().save_pretrained(tmp_path / "RETAIN")
+    zoo.save(tmp_path / "RETAIN", zoo.tiny("llama", dtype=torch.float32, seed=1))
     evaluation_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

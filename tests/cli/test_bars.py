@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import torch
 import zoo
 from rich.console import Console
 from tqdm.auto import tqdm
@@ -121,8 +120,7 @@ def test_bytes_stand_behind_a_bar():
 
 def test_a_load_tells_of_what_the_hub_sends(tmp_path, monkeypatch):
     """The bars are made as the hub makes them: of one file, of several, of what is no byte."""
-    zoo.tiny("llama", torch.float32).save_pretrained(tmp_path)
-    zoo.tokenizer().save_pretrained(tmp_path)
+    zoo.save(tmp_path)
     lines, seen = Watched(), []
     read = AutoModelForCausalLM.from_pretrained
 

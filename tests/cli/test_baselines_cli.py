@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from safetensors.torch import load_file
 from zoo.rows import EXTRA, FORGET, RETAIN
 
@@ -16,14 +15,6 @@ from kfade.method.update import Update
 from kfade.runtime.run_dir import RunDir
 
 NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

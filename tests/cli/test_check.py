@@ -125,7 +125,9 @@ def test_curvature_of_higher_order_passes_by_a_smaller_step():
 
 def test_a_wrong_form_fails_at_any_size(monkeypatch):
     own = kfade.runs.checking.quadratic_form
-    monkeypatch.setattr("kfade.runs.checking.quadratic_form", lambda *args: 1.5 * own(*args))
+    monkeypatch.setattr(
+        "kfade.runs.checking.quadratic_form", lambda *args, **head: 1.5 * own(*args, **head)
+    )
     found = small_step(zoo.tiny("llama", dtype=torch.float32))
     assert not found.passed
     assert "it predicts 1.0e-08 nats" in found.text

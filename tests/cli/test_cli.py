@@ -25,14 +25,6 @@ def write_lines(path: Path, rows: list) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def setup(tmp_path, model_dir) -> dict[str, str]:
     return {
@@ -122,8 +114,7 @@ def test_apply_to_a_descendant_is_allowed_and_said(setup, tmp_path, capsys):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    model.save_pretrained(child)
-    zoo.tokenizer().save_pretrained(child)
+    zoo.save(child, model)
     assert main(["apply", str(child), setup["out"], "--out", str(tmp_path / "o"), "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["base_weights"] is False
@@ -147,8 +138,7 @@ def test_a_saved_curvature_of_another_model_is_refused(setup, tmp_path, capsys):
     fitted, other = str(tmp_path / "fit"), tmp_path / "other"
     arguments = ["--retain", setup["retain"], "--sequence-length", "8"]
     assert main(["fit", setup["model"], *arguments, "--layers", "0", "--out", fitted]) == 0
-    zoo.tiny("llama", dtype=torch.float32, seed=5).save_pretrained(other)
-    zoo.tokenizer().save_pretrained(other)
+    zoo.save(other, zoo.tiny("llama", dtype=torch.float32, seed=5))
     capsys.readouterr()
     changed = {**setup, "model": str(other)}
     assert unlearn(changed, "--curvature", fitted, "--layers", "0") == 2
@@ -384,8 +374,7 @@ def test_an_update_of_another_model_is_refused(setup, tmp_path, capsys):
             with pytest.raises(Exception, match="the model has"):
                 Update.load(setup["out"]).apply(model)
             continue
-        model.save_pretrained(folder)
-        zoo.tokenizer().save_pretrained(folder)
+        zoo.save(folder, model)
         assert main(["apply", str(folder), setup["out"], "--out", str(tmp_path / "o")]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "o").exists()
@@ -393,8 +382,7 @@ def test_an_update_of_another_model_is_refused(setup, tmp_path, capsys):
 
 def test_nan_in_weights_names_the_weight(setup, tmp_path, capsys):
     broken = tmp_path / "broken"
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(broken)
-    zoo.tokenizer().save_pretrained(broken)
+    zoo.save(broken)
     corrupt(broken / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
     assert unlearn({**setup, "model": str(broken)}) == 2
     assert "NaN or Inf in model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
@@ -407,8 +395,7 @@ def test_overflowing_activations_name_the_layer(setup, tmp_path, capsys):
     model = zoo.tiny("llama", dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(3e38)
-    model.save_pretrained(broken)
-    zoo.tokenizer().save_pretrained(broken)
+    zoo.save(broken, model)
     assert unlearn({**setup, "model": str(broken)}) == 2
     assert "activations of model.layers.0.mlp.down_proj.weight" in capsys.readouterr().err
     assert leftovers(setup) == []

@@ -24,8 +24,7 @@ RETAIN = [{"text": f"line {i} of some text to keep"} for i in range(12)]
 
 @pytest.fixture
 def desk(tmp_path) -> dict[str, str]:
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
-    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    zoo.save(tmp_path / "model")
     retain = tmp_path / "retain.jsonl"
     retain.write_text("".join(json.dumps(row) + "\n" for row in RETAIN))
     return {"model": str(tmp_path / "model"), "retain": str(retain), "out": str(tmp_path / "out")}

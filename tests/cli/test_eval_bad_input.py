@@ -6,19 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-import zoo
 
 from kfade.cli import main
 from kfade.evaluate.log import ItemLog
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(path)
-    zoo.tokenizer().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -125,7 +115,7 @@ def test_completions_of_another_format_are_not_overwritten(desk, model_dir, caps
         kept = (desk / content).read_bytes()
         (folder / "completions.jsonl").write_bytes(kept)
         command, *options = (*KL, "prompts.jsonl", "--completions", str(folder), "--out", "out")
-        assert main(["eval", command, model_dir, *options]) == 2
+        assert main(["eval", command, str(model_dir), *options]) == 2
         assert "completions.jsonl" in capsys.readouterr().err
         assert (folder / "completions.jsonl").read_bytes() == kept
         assert not list(desk.glob("out*"))

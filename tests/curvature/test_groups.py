@@ -102,10 +102,10 @@ def test_bytes_are_those_of_the_sums_and_of_the_blocks(dtype, monkeypatch):
     targets, batches = find_targets(model), make_batches(random_sequences(4), budget=20)
     held = {}
 
-    def counting(model, batches, targets, sums, pseudo, name, keeper):
+    def counting(model, batches, targets, sums, pseudo, name, keeper, **head):
         cast = [q for pair in getattr(sums, "_bases", {}).values() for q in pair]
         held[name] = unique_bytes([*sums.tensors().values(), *cast])
-        return run_pass(model, batches, targets, sums, pseudo, name, keeper)
+        return run_pass(model, batches, targets, sums, pseudo, name, keeper, **head)
 
     monkeypatch.setattr(fit_module, "run_pass", counting)
     blocks = EKFAC().fit(model, batches, targets).blocks.values()
@@ -186,9 +186,9 @@ def test_a_fit_in_groups_is_the_fit_at_once_bit_for_bit(kind, dtype, monkeypatch
     passes = []
     run = partial(run_pass, model)
 
-    def counting(model, batches, targets, *rest):
+    def counting(model, batches, targets, *rest, **head):
         passes.append([target.name for target in targets])
-        return run(batches, targets, *rest)
+        return run(batches, targets, *rest, **head)
 
     monkeypatch.setattr(fit_module, "run_pass", counting)
     at_once = kind().fit(model, batches, targets)

@@ -245,9 +245,9 @@ def test_bases_that_do_not_repeat_themselves_start_the_eigenvalues_anew(
 def test_finished_groups_are_not_fitted_again(model, targets, batches, tmp_path, monkeypatch):
     passes = []
 
-    def counting(model, batches, targets, *rest):
+    def counting(model, batches, targets, *rest, **head):
         passes.append(targets[0].name.split("layers.")[1])
-        return run_pass(model, batches, targets, *rest)
+        return run_pass(model, batches, targets, *rest, **head)
 
     monkeypatch.setattr(fit_module, "run_pass", counting)
     store, memory = Store(tmp_path, seconds=0.0), EKFAC().peak_bytes(targets[0:2])

@@ -21,8 +21,7 @@ from kfade.models.lengths import model_window
 
 @pytest.fixture
 def files(tmp_path):
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
-    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    zoo.save(tmp_path / "model")
     for name, rows in (("forget", FORGET), ("retain", RETAIN)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path

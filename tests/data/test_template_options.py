@@ -7,7 +7,6 @@ import json
 import shutil
 
 import pytest
-import torch
 import zoo
 from transformers import PreTrainedTokenizerBase
 
@@ -47,8 +46,7 @@ def test_arguments_that_a_template_does_not_read_are_told_once(caplog):
 def run(tmp_path_factory):
     """A folder with a model, data, a template, and a run that used it."""
     folder = tmp_path_factory.mktemp("run")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(folder / "model")
-    zoo.tokenizer(chat=True).save_pretrained(folder / "model")
+    zoo.save(folder / "model", chat=True)
     for name in ("forget", "retain"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "own.jinja").write_text(WORD)

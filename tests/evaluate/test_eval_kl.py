@@ -232,8 +232,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     update.save(tmp_path / "update.safetensors")
     update.apply(edited)
     for name, model in (("base", base), ("edited", edited)):
-        model.save_pretrained(tmp_path / name)
-        zoo.tokenizer().save_pretrained(tmp_path / name)
+        zoo.save(tmp_path / name, model)
     rows = [{"instruction": f"{x} {y}", "input": ""} for x in "abcde" for y in "fg"]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
@@ -374,8 +373,7 @@ def test_completions_are_kept_and_used_again(desk, capsys, monkeypatch):
 def test_command_refuses(desk, capsys):
     other = zoo.tiny("llama", dtype=torch.float32)
     other.resize_token_embeddings(40, mean_resizing=False)
-    other.save_pretrained(desk / "other")
-    zoo.tokenizer().save_pretrained(desk / "other")
+    zoo.save(desk / "other", other)
     words = zoo.tokenizer()
     words.add_tokens(["another"])
     zoo.tiny("llama", dtype=torch.float32).save_pretrained(desk / "words")

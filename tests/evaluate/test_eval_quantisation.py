@@ -159,8 +159,7 @@ def test_no_change_at_all_survives():
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = zoo.tiny("gpt2", dtype=torch.float32)
-    model.save_pretrained("model")
-    zoo.tokenizer().save_pretrained("model")
+    zoo.save("model", model)
     weight = "transformer.h.0.mlp.c_fc.weight"
     delta = 0.3 * torch.randn(zoo.WIDTH, zoo.INNER, generator=torch.Generator().manual_seed(0))
     Update({weight: delta}).save(tmp_path / "update.safetensors")

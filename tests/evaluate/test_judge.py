@@ -485,8 +485,7 @@ def test_an_empty_file_of_questions_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(path)
-    zoo.tokenizer(chat=True).save_pretrained(path)
+    zoo.save(path, chat=True)
     return path
 
 

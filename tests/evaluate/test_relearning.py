@@ -296,8 +296,7 @@ def write_lines(path: Path, rows: list) -> str:
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     model = str(tmp_path / "model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(model)
-    zoo.tokenizer().save_pretrained(model)
+    zoo.save(model)
     made = {
         "model": model,
         "forget": write_lines(tmp_path / "forget.jsonl", FORGET),

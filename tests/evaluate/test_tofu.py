@@ -59,14 +59,6 @@ def folder(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(path)
-    zoo.tokenizer().save_pretrained(path)
-    return path
-
-
 def characters() -> PreTrainedTokenizerFast:
     """One token a character, BOS in front: shows where a prompt ends and an answer begins."""
     alphabet = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127)), "\n"]

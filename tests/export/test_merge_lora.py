@@ -175,8 +175,7 @@ def files(tmp_path: Path, family: str, rank: int) -> tuple[str, str, Update]:
     """(model folder, update folder, update)."""
     model = zoo.tiny(family, torch.float32)
     folder = str(tmp_path / "model")
-    model.save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
+    zoo.save(folder, model)
     made = random_update(model, rank=rank)
     update = Update(made.deltas, {**made.provenance, "model": folder})
     return folder, save(update, tmp_path / "run"), update

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import kfade
+import kfade.models.head as head_module
 from kfade import EKFAC, InputError, find_targets, make_batches, margin
 from kfade.baselines.weights import Dense
 from kfade.curvature.product import quadratic_form
@@ -327,3 +328,22 @@ def test_where_no_gradient_reaches_the_targets_it_is_said_why():
         model.lm_head.weight.zero_()
     with pytest.raises(InputError, match=r"the vocabulary head of .* passes no gradient back"):
         run(model)
+
+
+# --- how often ----------------------------------------------------------------------------------
+
+
+def test_the_head_is_tried_once_a_run(monkeypatch):
+    tried = []
+    own = head_module.refuse_looking_ahead
+    monkeypatch.setattr(
+        head_module, "refuse_looking_ahead", lambda model: tried.append(model) or own(model)
+    )
+    model = tiny_llama()
+    targets = find_targets(model)
+    tried.clear()
+    run(model, fit=EKFAC(), targets=targets, steps=2, refine=2)
+    assert len(tried) == 1
+    budget = EKFAC().peak_bytes(targets[:2])
+    EKFAC().fit(model, make_batches(random_sequences(3)), targets, memory=budget)
+    assert len(tried) == 2

@@ -435,8 +435,7 @@ def test_impossible_refinements_are_refused(model, options, message):
 @pytest.fixture
 def command(tmp_path) -> list[str]:
     folder = tmp_path / "model"
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
+    zoo.save(folder)
     arguments = ["unlearn", str(folder), "--sequence-length", "8"]
     for name, rows in (("forget", FORGET), ("retain", RETAIN)):
         path = tmp_path / f"{name}.jsonl"

@@ -149,8 +149,7 @@ def test_points_of_a_sweep_below_the_floor_fail_and_say_why(data):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_check_passes_on_a_model_that_is_fine(tmp_path, capsys, family, dtype):
-    zoo.tiny(family, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    zoo.save(tmp_path / "model", zoo.tiny(family, dtype=torch.float32))
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = [" ".join(letters[i % 26] for i in range(k, 15 * k, k)) for k in range(1, 12)]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)

@@ -331,8 +331,7 @@ def write_lines(path: Path, rows: list) -> str:
 def fitted(tmp_path) -> dict[str, str]:
     """A model, its data and its curvature in files."""
     model = str(tmp_path / "model")
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained(model)
-    zoo.tokenizer().save_pretrained(model)
+    zoo.save(model)
     forget = write_lines(tmp_path / "forget.jsonl", FORGET)
     retain = write_lines(tmp_path / "retain.jsonl", RETAIN)
     fit = str(tmp_path / "fit")
@@ -467,8 +466,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
 
 def test_a_curvature_of_another_model_is_refused(fitted, tmp_path, capsys):
     other = str(tmp_path / "other")
-    zoo.tiny("llama", dtype=torch.float32, seed=1).save_pretrained(other)
-    zoo.tokenizer().save_pretrained(other)
+    zoo.save(other, zoo.tiny("llama", dtype=torch.float32, seed=1))
     assert main(command({**fitted, "model": other}, tmp_path / "out", *GRID)) == 2
     assert "--curvature was fitted on another model" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 
 import pytest
 import report_data as data
-import torch
 import zoo
 
 from kfade.cli import main
@@ -66,8 +65,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
 def test_what_kfade_unlearn_writes(tmp_path, monkeypatch):
     """The folders of the other tests are made up; this one is real, of a tiny model."""
     monkeypatch.chdir(tmp_path)
-    zoo.tiny("llama", dtype=torch.float32).save_pretrained("MODEL")
-    zoo.tokenizer().save_pretrained("MODEL")
+    zoo.save("MODEL")
     forget = [{"prompt": f"a b {x}", "completion": " d e"} for x in "fghi"]
     retain = [{"text": f"{x} k l m n o p q r s {y}"} for x in "abcdef" for y in "xyz"]
     for name, rows in (("forget", forget), ("retain", retain)):

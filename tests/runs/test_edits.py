@@ -86,8 +86,7 @@ def test_an_adapter_is_not_put_on_an_adapter(desk, tmp_path, capsys):
             if "lora_B" in name:
                 tensor += 0.1
     adapter = str(tmp_path / "adapter")
-    adapted.save_pretrained(adapter)
-    zoo.tokenizer().save_pretrained(adapter)
+    zoo.save(adapter, adapted)
     data = ["--forget", desk["forget"], "--retain", desk["retain"], "--sequence-length", "8"]
     assert main(["unlearn", adapter, *data, "--alpha", "0.05", "--out", desk["out"]]) == 0
     capsys.readouterr()

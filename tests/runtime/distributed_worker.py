@@ -59,9 +59,9 @@ def numbers_summed(estimator, *arguments) -> dict[str, int]:
     """How many numbers this process's sums hold in each pass of a fit."""
     found = {}
 
-    def counting(model, batches, targets, sums, pseudo, name, keeper):
+    def counting(model, batches, targets, sums, pseudo, name, keeper, **head):
         found[name] = sum(tensor.numel() for tensor in sums.tensors().values())
-        return run_pass(model, batches, targets, sums, pseudo, name, keeper)
+        return run_pass(model, batches, targets, sums, pseudo, name, keeper, **head)
 
     with unittest.mock.patch.object(fit_module, "run_pass", counting):
         estimator.fit(*arguments)

@@ -19,6 +19,7 @@ from zoo.families import (
     sequences,
     tiny,
 )
+from zoo.folders import save
 from zoo.gguf_file import write_gguf
 from zoo.words import CHAT_TEMPLATE, SPECIAL, WORDS, tokenizer
 
@@ -36,6 +37,7 @@ __all__ = [
     "WINDOW",
     "WORDS",
     "Double",
+    "save",
     "sequences",
     "tiny",
     "tokenizer",

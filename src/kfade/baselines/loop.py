@@ -25,9 +25,10 @@ from kfade.data.batches import draw_without_replacement
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.settings import at_least
-from kfade.method.unlearn import MEASURED_SEQUENCES, base_facts, check_sets
+from kfade.method.unlearn import MEASURED_SEQUENCES, base_facts
 from kfade.method.update import Update
 from kfade.models.head import read_head
+from kfade.models.interface import check_sets
 from kfade.models.lengths import batches_for
 from kfade.models.targets import memory_of
 from kfade.runtime.progress import track
@@ -112,9 +113,10 @@ def train(
             ends there if it returns True.
 
     Raises:
-        InputError: an empty set, or a loss that is not finite.
+        InputError: an empty set, a sequence that the model cannot read, or a loss that is not
+            finite.
     """
-    check_sets({called: sets[name] for name, called in SETS.items()})
+    check_sets(model, {called: sets[name] for name, called in SETS.items()})
     facts = base_facts(model, trainable.names, **sets)
     with trainable.training():
         run = _Training(_net(model, trainable), terms, trainable, sets, settings)

@@ -187,4 +187,4 @@ def sequences(batch: Batch, rows: Rows) -> int:
 
 def positions(batch: Batch, rows: Rows) -> int:
     """Live positions."""
-    return int(batch.live_BT.sum())
+    return sum(batch.lengths)

@@ -44,7 +44,9 @@ from kfade.curvature.groups import group_targets
 from kfade.curvature.owners import Blocks, Owners, broadcast_blocks
 from kfade.curvature.store import Store
 from kfade.data.batches import Batch
+from kfade.models.head import Head, read_head
 from kfade.models.interface import check_batches, check_model
+from kfade.models.load import frozen
 from kfade.models.targets import Target
 from kfade.runtime import distributed
 
@@ -84,6 +86,7 @@ class Estimator(ABC):
         recompute: bool = False,
         memory: int | None = None,
         store: Store | None = None,
+        head: Head | None = None,
     ) -> Curvature:
         """Fit the curvature of ``model`` at ``targets`` on retain ``batches``.
 
@@ -99,6 +102,7 @@ class Estimator(ABC):
                 groups, each with passes of its own. None: all at once.
             store: keeps finished groups on disk, to be read back block by block, and unfinished
                 sums, so that an interrupted fit can continue. None: all in memory.
+            head: the model's head, if it has been read before (reading it runs trial passes).
 
         Raises:
             InputError: NaN or Inf in activations, gradients or factors; a group over ``memory``; a
@@ -114,9 +118,14 @@ class Estimator(ABC):
             for group in group_targets(targets, self.peak_bytes, memory, processes)
         ]
         facts = self.facts(batches, seed)
+        if head is None and self.passes:
+            with frozen(model):
+                head = read_head(model)
 
         def fit_one(owners: Owners, checkpoint_of: CheckpointOf) -> Blocks:
-            return self.fit_group(GroupFit(model, batches, owners, seed, recompute, checkpoint_of))
+            return self.fit_group(
+                GroupFit(model, batches, owners, seed, recompute, checkpoint_of, head)
+            )
 
         if store is None:
             return Curvature(fit_in_memory(groups, fit_one), facts)

@@ -51,6 +51,8 @@ class GroupFit:
     recompute: bool
     """Run each block again in the backward pass, see ``recompute``."""
     checkpoint_of: CheckpointOf
+    head: Head | None = None
+    """The model's head, if it has been read before."""
 
     def kfac(self, draw: Draw) -> Blocks:
         """S and A of each layer, decomposed: their eigenbases, and Λ = λ_S λ_Aᵀ.
@@ -98,7 +100,9 @@ class GroupFit:
         pseudo, group = pseudo_gradients(draw, self.seed, stream), self.owners.group
         with recomputing(self.model, group, self.recompute):
             checkpoint = self.checkpoint_of(kept)
-            run_pass(self.model, self.batches, group, sums, pseudo, name, checkpoint)
+            run_pass(
+                self.model, self.batches, group, sums, pseudo, name, checkpoint, head=self.head
+            )
 
 
 def bases_of(blocks: Mapping[str, EigenBlock]) -> Bases:
@@ -186,7 +190,7 @@ def _is_finished(store: Store, number: int, owners: Owners, facts: Mapping[str, 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
     """(N loss tokens, M live positions)."""
-    return sum(b.loss_tokens for b in batches), sum(int(b.live_BT.sum()) for b in batches)
+    return sum(b.loss_tokens for b in batches), sum(sum(b.lengths) for b in batches)
 
 
 def _fingerprint(bases: Bases) -> int:

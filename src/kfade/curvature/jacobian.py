@@ -23,7 +23,7 @@ from kfade.curvature.passes import FromOutputs, PendingInputs, live_rows, run_pa
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
-from kfade.models.head import hidden_states
+from kfade.models.head import Head, hidden_states
 from kfade.models.targets import ForwardHook, Target, hooked
 from kfade.runtime import distributed
 
@@ -36,23 +36,23 @@ def transpose_product(
     name: str,
     *,
     recompute: bool = False,
-    memory: int | None = None,
     storage: Storage = OnDevice(),
+    head: Head | None = None,
 ) -> MutableMapping[str, Tensor]:
     """Σ_batches Jᵀu in float32 or better, one matrix [O, I] a target.
 
     Args:
         from_outputs: gives u [N, D] at the loss positions, from the final hidden states there.
         recompute: see :func:`~kfade.curvature.recompute.recomputing`.
-        memory: bytes of the product that a pass may hold; more takes several passes over the
-            batches, each for a group of layers. None: one pass.
-        storage: keeps the product.
+        storage: keeps the product. If its ``memory`` is less than the product, there are several
+            passes over the batches, each for a group of layers.
+        head: see :func:`~kfade.curvature.passes.run_pass`.
     """
     product = storage.vector()
-    for group in group_targets(targets, sum_bytes, memory):
+    for group in group_targets(targets, sum_bytes, storage.memory):
         products = _Products(group)
         with recomputing(model, group, recompute):
-            run_pass(model, batches, group, products, from_outputs, name)
+            run_pass(model, batches, group, products, from_outputs, name, head=head)
         for target in group:
             product[target.name] = distributed.all_reduce(products.sums.pop(target.name))
     return product

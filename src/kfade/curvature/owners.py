@@ -57,8 +57,8 @@ class Owners:
     def begin(self, batch: Batch) -> None:
         """Called before each batch, in all processes."""
         self._batch = batch
-        lengths = batch.live_BT.sum(dim=1).tolist()
-        self._lengths = distributed.all_gather_lists(lengths) if self.spread else [lengths]
+        own = batch.lengths
+        self._lengths = distributed.all_gather_lists(own) if self.spread else [own]
 
     def rows(self, target: Target, x_BT: Tensor) -> Rows:
         """Live rows of ``x_BT`` [B, T, width] that this process sums for ``target``.

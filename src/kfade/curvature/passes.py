@@ -20,7 +20,7 @@ from kfade.data.batches import Batch
 from kfade.errors import InputError
 from kfade.models.faults import check_weights
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.lengths import refuse_mixed
+from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
 from kfade.models.targets import Target
 from kfade.runtime import distributed
@@ -87,16 +87,21 @@ def run_pass(
     from_outputs: FromOutputs,
     name: str,
     checkpoint: Checkpoint | None = None,
+    *,
+    head: Head | None = None,
 ) -> None:
     """Add this process's share of ``batches`` to ``sums``.
+
+    Args:
+        head: the model's head, if it has been read before (reading it runs trial passes).
 
     Raises:
         InputError: NaN or Inf in a layer's input or output gradient (names the weight that holds
             them, or else the layer); a batch that mixes sequences of different length classes
-            (``lengths``); a model in float16.
+            (``lengths``), or holds one over the model's window; a model in float16.
     """
     refuse_float16(targets)
-    refuse_mixed(model, batches)
+    check_lengths(model, batches)
     own = distributed.share(batches, lambda batch: batch.positions)
     # Sharded weights are gathered by all processes at once: all make the same number of passes.
     own += [batches[-1].silenced()] * distributed.extra_passes(model, len(own))
@@ -115,7 +120,7 @@ def run_pass(
         sums.on_gradient(target, g_BTO)
 
     with frozen(model):
-        head = read_head(model)
+        head = head or read_head(model)
         for number, batch in enumerate(track(own[done:], name, lambda b: b.positions), done + 1):
             sums.begin(batch)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):

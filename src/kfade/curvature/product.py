@@ -22,7 +22,7 @@ from kfade.curvature.jacobian import tangents_of, transpose_product
 from kfade.curvature.vectors import OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.models.head import Head, read_head
-from kfade.models.lengths import refuse_mixed
+from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
 from kfade.models.targets import Target
 from kfade.runtime import distributed
@@ -34,12 +34,18 @@ def quadratic_form(
     batches: Sequence[Batch],
     targets: Sequence[Target],
     delta: Vector,
+    *,
+    head: Head | None = None,
 ) -> float:
-    """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0."""
-    refuse_mixed(model, batches)
+    """δᵀGδ with the exact G of ``batches``; ½ of it is the KL in nats per loss token as δ → 0.
+
+    Args:
+        head: the model's head, if it has been read before (reading it runs trial passes).
+    """
+    check_lengths(model, batches)
     total = 0.0
     with frozen(model):
-        head = read_head(model)
+        head = head or read_head(model)
         tangents = tangents_of(model, targets)
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
@@ -62,13 +68,15 @@ def gauss_newton_product(
     delta: Vector,
     *,
     recompute: bool = False,
-    memory: int | None = None,
     storage: Storage = OnDevice(),
+    head: Head | None = None,
 ) -> MutableMapping[str, Tensor]:
     """G δ with the exact G of ``batches``, one matrix [O, I] a target.
 
-    ``recompute``, ``memory``, ``storage``: see
-    :func:`~kfade.curvature.jacobian.transpose_product`.
+    Args:
+        recompute: see :func:`~kfade.curvature.recompute.recomputing`.
+        storage: keeps the product, see :func:`~kfade.curvature.jacobian.transpose_product`.
+        head: the model's head, if it has been read before (reading it runs trial passes).
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     with frozen(model):
@@ -94,8 +102,8 @@ def gauss_newton_product(
         from_outputs,
         "exact product",
         recompute=recompute,
-        memory=memory,
         storage=storage,
+        head=head,
     )
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,11 @@ Vector = Mapping[str, Tensor]
 class Storage(Protocol):
     """Where vectors are kept."""
 
+    @property
+    def memory(self) -> int | None:
+        """Bytes of a vector that may be on the device at a time, where a pass sums it; None: all
+        of it."""
+
     def vector(self) -> MutableMapping[str, Tensor]:
         """An empty vector. A layer that is read is on the device that it was on when written."""
 
@@ -36,6 +41,8 @@ class Storage(Protocol):
 @dataclass(frozen=True)
 class OnDevice:
     """Keeps vectors on the device of their layers."""
+
+    memory: ClassVar[None] = None
 
     def vector(self) -> MutableMapping[str, Tensor]:
         """An empty vector."""
@@ -45,6 +52,9 @@ class OnDevice:
 @dataclass(frozen=True)
 class InHostMemory:
     """Keeps vectors in the memory of the processor."""
+
+    memory: int | None = None
+    """See :class:`Storage`."""
 
     def vector(self) -> MutableMapping[str, Tensor]:
         """An empty vector."""
@@ -58,6 +68,8 @@ class OnDisk:
 
     folder: Path
     """An existing folder on the disk to use."""
+    memory: int | None = None
+    """See :class:`Storage`."""
 
     def vector(self) -> MutableMapping[str, Tensor]:
         """An empty vector.

@@ -37,6 +37,18 @@ class Batch:
         """Number of scored tokens."""
         return int(self.loss_BT.sum())
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Number of live positions of each sequence."""
+        counts: list[int] = self.live_BT.sum(dim=1).tolist()
+        return counts
+
+    @cached_property
+    def loss_counts(self) -> list[int]:
+        """Number of scored tokens of each sequence."""
+        counts: list[int] = self.loss_BT.sum(dim=1).tolist()
+        return counts
+
     @property
     def positions(self) -> int:
         """Positions computed, padding included."""

@@ -103,6 +103,7 @@ def encode(
         length: tokens of a packed sequence. Texts are joined end to end, each closed by EOS unless
             its example says that it does not close. None: 512, or the window if it is shorter.
         window: the model's longest input; longer exchanges are an error, or cut if ``truncate``.
+            None: texts of any length; a model then refuses those over its window.
         template: how conversations are rendered; None: by the tokenizer's own template, which is
             told the present date, if there is one.
         pack: False keeps one text a sequence.

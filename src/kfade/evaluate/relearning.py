@@ -31,9 +31,9 @@ from kfade.evaluate.tokens import log_likelihoods
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.objectives import cross_entropy
 from kfade.method.settings import at_least
-from kfade.method.unlearn import check_sets
 from kfade.method.update import Update
 from kfade.models.head import Head, hidden_states, read_head
+from kfade.models.interface import check_sets
 from kfade.models.lengths import batches_for, model_window
 from kfade.models.masters import Masters, restored
 from kfade.runtime.progress import track
@@ -115,7 +115,7 @@ class Examination:
         batch_tokens: int = 4096,
         seed: int = 0,
     ) -> None:
-        check_sets({"forget set": forget})
+        check_sets(model, {"forget set": forget})
         self._forget, self._questions, self._tokenizer = forget, questions, tokenizer
         self._batch_tokens, self._seed = batch_tokens, seed
         self._held_out = batches_for(model, held_out, batch_tokens)

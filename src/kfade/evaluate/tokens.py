@@ -73,8 +73,7 @@ def by_sequence(batch: Batch, values: Tensor) -> Iterator[tuple[int, Tensor]]:
     Raises:
         InputError: a value is not finite.
     """
-    counts = batch.loss_BT.sum(dim=1).tolist()
-    parts = values.double().cpu().split(counts)
+    parts = values.double().cpu().split(batch.loss_counts)
     for number, part in zip(batch.id_B.tolist(), parts, strict=True):
         if not torch.isfinite(part).all():
             raise InputError(

@@ -22,7 +22,7 @@ from kfade.method.measure import (
 from kfade.method.objectives import Objective
 from kfade.method.step import Probe, StepSize
 from kfade.method.update import Update
-from kfade.models.head import read_head
+from kfade.models.head import Head, read_head
 from kfade.models.layers import parameter_names
 from kfade.models.load import frozen
 from kfade.models.targets import Target
@@ -37,6 +37,7 @@ class Gauge:
         held_out: retain data that KL is measured on.
         forget: data that losses and objectives are measured on.
         storage: keeps the weights that an update replaces while it is measured.
+        head: the model's head, if it has been read before (reading it runs trial passes).
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Gauge:
         model: nn.Module,
         held_out: Sequence[Batch],
         forget: Sequence[Batch],
+        *,
         storage: Storage = OnDevice(),
+        head: Head | None = None,
     ) -> None:
         self.model, self._forget, self._storage = model, forget, storage
         with frozen(model):
-            self.head = read_head(model)
+            self.head = head or read_head(model)
         self.base = hidden_reference(model, held_out, "base reference")
         self.latest = self.base
         """Hidden states on held-out retain data with the update that was measured last."""

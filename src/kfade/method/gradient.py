@@ -25,14 +25,18 @@ def forget_gradient(
     objective: Objective,
     *,
     recompute: bool = False,
-    memory: int | None = None,
     storage: Storage = OnDevice(),
+    head: Head | None = None,
 ) -> Vector:
     """g = ∇_W of the objective's mean per loss token, one matrix [O, I] a target.
 
     In float32 or better, from captured inputs and output gradients: parameters get no ``.grad``
-    and the model stays bit-identical. ``recompute``, ``memory``, ``storage``: see
-    :func:`~kfade.curvature.jacobian.transpose_product`.
+    and the model stays bit-identical.
+
+    Args:
+        recompute: see :func:`~kfade.curvature.recompute.recomputing`.
+        storage: keeps g, see :func:`~kfade.curvature.jacobian.transpose_product`.
+        head: the model's head, if it has been read before (reading it runs trial passes).
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
 
@@ -53,6 +57,6 @@ def forget_gradient(
         from_outputs,
         "forget gradient",
         recompute=recompute,
-        memory=memory,
         storage=storage,
+        head=head,
     )

@@ -20,7 +20,7 @@ from kfade.curvature.vectors import Layerwise, Vector
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.lengths import refuse_mixed
+from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
@@ -43,7 +43,7 @@ class Reference:
 
 def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
     """Hidden states of ``model`` at its present weights, to compare an edited model with."""
-    refuse_mixed(model, batches)
+    check_lengths(model, batches)
     with frozen(model), torch.no_grad():
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
@@ -67,7 +67,7 @@ def mean_objectives(
     Args:
         head: the model's head, if it has been read before (reading it runs trial passes).
     """
-    refuse_mixed(model, batches)
+    check_lengths(model, batches)
     totals = [0.0 for _ in objectives]
     with frozen(model), torch.no_grad():
         head = head or read_head(model)
@@ -104,7 +104,7 @@ class TokenLosses:
         :func:`mean_objectives` over ``batches``; clears the recorded values."""
         total = 0.0
         if own := distributed.share(batches, lambda batch: batch.positions):
-            counts = [n for batch in own for n in batch.loss_BT.sum(dim=1).tolist()]
+            counts = [n for batch in own for n in batch.loss_counts]
             losses = torch.cat(self._losses).split(counts)
             total = sum(math.exp(-loss.mean().item()) for loss in losses)
         self._losses.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfade.curvature.capture import capture
-from kfade.curvature.passes import backward, refuse_unreached
+from kfade.curvature.passes import backward, refuse_float16, refuse_unreached
 from kfade.curvature.product import quadratic_form
 from kfade.curvature.recompute import recomputing, uneven_like
 from kfade.data.batches import Batch, make_batches
@@ -19,18 +19,23 @@ from kfade.models.load import frozen
 from kfade.models.targets import Target, named, refuse_compiled
 
 
-def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = False) -> None:
+def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = False) -> Head:
     """Run a forward pass, a backward pass to every target, and an exact quadratic form on two
     positions.
 
     Args:
         recompute: also check that blocks can be recomputed in the backward pass.
 
+    Returns:
+        The model's head, for later passes.
+
     Raises:
-        InputError: hidden states depend on later tokens or change when a pass is repeated; logits
-            are computed in an unknown way; a module is compiled; a target gets no gradient, or all
-            get zeros; an operation has no derivative; ``recompute`` changes gradients.
+        InputError: a target is in float16; hidden states depend on later tokens or change when a
+            pass is repeated; logits are computed in an unknown way; a module is compiled; a target
+            gets no gradient, or all get zeros; an operation has no derivative; ``recompute``
+            changes gradients.
     """
+    refuse_float16(targets)
     refuse_compiled(model)
     device = targets[0].weight.device
     batches = make_batches([TokenSequence((0, 1, 2), (False, True, True))], device=device)
@@ -55,7 +60,7 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
             with capture(targets, on_gradient=on_gradient):
                 backward(model, head, batches[0], through_head)
         along = {t.name: torch.ones(t.shape, dtype=t.weight.dtype, device=device) for t in targets}
-        quadratic_form(model, batches, targets, along)
+        quadratic_form(model, batches, targets, along, head=head)
         with recomputing(model, targets, recompute):
             pass  # checks on entering
     except InputError:
@@ -78,3 +83,4 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
             "a saturated activation, lie between them and the outputs; target others with "
             "--target or --layers"
         )
+    return head

@@ -84,8 +84,7 @@ class Run:
     """Recompute activations of each block in backward passes instead of keeping them: the same
     result with less memory and more work."""
     memory: int | None = None
-    """Bytes of curvature, or of a gradient, that a pass may hold at a time; it then takes the
-    layers in groups."""
+    """Bytes of curvature that a fit may hold at a time; it then takes the layers in groups."""
     storage: Storage = OnDevice()
     """Where the gradient, the direction, the update, and the weights that it replaces are kept."""
     store: Callable[[nn.Module, Sequence[Target]], Store] | None = None
@@ -100,12 +99,8 @@ class Run:
 
     @property
     def passes(self) -> dict[str, Any]:
-        """The settings of a gradient and of an exact product.
-
-        One that stays on the device is there as a whole anyway, so it takes one pass.
-        """
-        memory = None if isinstance(self.storage, OnDevice) else self.memory
-        return {"recompute": self.recompute, "memory": memory, "storage": self.storage}
+        """The settings of a gradient and of an exact product."""
+        return {"recompute": self.recompute, "storage": self.storage}
 
     def __post_init__(self) -> None:
         at_least("--steps", self.steps, 1)

@@ -33,9 +33,9 @@ from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
-from kfade.method.unlearn import MEASURED_SEQUENCES, check_sets
+from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.update import Update
-from kfade.models.interface import check_model, check_readable
+from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import parse_layers
 from kfade.models.targets import Target
 from kfade.runtime.progress import track
@@ -59,8 +59,6 @@ class Shared:
     """Positions in one forward pass."""
     recompute: bool = Run.recompute
     """For gradients and exact products, see :class:`~kfade.method.settings.Run`."""
-    memory: int | None = Run.memory
-    """Bytes of a gradient that a pass may hold, see :class:`~kfade.method.settings.Run`."""
     storage: Storage = Run.storage
     """Where gradients, directions, and weights that an edit replaces are kept."""
     seed: int = Run.seed
@@ -72,9 +70,8 @@ class Shared:
 
     @property
     def passes(self) -> dict[str, Any]:
-        """As :attr:`~kfade.method.settings.Run.passes`."""
-        run = Run(recompute=self.recompute, memory=self.memory, storage=self.storage)
-        return run.passes
+        """The settings of a gradient and of an exact product."""
+        return {"recompute": self.recompute, "storage": self.storage}
 
 
 def sweep(
@@ -101,24 +98,24 @@ def sweep(
         on_point: called with every new outcome.
 
     Raises:
-        InputError: an empty set, blocks that the curvature does not cover, or every point failed.
+        InputError: an empty set, a sequence that the model cannot read, blocks that the curvature
+            does not cover, or every point failed.
     """
     sets = {"forget set": forget, "held-out retain set": held_out}
     if any(point.refine for point in points):
         sets["retain set"] = retain
-    check_sets(sets)
     targets = shared.targets
     check_model(model, targets)
-    check_readable(model, [*forget, *retain, *held_out])
+    check_sets(model, sets)
     within = {point.layers: targets_within(targets, point.layers) for point in points}
     sampler = Sampler(model, targets, batch_tokens=shared.batch_tokens, seed=shared.seed)
     forget_batches = sampler.draw(forget, shared.forget_batch)
     refining = sampler.draw(retain, shared.refine_sequences)
     with stage("check"):
-        preflight(model, targets, recompute=shared.recompute)
+        head = preflight(model, targets, recompute=shared.recompute)
         least = min((least_kl(point.size) for point in points), default=math.inf)
         measured = sampler.draw(forget, MEASURED_SEQUENCES)
-        gauge = Gauge(model, sampler.all(held_out), measured, shared.storage)
+        gauge = Gauge(model, sampler.all(held_out), measured, storage=shared.storage, head=head)
         floor = gauge.rounding_kl(targets, least)
     outcomes = dict(done or {})
 
@@ -133,12 +130,14 @@ def sweep(
         start = time.perf_counter()
         with stage("gradient"):
             objective = shared.objectives[name]
-            gradient = shared.gradient(model, forget_batches, targets, objective, **shared.passes)
+            gradient = shared.gradient(
+                model, forget_batches, targets, objective, **shared.passes, head=head
+            )
         share = shared.seconds / len(points) + (time.perf_counter() - start) / len(own)
         for (layers, _), line in track(_grouped(own, lambda p: p.direction), name):
             missing = [point for point in line if point not in outcomes]
             if missing:
-                directions = _directions(model, refining, shared, gradient, within[layers], missing)
+                directions = _directions(gauge, refining, shared, gradient, within[layers], missing)
                 ruler = _Ruler(gauge, floor, within[layers])
                 _measure_points(ruler, line, directions, share, outcomes, record)
                 del directions  # before the next ones are made
@@ -149,7 +148,7 @@ def sweep(
 
 
 def _directions(
-    model: nn.Module,
+    gauge: Gauge,
     refining: Sequence[Batch],
     shared: Shared,
     gradient: Vector,
@@ -157,7 +156,9 @@ def _directions(
     points: Sequence[Point],
 ) -> Directions:
     """The directions of points that differ in step size and refinement only."""
-    product = partial(gauss_newton_product, model, refining, targets, **shared.passes)
+    product = partial(
+        gauss_newton_product, gauge.model, refining, targets, **shared.passes, head=gauge.head
+    )
     return Directions(
         cut(shared.curvature, targets),
         gradient,
@@ -284,5 +285,8 @@ class _Ruler:
         """An α near the one that gives that KL, which grows about as α²."""
         if last is not None and last.alpha and last.retain_kl:
             return last.alpha * math.sqrt(kl / last.retain_kl)
-        model, batches = self.gauge.model, self.gauge.base.batches
-        return math.sqrt(2 * kl / quadratic_form(model, batches, self.targets, step.direction))
+        gauge = self.gauge
+        exact = quadratic_form(
+            gauge.model, gauge.base.batches, self.targets, step.direction, head=gauge.head
+        )
+        return math.sqrt(2 * kl / exact)

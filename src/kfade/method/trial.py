@@ -100,7 +100,13 @@ class Trial:
         the exact G of held-out retain data."""
         gauge = self._gauge
         with stage("step"), gauge.applied(self._update):
-            exact = quadratic_form(gauge.model, gauge.base.batches, self._targets, step.direction)
+            exact = quadratic_form(
+                gauge.model,
+                gauge.base.batches,
+                self._targets,
+                step.direction,
+                head=gauge.head,
+            )
         if exact == 0:
             raise InputError(
                 "the step does not change what the model says to the held-out retain data: are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.estimators import EKFAC, Estimator
-from kfade.curvature.passes import refuse_float16
 from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch
-from kfade.data.sequences import TokenSequence, check_sequences, digest_sequences
+from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.gradient import forget_gradient
@@ -26,7 +25,7 @@ from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
-from kfade.models.interface import check_model, check_readable
+from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import find_targets, parameter_names, weight_digests
 from kfade.models.targets import Target
 from kfade.runtime.provenance import versions
@@ -65,18 +64,16 @@ def unlearn(
             that the model does not read; a KL that is too small to tell from rounding in the
             model's dtype; numbers that are not finite.
     """
-    _check_data(forget, retain, held_out, run.forget_batch)
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
-    check_readable(model, [*forget, *retain, *held_out])
-    refuse_float16(targets)
+    _check_data(model, forget, retain, held_out, run.forget_batch)
     device = targets[0].weight.device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     retain_batches = sampler.all(retain)
     with stage("check"):
-        preflight(model, targets, recompute=run.recompute)
+        head = preflight(model, targets, recompute=run.recompute)
         measured = sampler.draw(forget, MEASURED_SEQUENCES)
-        gauge = Gauge(model, sampler.all(held_out), measured, run.storage)
+        gauge = Gauge(model, sampler.all(held_out), measured, storage=run.storage, head=head)
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
     update = run.start or Update(
@@ -95,15 +92,15 @@ def unlearn(
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), at.applied_to(model, run.storage):
-                curvature = _fitted(fit, model, retain_batches, targets, run, seed)
-        with stage("gradient"), update.applied_to(model, run.storage):
-            forget_batches = sampler.draw(forget, run.forget_batch, index)
-            gradient = forget_gradient(model, forget_batches, targets, aim, **run.passes)
+                curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
+        with stage("gradient"), gauge.applied(update):
+            drawn = sampler.draw(forget, run.forget_batch, index)
+            gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=head)
         refining = sampler.draw(retain, direction.refine_sequences, index)
         directions = Directions(
             curvature,
             gradient,
-            _exact_product(model, update, targets, refining, run),
+            _exact_product(gauge, update, targets, refining, run),
             damping=direction.damping,
             iterations=direction.refine,
             storage=run.storage,
@@ -111,6 +108,7 @@ def unlearn(
         del gradient  # the directions let it go when they need it no longer
         record, changes = trial.best(directions)
         update = _after(update, record, changes).kept(run.storage)
+        del trial, directions, changes  # before a later fit
         if run.on_step is not None:
             run.on_step(update)
     return update
@@ -118,7 +116,7 @@ def unlearn(
 
 def _fitted(
     fit: Estimator,
-    model: nn.Module,
+    gauge: Gauge,
     batches: Sequence[Batch],
     targets: Sequence[Target],
     run: Run,
@@ -126,18 +124,19 @@ def _fitted(
 ) -> Curvature:
     """The fit at the model's present weights."""
     return fit.fit(
-        model,
+        gauge.model,
         batches,
         targets,
         seed=seed,
         recompute=run.recompute,
         memory=run.memory,
-        store=run.store(model, targets) if run.store is not None else None,
+        store=run.store(gauge.model, targets) if run.store is not None else None,
+        head=gauge.head,
     )
 
 
 def _exact_product(
-    model: nn.Module,
+    gauge: Gauge,
     update: Update,
     targets: Sequence[Target],
     batches: Sequence[Batch],
@@ -146,8 +145,10 @@ def _exact_product(
     """δ ↦ Gδ with the exact G of ``batches`` at the weights that ``update`` makes."""
 
     def product(delta: Vector) -> MutableMapping[str, Tensor]:
-        with update.applied_to(model, run.storage):
-            return gauss_newton_product(model, batches, targets, delta, **run.passes)
+        with gauge.applied(update) as model:
+            return gauss_newton_product(
+                model, batches, targets, delta, **run.passes, head=gauge.head
+            )
 
     return product
 
@@ -178,19 +179,12 @@ def base_facts(
 
 
 def _check_data(
+    model: nn.Module,
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
     forget_batch: int | None,
 ) -> None:
-    check_sets({"forget set": forget, "retain set": retain, "held-out retain set": held_out})
+    check_sets(model, {"forget set": forget, "retain set": retain, "held-out retain set": held_out})
     if forget_batch is not None and not 1 <= forget_batch <= len(forget):
         raise InputError(f"--forget-batch {forget_batch}: the forget set has {len(forget)}")
-
-
-def check_sets(sets: Mapping[str, Sequence[TokenSequence]]) -> None:
-    """Raises InputError if one of the named sets is empty or does not hold token sequences."""
-    for name, sequences in sets.items():
-        if not sequences:
-            raise InputError(f"the {name} is empty: give at least one sequence")
-        check_sequences(sequences, f"the {name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from kfade.data.batches import Batch
-from kfade.data.sequences import TokenSequence
+from kfade.data.sequences import TokenSequence, check_sequences
 from kfade.errors import InputError, first_line
 from kfade.models.head import hidden_states
-from kfade.models.lengths import model_window
+from kfade.models.lengths import model_window, refuse_too_long
 from kfade.models.load import frozen
 from kfade.models.targets import Target
 
@@ -63,11 +63,29 @@ def check_model(model: Any, targets: Sequence[Target]) -> None:
         )
 
 
-def check_readable(model: Any, sequences: Sequence[TokenSequence]) -> None:
-    """Raises InputError where ``model`` has no embedding for a token, or a sequence is too long."""
-    least = min((min(s.tokens) for s in sequences), default=0)
-    _check_embedded(model, least, max((max(s.tokens) for s in sequences), default=0))
-    check_length(model, max((s.live for s in sequences), default=0))
+def check_sets(model: Any, sets: Mapping[str, Sequence[TokenSequence]]) -> None:
+    """Raises InputError if one of the named sets is empty, holds anything but token sequences, or
+    holds one that ``model`` cannot read."""
+    for name, sequences in sets.items():
+        if not sequences:
+            raise InputError(f"the {name} is empty: give at least one sequence")
+        check_sequences(sequences, f"the {name}")
+    for name, sequences in sets.items():
+        check_readable(model, sequences, f"the {name}")
+
+
+def check_readable(model: Any, sequences: Sequence[TokenSequence], name: str = "sequences") -> None:
+    """Raises InputError where ``model`` has no embedding for a token, or a sequence is too long.
+
+    Args:
+        name: what the sequences are, for the message.
+    """
+    if not sequences:
+        return
+    least = min(min(s.tokens) for s in sequences)
+    _check_embedded(model, least, max(max(s.tokens) for s in sequences))
+    longest = max(range(len(sequences)), key=lambda i: sequences[i].live)
+    check_length(model, sequences[longest].live, f"{name}, number {longest}")
 
 
 def check_batches(model: Any, batches: Sequence[Batch]) -> None:
@@ -90,16 +108,20 @@ def _check_embedded(model: Any, least: int, largest: int) -> None:
         )
 
 
-def check_length(model: Any, positions: int) -> None:
+def check_length(model: Any, positions: int, where: str = "a sequence") -> None:
     """Check that ``model`` reads an input of so many positions.
 
-    An input longer than the window of the model's configuration is run as a trial.
+    If the model's configuration states no window, the input is run as a trial.
+
+    Args:
+        where: the input's place, for the message.
 
     Raises:
-        InputError: the trial fails, as it does where positions are learned or kept in a table.
+        InputError: it is over the window, or the trial fails, as it does where positions are
+            learned or kept in a table.
     """
-    window = model_window(model)
-    if positions <= (window or 0):
+    if model_window(model):
+        refuse_too_long(model, positions, where)
         return
     weight = model.get_input_embeddings().weight
     input_BT = torch.zeros(1, positions, dtype=torch.long, device=weight.device)
@@ -111,10 +133,10 @@ def check_length(model: Any, positions: int) -> None:
     except (IndexError, RuntimeError) as error:
         if "memory" in str(error):
             raise
-        most = f" Its window is {window}." if window else ""
         raise InputError(
-            f"{type(model).__name__} cannot read {positions} positions at once "
-            f"({first_line(error)}).{most} Give shorter sequences, with --sequence-length"
+            f"{where}: {type(model).__name__} cannot read {positions} positions at once "
+            f"({first_line(error)}); give shorter sequences, with --sequence-length or window= of "
+            "kfade.encode"
         ) from error
 
 

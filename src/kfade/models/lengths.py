@@ -82,23 +82,46 @@ def model_window(model: Any) -> int | None:
 
 
 def batches_for(model: Any, sequences: Sequence[TokenSequence], budget: int = 4096) -> list[Batch]:
-    """:func:`~kfade.data.batches.make_batches`, on the model's device and by its length classes."""
+    """:func:`~kfade.data.batches.make_batches`, on the model's device and by its length classes.
+
+    Raises:
+        InputError: a sequence is over the model's window.
+    """
     device = next(model.parameters()).device
-    return make_batches(sequences, budget=budget, device=device, group=length_class(model))
+    batches = make_batches(sequences, budget=budget, device=device, group=length_class(model))
+    check_lengths(model, batches)
+    return batches
 
 
-def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:
-    """Raises InputError where a batch holds sequences that would get other frequencies alone."""
+def refuse_too_long(model: Any, positions: int, where: str = "a sequence") -> None:
+    """Raises InputError where an input of so many positions is over the model's window.
+
+    Args:
+        where: the input's place, for the message.
+    """
+    window = model_window(model)
+    if window and positions > window:
+        raise InputError(
+            f"{where}: {positions} positions, over the window of {window} of "
+            f"{type(model).__name__}; make sequences with kfade.encode(..., window={window}), "
+            "which names the text that is too long, or cuts it with truncate=True"
+        )
+
+
+def check_lengths(model: Any, batches: Sequence[Batch]) -> None:
+    """Raises InputError where a batch holds a sequence over the model's window, or sequences that
+    would get other frequencies alone."""
+    refuse_too_long(model, max((batch.input_BT.shape[1] for batch in batches), default=0))
     group = length_class(model)
     if not group.borders:
         return
     for batch in batches:
-        lengths = batch.live_BT.sum(dim=1).tolist()
-        if any(group(n) != group(batch.input_BT.shape[1]) for n in lengths if n):
+        if any(group(n) != group(batch.input_BT.shape[1]) for n in batch.lengths if n):
             raise InputError(
-                f"a batch holds sequences of {min(lengths)} and {max(lengths)} positions, and this "
-                f"model's rotary frequencies change with the length beyond {group.borders[0]}: "
-                "make batches with make_batches(..., group=length_class(model))"
+                f"a batch holds sequences of {min(batch.lengths)} and {max(batch.lengths)} "
+                "positions, and this model's rotary frequencies change with the length beyond "
+                f"{group.borders[0]}: make batches with make_batches(..., "
+                "group=length_class(model))"
             )
 
 

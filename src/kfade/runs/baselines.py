@@ -24,6 +24,7 @@ from kfade.runs import options as o
 from kfade.runs.baseline_choices import (
     LORA_ALPHA,
     LORA_DROPOUT,
+    METHODS,
     builder_of,
     settings_of,
     trainable_of,
@@ -129,8 +130,8 @@ class WeightsConfig:
 class BaselineRequest:
     """The baseline method, the model, the data and the training."""
 
-    method: Annotated[str, o.argument("method")] = ""
-    """Method: ga, gd, kl-min, npo, simnpo, rmu, elm or soul."""
+    method: Annotated[str, o.argument("method"), Parameter(help=f"Method: {METHODS}.")] = ""
+    """Name of the method."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     data: DataConfig = field(default_factory=DataConfig, kw_only=True)

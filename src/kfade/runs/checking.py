@@ -283,13 +283,14 @@ def _small_step(
     model, targets = few.model, few.targets
     group = length_class(model)
     batches = make_batches(tokens, device=targets[0].weight.device, group=group)
-    with stage("fit"):
-        curvature = fit.fit(model, batches, targets, seed=seed)
-    gradient = forget_gradient(model, batches[-1:], targets, margin)
-    step = gauss_newton_step(curvature, gradient, Damping())
     gauge = Gauge(model, batches, batches[-1:])
+    head = gauge.head
+    with stage("fit"):
+        curvature = fit.fit(model, batches, targets, seed=seed, head=head)
+    gradient = forget_gradient(model, batches[-1:], targets, margin, head=head)
+    step = gauss_newton_step(curvature, gradient, Damping())
     floor = ABOVE_ROUNDING * gauge.rounding_kl(targets)
-    exact = quadratic_form(model, batches, targets, step.direction)
+    exact = quadratic_form(model, batches, targets, step.direction, head=head)
     # In 16 bits the KL of rounding adds a tenth, forward-mode products are rounded too, and the
     # larger step has a larger third-order term. The error of a wrong product is of order 1.
     limit = 0.1 if floor == 0 else 0.5
@@ -300,7 +301,7 @@ def _small_step(
         update = Update({}).plus(parameter_changes(targets, step.direction), alpha)
         left = _after_rounding(model, update)
         remains = {target.name: target.from_parameters(left.deltas) for target in targets}
-        exact_kl = 0.5 * quadratic_form(model, batches, targets, remains)
+        exact_kl = 0.5 * quadratic_form(model, batches, targets, remains, head=head)
         measured = gauge.measure(left, margin).retain_kl
         trials.append(Trial(exact_kl, measured, step.predicted_kl(alpha)))
         if abs(trials[-1].ratio - 1) <= limit:

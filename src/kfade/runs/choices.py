@@ -1,17 +1,17 @@
-"""Converts settings to what the library takes: names to functions, numbers to value objects."""
+"""Words in settings: lists of them, for the help and for errors, and what each stands for."""
 
 from __future__ import annotations
 
 import math
 
-from kfade.curvature.damping import Damping
 from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Estimator, Identity
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
-from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.step import StepSize
-from kfade.runs.config import RunConfig
+
+ESTIMATORS = "ekfac, kfac, diagonal or identity"
+LABELS = "sqrt (square-root draw) or sampled (from the model's distribution)"
+OBJECTIVES = "margin or ce (cross-entropy)"
 
 
 def estimator_of(word: str, draw: Draw = square_root_draw) -> Estimator:
@@ -25,7 +25,7 @@ def estimator_of(word: str, draw: Draw = square_root_draw) -> Estimator:
             return Diagonal(draw)
         case "identity":
             return Identity()
-    raise InputError(f"--estimator {word}: give ekfac, kfac, diagonal or identity")
+    raise InputError(f"--estimator {word}: give {ESTIMATORS}")
 
 
 def draw_of(word: str) -> Draw:
@@ -35,7 +35,7 @@ def draw_of(word: str) -> Draw:
             return square_root_draw
         case "sampled":
             return sampled_labels
-    raise InputError(f"--labels {word}: give sqrt or sampled")
+    raise InputError(f"--labels {word}: give {LABELS}")
 
 
 def objective_of(word: str, flag: str = "--objective") -> Objective:
@@ -45,7 +45,7 @@ def objective_of(word: str, flag: str = "--objective") -> Objective:
             return margin
         case "ce":
             return cross_entropy
-    raise InputError(f"{flag} {word}: give margin or ce")
+    raise InputError(f"{flag} {word}: give {OBJECTIVES}")
 
 
 def until_of(word: str | None) -> dict[str, float]:
@@ -85,58 +85,3 @@ def offload_of(word: str | None) -> str | None:
     if word not in (None, "auto", "device", "cpu", "disk"):
         raise InputError(f"--offload {word}: give auto, device, cpu or disk")
     return None if word == "auto" else word
-
-
-def step_size(run: RunConfig) -> StepSize:
-    """The step's size. If no size is set, a measured KL of ``DEFAULT_KL``."""
-    until = until_of(run.size.until)
-    kl = run.size.kl
-    if run.size.alpha is None and kl is None and not until:
-        kl = DEFAULT_KL
-    return StepSize(run.size.alpha, kl, **until, max_kl=run.size.max_kl)
-
-
-def damping_of(run: RunConfig) -> Damping:
-    """The damping of each layer."""
-    absolute, relative = run.step.damping, run.step.relative_damping
-    if absolute is not None and relative is not None:
-        raise InputError("give --damping or --relative-damping, not both")
-    if absolute is not None:
-        return Damping(absolute, relative=False)
-    return Damping() if relative is None else Damping(relative)
-
-
-def direction_of(run: RunConfig) -> Direction:
-    """The settings of each step's direction.
-
-    Raises:
-        InputError: an unknown objective, a number out of range, or conflicting settings.
-    """
-    return Direction(
-        objective_of(run.step.objective),
-        _later_objective_of(run),
-        damping_of(run),
-        run.step.exact_norm,
-        run.refinement.refine,
-        run.refinement.refine_sequences,
-    )
-
-
-def run_of(run: RunConfig) -> Run:
-    """The settings of the steps, without those that need the model (targets, curvature)."""
-    return Run(
-        steps=run.step.steps,
-        forget_batch=run.step.forget_batch,
-        refit=run.step.refit,
-        batch_tokens=run.data.batch_tokens,
-        recompute=run.fit.recompute,
-        seed=run.seed,
-    )
-
-
-def _later_objective_of(run: RunConfig) -> Objective | None:
-    """The objective of all steps after the first; None if it is that of the first step."""
-    word = run.step.later_objective
-    if word is not None and run.step.steps == 1:
-        raise InputError(f"--later-objective {word} needs a second step: give --steps 2 or more")
-    return objective_of(word, "--later-objective") if word is not None else None

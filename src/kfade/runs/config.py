@@ -19,6 +19,7 @@ import yaml
 from cyclopts import Parameter
 
 from kfade.errors import InputError
+from kfade.runs import choices
 from kfade.runs import options as o
 
 
@@ -144,8 +145,10 @@ class DataConfig(RetainConfig):
 class EstimatorConfig:
     """The estimator of the curvature, and the weights to change."""
 
-    estimator: str = "ekfac"
-    """Estimator of the curvature: ekfac, kfac, diagonal or identity."""
+    estimator: Annotated[
+        str, Parameter(help=f"Estimator of the curvature: {choices.ESTIMATORS}.")
+    ] = "ekfac"
+    """Estimator of the curvature."""
     layers: str | None = None
     """Transformer blocks to change, counted from 0, as in 3-6 or 0,2,8-11. Unset: all."""
     target: str | None = None
@@ -162,9 +165,10 @@ class EstimatorConfig:
 class CurvatureConfig(EstimatorConfig):
     """The estimator, the weights to change, and the pseudo-labels."""
 
-    labels: str = "sqrt"
-    """Pseudo-labels for the curvature: sqrt (square-root draw) or sampled (from the model's
-    distribution)."""
+    labels: Annotated[
+        str, Parameter(help=f"Pseudo-labels for the curvature: {choices.LABELS}.")
+    ] = "sqrt"
+    """Pseudo-labels for the curvature."""
 
 
 @o.settings(o.FIT)
@@ -183,8 +187,10 @@ class FitConfig(CurvatureConfig):
 class StepConfig:
     """The direction of each step."""
 
-    objective: str = "margin"
-    """Forgetting objective: margin or ce (cross-entropy)."""
+    objective: Annotated[str, Parameter(help=f"Forgetting objective: {choices.OBJECTIVES}.")] = (
+        "margin"
+    )
+    """Forgetting objective."""
     later_objective: str | None = None
     """Objective of all steps after the first, for example ce when the first step of the margin has
     made the text unlikely. Unset: as --objective."""

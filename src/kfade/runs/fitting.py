@@ -51,7 +51,7 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
         room = make_room(run, loaded, estimator, "fit", folder)
         shard_model(run, loaded.model)
         with stage("load"):
-            preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
+            head = preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
         digests = weight_digests(loaded.model, "model")
         folder.reads(input_digests(digests["model_sha256"], {"retain": sequences}))
@@ -71,6 +71,7 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
                 recompute=room.recompute,
                 memory=room.memory,
                 store=Store(folder.state, {**_made_for(run, loaded, sequences), **digests}),
+                head=head,
             )
         files = sorted(folder.state.glob("curvature-*.safetensors"))
         metrics = _metrics(clock, sequences, files)

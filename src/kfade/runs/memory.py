@@ -29,7 +29,7 @@ class Room:
     """What a run may hold in memory."""
 
     memory: int | None
-    """Bytes of curvature, or of a gradient, that a pass may hold; None: no limit."""
+    """Bytes of curvature that a fit may hold; None: no limit."""
     recompute: bool
     """Whether blocks run again in backward passes."""
     storage: Storage
@@ -66,7 +66,7 @@ def make_room(
     )
     if limit is None:
         _refuse_too_large(arranger, device)
-        return Room(None, run.fit.recompute, _storage(word, folder.state))
+        return Room(None, run.fit.recompute, _storage(word, folder.state, None))
     total = bytes_of(limit) if limit != AUTO else folder.settle("memory", lambda: _free(device))
     way = arranger.within(total)
     if way is None:
@@ -75,7 +75,7 @@ def make_room(
         progress.say(f"memory: {total / 1e9:.3g} GB are free; as with {way.options(total)}")
     if way.work.offload and word is None:
         word = _place(way, device)
-    return Room(way.budget, way.work.recompute, _storage(word, folder.state))
+    return Room(way.budget, way.work.recompute, _storage(word, folder.state, way.budget))
 
 
 def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
@@ -130,12 +130,12 @@ def _place(way: Arrangement, device: torch.device) -> str:
     return "cpu"
 
 
-def _storage(word: str | None, folder: Path) -> Storage:
+def _storage(word: str | None, folder: Path, memory: int | None) -> Storage:
     match word:
         case "cpu":
-            return InHostMemory()
+            return InHostMemory(memory)
         case "disk":
-            return OnDisk(folder)
+            return OnDisk(folder, memory)
     return OnDevice()
 
 

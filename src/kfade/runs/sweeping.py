@@ -30,7 +30,7 @@ from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.models.targets import Target
 from kfade.runs import options as o
-from kfade.runs.choices import estimator_of, objective_of
+from kfade.runs.choices import OBJECTIVES, estimator_of, objective_of
 from kfade.runs.config import (
     DataConfig,
     FitConfig,
@@ -72,8 +72,12 @@ DEFAULT_MAX_KL = 0.02  # twice DEFAULT_KL, the default size of unlearn
 class GridStep:
     """The directions of the points."""
 
-    objective: Annotated[list[str], o.separated(str)] = field(default_factory=lambda: ["margin"])
-    """Forgetting objectives: margin, ce (cross-entropy), or both."""
+    objective: Annotated[
+        list[str],
+        o.separated(str),
+        Parameter(help=f"Forgetting objectives: {OBJECTIVES}, or several."),
+    ] = field(default_factory=lambda: ["margin"])
+    """Forgetting objectives."""
     damping: Annotated[list[float], o.separated(float)] = field(default_factory=list)
     """Absolute dampings λ, as in the paper. Unset: see --relative-damping."""
     relative_damping: Annotated[list[float], o.separated(float)] = field(default_factory=list)
@@ -279,7 +283,6 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
                 refine_sequences=run.refinement.refine_sequences,
                 batch_tokens=run.data.batch_tokens,
                 recompute=ready.room.recompute,
-                memory=ready.room.memory,
                 storage=ready.room.storage,
                 seed=run.seed,
                 gradient=_cached_gradient(folder, header),
@@ -342,7 +345,6 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
             forget_batch=run.step.forget_batch,
             batch_tokens=run.data.batch_tokens,
             recompute=ready.room.recompute,
-            memory=ready.room.memory,
             storage=ready.room.storage,
             seed=run.seed,
         ),

@@ -11,20 +11,23 @@ from typing import Any
 
 from torch import nn
 
+from kfade.curvature.damping import Damping
 from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
+from kfade.method.objectives import Objective
+from kfade.method.settings import DEFAULT_KL, Direction, Run
+from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
 from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
 from kfade.runs.choices import (
-    direction_of,
     draw_of,
     estimator_of,
-    run_of,
-    step_size,
+    objective_of,
+    until_of,
 )
 from kfade.runs.config import RunConfig, result_settings, write_config
 from kfade.runs.inputs import SavedFit, input_digests
@@ -80,7 +83,7 @@ def unlearn(
     run = replace(run, data=with_date(run.data, out, resume=resume))
     source = source_of(run.model)
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
-    direction, size, settings = direction_of(run), step_size(run), run_of(run)
+    direction, size, settings = _direction_of(run), _step_size(run), _run_of(run)
     forget_examples = read_source(run.data.forget, "--forget")
     fit_examples, held_examples = read_retain(run.data, run.seed)
     given = {"curvature": str(saved.path) if saved is not None else None}
@@ -238,3 +241,58 @@ def run_metrics(
         "peak_bytes_by_stage": clock.peak_bytes,
         "tokens": {name: sum(s.loss_tokens for s in data) for name, data in sets.items()},
     }
+
+
+def _step_size(run: RunConfig) -> StepSize:
+    """The step's size. If no size is set, a measured KL of ``DEFAULT_KL``."""
+    until = until_of(run.size.until)
+    kl = run.size.kl
+    if run.size.alpha is None and kl is None and not until:
+        kl = DEFAULT_KL
+    return StepSize(run.size.alpha, kl, **until, max_kl=run.size.max_kl)
+
+
+def _damping_of(run: RunConfig) -> Damping:
+    """The damping of each layer."""
+    absolute, relative = run.step.damping, run.step.relative_damping
+    if absolute is not None and relative is not None:
+        raise InputError("give --damping or --relative-damping, not both")
+    if absolute is not None:
+        return Damping(absolute, relative=False)
+    return Damping() if relative is None else Damping(relative)
+
+
+def _direction_of(run: RunConfig) -> Direction:
+    """The settings of each step's direction.
+
+    Raises:
+        InputError: an unknown objective, a number out of range, or conflicting settings.
+    """
+    return Direction(
+        objective_of(run.step.objective),
+        _later_objective_of(run),
+        _damping_of(run),
+        run.step.exact_norm,
+        run.refinement.refine,
+        run.refinement.refine_sequences,
+    )
+
+
+def _run_of(run: RunConfig) -> Run:
+    """The settings of the steps, without those that need the model (targets, curvature)."""
+    return Run(
+        steps=run.step.steps,
+        forget_batch=run.step.forget_batch,
+        refit=run.step.refit,
+        batch_tokens=run.data.batch_tokens,
+        recompute=run.fit.recompute,
+        seed=run.seed,
+    )
+
+
+def _later_objective_of(run: RunConfig) -> Objective | None:
+    """The objective of all steps after the first; None if it is that of the first step."""
+    word = run.step.later_objective
+    if word is not None and run.step.steps == 1:
+        raise InputError(f"--later-objective {word} needs a second step: give --steps 2 or more")
+    return objective_of(word, "--later-objective") if word is not None else None

@@ -75,8 +75,7 @@ def free_bytes(device: torch.device) -> int:
     Processes of one machine share a CPU's memory; a limit of the container counts.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free: int = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         limit = int((_CGROUP / "memory.max").read_text())

@@ -1,0 +1,229 @@
+"""`kfade plan`: what the command says, shows and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import zoo
+from plan_models import LLAMA_7B, LLAMA_70B, SMALL, grouped, saved
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, MixtralConfig
+
+import kfade.planning.cost
+from kfade.cli import main
+from kfade.cli.plan_page import duration, size
+from kfade.models.load import load_skeleton
+from kfade.planning.trace import trace_pass
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Plans of one model for other devices trace its pass once: it takes many seconds."""
+    traces: dict = {}
+
+    def trace(model, targets, shape, *, recompute):
+        names = tuple(target.name for target in targets)
+        key = (model.config.to_json_string(), names, shape, recompute)
+        if key not in traces:
+            traces[key] = trace_pass(model, targets, shape, recompute=recompute)
+        return traces[key]
+
+    monkeypatch.setattr("kfade.planning.memory.trace_pass", trace)
+
+
+def planned(capsys, *arguments: str) -> dict:
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_once")
+@grouped
+def test_command_on_a_large_model(tmp_path, capsys):
+    arguments = ["--speed", "400", "--float32-speed", "60", "--bandwidth", "3000"]
+    folder = saved(LLAMA_70B, tmp_path)
+    found = planned(capsys, folder, *arguments, "--memory", "80GB", "--devices", "8")
+    assert found["parameters"]["all"] / 1e9 == pytest.approx(69.0, abs=0.05)
+    assert found["bytes"]["model"] == pytest.approx(2 * found["parameters"]["all"], rel=1e-6)
+    # Per block: 8192² + 28672² of A, 2·28672² + 8192² of S.
+    assert found["bytes"]["factors"] == 80 * 4 * (2 * 8192**2 + 3 * 28672**2)
+    assert found["groups"] is None
+    assert "lower --batch-tokens" in found["problem"]
+    one, eight = found["seconds"]["1"], found["seconds"]["8"]
+    # Twice the parameters a token and direction, and attention, at 400 TFLOP/s.
+    tokens = 4000 * 511
+    least = 4 * 68.4e9 * tokens / 400e12
+    assert least < one["covariance"] < 4 * least
+    assert one["covariance"] == pytest.approx(8 * eight["covariance"])
+    assert eight["total"] < one["total"] / 4
+    few = ["--layers", "3-6", "--batch-tokens", "1024", "--memory", "80GB", "--devices", "8"]
+    assert planned(capsys, folder, *few)["problem"] is not None
+    spread = planned(capsys, folder, *few, "--shard")
+    assert spread["problem"] is None
+    assert spread["over_memory"] == []
+    assert spread["groups"] == 1  # 10.4 GB of factors a block, of which each process keeps a part
+    factors = spread["bytes"]["factors"]
+    covariance = spread["peak_bytes"]["planned"]["covariance"]
+    assert factors / 8 < covariance - spread["bytes"]["model"] < factors
+    assert spread["bytes"]["model"] < found["bytes"]["model"] / 6
+
+
+def test_command_plans_refinements(tmp_path, capsys):
+    """Each iteration costs a product and the measuring of one more direction."""
+    arguments = ["--speed", "400", "--sequence-length", "64"]
+    folder = saved(SMALL, tmp_path)
+    plain, one, three = (
+        planned(capsys, folder, *arguments, *more)
+        for more in ([], ["--refine", "1"], ["--refine", "3"])
+    )
+    assert "refine" not in plain["flops"]
+    # Two products, not one, and four: the first serves the K-FADE direction itself.
+    assert three["flops"]["refine"]["forward"] == pytest.approx(
+        2 * one["flops"]["refine"]["forward"]
+    )
+    # Per position of the product, four forward passes where a trial makes one.
+    trial = plain["flops"]["gradient"]["forward"] / (2500 * 512 * 63 / 64)
+    assert one["flops"]["refine"]["forward"] == pytest.approx(2 * 4 * trial * 64 * 63)
+    small = planned(capsys, folder, *arguments, "--refine", "1", "--refine-sequences", "16")
+    assert small["flops"]["refine"]["head"] == pytest.approx(one["flops"]["refine"]["head"] / 4)
+    for stage in ("step", "check"):
+        first, second, fourth = (p["flops"][stage]["forward"] for p in (plain, one, three))
+        assert fourth - first == pytest.approx(3 * (second - first))
+        assert second > first
+    vector = plain["bytes"]["vector"]
+    peaks = [p["peak_bytes"]["planned"] for p in (plain, one)]
+    assert peaks[1]["check"] - peaks[0]["check"] == 6 * vector  # g, r, s, p, q, the best so far
+    assert peaks[1]["refine"] > peaks[1]["gradient"] + 5 * vector
+    assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
+
+
+def test_command_plans_blocks_that_run_again(tmp_path, capsys):
+    four = LlamaConfig(**{**LLAMA_7B.to_dict(), "num_hidden_layers": 4})
+    folder = saved(four, tmp_path)
+    arguments = [folder, "--speed", "400", "--batch-tokens", "8192"]
+    plain, ours = (planned(capsys, *arguments, *more) for more in ([], ["--recompute"]))
+    assert (plain["work"]["recompute"], ours["work"]["recompute"]) == (False, True)
+    positions = 16 * 511
+    # The inputs of four blocks, the last norm's in float32 and its scale, and the output.
+    kept = positions * (5 * 4096 * 2 + 4096 * 4 + 4)
+    assert ours["bytes"]["activations"] == kept
+    assert plain["bytes"]["activations"] > 5 * kept
+    assert plain["bytes"]["inputs"] == 4 * ours["bytes"]["inputs"]
+    for stage in ("covariance", "lambda", "gradient"):
+        assert ours["peak_bytes"]["planned"][stage] < plain["peak_bytes"]["planned"][stage]
+        assert ours["seconds"]["1"][stage] > plain["seconds"]["1"][stage]
+        forward = ours["flops"][stage]["forward"]
+        assert forward == pytest.approx(2 * plain["flops"][stage]["forward"])
+    assert main(["plan", folder, "--recompute", "--layers", "3"]) == 0
+    assert "blocks run again in backward passes" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_once")
+def test_command_finds_groups_for_a_device(tmp_path, capsys):
+    folder = saved(LLAMA_7B, tmp_path)
+    arguments = [folder, "--batch-tokens", "2048", "--estimator", "ekfac"]
+    free = planned(capsys, *arguments)
+    assert free["groups"] == 1
+    assert free["passes"] == 2
+    assert free["seconds"] == {}
+    assert free["memory"] is None
+    big = planned(capsys, *arguments, "--memory", "80GB,48GB")
+    assert (big["memory"], big["devices"]) == (48 * 10**9, 2)
+    assert big["groups"] > planned(capsys, *arguments, "--memory", "80GB")["groups"] > 1
+    assert big["passes"] == 2 * big["groups"]
+    stages = ("covariance", "eigh", "lambda")
+    assert all(big["peak_bytes"]["planned"][stage] <= 48 * 10**9 for stage in stages)
+    assert any(big["peak_bytes"]["one_group"][stage] > 48 * 10**9 for stage in stages)
+    assert (big["over_memory"], big["offload"], free["offload"]) == ([], True, False)
+    held = planned(capsys, *arguments, "--memory", "48GB", "--offload", "device")
+    assert held["over_memory"] == ["step"]
+    assert held["advice"] == "--memory 48GB --offload auto"
+
+
+def test_command_reads_gguf_and_dtypes(tmp_path, capsys):
+    model = zoo.tiny("llama", torch.float32)
+    zoo.write_gguf(model, tmp_path / "m.gguf")
+    found = planned(capsys, str(tmp_path / "m.gguf"))
+    assert found["dtype"] == "float32"
+    assert found["weights"] == 6
+    folder = saved(model.config, tmp_path / "m")
+    half = planned(capsys, folder, "--dtype", "bfloat16", "--target", "*down_proj.weight")
+    assert half["weights"] == 2
+    frequencies = 2 * 4 * 4  # of the rotations: float32 in both
+    assert 2 * (half["bytes"]["model"] - frequencies) == found["bytes"]["model"] - frequencies
+    assert half["bytes"]["vector"] == 2 * 4 * zoo.WIDTH * zoo.INNER
+
+
+def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kfade.planning.cost, "_typical", lambda work, device: 0.1)
+    folder = saved(SMALL, tmp_path)
+    arguments = ["plan", folder, "--measure", "--memory", "454MB", "--batch-tokens", "64"]
+    assert main([*arguments, "--sequence-length", "33", "--devices", "2"]) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    for text in ("9 weights targeted", "covariance", "exchange", "2 devices", "total", "groups"):
+        assert text in output.err
+    assert main(["plan", folder, "--memory", "1GB"]) == 0
+    assert "fits 1.00 GB, the layers in 1 group(s)" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speed", "1", "--measure"], "not both"),
+        (["--float32-speed", "1", "--measure"], "not both"),
+        (["--bandwidth", "1"], "without --speed"),
+        (["--speed", "0"], "positive"),
+        (["--memory", "lots"], "20GB"),
+        (["--memory", "1GB,2GB", "--devices", "3"], "one for each device"),
+        (["--devices", "0"], "1 or more"),
+        (["--tokens", "0"], "--tokens"),
+        (["--refine", "-1"], "--refine must be 0 or more"),
+        (["--refine-sequences", "0"], "--refine-sequences 1 or more"),
+        (["--sequence-length", "1"], "2 or more"),
+        (["--estimator", "best"], "ekfac, kfac"),
+        (["--layers", "9"], "blocks 0 to 2"),
+        (["--dtype", "float8"], "--dtype"),
+    ],
+)
+def test_command_refuses(tmp_path, capsys, arguments, message):
+    assert main(["plan", saved(SMALL, tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_routed_experts_are_refused(tmp_path, capsys):
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=37,
+        num_local_experts=4,
+    )
+    folder = saved(config, tmp_path)
+    assert main(["plan", folder]) == 2
+    assert "cannot be planned" in capsys.readouterr().err
+    assert main(["plan", folder, "--target", "*experts*"]) == 2
+    assert "mixture-of-experts" in capsys.readouterr().err
+
+
+def test_sizes_and_durations_for_a_person():
+    assert [size(n) for n in (12, 3456, 1.234e7, 5.08e10, 1.06e12)] == [
+        "12 B",
+        "3.46 kB",
+        "12.3 MB",
+        "50.8 GB",
+        "1.06 TB",
+    ]
+    assert [duration(s) for s in (0.5, 119, 600, 9000)] == ["0.5 s", "119 s", "10 min", "2.5 h"]
+
+
+def test_skeletons_hold_no_numbers(tmp_path):
+    with FakeTensorMode():
+        kind = type(torch.empty(1))
+    skeleton = load_skeleton(saved(LLAMA_70B, tmp_path))
+    assert all(isinstance(p, kind) for p in skeleton.parameters())
