@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from helpers import command_line
 from processes import start
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -44,12 +45,11 @@ def setup(tmp_path, model_dir) -> dict[str, str]:
 
 
 def unlearn(setup: dict[str, str], *more: str) -> int:
-    return main(
-        [
-            *("unlearn", setup["model"], "--forget", setup["forget"], "--retain", setup["retain"]),
-            *("--out", setup["out"], "--sequence-length", "8", *more),
-        ]
-    )
+    given = [
+        *("unlearn", setup["model"], "--forget", setup["forget"], "--retain", setup["retain"]),
+        *("--out", setup["out"], "--sequence-length", "8"),
+    ]
+    return main(command_line(given, more))
 
 
 def leftovers(setup: dict[str, str]) -> list[str]:

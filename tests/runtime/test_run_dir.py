@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from helpers import command_line
 from processes import start
 from safetensors.torch import load_file
 
@@ -59,7 +60,8 @@ def setup(tmp_path) -> dict[str, str]:
 def command(setup: dict[str, str], *more: str) -> list[str]:
     data = ["--forget", setup["forget"], "--retain", setup["retain"], "--sequence-length", "8"]
     steps = ["--steps", "2", "--alpha", "0.02"]
-    return ["unlearn", setup["model"], *data, *steps, "--out", setup["out"], *more]
+    given = ["unlearn", setup["model"], *data, *steps, "--out", setup["out"]]
+    return command_line(given, more)
 
 
 @pytest.fixture
