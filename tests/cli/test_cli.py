@@ -19,6 +19,7 @@ from zoo.rows import FORGET, RETAIN
 from kfade.cli import main
 from kfade.cli.session import show
 from kfade.method.update import Update
+from kfade.runs.config import read_config
 
 
 def write_lines(path: Path, rows: list) -> Path:
@@ -424,17 +425,44 @@ def test_out_of_memory_says_what_to_lower(setup, capsys, monkeypatch):
     assert leftovers(setup) == []
 
 
-def test_unknown_config_keys_and_types(setup, tmp_path, capsys):
-    config = tmp_path / "c.yaml"
-    for text, message in (
-        ("step:\n  stepz: 2\n", "unknown key 'stepz'"),
-        ("step:\n  steps: two\n", "'two' is not int"),
-        ("step: [1]\n", "expected settings"),
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "step:\n  stepz: 2\n",
+            "c.yaml, step: unknown key 'stepz'; did you mean steps? known",
+        ),
+        (
+            "kl: 0.02\n",
+            "c.yaml: unknown key 'kl'; did you mean kl under size? known",
+        ),
+        ("sizes:\n  kl: 0.02\n", "unknown key 'sizes'; did you mean size? known"),
+        ("step:\n  forget: f\n", "unknown key 'forget'; did you mean forget under data? known"),
+        ("fit:\n  joint-bias: true\n", "unknown key 'joint-bias'; did you mean joint_bias? known"),
+        ("fit:\n  seed: 1\n", "unknown key 'seed'; did you mean seed, not indented? known keys"),
+        ("zzz: 1\n", "c.yaml: unknown key 'zzz'; known keys are model, data, fit"),
+        ("step:\n  steps: two\n", "c.yaml, step, steps: 'two' is not a whole number"),
+        ("step:\n  refit: 1\n", "refit: 1 is not true or false"),
+        ("size:\n  kl: true\n", "kl: True is not a number or null"),
+        ("fit:\n  layers: 1.5\n", "layers: 1.5 is not text or null; write text in quotes"),
+        ("data:\n  template_args: a=1\n", "template_args: 'a=1' is not a list, as in [a, b]"),
+        ("step: [1]\n", "c.yaml, step: expected settings as 'name: value', found [1]; known keys"),
         ("step: {", "not valid YAML"),
-    ):
-        config.write_text(text)
-        assert unlearn(setup, "--config", str(config)) == 2
-        assert message in capsys.readouterr().err
+    ],
+)
+def test_unknown_config_keys_and_types(setup, tmp_path, capsys, text, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    assert unlearn(setup, "--config", str(config)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_in_yaml_needs_no_quotes(tmp_path):
+    """Also where YAML reads it as a number or a date."""
+    config = tmp_path / "c.yaml"
+    config.write_text("fit: {layers: 0}\ndata: {template_date: 2026-01-31}\n")
+    run = read_config(config)
+    assert (run.fit.layers, run.data.template_date) == ("0", "2026-01-31")
 
 
 @pytest.mark.parametrize("command", ["unlearn", "fit", "apply", "revert", "check", "demo"])
