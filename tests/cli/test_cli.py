@@ -189,27 +189,33 @@ def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch, r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_refused_size_keeps_the_fit_and_another_size_goes_on_from_it(
-    setup, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    "other", [(), ("--steps", "2", "--no-refit", "--objective", "ce", "--refine", "1")]
+)
+def test_a_refused_size_keeps_the_fit_and_other_settings_go_on_from_it(
+    setup, tmp_path, monkeypatch, capsys, other
 ):
+    """Another size, or another number of steps, as the message advises."""
+    again = ("--kl", "0.01", *other)
     assert unlearn(setup, "--kl", "1e6") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "--kl 1e+06 cannot be reached in one step" in said
-    kept = f"what was finished is kept in {setup['out']}.part: go on from it with --resume, also"
-    assert f"{kept} with another size, or remove the folder" in said
-    assert unlearn(setup, "--kl", "0.01") == 2  # not without being told to
-    assert unlearn(setup, "--kl", "0.01", "--seed", "1", "--resume") == 2  # nor another fit
+    assert "ask for less, or take more --steps" in said
+    kept = f"what was finished is kept in {setup['out']}.part: --resume continues from it, also"
+    assert f"{kept} with other settings of size, step, refinement; for a new run" in said
+    assert unlearn(setup, *again) == 2  # not without being told to
+    assert unlearn(setup, *again, "--seed", "1", "--resume") == 2  # nor another fit
 
     def fits_again(*arguments, **options):
         raise AssertionError("the fit began anew")
 
     with monkeypatch.context() as patched:
         patched.setattr("kfade.curvature.fit.run_pass", fits_again)
-        assert unlearn(setup, "--kl", "0.01", "--resume") == 0
+        assert unlearn(setup, *again, "--resume") == 0
         whole = {**setup, "out": str(tmp_path / "whole")}
         with pytest.raises(AssertionError, match="began anew"):  # control
-            unlearn(whole, "--kl", "0.01")
-    assert unlearn(whole, "--kl", "0.01") == 0
+            unlearn(whole, *again)
+    assert unlearn(whole, *again) == 0
     first, second = (load_file(Path(s["out"]) / "update.safetensors") for s in (setup, whole))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -50,7 +50,8 @@ def _repeated(error: RepeatArgumentError, keyword: str) -> str:
 
 def _shown_name(argument: Argument) -> str:
     """``--out`` for an option, ``UPDATE`` for a positional argument."""
-    is_positional = MODEL in (argument.parameter.group or ())
+    group = argument.parameter.group
+    is_positional = isinstance(group, tuple) and MODEL in group
     return argument.name.lstrip("-").upper() if is_positional else argument.name
 
 

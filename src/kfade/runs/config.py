@@ -343,7 +343,7 @@ def _build(kind: type, data: Any, where: str) -> Any:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    """The message about a key that is not among the ``known`` ones: the nearest key and its place."""
+    """The message about a key that is not ``known`` at its place, with the nearest known key."""
     places = {}
     for stage, kind in typing.get_type_hints(RunConfig).items():
         if is_dataclass(kind):

@@ -88,8 +88,12 @@ def unlearn(
     given = {"curvature": str(saved.path) if saved is not None else None}
     clock = Clock()
     asked = {**result_settings(run), **given}
-    free = {"size": "update-*"}  # no fit depends on the size
-    with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
+    # The first fit depends on none of these, except that --memory is shared out by --steps.
+    free = ("size",) if run.fit.memory else ("size", "step", "refinement")
+    with (
+        timing(clock),
+        RunDir(out, asked, resume=resume, free=dict.fromkeys(free, "update-*")) as folder,
+    ):
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
         refitted = run.step.refit and run.step.steps > 1
