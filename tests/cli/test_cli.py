@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -84,6 +85,24 @@ def test_a_run_writes_what_it_promises(setup, capsys):
     Update.load(out).apply(base)
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, dict(edited.named_parameters())[name]), name
+
+
+def test_a_run_says_what_it_read(setup, capsys):
+    """A short set is one packed sequence; a small model has thousands of parameters, not 0.0 M."""
+    texts = [{"text": f"a b c {letter}"} for letter in "defgh"]
+    write_lines(Path(setup["forget"]), texts)
+    write_lines(Path(setup["retain"]), texts)
+    for length, packed in (("32", "1 sequence (packed)"), ("8", "4 sequences (packed)")):
+        assert unlearn(setup, "--sequence-length", length, "--alpha", "0.01", "--holdout", "1") == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "6 weights targeted, " in said
+        assert " k parameters" in said
+        assert f"forget: 5 texts in {packed}; retain: 4 texts in " in said
+        assert "held-out retain: 1 text in 1 sequence (packed)" in said
+        shutil.rmtree(setup["out"])
+    assert unlearn(setup, "--no-pack", "--alpha", "0.01", "--holdout", "1") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "forget: 5 texts in 5 sequences; retain: 4 texts in 4 sequences; held-out" in said
 
 
 def test_config_replays_a_run(setup, tmp_path):

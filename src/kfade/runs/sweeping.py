@@ -50,6 +50,7 @@ from kfade.runs.session import (
     load,
     read_retain,
     read_source,
+    say_sets,
     source_of,
     to_tokens,
 )
@@ -208,6 +209,7 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
         sets = (forget_examples, fit_examples, held_examples)
         tokens = [to_tokens(examples, loaded, run.data) for examples in sets]
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
+        say_sets(sets_by_name, sets, run.data)
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"])
         folder.reads(input_digests(digests["model_sha256"], sets_by_name, saved))

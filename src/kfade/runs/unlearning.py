@@ -37,6 +37,7 @@ from kfade.runs.session import (
     load,
     read_retain,
     read_source,
+    say_sets,
     shard_model,
     source_of,
     to_tokens,
@@ -108,6 +109,7 @@ def unlearn(
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"]) if saved is not None else None
         sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
+        say_sets(sets, (forget_examples, fit_examples, held_examples), run.data)
         folder.reads(input_digests(digests["model_sha256"], sets, saved))
         if saved is not None:
             saved.note_other_texts(retain)
