@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kfade.cli import options as o
+from kfade.cli.plan_page import size
 from kfade.cli.session import session, show
 from kfade.runs.config import FitRequest
 from kfade.runs.fitting import fit as run_fit
@@ -30,7 +31,7 @@ def fit(
     lines = [
         f"{request.fit.estimator} fitted on {counted(metrics['tokens'], 'loss token')}",
         f"time: {seconds}",
-        f"{metrics['curvature_bytes'] / 1e6:.0f} MB in {counted(metrics['groups'], 'file')} "
+        f"{size(metrics['curvature_bytes'])} in {counted(metrics['groups'], 'file')} "
         f"written to {out}",
     ]
     show(metrics, json, lines)
