@@ -101,6 +101,17 @@ def flat(**options: Any) -> dict[str, Any]:
     return {**sorted_options, **options}
 
 
+def command_line(given: Sequence[str], more: Sequence[str]) -> list[str]:
+    """The arguments ``given`` and ``more``. An option in ``more`` replaces that in ``given``, where
+    each has one value."""
+    kept = list(given)
+    for word in more:
+        if word.startswith("--") and word in kept:
+            at = kept.index(word)
+            del kept[at : at + 2]
+    return [*kept, *more]
+
+
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """‖ours − theirs‖ / ‖theirs‖."""
     return ((ours - theirs).norm() / theirs.norm()).item()

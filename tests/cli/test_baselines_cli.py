@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import command_line
 from safetensors.torch import load_file
 from zoo.rows import EXTRA, FORGET, RETAIN
 
@@ -26,12 +27,11 @@ def baseline(tmp_path, model_dir):
     data = ("--forget", f"{tmp_path}/forget.jsonl", "--retain", f"{tmp_path}/retain.jsonl")
 
     def run(method: str, *more: str, out: str = "out") -> int:
-        return main(
-            [
-                *("baseline", method, str(model_dir), *data, "--out", f"{tmp_path}/{out}"),
-                *("--sequence-length", "8", *EXTRA.get(method, ()), *more),
-            ]
-        )
+        given = [
+            *("baseline", method, str(model_dir), *data, "--out", f"{tmp_path}/{out}"),
+            *("--sequence-length", "8", *EXTRA.get(method, ())),
+        ]
+        return main(command_line(given, more))
 
     return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from helpers import command_line
 from processes import start
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,7 @@ from zoo.rows import FORGET, RETAIN
 from kfade.cli import main
 from kfade.cli.session import show
 from kfade.method.update import Update
+from kfade.runs.config import read_config
 
 
 def write_lines(path: Path, rows: list) -> Path:
@@ -36,12 +39,11 @@ def setup(tmp_path, model_dir) -> dict[str, str]:
 
 
 def unlearn(setup: dict[str, str], *more: str) -> int:
-    return main(
-        [
-            *("unlearn", setup["model"], "--forget", setup["forget"], "--retain", setup["retain"]),
-            *("--out", setup["out"], "--sequence-length", "8", *more),
-        ]
-    )
+    given = [
+        *("unlearn", setup["model"], "--forget", setup["forget"], "--retain", setup["retain"]),
+        *("--out", setup["out"], "--sequence-length", "8"),
+    ]
+    return main(command_line(given, more))
 
 
 def leftovers(setup: dict[str, str]) -> list[str]:
@@ -75,6 +77,24 @@ def test_a_run_writes_what_it_promises(setup, capsys):
     Update.load(out).apply(base)
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, dict(edited.named_parameters())[name]), name
+
+
+def test_a_run_says_what_it_read(setup, capsys):
+    """A short set is one packed sequence; a small model has thousands of parameters, not 0.0 M."""
+    texts = [{"text": f"a b c {letter}"} for letter in "defgh"]
+    write_lines(Path(setup["forget"]), texts)
+    write_lines(Path(setup["retain"]), texts)
+    for length, packed in (("32", "1 sequence (packed)"), ("8", "3 sequences (packed)")):
+        assert unlearn(setup, "--sequence-length", length, "--alpha", "0.01", "--holdout", "1") == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "6 weights targeted, " in said
+        assert " k parameters" in said
+        assert f"forget: 5 texts in {packed}; retain: 4 texts in " in said
+        assert "held-out retain: 1 text in 1 sequence (packed)" in said
+        shutil.rmtree(setup["out"])
+    assert unlearn(setup, "--no-pack", "--alpha", "0.01", "--holdout", "1") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "forget: 5 texts in 5 sequences; retain: 4 texts in 4 sequences; held-out" in said
 
 
 def test_config_replays_a_run(setup, tmp_path):
@@ -178,27 +198,33 @@ def test_a_killed_run_resumes_to_the_same_update(setup, tmp_path, monkeypatch, r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_refused_size_keeps_the_fit_and_another_size_goes_on_from_it(
-    setup, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    "other", [(), ("--steps", "2", "--no-refit", "--objective", "ce", "--refine", "1")]
+)
+def test_a_refused_size_keeps_the_fit_and_other_settings_go_on_from_it(
+    setup, tmp_path, monkeypatch, capsys, other
 ):
+    """Another size, or another number of steps, as the message advises."""
+    again = ("--kl", "0.01", *other)
     assert unlearn(setup, "--kl", "1e6") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "--kl 1e+06 cannot be reached in one step" in said
-    kept = f"what was finished is kept in {setup['out']}.part: go on from it with --resume, also"
-    assert f"{kept} with another size, or remove the folder" in said
-    assert unlearn(setup, "--kl", "0.01") == 2  # not without being told to
-    assert unlearn(setup, "--kl", "0.01", "--seed", "1", "--resume") == 2  # nor another fit
+    assert "ask for less, or take more --steps" in said
+    kept = f"what was finished is kept in {setup['out']}.part: --resume continues from it, also"
+    assert f"{kept} with other settings of size, step, refinement; for a new run" in said
+    assert unlearn(setup, *again) == 2  # not without being told to
+    assert unlearn(setup, *again, "--seed", "1", "--resume") == 2  # nor another fit
 
     def fits_again(*arguments, **options):
         raise AssertionError("the fit began anew")
 
     with monkeypatch.context() as patched:
         patched.setattr("kfade.curvature.fit.run_pass", fits_again)
-        assert unlearn(setup, "--kl", "0.01", "--resume") == 0
+        assert unlearn(setup, *again, "--resume") == 0
         whole = {**setup, "out": str(tmp_path / "whole")}
         with pytest.raises(AssertionError, match="began anew"):  # control
-            unlearn(whole, "--kl", "0.01")
-    assert unlearn(whole, "--kl", "0.01") == 0
+            unlearn(whole, *again)
+    assert unlearn(whole, *again) == 0
     first, second = (load_file(Path(s["out"]) / "update.safetensors") for s in (setup, whole))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -411,17 +437,44 @@ def test_out_of_memory_says_what_to_lower(setup, capsys, monkeypatch):
     assert leftovers(setup) == []
 
 
-def test_unknown_config_keys_and_types(setup, tmp_path, capsys):
-    config = tmp_path / "c.yaml"
-    for text, message in (
-        ("step:\n  stepz: 2\n", "unknown key 'stepz'"),
-        ("step:\n  steps: two\n", "'two' is not int"),
-        ("step: [1]\n", "expected settings"),
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "step:\n  stepz: 2\n",
+            "c.yaml, step: unknown key 'stepz'; did you mean steps? known",
+        ),
+        (
+            "kl: 0.02\n",
+            "c.yaml: unknown key 'kl'; did you mean kl under size? known",
+        ),
+        ("sizes:\n  kl: 0.02\n", "unknown key 'sizes'; did you mean size? known"),
+        ("step:\n  forget: f\n", "unknown key 'forget'; did you mean forget under data? known"),
+        ("fit:\n  joint-bias: true\n", "unknown key 'joint-bias'; did you mean joint_bias? known"),
+        ("fit:\n  seed: 1\n", "unknown key 'seed'; did you mean seed, not indented? known keys"),
+        ("zzz: 1\n", "c.yaml: unknown key 'zzz'; known keys are model, data, fit"),
+        ("step:\n  steps: two\n", "c.yaml, step, steps: 'two' is not a whole number"),
+        ("step:\n  refit: 1\n", "refit: 1 is not true or false"),
+        ("size:\n  kl: true\n", "kl: True is not a number or null"),
+        ("fit:\n  layers: 1.5\n", "layers: 1.5 is not text or null; write text in quotes"),
+        ("data:\n  template_args: a=1\n", "template_args: 'a=1' is not a list, as in [a, b]"),
+        ("step: [1]\n", "c.yaml, step: expected settings as 'name: value', found [1]; known keys"),
         ("step: {", "not valid YAML"),
-    ):
-        config.write_text(text)
-        assert unlearn(setup, "--config", str(config)) == 2
-        assert message in capsys.readouterr().err
+    ],
+)
+def test_unknown_config_keys_and_types(setup, tmp_path, capsys, text, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    assert unlearn(setup, "--config", str(config)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_in_yaml_needs_no_quotes(tmp_path):
+    """Also where YAML reads it as a number or a date."""
+    config = tmp_path / "c.yaml"
+    config.write_text("fit: {layers: 0}\ndata: {template_date: 2026-01-31}\n")
+    run = read_config(config)
+    assert (run.fit.layers, run.data.template_date) == ("0", "2026-01-31")
 
 
 @pytest.mark.parametrize("command", ["unlearn", "fit", "apply", "revert", "check", "demo"])

@@ -74,10 +74,53 @@ def test_a_missing_model_is_named(command, capsys):
     assert "MODEL is missing: give a hub id" in capsys.readouterr().err
 
 
-def test_of_an_option_given_twice_the_last_one_counts(tmp_path):
-    """Also for the files from which other options get their values."""
-    for name, seed in (("first", 1), ("last", 2)):
-        (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
-    files = [word for n in ("first", "last") for word in ("--config", str(tmp_path / f"{n}.yaml"))]
-    _, given, _ = app.parse_args(["unlearn", "MODEL", "--out", "out", *files])
-    assert given.arguments["run"].seed == 2
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("unlearn m", "--out is missing: folder to write"),
+        ("unlearn m --kl 1", "--out is missing: folder to write"),
+        ("unlearn m --out", "--out needs a value: folder to write"),
+        ("unlearn m --out --json", "--out needs a value: folder to write"),
+        ("unlearn m --ou o", "unknown option: --ou. Did you mean --out?"),
+        ("unlearn m --ou=o", "unknown option: --ou. Did you mean --out?"),
+        ("fit m --out o --layers", "--layers needs a value: transformer blocks to change, counted"),
+        ("fit m n --out o", "too many arguments: n"),
+        ("apply m", "UPDATE is missing: folder of a kfade run, or an update file"),
+        ("merge", "UPDATES is missing: two or more folders of kfade runs, or update files"),
+        ("sweep m --out o", "--curvature is missing: folder of a kfade fit, with the curvature"),
+        ("eval kl m", "--prompts is missing: benign instructions: JSONL of"),
+        ("export-lora u", "--rank is missing: rank of the adapter of each weight"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_purpose(capsys, line, said):
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"kfade: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("unlearn m --out o --kl 0.01 --kl 0.02", "--kl is given more than once: give it once"),
+        ("unlearn m --out o --kl=0.01 --kl=0.01", "--kl is given more than once: give it once"),
+        ("unlearn m --out o --json --json", "--json is given more than once: give it once"),
+        ("unlearn m --out o --out p", "--out is given more than once: give it once"),
+        ("fit m --out o --config a --config b", "--config is given more than once: give it once"),
+        (
+            "fit m --out o --pack --no-pack",
+            "--pack and --no-pack are given: give one of them",
+        ),
+        ("sweep m --out o --curvature c --kl 1 --kl 2", "--kl is given more than once"),
+        ("attack m --out o --data d --at 1 --at 2", "--at is given more than once"),
+    ],
+)
+def test_an_option_given_twice_is_refused(capsys, line, said):
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err.startswith(f"kfade: {said}")
+
+
+def test_a_list_is_given_by_one_option_for_each_element():
+    line = "unlearn m --out o --template-arg a=1 --template-arg b=2"
+    _, given, _ = app.parse_args(line.split())
+    assert given.arguments["run"].data.template_args == ["a=1", "b=2"]

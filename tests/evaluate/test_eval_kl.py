@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from helpers import random_sequences, tiny_llama
+from helpers import command_line, random_sequences, tiny_llama
 
 from kfade.cli import main
 from kfade.data.batches import make_batches
@@ -241,7 +241,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 def kl(*more: str, out: str = "out") -> int:
     given = ["--prompts", "p.jsonl", "--max-new-tokens", "6", "--out", out]
-    return main(["eval", "kl", "base", *given, *more])
+    return main(command_line(["eval", "kl", "base", *given], more))
 
 
 def same_items(first: dict, second: dict) -> None:

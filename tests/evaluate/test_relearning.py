@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, Tripwire, flat, random_sequences, tiny_llama
+from helpers import Snapshot, Tripwire, command_line, flat, random_sequences, tiny_llama
 from zoo.rows import FORGET, RETAIN
 
 from kfade.cli import main
@@ -313,11 +313,12 @@ def files(tmp_path) -> dict[str, str]:
 
 
 def command(files: dict[str, str], out: Path, *more: str) -> list[str]:
-    return [
+    given = [
         *("attack", files["model"], "--update", files["update"], "--forget", files["forget"]),
         *("--retain", files["retain"], "--questions", files["questions"], "--out", str(out)),
-        *("--sequence-length", "8", "--steps", "4", "--lr", "1e-2", "--at", "0,2,4", *more),
+        *("--sequence-length", "8", "--steps", "4", "--lr", "1e-2", "--at", "0,2,4"),
     ]
+    return command_line(given, more)
 
 
 def both(files: dict[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, flat, random_sequences
+from helpers import Snapshot, command_line, flat, random_sequences
 from safetensors.torch import load_file
 from zoo.rows import FORGET, RETAIN
 
@@ -340,10 +340,11 @@ def fitted(tmp_path) -> dict[str, str]:
 
 
 def command(fitted: dict[str, str], out: Path, *more: str) -> list[str]:
-    return [
+    given = [
         *("sweep", fitted["model"], "--curvature", fitted["fit"], "--forget", fitted["forget"]),
-        *("--out", str(out), *more),
+        *("--out", str(out)),
     ]
+    return command_line(given, more)
 
 
 GRID = ("--alpha", "0.01,0.05", "--relative-damping", "0.1,1", "--layers", "0;all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from helpers import command_line
 from processes import start
 from safetensors.torch import load_file
 
@@ -59,7 +61,8 @@ def setup(tmp_path) -> dict[str, str]:
 def command(setup: dict[str, str], *more: str) -> list[str]:
     data = ["--forget", setup["forget"], "--retain", setup["retain"], "--sequence-length", "8"]
     steps = ["--steps", "2", "--alpha", "0.02"]
-    return ["unlearn", setup["model"], *data, *steps, "--out", setup["out"], *more]
+    given = ["unlearn", setup["model"], *data, *steps, "--out", setup["out"]]
+    return command_line(given, more)
 
 
 @pytest.fixture
@@ -84,6 +87,27 @@ def refusal(setup: dict[str, str], capsys, *more: str) -> str:
     lines = capsys.readouterr().err
     assert "Traceback" not in lines
     return " ".join(lines.split())
+
+
+@pytest.mark.parametrize(
+    ("kept", "settings"),
+    [("fit", "also with other settings of size"), ("update-1", "with the same settings")],
+)
+def test_a_failed_run_says_with_which_settings_it_continues(tmp_path, kept, settings):
+    free = {"size": "update-*"}
+
+    def fail():
+        with RunDir(tmp_path / "out", {"size": 1}, free=free) as folder:
+            folder.keep(kept, lambda path: path.write_text("a piece"))
+            raise InputError("too far")
+
+    with pytest.raises(
+        InputError, match=f"kept in .*: --resume continues from it, {settings}; for"
+    ):
+        fail()
+    allowed = contextlib.nullcontext()
+    with allowed if kept == "fit" else pytest.raises(InputError, match="--size 1"):
+        RunDir(tmp_path / "out", {"size": 2}, resume=True, free=free)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])

@@ -34,6 +34,7 @@ from kfade.cli import (
     unlearn,
 )
 from kfade.cli.defaults import fill_options, shown_default
+from kfade.cli.messages import message_of
 from kfade.cli.session import console
 from kfade.errors import InputError
 from kfade.runs.options import MODEL
@@ -48,8 +49,7 @@ app = App(
     help_format="markdown",
     group_arguments=MODEL,
     config=fill_options,
-    # If an option is repeated, the last one counts, as in most programs.
-    default_parameter=Parameter(show_default=shown_default, allow_repeating=True),
+    default_parameter=Parameter(show_default=shown_default),
 )
 eval_app = App(
     name="eval",
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except CycloptsError as error:
-        return _fail(str(error), 2)
+        return _fail(message_of(error), 2)
     except InputError as error:
         return _fail(str(error), 2)
     except (torch.OutOfMemoryError, MemoryError):

@@ -9,6 +9,7 @@ from kfade.cli import options as o
 from kfade.cli.session import session, show
 from kfade.runs.baselines import BaselineRequest
 from kfade.runs.baselines import baseline as run_baseline
+from kfade.runtime.counts import counted
 
 
 def baseline(
@@ -38,8 +39,8 @@ def summary(result: Mapping[str, Any], max_kl: float | None) -> list[str]:
     lines = [
         f"kept: step {result['kept_step']} of {result['curve'][-1]['step']}",
         f"forget loss {loss['before']:.3f} -> {loss['after']:.3f} nats/token",
-        f"retain KL {result['retain_kl']:.2e} nats/token on {result['tokens']['held_out']} "
-        "held-out tokens",
+        f"retain KL {result['retain_kl']:.2e} nats/token on "
+        f"{counted(result['tokens']['held_out'], 'held-out token')}",
         f"{100 * result['lost_in_dtype']:.2g} % of the update is lost to rounding in this dtype",
         "time: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()),
         f"update written to {result['out']}/update.safetensors",

@@ -59,5 +59,5 @@ def shown_default(value: Any) -> str | None:
 
 
 def _path(arguments: ArgumentCollection, name: str) -> Path | None:
-    values: list[Any] = [a.tokens[-1].value for a in arguments if a.name == name and a.tokens]
+    values = [token.value for a in arguments if a.name == name for token in a.tokens]
     return Path(values[0]) if values else None

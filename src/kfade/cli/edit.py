@@ -12,6 +12,7 @@ from kfade.cli.session import session, show
 from kfade.runs import editing
 from kfade.runs.config import ModelConfig
 from kfade.runs.options import MODEL, argument
+from kfade.runtime.counts import counted
 
 UpdatePath = Annotated[
     Path,
@@ -60,7 +61,8 @@ def revert(
 
 def _lines(result: dict[str, Any], model: str, done: str) -> list[str]:
     return [
-        f"update of {result['weights']} weights {done} {model}, written to {result['out']}",
+        f"update of {counted(result['weights'], 'weight')} {done} {model}, written to "
+        f"{result['out']}",
         f"{100 * result['lost_in_dtype']:.2g} % of it is lost to rounding in this dtype",
     ]
 
@@ -72,7 +74,8 @@ def merge(updates: UpdatePaths, /, *, out: o.Out, json: o.Json = False) -> None:
     """
     with session():
         result = editing.merge(updates, out)
-    line = f"sum of {len(updates)} updates, {result['weights']} weights, written to {out}"
+    parts = f"{counted(len(updates), 'update')}, {counted(result['weights'], 'weight')}"
+    line = f"sum of {parts}, written to {out}"
     show(result, json, [line])
 
 
@@ -88,7 +91,8 @@ def export_lora(request: editing.LoraRequest, *, json: o.Json = False) -> None:
     errors = result["relative_errors"]
     worst = max(errors, key=lambda weight: errors[weight])
     lines = [
-        f"adapter of rank {request.rank} for {len(errors)} weights written to {result['out']}",
+        f"adapter of rank {request.rank} for {counted(len(errors), 'weight')} written to "
+        f"{result['out']}",
         f"relative error {100 * result['relative_error']:.3g} %; largest for {worst}: "
         f"{100 * errors[worst]:.3g} %",
     ]

@@ -11,6 +11,7 @@ from kfade.cli.session import session, show
 from kfade.evaluate.log import read_log
 from kfade.runs.eval_kl import KlRequest, evaluate_kl
 from kfade.runs.evaluation import ITEMS
+from kfade.runtime.counts import counted
 
 
 def kl(request: KlRequest, *, out: o.Out, resume: o.Resume = False, json: o.Json = False) -> None:
@@ -29,8 +30,9 @@ def kl(request: KlRequest, *, out: o.Out, resume: o.Resume = False, json: o.Json
 def _lines(result: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]) -> list[str]:
     quantiles = ", ".join(f"{p} %: {q['value']:.2g}" for p, q in result["quantiles"].items())
     lines = [
-        f"KL {interval(result['kl_per_token'])} nats per token on {result['tokens']} tokens of "
-        f"{result['completions']} completions (95 % interval)",
+        f"KL {interval(result['kl_per_token'])} nats per token on "
+        f"{counted(result['tokens'], 'token')} of "
+        f"{counted(result['completions'], 'completion')} (95 % interval)",
         f"quantiles over completions: {quantiles}",
         "highest:",
     ]

@@ -10,6 +10,7 @@ from kfade.cli.eval import interval
 from kfade.cli.session import session, show
 from kfade.evaluate.memorisation import SCORES
 from kfade.runs.eval_memorisation import MemorisationRequest, evaluate_memorisation
+from kfade.runtime.counts import counted
 
 
 def memorisation(
@@ -34,7 +35,8 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         if key in result:
             own = result[key]
             lines.append(
-                f"{title} ({own['texts']} texts, {own['tokens']} tokens): exact memorisation "
+                f"{title} ({counted(own['texts'], 'text')}, {counted(own['tokens'], 'token')}): "
+                "exact memorisation "
                 f"{interval(own['exact_memorisation'])}, extraction strength "
                 f"{interval(own['extraction_strength'])}, perplexity {own['perplexity']:.4g}"
             )

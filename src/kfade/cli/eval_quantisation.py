@@ -13,6 +13,7 @@ from kfade.cli.session import session, show
 from kfade.runs.config import ModelConfig
 from kfade.runs.eval_quantisation import evaluate_quantisation
 from kfade.runs.options import EVALUATED
+from kfade.runtime.counts import counted
 
 Update = Annotated[
     Path, Parameter(group=EVALUATED, help="Folder of a kfade run, or an update file.")
@@ -37,7 +38,7 @@ def quantisation(
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    lines = [f"update of {result['weights']} weights"]
+    lines = [f"update of {counted(result['weights'], 'weight')}"]
     for name, figures in result["rounding"].items():
         lines.append(
             f"{name}: {100 * figures['surviving']:.1f} % survives; the rounding error is "

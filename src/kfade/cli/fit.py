@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from kfade.cli import options as o
+from kfade.cli.plan_page import size
 from kfade.cli.session import session, show
 from kfade.runs.config import FitRequest
 from kfade.runs.fitting import fit as run_fit
+from kfade.runtime.counts import counted
 
 
 def fit(
@@ -27,9 +29,9 @@ def fit(
         metrics = run_fit(request, out, resume=resume)
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in metrics["seconds"].items())
     lines = [
-        f"{request.fit.estimator} fitted on {metrics['tokens']} loss tokens",
+        f"{request.fit.estimator} fitted on {counted(metrics['tokens'], 'loss token')}",
         f"time: {seconds}",
-        f"{metrics['curvature_bytes'] / 1e6:.0f} MB in {metrics['groups']} file(s) written to "
-        f"{out}",
+        f"{size(metrics['curvature_bytes'])} in {counted(metrics['groups'], 'file')} "
+        f"written to {out}",
     ]
     show(metrics, json, lines)

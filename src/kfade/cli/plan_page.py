@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from kfade.planning.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
+from kfade.runtime.counts import counted, rounded
 
 SIZES = {
     "model": "model, or a device's shard of it",
@@ -38,8 +39,9 @@ def page(plan: dict[str, Any]) -> list[Any]:
     """The parts of the page for a result of :func:`kfade.runs.plan`."""
     parameters = plan["parameters"]
     head = (
-        f"{plan['model']}: {parameters['all'] / 1e6:,.1f} M parameters in {plan['dtype']}; "
-        f"{plan['weights']} weights targeted, {parameters['targeted'] / 1e6:,.1f} M parameters"
+        f"{plan['model']}: {rounded(parameters['all'])} parameters in {plan['dtype']}; "
+        f"{counted(plan['weights'], 'weight')} targeted, "
+        f"{rounded(parameters['targeted'])} parameters"
     )
     return [head, _sizes(plan), _peaks(plan), _work(plan), *_notes(plan)]
 
@@ -99,7 +101,7 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     work, speed, memory = plan["work"], plan["speed"], plan["memory"]
     fitted = f"{work['estimator']} on {work['retain_tokens']:,} retain tokens"
     notes = [
-        f"{fitted} in {plan['passes']} passes; {work['forget_tokens']:,} forget tokens; "
+        f"{fitted} in {counted(plan['passes'], 'pass')}; {work['forget_tokens']:,} forget tokens; "
         f"sequences of {work['sequence_length']}"
         + ("; blocks run again in backward passes" if work["recompute"] else "")
     ]
@@ -129,12 +131,13 @@ def _notes(plan: dict[str, Any]) -> list[str]:
         notes.append(f"does not fit {size(memory)}: {plan['problem']}")
     elif plan["over_memory"]:
         notes.append(
-            f"the layers are fitted in {plan['groups']} group(s), but {size(memory)} is not "
-            f"enough for: {', '.join(plan['over_memory'])}"
+            f"the layers are fitted in {counted(plan['groups'], 'group')}, but {size(memory)} is "
+            f"not enough for: {', '.join(plan['over_memory'])}"
         )
     else:
         elsewhere = ", vectors outside the device (--offload)" if plan["offload"] else ""
-        notes.append(f"fits {size(memory)}, the layers in {plan['groups']} group(s){elsewhere}")
+        groups = counted(plan["groups"], "group")
+        notes.append(f"fits {size(memory)}, the layers in {groups}{elsewhere}")
     if plan["advice"] is not None:
         notes.append(f"it fits with {plan['advice']}")
     elif plan["problem"] is not None or plan["over_memory"]:

@@ -11,6 +11,7 @@ from kfade.cli import options as o
 from kfade.cli.session import show
 from kfade.runs.options import MODEL
 from kfade.runs.reporting import report as run_report
+from kfade.runtime.counts import counted
 
 Folders = Annotated[
     list[Path],
@@ -47,6 +48,9 @@ def report(
     result = run_report(folders, out, figures=figures, title=title)
     lines = [*result["notes"]]
     if result["files"]:
-        lines.append(f"{len(result['files'])} files of figures written to {figures}")
-    lines.append(f"{len(result['figures'])} figures, {len(result['subjects'])} models: open {out}")
+        lines.append(f"{counted(len(result['files']), 'file')} of figures written to {figures}")
+    lines.append(
+        f"{counted(len(result['figures']), 'figure')}, "
+        f"{counted(len(result['subjects']), 'model')}: open {out}"
+    )
     show(result, json, lines)

@@ -9,6 +9,7 @@ from kfade.cli import options as o
 from kfade.cli.session import session, show
 from kfade.runs.sweeping import SweepRequest, point_line
 from kfade.runs.sweeping import sweep as run_sweep
+from kfade.runtime.counts import counted
 
 
 def sweep(
@@ -36,7 +37,8 @@ def sweep(
 def _lines(result: Mapping[str, Any]) -> list[str]:
     figures = result["sweep"]
     lines = [
-        f"{figures['points']} points, {figures['failed']} of them failed; on the Pareto front:",
+        f"{counted(figures['points'], 'point')}, {figures['failed']} of them failed; on the Pareto "
+        "front:",
         *(f"  {point_line(name, result['points'][name])}" for name in figures["pareto"]),
     ]
     budget = f"the KL budget of {figures['max_kl']:.3g} nats/token"

@@ -9,6 +9,7 @@ from kfade.cli.session import session, show
 from kfade.runs.config import RunConfig
 from kfade.runs.inputs import SavedFit
 from kfade.runs.unlearning import unlearn as run_unlearn
+from kfade.runtime.counts import counted
 
 
 def unlearn(
@@ -42,8 +43,8 @@ def summary(result: dict[str, Any]) -> list[str]:
     return [
         f"forget loss {loss['before']:.3f} -> {loss['after']:.3f} nats/token, probability of the "
         f"forget texts {probability['before']:.3g} -> {probability['after']:.3g}",
-        f"retain KL {result['retain_kl']:.2e} nats/token on {result['tokens']['held_out']} "
-        "held-out tokens",
+        f"retain KL {result['retain_kl']:.2e} nats/token on "
+        f"{counted(result['tokens']['held_out'], 'held-out token')}",
         f"{100 * result['lost_in_dtype']:.2g} % of the update is lost to rounding in this dtype",
         f"time: {seconds}",
         f"update written to {result['out']}/update.safetensors",

@@ -38,6 +38,7 @@ from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import parse_layers
 from kfade.models.targets import Target
+from kfade.runtime.counts import counted
 from kfade.runtime.progress import track
 from kfade.runtime.stages import stage
 
@@ -217,7 +218,7 @@ def _measure_points(
         start = time.perf_counter()
         try:
             step = directions.next()
-            failure = f"the exact system is solved after {directions.refined} iterations"
+            failure = f"the exact system is solved after {counted(directions.refined, 'iteration')}"
         except InputError as error:
             step, failure = None, str(error)
         if step is None:

@@ -37,11 +37,13 @@ from kfade.runs.session import (
     open_model,
     read_retain,
     read_source,
+    say_sets,
     source_of,
     to_tokens,
 )
 from kfade.runs.template import with_date
 from kfade.runtime import progress
+from kfade.runtime.counts import counted, rounded
 from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha
 from kfade.runtime.run_dir import RunDir
@@ -234,9 +236,10 @@ def _prepare(
         check_writable(loaded.model, source_of(request.model))
     digests = weight_digests(loaded.model, "model")
     names = {"forget": forget, "retain": retain, "held-out retain": held_out}
+    say_sets(names, examples, data)
     folder.reads(input_digests(digests["model_sha256"], names))
     count = sum(tensor.numel() for tensor in trainable.tensors.values())
-    progress.say(f"{count / 1e6:.1f} M parameters trained, {settings.steps} steps")
+    progress.say(f"{rounded(count)} parameters trained, {counted(settings.steps, 'step')}")
     sets = {"forget": forget, "retain": retain, "held_out": held_out}
     return _Ready(request, loaded, digests, method, trainable, settings, sets)
 

@@ -34,6 +34,7 @@ from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
 from kfade.runs.session import Loaded, load, read_source, to_tokens
 from kfade.runtime import progress
+from kfade.runtime.counts import counted
 from kfade.runtime.stages import Clock, stage, timing
 
 SEQUENCES, LENGTH, BLOCKS = 8, 97, 4  # small, so that a check takes a minute on a laptop
@@ -127,7 +128,7 @@ def _padding(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     return Finding(
         "padding and batch size",
         difference <= limit * size,
-        f"gradients of {len(cut)} sequences alone and in one padded batch differ by "
+        f"gradients of {counted(len(cut), 'sequence')} alone and in one padded batch differ by "
         f"{difference / size:.1e} (limit {limit:.0e})",
     )
 
@@ -212,7 +213,7 @@ def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
         if together[i] != alone[i]
     ]
     limit = _rounding(loaded)
-    text = f"{len(prompts)} prompts continued in batches and one by one: "
+    text = f"{counted(len(prompts), 'prompt')} continued in batches and one by one: "
     text += f"{len(prompts) - len(gaps)} alike"
     if gaps:
         text += (
@@ -307,7 +308,8 @@ def _small_step(
         if abs(trials[-1].ratio - 1) <= limit:
             break
     blocks = sorted({t.block for t in targets})
-    progress.say(f"small step on blocks {blocks}, {sum(b.loss_tokens for b in batches)} tokens")
+    scored = sum(batch.loss_tokens for batch in batches)
+    progress.say(f"small step on blocks {blocks}, {counted(scored, 'token')}")
     last = trials[-1]
     passed = abs(last.ratio - 1) <= limit
     rounding = f"; KL of rounding alone {floor / ABOVE_ROUNDING:.1e}" if floor else ""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -336,28 +338,52 @@ def result_settings(config: FitRequest) -> dict[str, Any]:
 
 
 def _build(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise InputError(f"{where}: expected settings as 'name: value', found {data!r}")
     hints = typing.get_type_hints(kind)
+    if not isinstance(data, Mapping):
+        raise InputError(
+            f"{where}: expected settings as 'name: value', found {data!r}; known keys are "
+            f"{', '.join(hints)}"
+        )
     arguments = {}
     for key, value in data.items():
         if key not in hints:
-            raise InputError(f"{where}: unknown key '{key}'; known keys are {', '.join(hints)}")
+            raise InputError(f"{where}: {_unknown(str(key), hints)}")
         hint = hints[key]
         build = _build if is_dataclass(hint) else _checked
         arguments[key] = build(hint, value, f"{where}, {key}")
     return kind(**arguments)
 
 
+def _unknown(key: str, known: Iterable[str]) -> str:
+    """The message about a key that is not ``known`` at its place, with the nearest known key."""
+    places = {}
+    for stage, kind in typing.get_type_hints(RunConfig).items():
+        if is_dataclass(kind):
+            places.update({name: f"{name} under {stage}" for name in typing.get_type_hints(kind)})
+        else:
+            places[stage] = f"{stage}, not indented"
+    places.update({name: name for name in known})
+    near = get_close_matches(key.replace("-", "_"), places, n=1)
+    advice = f"did you mean {places[near[0]]}? " if near else ""
+    return f"unknown key '{key}'; {advice}known keys are {', '.join(known)}"
+
+
+_TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPES |= {list: "a list, as in [a, b]", types.NoneType: "null"}
+
+
 def _checked(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     allowed = [typing.get_origin(option) or option for option in options]
-    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+    if type(value) is int and float in allowed:
         value = float(value)
     if isinstance(value, str) and float in allowed:
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-8 as a string
+    if type(value) in (int, date) and str in allowed:
+        value = str(value)  # YAML reads 3 as a number and 2026-01-31 as a date
     if type(value) not in allowed:
-        names = " or ".join("nothing" if t is types.NoneType else t.__name__ for t in allowed)
-        raise InputError(f"{where}: {value!r} is not {names}")
+        names = " or ".join(_TYPES[option] for option in allowed)
+        remedy = "; write text in quotes" if str in allowed else ""
+        raise InputError(f"{where}: {value!r} is not {names}{remedy}")
     return value

@@ -23,6 +23,7 @@ from kfade.runs.session import (
     complete_data,
     load,
     read_retain,
+    say_sets,
     shard_model,
     source_of,
     to_tokens,
@@ -54,6 +55,7 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
             head = preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
         digests = weight_digests(loaded.model, "model")
+        say_sets({"retain": sequences}, [examples], run.data)
         folder.reads(input_digests(digests["model_sha256"], {"retain": sequences}))
         weight = loaded.targets[0].weight
         batches = make_batches(

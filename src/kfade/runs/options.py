@@ -53,13 +53,15 @@ def separated(kind: type, by: str = ",") -> Parameter:
     """A list of values in one argument, as in ``0.01,0.1,1``."""
 
     def convert(_: Any, tokens: Sequence[Any]) -> list[Any]:
-        last = tokens[-1]  # if an option is repeated, the last one counts
+        (token,) = tokens
         try:
-            return [kind(word.strip()) for word in last.value.split(by) if word.strip()]
+            return [kind(word.strip()) for word in token.value.split(by) if word.strip()]
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise ValueError(
-                f"{last.keyword} {last.value}: give {what} separated by commas"
+                f"{token.keyword} {token.value}: give {what} separated by commas"
             ) from None
 
-    return Parameter(converter=convert, negative=(), n_tokens=1, accepts_keys=False)
+    return Parameter(
+        converter=convert, negative=(), n_tokens=1, accepts_keys=False, allow_repeating=False
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from kfade.models.targets import Target
 from kfade.runs.config import EstimatorConfig, FitRequest, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
 from kfade.runtime import distributed, progress
+from kfade.runtime.counts import counted, rounded
 from kfade.runtime.stages import stage
 
 DataSettings = TypeVar("DataSettings", bound=RetainConfig)
@@ -57,7 +58,7 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
-    progress.say(f"{len(chosen.targets)} weights targeted, {count / 1e6:.1f} M parameters")
+    progress.say(f"{counted(len(chosen.targets), 'weight')} targeted, {rounded(count)} parameters")
     if chosen.summary:
         progress.say(chosen.summary)
     return Loaded(model, tokenizer, chosen.targets)
@@ -139,6 +140,24 @@ def read_source(source: str | None, option: str) -> list[Example]:
     if source is None:
         raise InputError(f"{option} is missing: give a JSONL file or hf:NAME[:CONFIG][:SPLIT]")
     return load_examples(source)
+
+
+def say_sets(
+    sets: Mapping[str, Sequence[TokenSequence]],
+    examples: Sequence[Sequence[Example]],
+    config: RetainConfig,
+) -> None:
+    """Show how many texts each set has, in how many sequences, and whether they are packed.
+
+    Args:
+        examples: those of each set, in the same order.
+    """
+    said = []
+    for (name, sequences), texts in zip(sets.items(), examples, strict=True):
+        packed = config.pack and any(example.text is not None for example in texts)
+        count = f"{counted(len(texts), 'text')} in {counted(len(sequences), 'sequence')}"
+        said.append(f"{name}: {count}{' (packed)' if packed else ''}")
+    progress.say("; ".join(said))
 
 
 def complete_data(config: DataSettings, loaded: Loaded) -> DataSettings:

@@ -51,6 +51,7 @@ from kfade.runs.session import (
     load,
     read_retain,
     read_source,
+    say_sets,
     source_of,
     to_tokens,
 )
@@ -223,6 +224,7 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
         sets_by_name = dict(zip(("forget", "retain", "held-out retain"), tokens, strict=True))
         limited = replace(run, fit=replace(run.fit, memory=request.memory))
         room = make_room(limited, loaded, estimator_of(run.fit.estimator), "steps", folder)
+        say_sets(sets_by_name, sets, run.data)
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"])
         folder.reads(input_digests(digests["model_sha256"], sets_by_name, saved))

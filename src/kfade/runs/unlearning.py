@@ -38,6 +38,7 @@ from kfade.runs.session import (
     load,
     read_retain,
     read_source,
+    say_sets,
     shard_model,
     source_of,
     to_tokens,
@@ -89,8 +90,12 @@ def unlearn(
     given = {"curvature": str(saved.path) if saved is not None else None}
     clock = Clock()
     asked = {**result_settings(run), **given}
-    free = {"size": "update-*"}  # no fit depends on the size
-    with timing(clock), RunDir(out, asked, resume=resume, free=free) as folder:
+    # The first fit depends on none of these, except that --memory is shared out by --steps.
+    free = ("size",) if run.fit.memory else ("size", "step", "refinement")
+    with (
+        timing(clock),
+        RunDir(out, asked, resume=resume, free=dict.fromkeys(free, "update-*")) as folder,
+    ):
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
         fits = saved is None or (run.step.refit and run.step.steps > 1)
@@ -105,6 +110,7 @@ def unlearn(
         digests = weight_digests(loaded.model, "model")
         curvature = saved.of(loaded, digests["model_sha256"]) if saved is not None else None
         sets = {"forget": forget, "retain": retain, "held-out retain": held_out}
+        say_sets(sets, (forget_examples, fit_examples, held_examples), run.data)
         folder.reads(input_digests(digests["model_sha256"], sets, saved))
         if saved is not None:
             saved.note_other_texts(retain)

@@ -154,10 +154,11 @@ class RunDir:
         if not kept:
             shutil.rmtree(self.part, ignore_errors=True)
         elif isinstance(error, InputError) and kept - self._found:
-            other = "".join(f", also with another {name}" for name in self._free_now())
+            free = ", ".join(self._free_now())
+            settings = f"also with other settings of {free}" if free else "with the same settings"
             raise InputError(
-                f"{error} (what was finished is kept in {self.part}: go on from it with "
-                f"--resume{other}, or remove the folder)"
+                f"{error} (what was finished is kept in {self.part}: --resume continues from it, "
+                f"{settings}; for a new run choose another --out or remove the folder)"
             ) from error
 
     def reads(self, digests: Mapping[str, str], *, resumed: bool | None = None) -> None:
