@@ -74,6 +74,16 @@ class Chart:
     y: Axis
     series: tuple[Series, ...]
 
+    @property
+    def x_values(self) -> list[Place]:
+        """The places of all points along x."""
+        return [x for series in self.series for x in series.x]
+
+    @property
+    def y_values(self) -> list[Place]:
+        """The places of all points and ends of intervals along y."""
+        return [y for series in self.series for y in (*series.y, *series.low, *series.high)]
+
 
 def drawable(chart: Chart) -> tuple[Chart, int]:
     """The chart without points that its axes cannot show, and how many those were.

@@ -8,6 +8,7 @@ from typing import Any
 
 from kfade.errors import InputError
 from kfade.report.charts import Chart, Series, drawable
+from kfade.report.ticks import log_limits, log_ticks, power
 from kfade.runtime.files import writing
 
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "v", "*")
@@ -52,10 +53,25 @@ def draw(axes: Any, chart: Chart) -> None:
             _bars(axes, series, bars)
         else:
             _points(axes, series)
+    if chart.x.log:
+        axes.set_xlim(log_limits(chart.x_values))
+        _tick(axes.xaxis, log_ticks(chart.x_values))
+    if chart.y.log:
+        axes.set_ylim(log_limits(chart.y_values))
+        _tick(axes.yaxis, log_ticks(chart.y_values))
     axes.grid(True, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if len(chart.series) > 1:
         axes.legend(frameon=False, fontsize=7.5)
+
+
+def _tick(axis: Any, ticks: Sequence[float]) -> None:
+    """Put ticks on a logarithmic axis, which keeps its limits."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _plain(text: str) -> str:
