@@ -73,6 +73,8 @@ class Chart:
     x: Axis
     y: Axis
     series: tuple[Series, ...]
+    note: tuple[str, ...] = ()
+    """Lines above the chart: which of its points were made with the same model and data."""
 
     @property
     def x_values(self) -> list[Place]:

@@ -19,6 +19,7 @@ from kfade.report.charts import Chart, drawable
 from kfade.report.data import Results
 from kfade.report.interactive import legend, plotly_chart
 from kfade.report.names import method_of
+from kfade.report.origins import compare_results
 from kfade.report.tables import (
     ROLES,
     cards,
@@ -77,6 +78,7 @@ def build_page(
         lead=lead(results),
         sections=[(anchor, name) for anchor, name, there in sections if there],
         subjects=results.subjects,
+        note=compare_results(results.runs).note,
         roles=ROLES,
         headline=[(group, [*own]) for group, own in groupby(rows, lambda row: row.metric.group)],
         cards=cards(rows, results),

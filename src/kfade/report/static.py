@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from kfade.errors import InputError
@@ -14,6 +15,7 @@ from kfade.runtime.files import writing
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "v", "*")
 SIZE = (5.2, 3.6)  # inches: a column and a half of a two-column paper
 DPI = 200
+NOTE_WIDTH = 90  # characters of a line of the note above a chart
 
 
 def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
@@ -61,6 +63,9 @@ def draw(axes: Any, chart: Chart) -> None:
         _tick(axes.yaxis, log_ticks(chart.y_values))
     axes.grid(True, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+    if chart.note:
+        lines = [part for line in chart.note for part in wrap(line, NOTE_WIDTH)]
+        axes.set_title(_plain("\n".join(lines)), loc="left", fontsize=7)
     if len(chart.series) > 1:
         axes.legend(frameon=False, fontsize=7.5)
 
