@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import report_data as data
 
+from kfade.report.before import headline_columns
 from kfade.report.data import MeasuredModel, read_json, read_results
 from kfade.report.figures import all_charts, kl_forgetting, kl_seconds
 from kfade.report.origins import compare, compare_results, origin_of
-from kfade.report.tables import run_tables
+from kfade.report.tables import cards, run_tables
+from kfade.report.values import Value, headline
 
 
 def write_run(folder: Path, model: str = "zoo/tiny-a", **changes) -> None:
@@ -141,3 +143,69 @@ def test_sweeps_of_one_name_are_told_apart(tmp_path):
     results = read_results([tmp_path])
     assert [sweep.name for sweep in results.sweeps] == ["a/sweep", "b/sweep"]
     assert results.runs[0].name == "b/sweep"
+
+
+# Values before
+
+
+def table_of(results) -> dict[str, list]:
+    """By metric, its row of the headline table."""
+    columns = headline_columns(results)
+    return {r.metric.name: [r.values.get(key) for key in columns] for r in headline(results)}
+
+
+def heads_of(results) -> list[tuple[str, str]]:
+    return [(column.name, column.role) for column in headline_columns(results).values()]
+
+
+def test_values_before_come_from_the_run(tmp_path):
+    write_run(tmp_path / "run")
+    results = read_results([tmp_path])
+    assert heads_of(results) == [("before", ""), ("run", "")]
+    rows = table_of(results)
+    assert rows["loss on the forget set"] == [Value(1.7), Value(6.2, count=2400)]
+    assert rows["KL on held-out retain data"] == [Value(0.0), Value(0.01, count=8000)]
+    assert [before for _, _, before in cards(headline(results), results)] == [
+        Value(1.7), Value(0.0),
+    ]  # fmt: skip
+
+
+def test_no_column_before_where_no_run_recorded_it(tmp_path):
+    data.write_kl(tmp_path / "kl", tmp_path / "gone", count=3)
+    assert heads_of(read_results([tmp_path])) == [("gone", "")]
+
+
+def test_a_measured_base_is_the_column_before(tmp_path):
+    results = read_results(data.write_everything(tmp_path))
+    assert heads_of(results)[0] == ("Tiny-135M", "base, before unlearning")
+    assert len(heads_of(results)) == len(results.subjects)
+
+
+def test_each_forget_set_has_its_values_before(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", forget_sha256="f" * 64, data={"forget": "in/other.jsonl"})
+    data.write_json(tmp_path / "b" / "metrics.json", {"forget_loss": {"before": 3.0, "after": 4.0}})
+    data.write_choice(tmp_path / "base", None, 0.75, "general.jsonl")
+    for model in (False, True):  # without the base's evaluations, then with them
+        places = [tmp_path / name for name in ("a", "b", *(["base"] if model else []))]
+        for folder in places[:2]:
+            manifest = read_json(folder / "manifest.json")
+            data.write_json(folder / "manifest.json", {**manifest, "model": data.BASE})
+        results = read_results(places)
+        base = [("Tiny-135M", "base, before unlearning")] if model else []
+        assert heads_of(results) == [
+            *base,
+            ("before", "forget set forget.jsonl"), ("a", ""),
+            ("before", "forget set other.jsonl"), ("b", ""),
+        ]  # fmt: skip
+        losses = table_of(results)["loss on the forget set"][len(base) :]
+        assert [value.value for value in losses] == [1.7, 6.2, 3.0, 4.0]
+
+
+def test_columns_without_values_are_left_out(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+        data.write_json(tmp_path / name / "metrics.json", {"retain_kl": 0.1})
+    (table,) = run_tables(read_results([tmp_path]))
+    assert [c.name for c in table["columns"]] == ["run", "made by", "size asked", "retain KL"]
+    assert [cell["text"] for cell in table["rows"][0]][-1] == "0.1"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kfade.report.before import before_columns
 from kfade.report.charts import Chart
 from kfade.report.data import MeasuredModel, Results
 from kfade.report.metrics import GROUPS, SHARE
@@ -15,7 +16,6 @@ from kfade.report.origins import compare_results
 from kfade.report.values import Row, Value
 
 NUMBER_ROWS = 40  # rows of the table below a chart: about so many a series, at most
-ROLES = {"base": "base", "run": "", "model": "as it came"}
 
 
 def written(value: float, unit: str) -> str:
@@ -34,14 +34,14 @@ def details(value: Value, unit: str) -> list[str]:
 
 
 def cards(rows: Sequence[Row], results: Results) -> list[tuple[Row, Value, Value | None]]:
-    """(row, the run's value, its base's value) of one row of each group, for a page of one run."""
+    """(row, the run's value, the value before) of one row of each group, for a page of one run."""
     if len(results.runs) != 1:
         return []
     run = results.runs[0]
-    base = results.base_of(run)
+    column = before_columns(results).get(run.name, "")
 
     def before(row: Row) -> Value | None:
-        return row.values.get(base.name) if base else None
+        return row.values.get(column)
 
     made = []
     for group in GROUPS[:3]:
