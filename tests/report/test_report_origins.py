@@ -51,7 +51,8 @@ def test_what_is_not_shared_is_said_with_the_rows(tmp_path):
         data={"forget": "in/other.jsonl"},
     )  # fmt: skip
     assert note_of(tmp_path) == (
-        "Not all of these have the same model and forget set: compare within a line only.",
+        "Not all of these results have the same model and forget set. Compare only those that are "
+        "listed on one line:",
         "model tiny-a, forget set forget.jsonl: one, two",
         "model tiny-b, forget set other.jsonl: three",
     )

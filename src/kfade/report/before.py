@@ -32,8 +32,8 @@ def before_columns(results: Results) -> Mapping[str, str]:
     columns = {}
     for run in results.runs:
         base = bases.get(run.name)
-        sisters = {groups[name] for name, other in bases.items() if other is base}
-        if base and len(sisters) == 1:
+        own_groups = {groups[name] for name, other in bases.items() if other is base}
+        if base and len(own_groups) == 1:
             columns[run.name] = base.name
         elif run.metrics.get("forget_loss"):
             columns[run.name] = BEFORE + groups[run.name]

@@ -111,7 +111,10 @@ def compare(origins: Mapping[str, Origin]) -> Comparison:
     members: dict[str, list[str]] = {}
     for name, group in groups.items():
         members.setdefault(group, []).append(name)
-    first = f"Not all of these have the same {_listed([*labels])}: compare within a line only."
+    first = (
+        f"Not all of these results have the same {_listed([*labels])}. Compare only those that are "
+        "listed on one line:"
+    )
     return Comparison(groups, (first, *(f"{g}: {', '.join(n)}" for g, n in members.items())))
 
 
