@@ -34,7 +34,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric, by the key of the column: a subject's name, or one of :mod:`kfade.report.before`."""
+    """One metric; its values by the key of the column, see :mod:`kfade.report.before`."""
 
     metric: Metric
     values: dict[str, Value] = field(default_factory=dict)
