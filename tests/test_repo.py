@@ -190,6 +190,18 @@ def test_no_machine_paths():
             assert not found, f"{relative(path)} holds the path {found and found.group()}"
 
 
+def test_links_of_the_pages_lead_to_files():
+    """As they stand in the repository; `make docs` checks those of the site."""
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").glob("*.md"), *ROOT.glob("*.md")]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 100
+    assert [(relative(p), link) for p, link in links if not (p.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("name", kfade.__all__)
 def test_public_names_are_documented(name):
     public = getattr(kfade, name)

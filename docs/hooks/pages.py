@@ -1,4 +1,8 @@
-"""Pages of the site that are no files of docs/: texts of other folders, and the command line."""
+"""What the site adds to docs/: pages from other folders, their links, and the command line.
+
+In the repository every link of a page leads to a file. A link to a file of ``SOURCES`` becomes a
+link to its page.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -19,16 +24,26 @@ SOURCES = {  # file of the repository: page of the site
     "CHANGELOG.md": "changelog.md",
     "recipes/README.md": "recipes.md",
 }
+COMMANDS = "reference/commands.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages."""
+    """Add the pages whose texts lie in other folders."""
     for source, page in SOURCES.items():
         text = with_links_of_the_site((ROOT / source).read_text(encoding="utf-8"), source, page)
         files.append(File.generated(config, page, content=text))
-    reference = load("command_line").command_reference()
-    files.append(File.generated(config, "reference/commands.md", content=reference))
     return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """A page of docs/ with links of the site; the page of the commands gets its sections."""
+    name = page.file.src_uri
+    if name in SOURCES.values():
+        return markdown
+    text = with_links_of_the_site(markdown, f"docs/{name}", name)
+    if name == COMMANDS:
+        text += f"\n{load('command_line').command_reference()}"
+    return text
 
 
 def with_links_of_the_site(text: str, source: str, page: str) -> str:

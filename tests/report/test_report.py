@@ -23,11 +23,13 @@ from kfade.report.figures import (
     series_name,
 )
 from kfade.report.inside import block_and_kind, change_by_block, changes, predicted_measured
-from kfade.report.interactive import legend, log_ticks, plotly_chart, power
+from kfade.report.interactive import legend, plotly_chart
 from kfade.report.names import method_of, set_name, short
 from kfade.report.page import script_json
+from kfade.report.static import draw
 from kfade.report.tables import chart_rows, run_tables
 from kfade.report.texts import completions, generations
+from kfade.report.ticks import log_limits, log_ticks, power
 from kfade.report.values import Value, headline, measured_values, value_of, wilson
 
 
@@ -194,7 +196,8 @@ def test_headline_has_base_and_interval(everything):
     kl = rows["Specificity", "KL on benign completions"]["ekfac"]
     assert kl.low == pytest.approx(0.8 * kl.value)
     assert rows["Utility", "MT-Bench"]["ekfac"].low == pytest.approx(6 - 1.96 * 0.5)
-    assert "Tiny-135M" not in rows["Specificity", "KL on held-out retain data"]
+    # A model's KL to itself, of which no file needs to tell.
+    assert rows["Specificity", "KL on held-out retain data"]["Tiny-135M"] == Value(0.0)
 
 
 def test_tofu_intervals_come_from_the_items():
@@ -416,7 +419,50 @@ def test_plotly_gets_the_same_points():
 def test_logarithmic_ticks():
     assert log_ticks([0.02, 0.3]) == [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
     assert log_ticks([1e-12, 0.5]) == [1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0]
+    assert log_ticks([1.1, 3000.0]) == [1, 10, 100, 1000, 10000]
     assert [power(v) for v in (0.02, 1000.0, 1e-6, 2e-5)] == ["0.02", "1000", "10⁻⁶", "2·10⁻⁵"]
+
+
+def test_logarithmic_ticks_of_less_than_a_decade():
+    # Between 142 and 157 lies no 1, 2 or 5 times a power of ten: a step of 5 is the largest of
+    # which three multiples fit.
+    assert log_ticks([157.0, 142.0]) == [140, 145, 150, 155, 160]
+    assert log_ticks([2.1, 9.9]) == [2, 4, 6, 8, 10]
+    assert log_ticks([0.00412, 0.00419]) == [0.00412, 0.00414, 0.00416, 0.00418, 0.0042]
+    assert [power(v) for v in (14220.0, 0.00412)] == ["1.422·10⁴", "0.00412"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(150.0,), (1.0, 1.001), (2.1, 4.9), (9.0, 11.0), (1.1, 990.0), (1e-12, 1e9), (0.0, 30, "a")],
+)
+def test_at_least_three_ticks_are_within_the_limits(values):
+    low, high = log_limits(values)
+    shown = [tick for tick in log_ticks(values) if low <= tick <= high]
+    assert 3 <= len(shown) <= 10
+    assert len({power(tick) for tick in shown}) == len(shown)
+
+
+def test_limits_of_a_logarithmic_axis():
+    assert log_limits([100.0, 1.0, 10.0]) == pytest.approx((10**-0.12, 10**2.12))
+    assert log_limits([10.0]) == pytest.approx((10**-0.12, 10**2.12))
+
+
+def test_both_drawings_have_the_same_ticks():
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure()
+    axes = figure.subplots()
+    series = Series("s", (142.0, 157.0), (0.2, 0.2), "marks")
+    chart = Chart("k", "t", "c", Axis("x", log=True), Axis("y", log=True), (series,))
+    draw(axes, chart)
+    layout = plotly_chart(chart)["layout"]
+    for drawn, own in ((axes.xaxis, layout["xaxis"]), (axes.yaxis, layout["yaxis"])):
+        low, high = drawn.get_view_interval()
+        assert [math.log10(low), math.log10(high)] == pytest.approx(own["range"])
+        labels = dict(zip(drawn.get_majorticklocs(), drawn.get_ticklabels(), strict=True))
+        texts = [label.get_text() for label in labels.values()]
+        assert ([*labels], texts) == (own["tickvals"], own["ticktext"])
+        assert sum(low <= tick <= high for tick in labels) >= 3
+        assert not len(drawn.get_minorticklocs())
 
 
 def test_numbers_below_a_chart():

@@ -95,6 +95,26 @@ def test_charts_are_drawn_and_tell_when_pointed_at(opened):
     assert "model utility: " in (label.text_content() or "")
 
 
+def test_the_toolbar_stands_above_the_points(opened):
+    page = opened()
+    draw_all(page)
+    figure = page.locator("#figure-kl-seconds")
+    figure.locator(".plot").hover()
+    tools, area = (
+        figure.locator(".modebar").bounding_box(),
+        figure.locator(".bglayer .bg, .nsewdrag"),
+    )
+    assert tools["y"] + tools["height"] <= area.first.bounding_box()["y"]
+
+
+def test_logarithmic_axes_have_their_ticks(opened):
+    page = opened()
+    draw_all(page)
+    for axis in ("x", "y"):
+        ticks = page.locator(f"#figure-kl-seconds .{axis}tick")
+        assert ticks.count() >= 3
+
+
 def test_a_series_is_hidden_by_its_key(opened):
     page = opened()
     draw_all(page)

@@ -7,7 +7,8 @@ from typing import Any
 
 from kfade.cli import options as o
 from kfade.cli.session import session, show
-from kfade.runs.sweeping import SweepRequest, point_line
+from kfade.runs.sweep_config import SweepRequest
+from kfade.runs.sweeping import point_line
 from kfade.runs.sweeping import sweep as run_sweep
 from kfade.runtime.counts import counted
 

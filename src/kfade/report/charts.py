@@ -73,6 +73,18 @@ class Chart:
     x: Axis
     y: Axis
     series: tuple[Series, ...]
+    note: tuple[str, ...] = ()
+    """Lines above the chart: which of its points were made with the same model and data."""
+
+    @property
+    def x_values(self) -> list[Place]:
+        """The places of all points along x."""
+        return [x for series in self.series for x in series.x]
+
+    @property
+    def y_values(self) -> list[Place]:
+        """The places of all points and ends of intervals along y."""
+        return [y for series in self.series for y in (*series.y, *series.low, *series.high)]
 
 
 def drawable(chart: Chart) -> tuple[Chart, int]:

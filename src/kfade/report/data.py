@@ -108,13 +108,15 @@ class MeasuredModel:
         return self.name if alone else f"{self.name}: {measured.path.name}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Log:
     """A sweep or an attack."""
 
     name: str
+    """Unique within a report, but for a run in the same folder."""
     path: Path
     log: Evaluation
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class _Found:
                 self.measured.append((measured, self._around(folder)))
             else:
                 logs = self.sweeps if name == POINTS else self.attacks
-                logs.append(Log(folder.resolve().name, folder, log))
+                logs.append(Log(folder.resolve().name, folder, log, manifest))
         return len(files) + is_run
 
     def _around(self, folder: Path) -> MeasuredModel | None:
@@ -226,7 +228,11 @@ class _Found:
         add_retain_model(subjects)
         order = {"base": 0, "run": 1, "model": 2}
         subjects.sort(key=lambda subject: order[subject.kind])
-        name_apart(subjects)
+        logs = [*self.sweeps, *self.attacks]
+        runs = {run.path: run for run in self.runs}
+        name_apart([*subjects, *(log for log in logs if log.path not in runs)])
+        for log in logs:
+            log.name = runs[log.path].name if log.path in runs else log.name
         return Results(tuple(subjects), tuple(self.sweeps), tuple(self.attacks), tuple(self.notes))
 
     def _owner(
@@ -274,7 +280,7 @@ def add_retain_model(subjects: list[MeasuredModel]) -> None:
         subjects.append(MeasuredModel(name, "model", manifest={"model": name}, measured=told))
 
 
-def name_apart(subjects: Sequence[MeasuredModel]) -> None:
+def name_apart(subjects: Sequence[MeasuredModel | Log]) -> None:
     """Put the parent folder before names that occur twice; then number those that still do."""
     names = [s.name for s in subjects]
     for subject in subjects:

@@ -14,6 +14,7 @@ from kfade.report.charts import Axis, Chart, Series
 from kfade.report.data import Log, MeasuredModel, Results
 from kfade.report.inside import change_by_block, predicted_measured, stage_memory, stage_seconds
 from kfade.report.names import method_of, refinement, short
+from kfade.report.origins import Comparison, Origin, compare, evaluated_with, origin_of
 from kfade.report.values import value_of
 
 RESAMPLES = 400
@@ -56,29 +57,50 @@ def all_charts(results: Results) -> tuple[list[Chart], list[str]]:
 
 
 class _Marks:
-    """The points of a scatter chart, collected by the name of their series."""
+    """The points of a scatter chart, collected by their result and the name of their series."""
 
     def __init__(self) -> None:
-        self.points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        self.points: dict[tuple[str, str], list[tuple[float, float, str]]] = defaultdict(list)
+        self.origins: dict[str, Origin] = {}
+        """What each result that has points was made with."""
         self.references: list[str] = []
         """Names of the series that are drawn in grey."""
 
-    def add(self, name: str, x: float | None, y: float | None, label: str) -> None:
-        """Add one point, unless a coordinate was not measured."""
+    def __len__(self) -> int:
+        return sum(map(len, self.points.values()))
+
+    def add(self, result: str, series: str, x: float | None, y: float | None, label: str) -> None:
+        """Add one point of a result, unless a coordinate was not measured."""
         if x is not None and y is not None:
-            self.points[name].append((x, y, label))
+            self.points[result, series].append((x, y, label))
+
+    def made_with(self, result: str, origin: Origin) -> None:
+        """Record what a result was made with; one without is not compared with the others."""
+        if any(name == result for name, _ in self.points):
+            self.origins[result] = origin
 
     def add_sweeps(self, sweeps: Sequence[Log], x: str, y: str) -> None:
         """Add the points of sweeps, by the keys of their coordinates."""
         for sweep in sweeps:
             for item, point in sweep.log.items.items():
-                self.add(series_name(point), point.get(x), point.get(y), point_label(item, point))
+                label = point_label(item, point)
+                self.add(sweep.name, series_name(point), point.get(x), point.get(y), label)
+            self.made_with(sweep.name, origin_of(sweep))
 
-    def series(self) -> tuple[Series, ...]:
-        """One series a name, its points in order of x."""
+    def chart(self, key: str, title: str, caption: str, x: Axis, y: Axis) -> Chart:
+        """The chart, with a note if its results were not made with the same model and data."""
+        comparison = compare(self.origins)
+        return Chart(key, title, caption, x, y, self._series(comparison), comparison.note)
+
+    def _series(self, comparison: Comparison) -> tuple[Series, ...]:
+        """One series a name and group of results, its points in order of x."""
+        merged: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for (result, name), points in self.points.items():
+            group = comparison.groups.get(result)
+            merged[f"{name}, {group}" if group else name] += points
         made = []
-        coloured = [name for name in self.points if name not in self.references]
-        for name, points in self.points.items():
+        coloured = [name for name in merged if name not in self.references]
+        for name, points in merged.items():
             x, y, labels = zip(*sorted(points), strict=True)
             is_reference = name in self.references
             symbol = (self.references if is_reference else coloured).index(name)
@@ -100,13 +122,16 @@ def quality_utility(subjects: Sequence[MeasuredModel], sweeps: Sequence[Log]) ->
             if utility is None or quality is None:
                 continue
             name = method_of(subject)
-            marks.add(name, utility.value, quality.value, subject.name)
-            if subject.kind != "run" and name not in marks.references:
+            marks.add(subject.name, name, utility.value, quality.value, subject.name)
+            if subject.kind == "run":
+                origin = evaluated_with(subject, tofu, "questions", "data_sha256")
+                marks.made_with(subject.name, origin)
+            elif name not in marks.references:
                 marks.references.append(name)
     marks.add_sweeps(sweeps, "model_utility", "forget_quality")
-    if not marks.points:
+    if not len(marks):
         return None
-    return Chart(
+    return marks.chart(
         "forget-quality",
         "Forget quality against model utility",
         "One mark for each method and step size. Forget quality: the p-value of a "
@@ -114,7 +139,6 @@ def quality_utility(subjects: Sequence[MeasuredModel], sweeps: Sequence[Log]) ->
         "the forget set; 0.05 and less is told apart from it. Up and to the right is better.",
         Axis("model utility"),
         Axis("forget quality (p-value)", log=True),
-        marks.series(),
     )
 
 
@@ -134,6 +158,7 @@ def point_label(item: str, point: Mapping[str, Any]) -> str:
 def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | None:
     """Quantiles of KL over completions, with 95 % bootstrap bands (paper, Fig. 2)."""
     series = []
+    origins: dict[str, Origin] = {}
     for colour, run in enumerate(runs):
         for number, kl in enumerate(run.of("kl")):
             values = np.array([item["kl"] for item in kl.log.items.values()])
@@ -143,10 +168,12 @@ def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | Non
             def quantiles(chosen: np.ndarray, values: np.ndarray = values) -> np.ndarray:
                 return np.quantile(values[chosen], QUANTILES)
 
+            name = run.name_of(kl)
+            origins[name] = evaluated_with(run, kl, "completions", "completions_sha256")
             band = bootstrap(quantiles, len(values), seed=seed, resamples=RESAMPLES)
             series.append(
                 Series(
-                    run.name_of(kl),
+                    name,
                     tuple(100 * QUANTILES),
                     tuple(point["value"] for point in band),
                     "line",
@@ -166,6 +193,7 @@ def kl_quantiles(runs: Sequence[MeasuredModel], *, seed: int = 0) -> Chart | Non
         Axis("share of completions, %"),
         KL_AXIS,
         tuple(series),
+        compare(origins).note,
     )
 
 
@@ -180,25 +208,25 @@ def kl_forgetting(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart
         name = method_of(run)
         for number, step in enumerate(run.metrics.get("steps", []), start=1):
             label = f"{run.name}, step {number}"
-            marks.add(name, step["forget_loss_after"], step["retain_kl"], label)
+            marks.add(run.name, name, step["forget_loss_after"], step["retain_kl"], label)
             for trial in step.get("probes", [])[:-1]:  # the last one is the step itself
                 tried = f"{label}, trial α {short(trial['alpha'])}"
-                marks.add(name, trial["forget_loss"], trial["retain_kl"], tried)
+                marks.add(run.name, name, trial["forget_loss"], trial["retain_kl"], tried)
         for row in run.metrics.get("curve", []):
             if row["step"]:  # before the first, the model is the base model: a KL of 0
                 label = f"{run.name}, step {row['step']}"
-                marks.add(name, row["forget_loss"], row["retain_kl"], label)
+                marks.add(run.name, name, row["forget_loss"], row["retain_kl"], label)
+        marks.made_with(run.name, origin_of(run))
     marks.add_sweeps(sweeps, "forget_loss", "retain_kl")
-    if not marks.points:
+    if not len(marks):
         return None
-    return Chart(
+    return marks.chart(
         "kl-forgetting",
         "What forgetting costs elsewhere",
         "KL on held-out retain data against the loss on the forget set: steps, trials of their "
         "sizes, a baseline's training, points of sweeps. At equal forgetting, lower is better.",
         Axis("loss on the forget set, nats per token"),
         KL_AXIS,
-        marks.series(),
     )
 
 
@@ -212,18 +240,18 @@ def kl_seconds(runs: Sequence[MeasuredModel], sweeps: Sequence[Log]) -> Chart | 
         loss = run.metrics.get("forget_loss", {}).get("after")
         label = run.name if loss is None else f"{run.name}, forget loss {short(loss)}"
         seconds = run.metrics.get("seconds", {}).get("total")
-        marks.add(method_of(run), seconds, run.metrics.get("retain_kl"), label)
+        marks.add(run.name, method_of(run), seconds, run.metrics.get("retain_kl"), label)
+        marks.made_with(run.name, origin_of(run))
     marks.add_sweeps(sweeps, "seconds", "retain_kl")
-    if sum(map(len, marks.points.values())) < 2:
+    if len(marks) < 2:
         return None
-    return Chart(
+    return marks.chart(
         "kl-seconds",
         "What it costs in time",
         "KL on held-out retain data against all the time taken. Compare at equal forgetting: point "
         "at a mark to see how much it forgot.",
         Axis("seconds", log=True),
         KL_AXIS,
-        marks.series(),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from kfade.report.charts import Axis, Chart, Series
 from kfade.report.data import MeasuredModel
 from kfade.report.names import short
+from kfade.report.origins import compare_results
 
 
 def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
@@ -46,6 +47,7 @@ def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
         Axis("predicted KL, nats per token", log=True),
         Axis("measured KL, nats per token", log=True),
         tuple(series),
+        compare_results([run for run in runs if run.metrics.get("steps")]).note,
     )
 
 
@@ -77,6 +79,7 @@ def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
         Axis("block"),
         Axis("‖ΔW‖ / ‖W‖, %"),
         tuple(series),
+        compare_results([run for run in runs if run.name in tables]).note,
     )
 
 
@@ -123,10 +126,14 @@ def _stages(
     y: Axis,
 ) -> Chart | None:
     """A bar chart of ``scale`` times what ``metrics[metric]`` holds for each stage."""
-    series = []
+    series, shown = [], []
     for colour, run in enumerate(runs):
         stages = {k: v for k, v in run.metrics.get(metric, {}).items() if k != "total"}
         if stages:
             heights = tuple(scale * value for value in stages.values())
             series.append(Series(run.name, tuple(stages), heights, "bars", colour))
-    return Chart(key, title, caption, Axis("stage"), y, tuple(series)) if series else None
+            shown.append(run)
+    if not series:
+        return None
+    note = compare_results(shown).note
+    return Chart(key, title, caption, Axis("stage"), y, tuple(series), note)

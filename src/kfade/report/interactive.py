@@ -11,23 +11,21 @@ from html import escape
 from typing import Any
 
 from kfade.report.charts import Axis, Chart, Place, Series
+from kfade.report.ticks import log_limits, log_ticks, power
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star")
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 GLYPHS = "●■◆▲✚✖▼★"  # the same symbols as characters, for the legend
 MODES = {"line": "lines", "marks": "markers", "line and marks": "lines+markers"}
 
 
 def plotly_chart(chart: Chart) -> dict[str, Any]:
     """``{"data", "layout"}`` of a chart that :func:`~kfade.report.charts.drawable` gave."""
-    x = [x for series in chart.series for x in series.x]
-    y = [y for series in chart.series for y in (*series.y, *series.low, *series.high)]
-    categories = any(isinstance(value, str) for value in x)
+    categories = any(isinstance(value, str) for value in chart.x_values)
     return {
         "data": [trace for series in chart.series for trace in _traces(chart, series)],
         "layout": {
-            "xaxis": _axis(chart.x, x) | ({"type": "category"} if categories else {}),
-            "yaxis": _axis(chart.y, y),
+            "xaxis": _axis(chart.x, chart.x_values) | ({"type": "category"} if categories else {}),
+            "yaxis": _axis(chart.y, chart.y_values),
             "hovermode": "closest",
             "barmode": "group",
         },
@@ -55,33 +53,14 @@ def legend(chart: Chart) -> list[dict[str, Any]]:
 
 
 def _axis(axis: Axis, values: Sequence[Place]) -> dict[str, Any]:
-    """Title and scale, a logarithmic one with ticks of our own."""
+    """Title and scale, a logarithmic one with limits and ticks of our own."""
     plain = {"title": {"text": escape(axis.title), "standoff": 6}}
     if not axis.log:
         return plain
-    ticks = log_ticks([value for value in values if not isinstance(value, str)])
-    return {**plain, "type": "log", "tickvals": ticks, "ticktext": [*map(power, ticks)]}
-
-
-def log_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2, 5 times powers of ten around the values; over many decades, some powers of ten only."""
-    positive = [value for value in values if value > 0] or [1.0]
-    first = math.floor(math.log10(min(positive)))
-    last = math.ceil(math.log10(max(positive)))
-    if last - first <= 2:
-        return [float(f"{m}e{e}") for e in range(first, last + 1) for m in (1, 2, 5)]
-    stride = math.ceil((last - first) / 6)
-    return [float(f"1e{e}") for e in range(last, first - 1, -stride)][::-1]
-
-
-def power(value: float) -> str:
-    """0.001 to 10 000 plainly, others as in 10⁻⁶ or 2·10⁻⁶."""
-    if 1e-3 <= value <= 1e4:
-        return f"{value:g}"
-    mantissa, _, exponent = f"{value:e}".partition("e")
-    raised = str(int(exponent)).translate(SUPERSCRIPTS)
-    front = f"{float(mantissa):g}·" if float(mantissa) != 1 else ""
-    return f"{front}10{raised}"
+    ticks = log_ticks(values)
+    limits = [math.log10(end) for end in log_limits(values)]
+    labels = [power(tick) for tick in ticks]
+    return {**plain, "type": "log", "range": limits, "tickvals": ticks, "ticktext": labels}
 
 
 def _traces(chart: Chart, series: Series) -> list[dict[str, Any]]:

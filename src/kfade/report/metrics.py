@@ -19,6 +19,8 @@ class Metric:
     unit: str
     formula: str
     better: Literal["higher", "lower", ""] = ""
+    before: float | None = None
+    """The value of the unedited model, where it is so by definition."""
 
     @property
     def unit_shown(self) -> str:
@@ -41,6 +43,7 @@ RETAIN_KL = Metric(
     "KL(base ‖ edited) = Σ_v p(v) log(p(v)/q(v)) over the whole vocabulary, teacher-forced, mean "
     "over the loss tokens of retain sequences that no fit saw.",
     "lower",
+    before=0.0,
 )
 BENIGN_KL = Metric(
     "Specificity",
@@ -49,6 +52,7 @@ BENIGN_KL = Metric(
     "KL(base ‖ edited) over the whole vocabulary at each token of completions that the base model "
     "wrote, mean over tokens; 95 % bootstrap interval.",
     "lower",
+    before=0.0,
 )
 FORGET_QUALITY = Metric(
     "Forgetting",
@@ -80,6 +84,7 @@ KL_TAIL = Metric(
     NATS,
     "The 95 % quantile over completions of the mean KL of their tokens; 95 % bootstrap interval.",
     "lower",
+    before=0.0,
 )
 # By the aggregate's key: name, formula, and the item's value, for the interval.
 TOFU_FORGET = {

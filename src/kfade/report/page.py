@@ -15,12 +15,13 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from kfade.errors import InputError
+from kfade.report.before import ROLES, headline_columns
 from kfade.report.charts import Chart, drawable
 from kfade.report.data import Results
 from kfade.report.interactive import legend, plotly_chart
 from kfade.report.names import method_of
+from kfade.report.origins import compare_results
 from kfade.report.tables import (
-    ROLES,
     cards,
     chart_rows,
     details,
@@ -77,6 +78,8 @@ def build_page(
         lead=lead(results),
         sections=[(anchor, name) for anchor, name, there in sections if there],
         subjects=results.subjects,
+        columns=headline_columns(results),
+        note=compare_results(results.runs).note,
         roles=ROLES,
         headline=[(group, [*own]) for group, own in groupby(rows, lambda row: row.metric.group)],
         cards=cards(rows, results),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from kfade.errors import InputError
 from kfade.report.charts import Chart, Series, drawable
+from kfade.report.ticks import log_limits, log_ticks, power
 from kfade.runtime.files import writing
 
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "v", "*")
 SIZE = (5.2, 3.6)  # inches: a column and a half of a two-column paper
 DPI = 200
+NOTE_WIDTH = 90  # characters of a line of the note above a chart
 
 
 def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
@@ -52,10 +55,28 @@ def draw(axes: Any, chart: Chart) -> None:
             _bars(axes, series, bars)
         else:
             _points(axes, series)
+    if chart.x.log:
+        axes.set_xlim(log_limits(chart.x_values))
+        _tick(axes.xaxis, log_ticks(chart.x_values))
+    if chart.y.log:
+        axes.set_ylim(log_limits(chart.y_values))
+        _tick(axes.yaxis, log_ticks(chart.y_values))
     axes.grid(True, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+    if chart.note:
+        lines = [part for line in chart.note for part in wrap(line, NOTE_WIDTH)]
+        axes.set_title(_plain("\n".join(lines)), loc="left", fontsize=7)
     if len(chart.series) > 1:
         axes.legend(frameon=False, fontsize=7.5)
+
+
+def _tick(axis: Any, ticks: Sequence[float]) -> None:
+    """Put ticks on a logarithmic axis, which keeps its limits."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _plain(text: str) -> str:

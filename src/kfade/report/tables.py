@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kfade.report.before import before_columns
 from kfade.report.charts import Chart
 from kfade.report.data import MeasuredModel, Results
 from kfade.report.metrics import GROUPS, SHARE
 from kfade.report.names import method_of, short
+from kfade.report.origins import compare_results
 from kfade.report.values import Row, Value
 
 NUMBER_ROWS = 40  # rows of the table below a chart: about so many a series, at most
-ROLES = {"base": "base", "run": "", "model": "as it came"}
 
 
 def written(value: float, unit: str) -> str:
@@ -33,14 +34,14 @@ def details(value: Value, unit: str) -> list[str]:
 
 
 def cards(rows: Sequence[Row], results: Results) -> list[tuple[Row, Value, Value | None]]:
-    """(row, the run's value, its base's value) of one row of each group, for a page of one run."""
+    """(row, the run's value, the value before) of one row of each group, for a page of one run."""
     if len(results.runs) != 1:
         return []
     run = results.runs[0]
-    base = results.base_of(run)
+    column = before_columns(results).get(run.name, "")
 
     def before(row: Row) -> Value | None:
-        return row.values.get(base.name) if base else None
+        return row.values.get(column)
 
     made = []
     for group in GROUPS[:3]:
@@ -101,17 +102,25 @@ def run_tables(results: Results) -> list[dict[str, Any]]:
     ]
     tables = []
     if len(runs) > 1:
-        tables.append(_table("Runs, one a row.", RUN_COLUMNS, runs))
+        note = compare_results(runs).note
+        tables.append(_table("Runs, one a row.", RUN_COLUMNS, runs, note))
     if steps:
         caption = "Steps: what each predicted and did. KL and losses in nats per token."
-        tables.append(_table(caption, STEP_COLUMNS, steps))
+        stepped = {step["run"] for step in steps}
+        note = compare_results([run for run in runs if run.name in stepped]).note
+        tables.append(_table(caption, STEP_COLUMNS, steps, note))
     return tables
 
 
-def _table(caption: str, columns: Sequence[Column], items: Sequence[Any]) -> dict[str, Any]:
+def _table(
+    caption: str, columns: Sequence[Column], items: Sequence[Any], note: Sequence[str]
+) -> dict[str, Any]:
+    """The table, without the columns of which no row has a value."""
+    columns = [c for c in columns if any(c.value(item) is not None for item in items)]
     rows = [[column.value(item) for column in columns] for item in items]
     return {
         "caption": caption,
+        "note": note,
         "columns": columns,
         "rows": [
             [{"text": "·", "sort": ""} if v is None else {"text": short(v), "sort": v} for v in row]

@@ -14,6 +14,7 @@ from typing import Any
 from kfade.evaluate.tofu_read import log_of
 from kfade.evaluate.uncertainty import standard_error
 from kfade.report import metrics
+from kfade.report.before import before_columns
 from kfade.report.data import Measured, MeasuredModel, Results
 from kfade.report.metrics import GROUPS, PLAIN, SHARE, Group, Metric
 from kfade.report.names import set_name
@@ -33,7 +34,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of every subject that has it, by the subject's name."""
+    """One metric; its values by the key of the column, see :mod:`kfade.report.before`."""
 
     metric: Metric
     values: dict[str, Value] = field(default_factory=dict)
@@ -46,11 +47,16 @@ def headline(results: Results) -> list[Row]:
         for key, metric, value in subject_values(subject):
             row = rows.setdefault((metric.group, metric.name, key), Row(metric))
             row.values.setdefault(subject.name, value)
-    losses = rows.get((metrics.FORGET_LOSS.group, metrics.FORGET_LOSS.name, ""))
+    before = before_columns(results)
     for run in results.runs:
-        base = results.base_of(run)
-        if base and losses and (loss := run.metrics.get("forget_loss")):
-            losses.values.setdefault(base.name, Value(loss["before"]))
+        if run.name not in before:
+            continue
+        for row in rows.values():
+            known = row.metric.before
+            if row.metric == metrics.FORGET_LOSS:
+                known = run.metrics.get("forget_loss", {}).get("before")
+            if known is not None and run.name in row.values:
+                row.values.setdefault(before[run.name], Value(known))
     return sorted(rows.values(), key=lambda row: GROUPS.index(row.metric.group))
 
 

@@ -41,7 +41,8 @@ from kfade.runs.evaluation import Subject
 from kfade.runs.fitting import fit
 from kfade.runs.planning import PlanRequest, plan
 from kfade.runs.reporting import report
-from kfade.runs.sweeping import SweepRequest, sweep
+from kfade.runs.sweep_config import SweepRequest
+from kfade.runs.sweeping import sweep
 from kfade.runs.unlearning import unlearn
 
 __all__ = [

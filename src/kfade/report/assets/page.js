@@ -86,7 +86,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: soft },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: 62, r: 14, t: 8, b: 48 },
+      margin: { l: 62, r: 14, t: 34, b: 48 }, // the toolbar stands above the points
       showlegend: false, // the page has a list of the series, which can wrap and be reached by key
       hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: ink }, align: "left" },
     };
@@ -97,6 +97,7 @@
     plot.drawn = Plotly.newPlot(plot, chart.data, dress(chart.layout), {
       responsive: true,
       displaylogo: false,
+      displayModeBar: "hover",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: { filename: chart.key, scale: 2 },
     });
