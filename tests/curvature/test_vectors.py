@@ -31,7 +31,7 @@ from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import margin
 from kfade.method.step import gauss_newton_step
-from kfade.runtime.files import write_tensors
+from kfade.runtime.tensors import write_tensors
 
 
 @pytest.fixture(params=["device", "host", "disk"])

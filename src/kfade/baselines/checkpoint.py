@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kfade.baselines.weights import Trainable
-from kfade.runtime.files import write_tensors
+from kfade.runtime.tensors import write_tensors
 
 Row = dict[str, float]
 """One evaluation: ``step``, what :meth:`~kfade.baselines.gauge.DriftGauge.measure` gives and, but

@@ -22,7 +22,8 @@ from torch import Tensor
 from kfade.curvature.block import EigenBlock
 from kfade.errors import InputError
 from kfade.runtime import distributed
-from kfade.runtime.files import reading_kept, write_tensors
+from kfade.runtime.files import reading_kept
+from kfade.runtime.tensors import write_tensors
 
 FORMAT = "kfade-curvature-1"
 PARTS = ("q_out", "q_in", "eigenvalues")

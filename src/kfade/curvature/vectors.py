@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kfade.errors import InputError
-from kfade.runtime.files import tensor_bytes, writing
+from kfade.runtime.files import writing
+from kfade.runtime.tensors import tensor_bytes
 
 Vector = Mapping[str, Tensor]
 """Name of a target or of a parameter -> its part of the vector."""

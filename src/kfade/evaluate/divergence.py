@@ -31,8 +31,9 @@ from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
 from kfade.method.measure import Reference, divergence, hidden_reference
 from kfade.models.head import Head, read_head
 from kfade.models.load import frozen
-from kfade.runtime.files import reading_kept, write_tensors
+from kfade.runtime.files import reading_kept
 from kfade.runtime.progress import track
+from kfade.runtime.tensors import write_tensors
 
 GROUP_TOKENS = 32768  # 270 MB of hidden states at a width of 4096 in bfloat16
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99)

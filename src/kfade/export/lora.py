@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
 from kfade.method.update import Update
-from kfade.runtime.files import write_tensors
 from kfade.runtime.progress import track
+from kfade.runtime.tensors import write_tensors
 
 PREFIX = "base_model.model."  # every tensor name in a peft adapter begins with it
 

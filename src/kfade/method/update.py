@@ -25,7 +25,7 @@ from kfade.curvature.vectors import (
 from kfade.errors import InputError
 from kfade.models.layers import digest_names, digest_weights, is_copy
 from kfade.runtime import distributed
-from kfade.runtime.files import write_tensors
+from kfade.runtime.tensors import write_tensors
 
 FORMAT = "kfade-update-1"
 EDITED = "edited_weights_sha256"

@@ -27,7 +27,9 @@ class Arrangement:
     groups: list[list[Target]] | None
     """Layers that are fitted together; None where even the smallest groups do not fit."""
     budget: int | None
-    """Bytes of curvature, or of a gradient, that a pass may hold; None: no limit."""
+    """Bytes of curvature that a fit may hold; None: no limit."""
+    vector_budget: int | None
+    """Bytes of a vector that a pass may sum, where vectors are kept elsewhere; None: no limit."""
     peak_bytes: dict[str, int]
     """Peak bytes of each stage; of the smallest groups where none fit."""
     problem: str | None = None
@@ -44,7 +46,7 @@ class Arrangement:
 
     def options(self, total: int) -> str:
         """The options of the command line that make a run so."""
-        words = [f"--memory {total / 1e9:.3g}GB"]
+        words = [f"--memory {total / 1e9:.4g}GB"]
         words += ["--offload auto"] if self.work.offload else []
         words += ["--recompute"] if self.work.recompute else []
         return " ".join(words)
@@ -52,10 +54,7 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Arranger:
-    """The ways to run some work on a model; the first has the least cost in time.
-
-    Args of the constructor are its fields.
-    """
+    """The ways to run some work on a model; the first has the least cost in time."""
 
     model: Any
     """Its tensors may be fake; not sharded yet."""
@@ -105,6 +104,8 @@ class Arranger:
         if self.refit and not work.offload:  # the update so far, and the weights that it replaces
             held = subject.vector_bytes + subject.replaced_bytes
         budget = None if total is None else total - overhead(subject, passes) - held
+        largest = max(sum_bytes([target]) for target in self.targets)
+        sums_budget = None if budget is None else budget - largest  # one layer is on its way
         groups: list[list[Target]] | None = [list(self.targets)]
         sums, problem = groups, None
         try:
@@ -112,7 +113,7 @@ class Arranger:
                 bytes_of = work.estimator.peak_bytes
                 groups = group_targets(self.targets, bytes_of, budget, self.shards)
             if work.offload:
-                sums = group_targets(self.targets, sum_bytes, budget)
+                sums = group_targets(self.targets, sum_bytes, sums_budget)
         except InputError as error:
             groups, problem = None, str(error)
         smallest = group_by_input(self.targets)
@@ -123,4 +124,4 @@ class Arranger:
             "steps": tuple(stage for stage in found if stage not in FIT_STAGES),
         }[self.kind]
         taken = {stage: found[stage] for stage in stages if stage in found}
-        return Arrangement(work, subject, groups, budget, taken, problem)
+        return Arrangement(work, subject, groups, budget, sums_budget, taken, problem)

@@ -72,10 +72,10 @@ def make_room(
     if way is None:
         raise InputError(f"--memory {limit}: {_too_little(arranger, total)}")
     if limit == AUTO:
-        progress.say(f"memory: {total / 1e9:.3g} GB are free; as with {way.options(total)}")
+        progress.say(f"memory: {total / 1e9:.4g} GB are free; as with {way.options(total)}")
     if way.work.offload and word is None:
         word = _place(way, device)
-    return Room(way.budget, way.work.recompute, _storage(word, folder.state, way.budget))
+    return Room(way.budget, way.work.recompute, _storage(word, folder.state, way.vector_budget))
 
 
 def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
@@ -106,7 +106,7 @@ def _refuse_too_large(arranger: Arranger, device: torch.device) -> None:
         return
     if not way.fits(total):
         problem = _too_little(replace(arranger, may_recompute=True), total)
-        raise InputError(f"{total / 1e9:.3g} GB are free on {device}: {problem}")
+        raise InputError(f"{total / 1e9:.4g} GB are free on {device}: {problem}")
 
 
 def _too_little(arranger: Arranger, total: int) -> str:
@@ -117,14 +117,15 @@ def _too_little(arranger: Arranger, total: int) -> str:
     least = arranger.least(total)
     need = least.peak_bytes[least.worst] / 1e9
     return (
-        f"the run needs {need:.3g} GB at the least ({least.worst}): lower --batch-tokens, give "
+        f"the run needs {need:.4g} GB at the least ({least.worst}): lower --batch-tokens, give "
         "fewer --layers, --dtype bfloat16, or --shard over several devices"
     )
 
 
 def _place(way: Arrangement, device: torch.device) -> str:
     """Where vectors go: host memory if that is not the device's and has room, else disk."""
-    needed = 3 * way.subject.vector_bytes + way.subject.replaced_bytes
+    vectors = 9 if way.work.refine else 3
+    needed = vectors * way.subject.vector_bytes + way.subject.replaced_bytes
     if device.type == "cpu" or needed > _free(torch.device("cpu")):
         return "disk"
     return "cpu"

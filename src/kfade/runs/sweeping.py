@@ -50,10 +50,11 @@ from kfade.runs.sweep_config import SweepRequest
 from kfade.runs.template import with_date
 from kfade.runs.unlearning import run_metrics
 from kfade.runtime import progress
-from kfade.runtime.files import reading_kept, write_tensors
+from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, timing
+from kfade.runtime.tensors import write_tensors
 
 POINTS = "points.jsonl"
 

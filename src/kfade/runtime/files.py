@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -18,16 +16,6 @@ from kfade.errors import InputError, first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FORMAT_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 _CODE = re.compile(r"\((?:os error|errno) (\d+)\)|\[Errno (\d+)\]")
 
 
@@ -98,49 +86,6 @@ def write_file(path: Path, write: Callable[[Path], object], aside: Path | None =
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write text in UTF-8, whole or not at all; see :func:`write_file`."""
     write_file(path, lambda aside: aside.write_text(text, encoding="utf-8", errors=errors))
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file, whole or not at all; see :func:`write_file`.
-
-    Tensors are read from the mapping one at a time, so it may be larger than memory. safetensors'
-    own writer needs all of them. Its format: the length of the header, the header (JSON, padded by
-    spaces), the bytes of the tensors.
-    """
-
-    def write(aside: Path) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        room = len(json.dumps(header)) + sum(len(json.dumps(name)) + 256 for name in tensors)
-        room += -room % 8
-        with aside.open("wb") as file:
-            file.seek(8 + room)
-            start = 0
-            for name in tensors:
-                tensor = tensors[name]
-                data = tensor_bytes(tensor)
-                file.write(data)
-                header[name] = {
-                    "dtype": _FORMAT_NAMES[str(tensor.dtype).removeprefix("torch.")],
-                    "shape": list(tensor.shape),
-                    "data_offsets": [start, start + data.nbytes],
-                }
-                start += data.nbytes
-            text = json.dumps(header).encode()
-            assert len(text) <= room
-            file.seek(0)
-            file.write(room.to_bytes(8, "little") + text.ljust(room))
-
-    write_file(path, write)
-
-
-def tensor_bytes(tensor: Any) -> memoryview:
-    """The bytes of a tensor; not a copy if it is on the CPU and contiguous."""
-    import torch  # here, since reports do without
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 @contextlib.contextmanager
