@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import random_sequences, tiny_llama
+from on_device import use_device
 
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
@@ -12,6 +13,7 @@ from kfade.models.layers import find_targets
 from kfade.models.targets import Target
 
 torch.set_num_threads(1)
+use_device()
 
 
 @pytest.fixture

@@ -44,19 +44,19 @@ def tiny_llama(
         initializer_range=std,
         mlp_bias=mlp_bias,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("cpu"):  # the same weights on every device
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=std)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if "norm" in name:
-                norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-                norm.load_state_dict(child.state_dict())
-                setattr(module, name, norm)
-    return model.to(dtype).eval()
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if "norm" in name:
+                    norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                    norm.load_state_dict(child.state_dict())
+                    setattr(module, name, norm)
+    return model.to(dtype).to(torch.get_default_device()).eval()
 
 
 def random_sequences(

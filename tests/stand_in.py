@@ -173,7 +173,7 @@ if AVAILABLE:
     def stand_in() -> torch.device:
         return register()
 
-    @pytest.fixture(autouse=True)
+    @pytest.fixture(scope="session", autouse=True)
     def by_default(stand_in):
         """Whatever a test loads, it loads onto the stand-in."""
         import kfade.curvature.store

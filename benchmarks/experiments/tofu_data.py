@@ -15,7 +15,6 @@ from lab.forgetting import BUDGET
 from lab.records import Record
 
 import kfade
-from kfade.data.batches import make_batches
 from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import TokenSequence
@@ -25,6 +24,7 @@ from kfade.evaluate.tofu import TofuQuestion, evaluate_tofu, read_tofu
 from kfade.method.measure import mean_objectives
 from kfade.method.objectives import cross_entropy
 from kfade.models.layers import decoder_blocks
+from kfade.models.lengths import batches_for
 from kfade.models.load import save_model
 
 OF_AUTHOR = 20  # questions of each author in the data set, in author order
@@ -128,12 +128,19 @@ class Data:
         return list(range(author * OF_AUTHOR, author * OF_AUTHOR + self._sizes.questions))
 
 
-def train_model(base: str, examples: Sequence[Example], sizes: Sizes, folder: Path) -> Record:
+def train_model(
+    base: str,
+    examples: Sequence[Example],
+    sizes: Sizes,
+    folder: Path,
+    *,
+    device: str | None = None,
+) -> Record:
     """Fine-tune a model on questions, save it, and tell how it was trained."""
-    model, tokenizer = kfade.load_model(base, dtype="float32")
+    model, tokenizer = kfade.load_model(base, dtype="float32", device=device)
     tokenizer.chat_template = TEMPLATE
     sequences = encode(examples, tokenizer)
-    sample = make_batches(sequences[::SAMPLE], budget=BUDGET)
+    sample = batches_for(model, sequences[::SAMPLE], BUDGET)
 
     def answer_loss() -> float:
         return mean_objectives(model, sample, [cross_entropy])[0]

@@ -20,7 +20,6 @@ from tofu_data import Data, Sizes, answer, encode, train_model
 
 import kfade
 from kfade.curvature.curvature import Curvature
-from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.divergence import rounded as to_four_digits
@@ -30,6 +29,7 @@ from kfade.evaluate.tofu_read import log_of
 from kfade.method.gradient import forget_gradient
 from kfade.method.step import StepSize
 from kfade.method.update import Update
+from kfade.models.lengths import batches_for
 
 FILE = RESULTS / "tofu_small.jsonl"
 SHOWN = 6  # forgotten questions whose answers are kept
@@ -43,20 +43,28 @@ RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to it
 class TofuLab(Lab):
     """The full model, and what it is asked to forget."""
 
-    def __init__(self, data: Data, base: str, sizes: Sizes, cache: Path, results: Results):
-        super().__init__(sizes, cache, results)
+    def __init__(
+        self,
+        data: Data,
+        base: str,
+        sizes: Sizes,
+        cache: Path,
+        results: Results,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(sizes, cache, results, device)
         self.data, self._base = data, base
 
     def train_once(self, name: str) -> Record:
         """Train ``full`` or ``retrained`` and keep it, if it is not there: how it was trained."""
         examples = self.data.of("common", "tuning", *(("report",) if name == "full" else ()))
-        train = partial(train_model, self._base, examples, self.sizes)
+        train = partial(train_model, self._base, examples, self.sizes, device=self.device)
         return make_once(self.cache / name, train)
 
     def load(self, name: str) -> tuple[Any, Any]:
         """(model, tokenizer) of ``full`` or ``retrained``."""
         self.train_once(name)
-        return kfade.load_model(str(self.cache / name))
+        return kfade.load_model(str(self.cache / name), device=self.device)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -107,7 +115,7 @@ class TofuLab(Lab):
         """EK-FAC with bases from one in ``share`` retain sequences, eigenvalues from the others."""
         every = self.slices["fit"]
         rest = [sequence for i, sequence in enumerate(every) if i % share]
-        first, second = (make_batches(part, budget=BUDGET) for part in (every[::share], rest))
+        first, second = (batches_for(self.model, part, BUDGET) for part in (every[::share], rest))
         kfac = kfade.KFAC().fit(self.model, first, self.targets)
         return kfade.EKFAC().correct(kfac, self.model, second, self.targets)
 
@@ -161,7 +169,7 @@ class TofuLab(Lab):
         start = time.perf_counter()
         begin = forgetting(self.model, few)["forget_probability"]
         small = replace(group, name="part", forget=few, start=begin)
-        batches = make_batches(few, budget=BUDGET)
+        batches = batches_for(self.model, few, BUDGET)
         gradient = forget_gradient(self.model, batches, self.targets, kfade.margin)
         ruler = Ruler(self.model, {"held_out": held_out})
         told, update = Search(self.model, ruler, small).step(
@@ -298,5 +306,5 @@ def run_pieces(
     trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
     cache = given.cache / f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
     data = Data(given.data, sizes)
-    lab = TofuLab(data, given.model, sizes, cache, results)
+    lab = TofuLab(data, given.model, sizes, cache, results, given.device)
     run(pieces(lab, results), results, given)

@@ -78,13 +78,21 @@ class Subject(Group):
 class TopicLab(Lab):
     """The model, the subject, and how each method is measured."""
 
-    def __init__(self, folder: Path, sizes: Sizes, model: str, cache: Path, results: Results):
-        super().__init__(sizes, cache, results)
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Sizes,
+        model: str,
+        cache: Path,
+        results: Results,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(sizes, cache, results, device)
         self._folder, self._name = folder, model
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
-        return kfade.load_model(self._name, dtype="float32")
+        return kfade.load_model(self._name, dtype="float32", device=self.device)
 
     @cached_property
     def data(self) -> Data:
@@ -265,7 +273,7 @@ def main() -> None:
     given, sizes, results = read_options(__doc__, FILE, Sizes())
     cache = given.cache / f"topic-small-{sizes.model}-{sizes.tokens}-{sizes.seed}"
     cache.mkdir(parents=True, exist_ok=True)
-    lab = TopicLab(given.data, sizes, given.model, cache, results)
+    lab = TopicLab(given.data, sizes, given.model, cache, results, given.device)
     run(pieces(lab, results), results, given)
 
 

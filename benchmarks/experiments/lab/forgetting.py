@@ -8,6 +8,7 @@ probabilities of their scored tokens. A *curve* is a list of measurements: ``for
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from kfade import Damping
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.product import quadratic_form
-from kfade.data.batches import Batch, make_batches
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.divergence import divergences, grouped, outputs
@@ -33,9 +34,11 @@ from kfade.method.measure import (
 from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head
+from kfade.models.lengths import batches_for
 from kfade.models.targets import Target
 
-BUDGET = 2048  # positions in one forward pass
+# Positions in one forward pass; a GPU takes more. Sums are then rounded in another order.
+BUDGET = int(os.environ.get("KFADE_BATCH_TOKENS", "2048"))
 GUESS_SEQUENCES, GUESS_KL = 4, 0.01  # sequences of the quadratic form, and the KL to start from
 # Far away a model outputs noise, and the answers' probability may rise again: stop before that.
 FAR_KL, MOST_TRIALS = 5.0, 12
@@ -48,7 +51,7 @@ class Ruler:
     def __init__(self, model: Any, slices: Mapping[str, Sequence[TokenSequence]]) -> None:
         self._model, self._head = model, read_head(model)
         self._base: dict[str, Reference] = {
-            name: hidden_reference(model, make_batches(sequences, budget=BUDGET), name)
+            name: hidden_reference(model, batches_for(model, sequences, BUDGET), name)
             for name, sequences in slices.items()
         }
 
@@ -70,7 +73,7 @@ class Ruler:
 
 def forgetting(model: Any, forget: Sequence[TokenSequence]) -> dict[str, float]:
     """``forget_loss`` and ``forget_probability`` of every ``EVERY``-th sequence."""
-    batches, losses = make_batches(forget[::EVERY], budget=BUDGET), TokenLosses()
+    batches, losses = batches_for(model, forget[::EVERY], BUDGET), TokenLosses()
     (loss,) = mean_objectives(model, batches, [losses])
     return {"forget_loss": loss, "forget_probability": losses.mean_probability(batches)}
 
@@ -79,7 +82,7 @@ def token_kls(
     base: Any, model: Any, update: Update, sequences: Sequence[TokenSequence]
 ) -> dict[int, Tensor]:
     """KL(base ‖ model with ``update``) of every scored token, by number of the sequence."""
-    groups = grouped(make_batches(sequences, budget=BUDGET))
+    groups = grouped(batches_for(base, sequences, BUDGET))
     return dict(
         divergences(
             groups,

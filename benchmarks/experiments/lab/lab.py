@@ -14,13 +14,15 @@ from kfade import Damping
 from kfade.baselines.methods import Method
 from kfade.curvature.curvature import Curvature, Matrices
 from kfade.curvature.estimators import EKFAC, Estimator
-from kfade.data.batches import Batch, make_batches
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.method.settings import Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
+from kfade.models.lengths import batches_for
+from kfade.models.load import default_device
 from kfade.models.targets import Target
 from kfade.runs.choices import draw_of, estimator_of, objective_of
 
@@ -39,8 +41,11 @@ class Lab:
     budget = BUDGET
     """Positions in one forward pass of fits and gradients."""
 
-    def __init__(self, sizes: Any, cache: Path, results: Results) -> None:
+    def __init__(
+        self, sizes: Any, cache: Path, results: Results, device: str | None = None
+    ) -> None:
         self.sizes, self.cache, self.results = sizes, cache, results
+        self.device = device or default_device()
         self._gradients: dict[tuple[str, str], tuple[Matrices, float]] = {}
         self._guesses: dict[str, float] = {}
 
@@ -84,7 +89,7 @@ class Lab:
         """The forget gradient of a group, and the seconds it took."""
         if (group, objective) not in self._gradients:
             start = time.perf_counter()
-            batches = make_batches(self.group(group).forget, budget=self.budget)
+            batches = batches_for(self.model, self.group(group).forget, self.budget)
             found = forget_gradient(self.model, batches, self.targets, objective_of(objective))
             self._gradients[group, objective] = found, time.perf_counter() - start
         return self._gradients[group, objective]
@@ -98,7 +103,7 @@ class Lab:
 
         def make(folder: Path) -> Record:
             start = time.perf_counter()
-            batches = make_batches(self.slices["fit"], budget=self.budget)
+            batches = batches_for(self.model, self.slices["fit"], self.budget)
             self._fitted(name, batches).save(folder / "curvature.safetensors")
             seconds = time.perf_counter() - start
             if name.startswith("ekfac"):
@@ -116,7 +121,7 @@ class Lab:
     def curvature(self, name: str) -> Curvature:
         """The curvature that :meth:`fit` keeps under that name."""
         self.fit(name)
-        return Curvature.load(self.cache / f"fit-{name}" / "curvature.safetensors")
+        return Curvature.load(self.cache / f"fit-{name}" / "curvature.safetensors", self.device)
 
     def step(
         self,
@@ -225,7 +230,7 @@ class Lab:
         return self._path(name).is_file()
 
     def kept(self, name: str) -> Update:
-        return Update.load(self._path(name))
+        return Update.load(self._path(name)).to(self.device)
 
     def _path(self, name: str) -> Path:
         return self.cache / "updates" / f"{name}.safetensors"
