@@ -90,7 +90,7 @@ class PredictionLab(Lab):
         for seed in range(RANDOM_DIRECTIONS):
             generator = torch.Generator().manual_seed(seed)
             delta = {
-                t.name: torch.randn(t.shape, generator=generator).to(self.device)
+                t.name: torch.randn(t.shape, generator=generator).to(t.weight.device)
                 for t in self.targets
             }
             found.append((delta, quadratic_form(self.model, batches, self.targets, delta)))

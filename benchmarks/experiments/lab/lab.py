@@ -22,7 +22,6 @@ from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for
-from kfade.models.load import default_device
 from kfade.models.targets import Target
 from kfade.runs.choices import draw_of, estimator_of, objective_of
 
@@ -45,7 +44,7 @@ class Lab:
         self, sizes: Any, cache: Path, results: Results, device: str | None = None
     ) -> None:
         self.sizes, self.cache, self.results = sizes, cache, results
-        self.device = device or default_device()
+        self.device = device  # that models are loaded to; None: the GPU if there is one
         self._gradients: dict[tuple[str, str], tuple[Matrices, float]] = {}
         self._guesses: dict[str, float] = {}
 
@@ -121,7 +120,8 @@ class Lab:
     def curvature(self, name: str) -> Curvature:
         """The curvature that :meth:`fit` keeps under that name."""
         self.fit(name)
-        return Curvature.load(self.cache / f"fit-{name}" / "curvature.safetensors", self.device)
+        path = self.cache / f"fit-{name}" / "curvature.safetensors"
+        return Curvature.load(path, self.targets[0].weight.device)
 
     def step(
         self,
@@ -230,7 +230,7 @@ class Lab:
         return self._path(name).is_file()
 
     def kept(self, name: str) -> Update:
-        return Update.load(self._path(name)).to(self.device)
+        return Update.load(self._path(name)).to(self.targets[0].weight.device)
 
     def _path(self, name: str) -> Path:
         return self.cache / "updates" / f"{name}.safetensors"
