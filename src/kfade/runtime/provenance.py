@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 def versions() -> dict[str, str]:
     """Versions of everything that the numbers depend on."""
     packages = ("kfade", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of an installed package."""
     try:
         return version(name)
     except PackageNotFoundError:  # run from its source, without an installation
