@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import stand_in
 import torch
 from torch.overrides import TorchFunctionMode
@@ -35,8 +36,11 @@ def use_device() -> None:
     """Make ``DEVICE`` the default device of this process, if it is not the CPU."""
     if DEVICE == "cpu":
         return
-    device = torch.device(DEVICE) if DEVICE != stand_in.NAME else stand_in.register()
     if DEVICE == stand_in.NAME:
+        device = stand_in.register()
+        stand_in.load_onto(device, pytest.MonkeyPatch())
         stand_in.ByWayOfTheCPU().__enter__()
+    else:
+        device = torch.device(DEVICE)
     torch.set_default_device(device)
     FromTheCPU().__enter__()

@@ -167,6 +167,22 @@ def register() -> torch.device:
     return torch.device(NAME, 0)
 
 
+def load_onto(device: torch.device, patch: pytest.MonkeyPatch) -> None:
+    """Whatever is loaded without a device, by kfade's functions or from files, goes there."""
+    import kfade.curvature.store
+    import kfade.evaluate.divergence
+    import kfade.models.load
+    import kfade.runs.session
+    import kfade.runs.sweeping
+
+    for module in (kfade.models.load, kfade.runs.session):
+        patch.setattr(module, "default_device", lambda: str(device))
+    for module in (kfade.runs.sweeping, kfade.evaluate.divergence):
+        patch.setattr(module, "load_file", load_file)
+    patch.setattr(kfade.curvature.store, "safe_open", SafeOpen)
+    patch.setattr(torch, "Generator", generator)
+
+
 if AVAILABLE:
 
     @pytest.fixture(scope="session")
@@ -176,17 +192,6 @@ if AVAILABLE:
     @pytest.fixture(scope="session", autouse=True)
     def by_default(stand_in):
         """Whatever a test loads, it loads onto the stand-in."""
-        import kfade.curvature.store
-        import kfade.evaluate.divergence
-        import kfade.models.load
-        import kfade.runs.session
-        import kfade.runs.sweeping
-
         with pytest.MonkeyPatch.context() as patch, ByWayOfTheCPU():
-            for module in (kfade.models.load, kfade.runs.session):
-                patch.setattr(module, "default_device", lambda: str(stand_in))
-            for module in (kfade.runs.sweeping, kfade.evaluate.divergence):
-                patch.setattr(module, "load_file", load_file)
-            patch.setattr(kfade.curvature.store, "safe_open", SafeOpen)
-            patch.setattr(torch, "Generator", generator)
+            load_onto(stand_in, patch)
             yield

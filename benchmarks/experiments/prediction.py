@@ -134,7 +134,10 @@ class PredictionLab(Lab):
         """Forget loss where the held-out KL is each of ``EQUAL_KL`` within 10 %."""
         step, changes = self.direction(fit)
         exact = self.exact_form("held_out", step)
-        held_out, forget = batches_for(self.model, self.slices["held_out"]), batches_for(self.model, self.sets[0])
+        held_out, forget = (
+            batches_for(self.model, self.slices["held_out"]),
+            batches_for(self.model, self.sets[0]),
+        )
         gauge = Gauge(self.model, held_out, forget)
         start = gauge.measure(Update({}), kfade.margin)
         rows = []

@@ -1,4 +1,4 @@
-"""EK-FAC on a Llama of 8 billion random weights: seconds and bytes by stage, beside what is planned.
+"""EK-FAC on a Llama of 8 billion random weights: seconds and bytes by stage, and those planned.
 
 The model has the shape of Llama-3-8B and is made on the device; tokens are drawn by Zipf's law.
 Time and memory do not depend on the values. Measurements, in this order:

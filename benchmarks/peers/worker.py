@@ -8,7 +8,8 @@ are used. Before the clock starts, A and S of one batch are computed and dropped
 
 ``seconds`` and ``peak_bytes`` are by stage; ``total`` is the whole job. Peak is the largest
 resident size of the process within the stage (all of it: model, libraries and results), beside
-``rss_after_load``; on a GPU it is the largest size of PyTorch's tensors there. kfade's covariance job runs its K-FAC fit: look at the stage.
+``rss_after_load``; on a GPU it is the largest size of PyTorch's tensors there. kfade's covariance
+job runs its K-FAC fit: look at the stage.
 """
 
 from __future__ import annotations
