@@ -14,7 +14,7 @@ import torch
 from lab.baselines import at_target, method_of
 from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, token_kls
 from lab.lab import Lab
-from lab.pieces import Piece, Results, make_once, read_options, run
+from lab.pieces import Piece, Results, make_once, options_of, read_options, run
 from lab.records import RESULTS, Record
 from tofu_data import Data, Sizes, answer, encode, train_model
 
@@ -59,12 +59,16 @@ class TofuLab(Lab):
         """Train ``full`` or ``retrained`` and keep it, if it is not there: how it was trained."""
         examples = self.data.of("common", "tuning", *(("report",) if name == "full" else ()))
         train = partial(train_model, self._base, examples, self.sizes, device=self.device)
-        return make_once(self.cache / name, train)
+        return make_once(self.folder(name), train)
+
+    def folder(self, name: str) -> Path:
+        """Where ``full`` or ``retrained`` is kept."""
+        return self.cache / name
 
     def load(self, name: str) -> tuple[Any, Any]:
         """(model, tokenizer) of ``full`` or ``retrained``."""
         self.train_once(name)
-        return kfade.load_model(str(self.cache / name), device=self.device)
+        return kfade.load_model(str(self.folder(name)), device=self.device)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -81,7 +85,8 @@ class TofuLab(Lab):
     def group(self, name: str) -> Group:
         """The authors of the role ``report`` or ``tuning``."""
         found = self.results["targets"]
-        aim = found["retrained" if name == "report" else "unseen"]
+        # Without authors that no model knows, those that the retrained one does not know.
+        aim = found["unseen" if name == "tuning" and "unseen" in found else "retrained"]
         start = found[name]["forget_probability"]
         return Group(name, self.sequences(name), start, aim["forget_probability"])
 
@@ -121,7 +126,7 @@ class TofuLab(Lab):
 
     def measure_targets(self) -> Record:
         """Forget probabilities of the full model and of the retrained one."""
-        roles = ("report", "tuning", "unseen")
+        roles = [role for role in ("report", "tuning", "unseen") if self.data.authors[role]]
         found = {role: forgetting(self.model, self.sequences(role)) for role in roles}
         retrained, _ = self.load("retrained")
         found["retrained"] = {
@@ -302,7 +307,7 @@ def run_pieces(
     description: str | None, pieces: Callable[[TofuLab, Results], Iterator[Piece]]
 ) -> None:
     """Run one of TOFU-small's scripts. All of them share their options and the file of results."""
-    given, sizes, results = read_options(description, FILE, Sizes())
+    given, sizes, results = read_options(options_of(description, FILE), Sizes())
     trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
     cache = given.cache / f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
     data = Data(given.data, sizes)

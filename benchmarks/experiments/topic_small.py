@@ -26,7 +26,7 @@ from typing import Any
 from lab.baselines import method_of
 from lab.forgetting import Group, token_kls
 from lab.lab import Lab
-from lab.pieces import Piece, Results, read_options, run
+from lab.pieces import Piece, Results, options_of, read_options, run
 from lab.records import RESULTS, Record
 from lab.tuning import VARIANTS, chosen, lowest, rates
 from topic_data import SUBJECT, Data, Sizes, instructions
@@ -270,7 +270,7 @@ def start_rate(name: str) -> float:
 
 
 def main() -> None:
-    given, sizes, results = read_options(__doc__, FILE, Sizes())
+    given, sizes, results = read_options(options_of(__doc__, FILE), Sizes())
     cache = given.cache / f"topic-small-{sizes.model}-{sizes.tokens}-{sizes.seed}"
     cache.mkdir(parents=True, exist_ok=True)
     lab = TopicLab(given.data, sizes, given.model, cache, results, given.device)

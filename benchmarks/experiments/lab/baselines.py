@@ -23,11 +23,10 @@ from kfade.runs.baseline_choices import builder_of
 from kfade.runs.session import Loaded
 
 from .fine_tune import block_weights
-from .forgetting import BUDGET
+from .forgetting import BUDGET, TRAIN_BUDGET
 
 RMU_LENGTH = 3.0  # of the control vector, times the median length of hidden states at its block
 RMU_RETAIN_WEIGHT = 100.0
-TRAIN_BUDGET = 400  # positions in one forward pass while training
 
 
 def method_of(

@@ -37,8 +37,10 @@ from kfade.models.head import read_head
 from kfade.models.lengths import batches_for
 from kfade.models.targets import Target
 
-# Positions in one forward pass; a GPU takes more. Sums are then rounded in another order.
+# Positions in one forward pass, and in training; a GPU takes more. Sums are then rounded in another
+# order.
 BUDGET = int(os.environ.get("KFADE_BATCH_TOKENS", "2048"))
+TRAIN_BUDGET = int(os.environ.get("KFADE_BATCH_TOKENS", "400"))
 GUESS_SEQUENCES, GUESS_KL = 4, 0.01  # sequences of the quadratic form, and the KL to start from
 # Far away a model outputs noise, and the answers' probability may rise again: stop before that.
 FAR_KL, MOST_TRIALS = 5.0, 12

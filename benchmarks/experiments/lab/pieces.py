@@ -50,16 +50,15 @@ def options_of(description: str | None, results: Path) -> argparse.ArgumentParse
 
 
 def read_options(
-    description: str | None, path: Path, default: Sizes
+    options: argparse.ArgumentParser, default: Sizes
 ) -> tuple[argparse.Namespace, Sizes, Results]:
-    """The options given, the experiment's sizes, and the results so far.
+    """The values given to ``options``, the experiment's sizes, and the results so far.
 
     Every field of ``default`` but ``model`` is an option.
 
     Raises:
         SystemExit: the results in the file have other settings.
     """
-    options = options_of(description, path)
     fields = {name: value for name, value in asdict(default).items() if name != "model"}
     for name, value in fields.items():
         options.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
