@@ -18,6 +18,8 @@ from kfade.errors import InputError
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.stages import Clock
 
+FAILURES = (RuntimeError, MemoryError, InputError, SystemExit, subprocess.TimeoutExpired)
+
 
 def measure(pieces: Iterable[Piece], given: argparse.Namespace) -> dict[str, Record]:
     """Run the pieces that are not in ``given.out`` yet, until ``given.minutes`` are over.
@@ -65,7 +67,7 @@ def attempt(compute: Callable[[], Record], commit: str | None) -> Record:
     """What was measured, or why it failed."""
     try:
         record = compute()
-    except (RuntimeError, MemoryError, InputError, SystemExit) as error:
+    except FAILURES as error:
         record = {"failure": str(error)[-2000:]}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
