@@ -112,10 +112,10 @@ def measured_kl(model: nn.Module, batches: Sequence[Batch], update: Update) -> f
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Equal dtype, shape and bytes: tells −0 from 0 and takes NaN for itself."""
+    """Equal dtype, shape and bytes, on any devices: tells −0 from 0 and takes NaN for itself."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    one, other = (x.detach().reshape(-1).view(torch.uint8) for x in (first, second))
+    one, other = (x.detach().cpu().reshape(-1).view(torch.uint8) for x in (first, second))
     return torch.equal(one, other)
 
 

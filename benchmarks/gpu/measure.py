@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.experiments.lab.pieces import Piece, run
-from benchmarks.experiments.lab.records import Record, read
+from benchmarks.experiments.lab.records import Record, read, write
 from kfade.errors import InputError
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.stages import Clock
@@ -41,6 +41,7 @@ def measure(pieces: Iterable[Piece], given: argparse.Namespace) -> dict[str, Rec
     attempts = ((name, partial(attempt, compute, commit)) for name, compute in pieces)
     every = {"only": ["*"], "skip": [], "list": False, "pace": 1.0}
     given.out.mkdir(parents=True, exist_ok=True)
+    write(path, results)
     run(attempts, results, argparse.Namespace(**every, results=path, minutes=given.minutes))
     return results
 
