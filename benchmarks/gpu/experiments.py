@@ -26,8 +26,8 @@ TINY_TOFU = (
     *("--rate", "5e-3", "--epochs", "12", "--steps", "6", "--every", "2", "--batch", "4"),
 )
 TINY_TOPIC = (
-    *("--tune-questions", "6", "--questions", "8", "--passages", "8", "--held-out", "4"),
-    *("--tokens", "16", "--completions", "4", "--steps", "4"),
+    *("--tune-questions", "6", "--questions", "24", "--passages", "8", "--held-out", "4"),
+    *("--tokens", "16", "--completions", "4", "--steps", "4", "--target", "0.4"),
 )
 Run = tuple[str, list[str]]
 """(name of its file, command)."""

@@ -153,11 +153,13 @@ class Search:
         """The multiple of ``changes``, added to ``before``, that reaches the target.
 
         The target is met within 3 % of the difference in log probability. If it cannot be reached,
-        the row has a ``failure`` and there is no update.
+        or is where the search begins, the row has a ``failure`` and there is no update.
         """
         curve: list[dict[str, float]] = []
         base = before or Update({})
         begin = self.at(base)["forget_probability"] if base.deltas else self._group.start
+        if begin <= self._group.target:
+            return {"failure": f"begins at {begin:.3f}, not above the target", "curve": []}, None
 
         def probe(alpha: float) -> Probe:
             if len(curve) == MOST_TRIALS:
