@@ -77,7 +77,9 @@ def tofu_rows(results: Results) -> Iterator[tuple[str, dict[str, float]]]:
         }
         if "report_kl" in row.told:
             told["KL at the target"] = row.told["report_kl"]
-        yield row.title, {**told, "seconds": row.told["piece_seconds"]}
+        fit, _, objective = row.method.partition(" ")
+        title = f"{row.title}, {objective}" if fit in ESTIMATORS else row.title
+        yield title, {**told, "seconds": row.told["piece_seconds"]}
 
 
 def topic_table(seeds: list[Results]) -> str:
