@@ -1,7 +1,7 @@
 """TOFU at its full size: 200 authors, 4000 questions, its own forget sets. For a GPU.
 
     python benchmarks/experiments/tofu_whole.py --data DIR --model FILE --split forget10 --seed 0 \
-        --results FILE.jsonl [--tuned FILE.jsonl] [--device cuda] [--minutes 9]
+        --results FILE.jsonl [--tuned FILE.jsonl] [--device cuda] [--minutes 8]
 
 As in TOFU-small, but the *full* model knows all authors, and the *retrained* one is the retain
 model of the split. Settings are chosen on as many authors before the forget set; the target there

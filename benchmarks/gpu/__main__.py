@@ -1,6 +1,6 @@
 """Measurements on one GPU, piece by piece.
 
-    PYTHONPATH=src python -m benchmarks.gpu PIECE [--device cuda] [--tiny] [--out DIR] [--minutes 9]
+    PYTHONPATH=src python -m benchmarks.gpu PIECE [--device cuda] [--tiny] [--out DIR] [--minutes 8]
 
 PIECE is tests, fit, peers, eigh, tofu or topic. Every finished measurement is a line of
 ``DIR/PIECE.jsonl`` and is not made again: call a piece until it says nothing is left. ``--tiny``
@@ -33,7 +33,7 @@ def main() -> None:
     options.add_argument("--tiny", action="store_true", help="sizes for a rehearsal on a CPU")
     options.add_argument("--out", type=Path, default=Path("out/gpu"))
     options.add_argument(
-        "--minutes", type=float, default=9.0, help="begin no measurement after so many minutes"
+        "--minutes", type=float, default=8.0, help="begin no measurement after so many minutes"
     )
     options.add_argument("--commit", help="of the code, where git cannot say")
     options.add_argument("--python", help="for peers: an interpreter that has them [this one]")
