@@ -56,8 +56,8 @@ class Settings:
     low_precision: bool = False
     """kronfluence's "smart low precision": factors, bases and per-sequence gradients are bfloat16,
     which makes it faster and what it computes another thing."""
-    layers: str = "all"
-    """Blocks whose feed-forward weights are fitted, as ``3-6``."""
+    layers: str | None = None
+    """Blocks whose feed-forward weights are fitted, as ``3-6``; None: all."""
     device: str = "cpu"
     recompute: bool = False
     """Of kfade's passes: run blocks again backward instead of keeping what they made."""

@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--iterative", action="store_true")
     options.add_argument("--low-precision", action="store_true")
     options.add_argument("--recompute", action="store_true")
-    options.add_argument("--layers", default="all")
+    options.add_argument("--layers")
     options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--seed", type=int, default=0)
