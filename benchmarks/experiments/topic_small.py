@@ -117,7 +117,10 @@ class TopicLab(Lab):
         self, row: str, like: str, damping: float, fit: str, **options: Any
     ) -> Record:
         """``kfade.unlearn`` to the KL of the one step ``like``, then scaled to the target."""
-        size = StepSize(kl=self.results[f"tune {like}"]["kl"])
+        single = self.results[f"tune {like}"]
+        if "failure" in single:
+            return {"failure": f"the one step: {single['failure']}", "curve": []}
+        size = StepSize(kl=single["kl"])
         _, update, told = self.unlearn("tune", fit, size, damping, **options)
         found, scaled = self.search("tune").along(update.deltas)
         return self.keep(row, {**found, **told}, scaled)
