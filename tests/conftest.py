@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from helpers import random_sequences, tiny_llama
+from on_device import use_device
 
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
@@ -15,6 +16,7 @@ from kfade.models.layers import find_targets
 from kfade.models.targets import Target
 
 torch.set_num_threads(1)
+use_device()
 
 
 @pytest.fixture

@@ -47,19 +47,19 @@ def tiny_llama(
         initializer_range=std,
         mlp_bias=mlp_bias,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("cpu"):  # the same weights on every device
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=std)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if "norm" in name:
-                norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-                norm.load_state_dict(child.state_dict())
-                setattr(module, name, norm)
-    return model.to(dtype).eval()
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if "norm" in name:
+                    norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                    norm.load_state_dict(child.state_dict())
+                    setattr(module, name, norm)
+    return model.to(dtype).to(torch.get_default_device()).eval()
 
 
 def random_sequences(
@@ -126,10 +126,10 @@ def measured_kl(model: nn.Module, batches: Sequence[Batch], update: Update) -> f
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Equal dtype, shape and bytes: tells −0 from 0 and takes NaN for itself."""
+    """Equal dtype, shape and bytes, on any devices: tells −0 from 0 and takes NaN for itself."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    one, other = (x.detach().reshape(-1).view(torch.uint8) for x in (first, second))
+    one, other = (x.detach().cpu().reshape(-1).view(torch.uint8) for x in (first, second))
     return torch.equal(one, other)
 
 

@@ -167,24 +167,29 @@ def register() -> torch.device:
     return torch.device(NAME, 0)
 
 
+def load_onto(device: torch.device, patch: pytest.MonkeyPatch) -> None:
+    """Whatever is loaded without a device, by kfade's functions or from files, goes there."""
+    import kfade.curvature.store
+    import kfade.evaluate.divergence
+    import kfade.models.load
+    import kfade.runs.session
+
+    for module in (kfade.models.load, kfade.runs.session):
+        patch.setattr(module, "default_device", lambda: str(device))
+    patch.setattr(kfade.evaluate.divergence, "load_file", load_file)
+    patch.setattr(kfade.curvature.store, "safe_open", SafeOpen)
+    patch.setattr(torch, "Generator", generator)
+
+
 if AVAILABLE:
 
     @pytest.fixture(scope="session")
     def stand_in() -> torch.device:
         return register()
 
-    @pytest.fixture(autouse=True)
+    @pytest.fixture(scope="session", autouse=True)
     def by_default(stand_in):
         """Whatever a test loads, it loads onto the stand-in."""
-        import kfade.curvature.store
-        import kfade.evaluate.divergence
-        import kfade.models.load
-        import kfade.runs.session
-
         with pytest.MonkeyPatch.context() as patch, ByWayOfTheCPU():
-            for module in (kfade.models.load, kfade.runs.session):
-                patch.setattr(module, "default_device", lambda: str(stand_in))
-            patch.setattr(kfade.evaluate.divergence, "load_file", load_file)
-            patch.setattr(kfade.curvature.store, "safe_open", SafeOpen)
-            patch.setattr(torch, "Generator", generator)
+            load_onto(stand_in, patch)
             yield

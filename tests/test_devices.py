@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from helpers import flat
 from processes import start
 
 import kfade
+from kfade.baselines.rmu import control_vector
+from kfade.baselines.weights import LowRank
 from kfade.curvature.curvature import Curvature
+from kfade.curvature.eigh import eigendecompose
+from kfade.data.batches import draw_without_replacement
 from kfade.method.update import Update
 
 
@@ -27,6 +32,43 @@ def test_an_update_and_a_curvature_move():
     }
     update = Update({"a": torch.ones(2)}, {"b": 1}).to("meta")
     assert (update.deltas["a"].device.type, update.provenance) == ("meta", {"b": 1})
+
+
+@contextlib.contextmanager
+def default_device(name):
+    before = torch.get_default_device()
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(before)
+
+
+def test_draws_come_from_the_cpu_whatever_the_default_device():
+    model = zoo.tiny("llama", dtype=torch.float32)
+    targets, matrix = kfade.find_targets(model), torch.diag(torch.tensor([1.0, 2.0]))
+
+    def drawn():
+        lora = LowRank(model, targets, rank=2, alpha=2.0, dropout=0.0, seed=0)
+        return [
+            control_vector(4, 1.0, seed=0).tolist(),
+            draw_without_replacement(9, 4, step=0, seed=0),
+            eigendecompose(matrix, "A")[0].tolist(),
+            [tensor.tolist() for tensor in lora.tensors.values()],
+        ]
+
+    wanted = drawn()
+    with default_device("meta"):
+        assert torch.rand(3, generator=torch.Generator()).is_meta  # without numbers
+        assert drawn() == wanted
+
+
+def test_batches_are_on_the_default_device_unless_told():
+    sequences = zoo.sequences((6, 5))
+    with default_device("meta"):
+        assert kfade.make_batches(sequences)[0].input_BT.device.type == "meta"
+        told = kfade.make_batches(sequences, device="cpu")[0]
+    assert told.input_BT[0].tolist() == list(sequences[0].tokens[:-1])
 
 
 def test_unlearn_moves_them_to_the_model(monkeypatch):

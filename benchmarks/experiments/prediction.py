@@ -35,9 +35,8 @@ from lab.rows import ESTIMATORS
 
 import kfade
 from kfade import Damping
-from kfade.curvature.curvature import Matrices
 from kfade.curvature.product import quadratic_form
-from kfade.data.batches import make_batches
+from kfade.curvature.vectors import Vector
 from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, load_examples, parse_example
 from kfade.data.sequences import TokenSequence
@@ -46,6 +45,7 @@ from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.measure import mean_objectives
 from kfade.method.step import Step, StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
+from kfade.models.lengths import batches_for
 from kfade.models.load import save_model
 
 FILE = RESULTS / "prediction.jsonl"
@@ -84,16 +84,19 @@ class PredictionLab(Lab):
         return Group(name, self.sets[0], math.nan, math.nan)
 
     @cached_property
-    def random_forms(self) -> list[tuple[Matrices, float]]:
+    def random_forms(self) -> list[tuple[Vector, float]]:
         """(δ, δᵀGδ on the whole fit set) for Gaussian δ."""
-        batches, found = make_batches(self.slices["fit"]), []
+        batches, found = batches_for(self.model, self.slices["fit"]), []
         for seed in range(RANDOM_DIRECTIONS):
             generator = torch.Generator().manual_seed(seed)
-            delta = {t.name: torch.randn(t.shape, generator=generator) for t in self.targets}
+            delta = {
+                t.name: torch.randn(t.shape, generator=generator).to(t.weight.device)
+                for t in self.targets
+            }
             found.append((delta, quadratic_form(self.model, batches, self.targets, delta)))
         return found
 
-    def direction(self, fit: str) -> tuple[Step, Matrices]:
+    def direction(self, fit: str) -> tuple[Step, Vector]:
         """The step of a margin, and its changes by parameter."""
         gradient, _ = self.gradient("forget", "margin")
         step = gauss_newton_step(self.curvature(fit), gradient, damping=Damping(DAMPING))
@@ -101,7 +104,7 @@ class PredictionLab(Lab):
 
     def exact_form(self, name: str, step: Step) -> float:
         """δᵀGδ on the sequences of a slice."""
-        batches = make_batches(self.slices[name])
+        batches = batches_for(self.model, self.slices[name])
         return quadratic_form(self.model, batches, self.targets, step.direction)
 
     def prediction(self, fit: str) -> Record:
@@ -110,7 +113,7 @@ class PredictionLab(Lab):
         slices = {"fit": "report", "held_out": "held_out"}
         exact = {name: self.exact_form(own, step) for name, own in slices.items()}
         ruler = self.ruler  # made of the unedited model
-        forget, rows = make_batches(self.sets[0]), []
+        forget, rows = batches_for(self.model, self.sets[0]), []
         for predicted in PREDICTED:
             alpha = math.sqrt(predicted / step.unit_kl)
             row = {"predicted": predicted, "alpha": alpha}
@@ -131,7 +134,10 @@ class PredictionLab(Lab):
         """Forget loss where the held-out KL is each of ``EQUAL_KL`` within 10 %."""
         step, changes = self.direction(fit)
         exact = self.exact_form("held_out", step)
-        held_out, forget = make_batches(self.slices["held_out"]), make_batches(self.sets[0])
+        held_out, forget = (
+            batches_for(self.model, self.slices["held_out"]),
+            batches_for(self.model, self.sets[0]),
+        )
         gauge = Gauge(self.model, held_out, forget)
         start = gauge.measure(Update({}), kfade.margin)
         rows = []

@@ -22,9 +22,9 @@ from tofu_lab import TofuLab, run_pieces
 from torch import Tensor
 
 import kfade
-from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.method.sweep import targets_within
+from kfade.models.lengths import batches_for
 
 BASES = (4, 2, 8)  # bases from one in so many retain sequences, eigenvalues from the others
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -58,7 +58,7 @@ def on_best_third(lab: TofuLab, layers: str, damping: float) -> Iterator[Piece]:
     """The ablations that are made on these blocks only."""
 
     def refit(sequences: list[TokenSequence], estimator: kfade.EKFAC = kfade.EKFAC()) -> Record:
-        batches = make_batches(sequences, budget=BUDGET)
+        batches = batches_for(lab.model, sequences, BUDGET)
         targets = targets_within(lab.targets, layers)
         curvature = estimator.fit(lab.model, batches, targets)
         row = lab.one_step("report", curvature, damping, layers=layers, like=f"blocks {layers}")

@@ -8,14 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lab.fine_tune import block_weights, fine_tune
-from lab.forgetting import BUDGET
+from lab.forgetting import BUDGET, TRAIN_BUDGET
 from lab.records import Record
 
 import kfade
-from kfade.data.batches import make_batches
 from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import TokenSequence
@@ -25,6 +24,7 @@ from kfade.evaluate.tofu import TofuQuestion, evaluate_tofu, read_tofu
 from kfade.method.measure import mean_objectives
 from kfade.method.objectives import cross_entropy
 from kfade.models.layers import decoder_blocks
+from kfade.models.lengths import batches_for
 from kfade.models.load import save_model
 
 OF_AUTHOR = 20  # questions of each author in the data set, in author order
@@ -43,6 +43,7 @@ TEMPLATE = (
 class Sizes:
     """What decides the numbers. It is written beside them."""
 
+    train_batch: ClassVar[int] = 8  # questions in a batch of fine-tuning
     model: str = ""
     authors: int = 20  # of the full model: the last ones of the data set
     questions: int = 20  # of each author
@@ -79,7 +80,11 @@ class Data:
         lines = (folder / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()
         self._examples = [parse_example(json.loads(line), "TOFU") for line in lines]
         self._total = len(lines) // OF_AUTHOR
-        self.authors = authors_by_role(self._total, sizes.authors)
+        self.authors = self.roles(self._total)
+
+    def roles(self, total: int) -> dict[str, range]:
+        """Numbers of the authors of each role, of ``total`` in the data set."""
+        return authors_by_role(total, self._sizes.authors)
 
     def of(self, *roles: str) -> list[Example]:
         """The questions of the authors of these roles."""
@@ -112,8 +117,12 @@ class Data:
 
         kept = [replace(q, set="retain") for q in of("common")]
         others = ([q for q in everything if q.set == s] for s in ("real_authors", "world_facts"))
-        asked = of("report")
-        for questions in (kept, *others):
+        return [*of("report"), *self.sample(kept, *others)]
+
+    def sample(self, *sets: Sequence[TofuQuestion]) -> list[TofuQuestion]:
+        """Some questions of each set that utility is measured on, evenly spaced."""
+        asked = []
+        for questions in sets:
             count = min(self._sizes.utility, len(questions))
             asked += [questions[i * len(questions) // count] for i in range(count)]
         return asked
@@ -128,12 +137,19 @@ class Data:
         return list(range(author * OF_AUTHOR, author * OF_AUTHOR + self._sizes.questions))
 
 
-def train_model(base: str, examples: Sequence[Example], sizes: Sizes, folder: Path) -> Record:
+def train_model(
+    base: str,
+    examples: Sequence[Example],
+    sizes: Sizes,
+    folder: Path,
+    *,
+    device: str | None = None,
+) -> Record:
     """Fine-tune a model on questions, save it, and tell how it was trained."""
-    model, tokenizer = kfade.load_model(base, dtype="float32")
+    model, tokenizer = kfade.load_model(base, dtype="float32", device=device)
     tokenizer.chat_template = TEMPLATE
     sequences = encode(examples, tokenizer)
-    sample = make_batches(sequences[::SAMPLE], budget=BUDGET)
+    sample = batches_for(model, sequences[::SAMPLE], BUDGET)
 
     def answer_loss() -> float:
         return mean_objectives(model, sample, [cross_entropy])[0]
@@ -148,7 +164,8 @@ def train_model(base: str, examples: Sequence[Example], sizes: Sizes, folder: Pa
         # Of an epoch in which the loss falls, the mean is well above what it ends with.
         enough=lambda mean: mean < 4 * MEMORISED and answer_loss() <= MEMORISED,
         warm_up=10,
-        budget=400,
+        batch=sizes.train_batch,
+        budget=TRAIN_BUDGET,
         seed=sizes.seed,
     )
     seconds = time.perf_counter() - start

@@ -14,13 +14,12 @@ import torch
 from lab.baselines import at_target, method_of
 from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, token_kls
 from lab.lab import Lab
-from lab.pieces import Piece, Results, make_once, read_options, run
+from lab.pieces import Piece, Results, make_once, options_of, read_options, run
 from lab.records import RESULTS, Record
 from tofu_data import Data, Sizes, answer, encode, train_model
 
 import kfade
 from kfade.curvature.curvature import Curvature
-from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.divergence import rounded as to_four_digits
@@ -30,6 +29,7 @@ from kfade.evaluate.tofu_read import log_of
 from kfade.method.gradient import forget_gradient
 from kfade.method.step import StepSize
 from kfade.method.update import Update
+from kfade.models.lengths import batches_for
 
 FILE = RESULTS / "tofu_small.jsonl"
 SHOWN = 6  # forgotten questions whose answers are kept
@@ -43,20 +43,32 @@ RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to it
 class TofuLab(Lab):
     """The full model, and what it is asked to forget."""
 
-    def __init__(self, data: Data, base: str, sizes: Sizes, cache: Path, results: Results):
-        super().__init__(sizes, cache, results)
+    def __init__(
+        self,
+        data: Data,
+        base: str,
+        sizes: Sizes,
+        cache: Path,
+        results: Results,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(sizes, cache, results, device)
         self.data, self._base = data, base
 
     def train_once(self, name: str) -> Record:
         """Train ``full`` or ``retrained`` and keep it, if it is not there: how it was trained."""
         examples = self.data.of("common", "tuning", *(("report",) if name == "full" else ()))
-        train = partial(train_model, self._base, examples, self.sizes)
-        return make_once(self.cache / name, train)
+        train = partial(train_model, self._base, examples, self.sizes, device=self.device)
+        return make_once(self.folder(name), train)
+
+    def folder(self, name: str) -> Path:
+        """Where ``full`` or ``retrained`` is kept."""
+        return self.cache / name
 
     def load(self, name: str) -> tuple[Any, Any]:
         """(model, tokenizer) of ``full`` or ``retrained``."""
         self.train_once(name)
-        return kfade.load_model(str(self.cache / name))
+        return kfade.load_model(str(self.folder(name)), device=self.device)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -73,7 +85,8 @@ class TofuLab(Lab):
     def group(self, name: str) -> Group:
         """The authors of the role ``report`` or ``tuning``."""
         found = self.results["targets"]
-        aim = found["retrained" if name == "report" else "unseen"]
+        # Without authors that no model knows, those that the retrained one does not know.
+        aim = found["unseen" if name == "tuning" and "unseen" in found else "retrained"]
         start = found[name]["forget_probability"]
         return Group(name, self.sequences(name), start, aim["forget_probability"])
 
@@ -107,13 +120,13 @@ class TofuLab(Lab):
         """EK-FAC with bases from one in ``share`` retain sequences, eigenvalues from the others."""
         every = self.slices["fit"]
         rest = [sequence for i, sequence in enumerate(every) if i % share]
-        first, second = (make_batches(part, budget=BUDGET) for part in (every[::share], rest))
+        first, second = (batches_for(self.model, part, BUDGET) for part in (every[::share], rest))
         kfac = kfade.KFAC().fit(self.model, first, self.targets)
         return kfade.EKFAC().correct(kfac, self.model, second, self.targets)
 
     def measure_targets(self) -> Record:
         """Forget probabilities of the full model and of the retrained one."""
-        roles = ("report", "tuning", "unseen")
+        roles = [role for role in ("report", "tuning", "unseen") if self.data.authors[role]]
         found = {role: forgetting(self.model, self.sequences(role)) for role in roles}
         retrained, _ = self.load("retrained")
         found["retrained"] = {
@@ -161,7 +174,7 @@ class TofuLab(Lab):
         start = time.perf_counter()
         begin = forgetting(self.model, few)["forget_probability"]
         small = replace(group, name="part", forget=few, start=begin)
-        batches = make_batches(few, budget=BUDGET)
+        batches = batches_for(self.model, few, BUDGET)
         gradient = forget_gradient(self.model, batches, self.targets, kfade.margin)
         ruler = Ruler(self.model, {"held_out": held_out})
         told, update = Search(self.model, ruler, small).step(
@@ -294,9 +307,9 @@ def run_pieces(
     description: str | None, pieces: Callable[[TofuLab, Results], Iterator[Piece]]
 ) -> None:
     """Run one of TOFU-small's scripts. All of them share their options and the file of results."""
-    given, sizes, results = read_options(description, FILE, Sizes())
+    given, sizes, results = read_options(options_of(description, FILE), Sizes())
     trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
     cache = given.cache / f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
     data = Data(given.data, sizes)
-    lab = TofuLab(data, given.model, sizes, cache, results)
+    lab = TofuLab(data, given.model, sizes, cache, results, given.device)
     run(pieces(lab, results), results, given)

@@ -26,7 +26,7 @@ from typing import Any
 from lab.baselines import method_of
 from lab.forgetting import Group, token_kls
 from lab.lab import Lab
-from lab.pieces import Piece, Results, read_options, run
+from lab.pieces import Piece, Results, options_of, read_options, run
 from lab.records import RESULTS, Record
 from lab.tuning import VARIANTS, chosen, lowest, rates
 from topic_data import SUBJECT, Data, Sizes, instructions
@@ -78,13 +78,21 @@ class Subject(Group):
 class TopicLab(Lab):
     """The model, the subject, and how each method is measured."""
 
-    def __init__(self, folder: Path, sizes: Sizes, model: str, cache: Path, results: Results):
-        super().__init__(sizes, cache, results)
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Sizes,
+        model: str,
+        cache: Path,
+        results: Results,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(sizes, cache, results, device)
         self._folder, self._name = folder, model
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
-        return kfade.load_model(self._name, dtype="float32")
+        return kfade.load_model(self._name, dtype="float32", device=self.device)
 
     @cached_property
     def data(self) -> Data:
@@ -109,7 +117,10 @@ class TopicLab(Lab):
         self, row: str, like: str, damping: float, fit: str, **options: Any
     ) -> Record:
         """``kfade.unlearn`` to the KL of the one step ``like``, then scaled to the target."""
-        size = StepSize(kl=self.results[f"tune {like}"]["kl"])
+        single = self.results[f"tune {like}"]
+        if "failure" in single:
+            return {"failure": f"the one step: {single['failure']}", "curve": []}
+        size = StepSize(kl=single["kl"])
         _, update, told = self.unlearn("tune", fit, size, damping, **options)
         found, scaled = self.search("tune").along(update.deltas)
         return self.keep(row, {**found, **told}, scaled)
@@ -262,10 +273,10 @@ def start_rate(name: str) -> float:
 
 
 def main() -> None:
-    given, sizes, results = read_options(__doc__, FILE, Sizes())
+    given, sizes, results = read_options(options_of(__doc__, FILE), Sizes())
     cache = given.cache / f"topic-small-{sizes.model}-{sizes.tokens}-{sizes.seed}"
     cache.mkdir(parents=True, exist_ok=True)
-    lab = TopicLab(given.data, sizes, given.model, cache, results)
+    lab = TopicLab(given.data, sizes, given.model, cache, results, given.device)
     run(pieces(lab, results), results, given)
 
 

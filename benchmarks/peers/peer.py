@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kfade
 from kfade.curvature.draws import sampled_labels
 from kfade.data.sequences import TokenSequence
-from kfade.models.load import load_model
+from kfade.models.load import DTYPES, load_model
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Layer name -> (A [I, I], S [O, O])."""
@@ -55,6 +56,9 @@ class Settings:
     low_precision: bool = False
     """kronfluence's "smart low precision": factors, bases and per-sequence gradients are bfloat16,
     which makes it faster and what it computes another thing."""
+    layers: str | None = None
+    """Blocks whose feed-forward weights are fitted, as ``3-6``; None: all."""
+    device: str = "cpu"
     recompute: bool = False
     """Of kfade's passes: run blocks again backward instead of keeping what they made."""
 
@@ -71,6 +75,18 @@ def sample_labels(p_NV: Tensor) -> Tensor:
     return drawn.clamp(max=p_NV.shape[1] - 1)
 
 
+def load(folder: Path, settings: Settings) -> Any:
+    """The model of a folder. A folder with a configuration alone gives random weights, which are
+    the same for each library."""
+    if any(folder.glob("*.safetensors")):
+        return load_model(str(folder), dtype=settings.dtype, device=settings.device)[0]
+    torch.manual_seed(0)
+    with torch.device(settings.device):
+        config = AutoConfig.from_pretrained(folder)
+        made = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
+    return made.eval()
+
+
 class Peer:
     """One library on one model; a fit is kept in ``result`` until the next."""
 
@@ -78,8 +94,8 @@ class Peer:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.settings = settings
-        self.model, self.tokenizer = load_model(str(folder), dtype=settings.dtype, device="cpu")
-        self.targets = kfade.find_targets(self.model)
+        self.model = load(folder, settings)
+        self.targets = kfade.find_targets(self.model, layers=settings.layers)
         self.layers = [target.name.removesuffix(".weight") for target in self.targets]
         self.result: Any = None
 
@@ -126,7 +142,7 @@ class Kfade(Peer):
         scored = (False,) + (True,) * (tokens_ST.shape[1] - 1)
         sequences = [TokenSequence(tuple(row), scored) for row in tokens_ST.tolist()]
         budget = self.settings.batch * (tokens_ST.shape[1] - 1)
-        batches = kfade.make_batches(sequences, budget=budget)
+        batches = kfade.make_batches(sequences, budget=budget, device=self.settings.device)
         recompute = self.settings.recompute
         self.result = estimator.fit(self.model, batches, self.targets, recompute=recompute)
 

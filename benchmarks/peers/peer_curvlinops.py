@@ -39,6 +39,7 @@ class Curvlinops(Peer):
 
         self.result = None
         parts = tokens_ST.split(self.settings.batch)
+        parts = (part.to(self.settings.device) for part in parts)
         data = [(part[:, :-1], part[:, 1:].flatten()) for part in parts]
         self.positions = tokens_ST[:, 1:].numel()
         with stage("covariance"):

@@ -40,7 +40,7 @@ class Kronfluence(Peer):
         )
         self.task = _task(self.layers)
         self.model = prepare_model(self.model, self.task)
-        self.state = State(cpu=True)
+        self.state = State(cpu=settings.device == "cpu")
 
     def described(self) -> dict[str, Any]:
         return {**super().described(), **self.arguments.to_str_dict()}

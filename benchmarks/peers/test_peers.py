@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_curvlinops_has_no_bfloat16(folder):
     pytest.importorskip("curvlinops")
     library = peers.Curvlinops(folder, peer.Settings(dtype="bfloat16"))
     assert "bfloat16 sums" in library.cannot("covariance")
+
+
+def test_a_configuration_alone_gives_the_same_random_weights_each_time(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    one, other = (peer.Kfade(tmp_path, peer.Settings(layers="1")) for _ in range(2))
+    assert len(one.targets) == 3  # of one of the two blocks
+    for first, second in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -8,7 +8,8 @@ are used. Before the clock starts, A and S of one batch are computed and dropped
 
 ``seconds`` and ``peak_bytes`` are by stage; ``total`` is the whole job. Peak is the largest
 resident size of the process within the stage (all of it: model, libraries and results), beside
-``rss_after_load``. kfade's covariance job runs its K-FAC fit: look at the stage.
+``rss_after_load``; on a GPU it is the largest size of PyTorch's tensors there. kfade's covariance
+job runs its K-FAC fit: look at the stage.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.metadata
 import json
 import os
 import sys
@@ -32,6 +32,7 @@ from peers import JOBS, PEERS
 from safetensors.torch import load_file
 
 from kfade.models.load import DTYPES
+from kfade.runtime.provenance import version_of
 from kfade.runtime.stages import Clock, stage, timing
 
 PACKAGES = {"curvlinops": "curvlinops-for-pytorch"}
@@ -54,11 +55,13 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         eigh=arguments.eigh,
         iterative=arguments.iterative,
         low_precision=arguments.low_precision,
+        layers=arguments.layers,
+        device=arguments.device,
         recompute=arguments.recompute,
     )
     report: dict[str, Any] = {
         "peer": arguments.peer,
-        "version": importlib.metadata.version(PACKAGES.get(arguments.peer, arguments.peer)),
+        "version": version_of(PACKAGES.get(arguments.peer, arguments.peer)),
         "job": arguments.job,
     }
     peer = PEERS[arguments.peer](arguments.model, settings)
@@ -98,6 +101,8 @@ def parse() -> argparse.Namespace:
     options.add_argument("--iterative", action="store_true")
     options.add_argument("--low-precision", action="store_true")
     options.add_argument("--recompute", action="store_true")
+    options.add_argument("--layers")
+    options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--seed", type=int, default=0)
     return options.parse_args()

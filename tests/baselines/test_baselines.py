@@ -183,7 +183,7 @@ def test_soul_is_gradient_difference_by_sophia(model, sequences):
 
 def test_rmu_terms_against_loops(sequences):
     base, model = tiny_llama(layers=3), moved(tiny_llama(layers=3))
-    vector_D = rmu.control_vector(8, 6.5, seed=3)
+    vector_D = rmu.control_vector(8, 6.5, seed=3).to(torch.get_default_device())
 
     def hidden(of, sequence):  # hidden_states[0] are embeddings, so [2] is block 1's output
         tokens = torch.tensor([sequence.tokens[: sequence.live]])

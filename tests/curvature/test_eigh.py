@@ -47,6 +47,7 @@ def matrix():
 
 
 @pytest.mark.parametrize("failure", [*FAILURES, 1.01], ids=lambda f: type(f).__name__)
+@pytest.mark.cpu_only
 def test_what_fails_is_repeated_in_float64_from_a_whole_copy(monkeypatch, matrix, failure):
     before = matrix.clone()
     failing = Failing(failure)
@@ -58,6 +59,7 @@ def test_what_fails_is_repeated_in_float64_from_a_whole_copy(monkeypatch, matrix
     assert ((vectors * values) @ vectors.T - before).norm() < 1e-5 * before.norm()
 
 
+@pytest.mark.cpu_only
 def test_a_decomposition_that_holds_is_made_once(monkeypatch, matrix):
     failing = Failing(None, times=0)
     monkeypatch.setattr(torch.linalg, "eigh", failing)
@@ -65,6 +67,7 @@ def test_a_decomposition_that_holds_is_made_once(monkeypatch, matrix):
     assert failing.asked == [("cpu", torch.float32)]
 
 
+@pytest.mark.cpu_only
 def test_a_device_is_tried_in_float64_before_the_cpu(monkeypatch, matrix):
     tried = []
 

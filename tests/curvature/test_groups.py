@@ -151,6 +151,7 @@ class Nothing:
         return {}
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "inner"), [(96, 160), (64, 400)])
 @pytest.mark.parametrize("kind", [Diagonal, KFAC, EKFAC])

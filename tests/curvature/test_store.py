@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,10 @@ from kfade.curvature import fit as fit_module
 from kfade.curvature import store as store_module
 from kfade.curvature import sums as sums_module
 from kfade.curvature.passes import run_pass
-from kfade.curvature.store import Store
 
 KINDS = [Identity, Diagonal, KFAC, EKFAC]
 USUAL = EKFAC()
+Store = partial(store_module.Store, device=torch.get_default_device())
 SEQUENCES = random_sequences(8)
 BUDGET = 20  # positions in a batch
 GARBAGE = b"half of something"

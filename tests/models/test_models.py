@@ -397,7 +397,8 @@ def test_sums_are_float32():
     assert sum_dtype(torch.float64) == torch.float64
     rows = torch.ones(4096, 3, dtype=torch.bfloat16)
     good, bad = (
-        CovarianceSum(3, dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)
+        CovarianceSum(3, dtype, torch.get_default_device())
+        for dtype in (torch.float32, torch.bfloat16)
     )
     for part in rows.split(1):
         good.add(part)

@@ -151,13 +151,13 @@ FAMILIES = {
 
 def tiny(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A tiny model of ``family`` in evaluation mode, the same one for one seed."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("cpu"):  # the same weights on every device
         torch.manual_seed(seed)
         model = FAMILIES[family].build()
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.2)
-    return model.to(dtype).eval()
+    return model.to(dtype).to(torch.get_default_device()).eval()
 
 
 class Double(TorchFunctionMode):

@@ -15,19 +15,18 @@ from kfade.baselines import rmu
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.methods import Method
 from kfade.baselines.weights import Dense
-from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.method.update import Update
 from kfade.models.layers import decoder_blocks
+from kfade.models.lengths import batches_for
 from kfade.runs.baseline_choices import builder_of
 from kfade.runs.session import Loaded
 
 from .fine_tune import block_weights
-from .forgetting import BUDGET
+from .forgetting import BUDGET, TRAIN_BUDGET
 
 RMU_LENGTH = 3.0  # of the control vector, times the median length of hidden states at its block
 RMU_RETAIN_WEIGHT = 100.0
-TRAIN_BUDGET = 400  # positions in one forward pass while training
 
 
 def method_of(
@@ -44,7 +43,7 @@ def method_of(
         with torch.no_grad():
             lengths = [
                 rmu.live_output(model, block, batch).norm(dim=-1)
-                for batch in make_batches(forget, budget=BUDGET)
+                for batch in batches_for(model, forget, BUDGET)
             ]
         length = RMU_LENGTH * torch.cat(lengths).median().item()
         options = {"layer": layer, "coefficient": length, "retain_weight": RMU_RETAIN_WEIGHT}

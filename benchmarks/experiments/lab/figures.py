@@ -42,6 +42,25 @@ def draw_utility(
     _save(figure, axes, path)
 
 
+def draw_estimators(points: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
+    """Forget quality and utility against the KL on retained questions, a line for each estimator.
+
+    Args:
+        points: (KL, forget quality, utility) at each length, by estimator.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for index, what in enumerate(("forget quality (p-value)", "model utility"), start=1):
+        axes = panels[index - 1]
+        for fit, own in points.items():
+            if own:
+                x, y = [point[0] for point in own], [point[index] for point in own]
+                axes.plot(x, y, "-o", color=COLOURS[fit], ms=4, label=ESTIMATORS[fit])
+        axes.set(xscale="log", xlabel="KL on retained questions, nats/token", ylabel=what)
+    panels[0].set_yscale("log")
+    panels[0].legend(frameon=False, fontsize=8)
+    _write(figure, path)
+
+
 def draw_kl(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     retrained: Mapping[str, Any] | None,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.method.objectives import cross_entropy
 from kfade.models.head import hidden_states, read_head
 from kfade.models.layers import decoder_blocks
+from kfade.models.lengths import batches_for
 from kfade.models.load import frozen
 
 
@@ -57,7 +57,7 @@ def fine_tune(
                 drawn = [sequences[i] for i in order[first : first + batch]]
                 tokens = sum(sequence.loss_tokens for sequence in drawn)
                 total = 0.0
-                for piece in make_batches(drawn, budget=budget):
+                for piece in batches_for(model, drawn, budget):
                     hidden_ND = piece.at_loss(hidden_states(model, piece.input_BT))
                     loss_N = cross_entropy(head(hidden_ND), piece.at_loss(piece.target_BT))
                     loss = loss_N.sum() / tokens

@@ -8,6 +8,7 @@ probabilities of their scored tokens. A *curve* is a list of measurements: ``for
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kfade import Damping
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.product import quadratic_form
 from kfade.curvature.vectors import Vector
-from kfade.data.batches import Batch, make_batches
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.divergence import divergences, grouped, outputs
@@ -34,9 +35,13 @@ from kfade.method.measure import (
 from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head
+from kfade.models.lengths import batches_for
 from kfade.models.targets import Target
 
-BUDGET = 2048  # positions in one forward pass
+# Positions in one forward pass, and in training; a GPU takes more. Sums are then rounded in another
+# order.
+BUDGET = int(os.environ.get("KFADE_BATCH_TOKENS", "2048"))
+TRAIN_BUDGET = int(os.environ.get("KFADE_BATCH_TOKENS", "400"))
 GUESS_SEQUENCES, GUESS_KL = 4, 0.01  # sequences of the quadratic form, and the KL to start from
 # Far away a model outputs noise, and the answers' probability may rise again: stop before that.
 FAR_KL, MOST_TRIALS = 5.0, 12
@@ -49,7 +54,7 @@ class Ruler:
     def __init__(self, model: Any, slices: Mapping[str, Sequence[TokenSequence]]) -> None:
         self._model, self._head = model, read_head(model)
         self._base: dict[str, Reference] = {
-            name: hidden_reference(model, make_batches(sequences, budget=BUDGET), name)
+            name: hidden_reference(model, batches_for(model, sequences, BUDGET), name)
             for name, sequences in slices.items()
         }
 
@@ -71,7 +76,7 @@ class Ruler:
 
 def forgetting(model: Any, forget: Sequence[TokenSequence]) -> dict[str, float]:
     """``forget_loss`` and ``forget_probability`` of every ``EVERY``-th sequence."""
-    batches, losses = make_batches(forget[::EVERY], budget=BUDGET), TokenLosses()
+    batches, losses = batches_for(model, forget[::EVERY], BUDGET), TokenLosses()
     (loss,) = mean_objectives(model, batches, [losses])
     return {"forget_loss": loss, "forget_probability": losses.mean_probability(batches)}
 
@@ -80,7 +85,7 @@ def token_kls(
     base: Any, model: Any, update: Update, sequences: Sequence[TokenSequence]
 ) -> dict[int, Tensor]:
     """KL(base ‖ model with ``update``) of every scored token, by number of the sequence."""
-    groups = grouped(make_batches(sequences, budget=BUDGET))
+    groups = grouped(batches_for(base, sequences, BUDGET))
     return dict(
         divergences(
             groups,
@@ -149,11 +154,13 @@ class Search:
         """The multiple of ``changes``, added to ``before``, that reaches the target.
 
         The target is met within 3 % of the difference in log probability. If it cannot be reached,
-        the row has a ``failure`` and there is no update.
+        or is where the search begins, the row has a ``failure`` and there is no update.
         """
         curve: list[dict[str, float]] = []
         base = before or Update({})
         begin = self.at(base)["forget_probability"] if base.deltas else self._group.start
+        if begin <= self._group.target:
+            return {"failure": f"begins at {begin:.3f}, not above the target", "curve": []}, None
 
         def probe(alpha: float) -> Probe:
             if len(curve) == MOST_TRIALS:

@@ -12,15 +12,17 @@ from typing import Any
 import kfade
 from kfade import Damping
 from kfade.baselines.methods import Method
-from kfade.curvature.curvature import Curvature, Matrices
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.estimators import EKFAC, Estimator
-from kfade.data.batches import Batch, make_batches
+from kfade.curvature.vectors import Vector
+from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.method.settings import Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
+from kfade.models.lengths import batches_for
 from kfade.models.targets import Target
 from kfade.runs.choices import draw_of, estimator_of, objective_of
 
@@ -39,9 +41,12 @@ class Lab:
     budget = BUDGET
     """Positions in one forward pass of fits and gradients."""
 
-    def __init__(self, sizes: Any, cache: Path, results: Results) -> None:
+    def __init__(
+        self, sizes: Any, cache: Path, results: Results, device: str | None = None
+    ) -> None:
         self.sizes, self.cache, self.results = sizes, cache, results
-        self._gradients: dict[tuple[str, str], tuple[Matrices, float]] = {}
+        self.device = device  # that models are loaded to; None: the GPU if there is one
+        self._gradients: dict[tuple[str, str], tuple[Vector, float]] = {}
         self._guesses: dict[str, float] = {}
 
     @cached_property
@@ -80,11 +85,11 @@ class Lab:
         """The search for the target of a group."""
         return Search(self.model, self.ruler, self.group(group))
 
-    def gradient(self, group: str, objective: str) -> tuple[Matrices, float]:
+    def gradient(self, group: str, objective: str) -> tuple[Vector, float]:
         """The forget gradient of a group, and the seconds it took."""
         if (group, objective) not in self._gradients:
             start = time.perf_counter()
-            batches = make_batches(self.group(group).forget, budget=self.budget)
+            batches = batches_for(self.model, self.group(group).forget, self.budget)
             found = forget_gradient(self.model, batches, self.targets, objective_of(objective))
             self._gradients[group, objective] = found, time.perf_counter() - start
         return self._gradients[group, objective]
@@ -98,7 +103,7 @@ class Lab:
 
         def make(folder: Path) -> Record:
             start = time.perf_counter()
-            batches = make_batches(self.slices["fit"], budget=self.budget)
+            batches = batches_for(self.model, self.slices["fit"], self.budget)
             self._fitted(name, batches).save(folder / "curvature.safetensors")
             seconds = time.perf_counter() - start
             if name.startswith("ekfac"):
@@ -116,7 +121,8 @@ class Lab:
     def curvature(self, name: str) -> Curvature:
         """The curvature that :meth:`fit` keeps under that name."""
         self.fit(name)
-        return Curvature.load(self.cache / f"fit-{name}" / "curvature.safetensors")
+        path = self.cache / f"fit-{name}" / "curvature.safetensors"
+        return Curvature.load(path, self.targets[0].weight.device)
 
     def step(
         self,
@@ -225,7 +231,7 @@ class Lab:
         return self._path(name).is_file()
 
     def kept(self, name: str) -> Update:
-        return Update.load(self._path(name))
+        return Update.load(self._path(name)).to(self.targets[0].weight.device)
 
     def _path(self, name: str) -> Path:
         return self.cache / "updates" / f"{name}.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -35,6 +36,10 @@ def options_of(description: str | None, results: Path) -> argparse.ArgumentParse
     options.add_argument("--only", nargs="*", default=["*"], help="run pieces that match a pattern")
     options.add_argument("--skip", nargs="*", default=[], help="skip pieces that match a pattern")
     options.add_argument("--list", action="store_true", help="list the pieces and stop")
+    options.add_argument("--device", help="where models run [the GPU if there is one]")
+    options.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no piece after so many minutes"
+    )
     options.add_argument(
         "--pace",
         type=float,
@@ -45,16 +50,15 @@ def options_of(description: str | None, results: Path) -> argparse.ArgumentParse
 
 
 def read_options(
-    description: str | None, path: Path, default: Sizes
+    options: argparse.ArgumentParser, default: Sizes
 ) -> tuple[argparse.Namespace, Sizes, Results]:
-    """The options given, the experiment's sizes, and the results so far.
+    """The values given to ``options``, the experiment's sizes, and the results so far.
 
     Every field of ``default`` but ``model`` is an option.
 
     Raises:
         SystemExit: the results in the file have other settings.
     """
-    options = options_of(description, path)
     fields = {name: value for name, value in asdict(default).items() if name != "model"}
     for name, value in fields.items():
         options.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -69,7 +73,11 @@ def read_options(
 
 
 def run(pieces: Iterable[Piece], results: Results, given: argparse.Namespace) -> None:
-    """Compute the pieces that are wanted and missing. ``pieces`` may look at the results so far."""
+    """Compute the pieces that are wanted and missing. ``pieces`` may look at the results so far.
+
+    No piece begins when ``given.minutes`` are over.
+    """
+    begun = time.perf_counter()
 
     def wanted(name: str) -> bool:
         def match(patterns: list[str]) -> bool:
@@ -82,6 +90,9 @@ def run(pieces: Iterable[Piece], results: Results, given: argparse.Namespace) ->
             print(f"{name:<32}{'done' if name in results else ''}")
         elif wanted(name) and name not in results:
             start = time.perf_counter()
+            if start - begun > 60 * given.minutes:
+                print(f"{given.minutes:g} minutes are over: call it again for the rest", flush=True)
+                return
             record = compute()
             results[name] = {**record, "piece_seconds": time.perf_counter() - start}
             if given.pace != 1:

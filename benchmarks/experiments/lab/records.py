@@ -63,7 +63,8 @@ def timed(command: Sequence[str]) -> tuple[float, str]:
     Raises:
         SystemExit: the command failed; the message holds the end of its error output.
     """
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src")}
+    paths = [str(BENCHMARKS.parent / "src"), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["HF_HUB_OFFLINE"] = "1"
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -63,7 +63,7 @@ def holding(block: nn.Module, weight: float) -> Term:
 
 def control_vector(width: int, coefficient: float, seed: int) -> Tensor:
     """c u [D] with u = r / ‖r‖, r uniform in [0, 1)^D; a seed gives the same one on any device."""
-    draw_D = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    draw_D = torch.rand(width, generator=torch.Generator().manual_seed(seed), device="cpu")
     return coefficient * draw_D / draw_D.norm()
 
 

@@ -108,7 +108,7 @@ class LowRank:
             outputs, inputs = target.shape
             weight = target.weight
             bound = 1 / math.sqrt(inputs)
-            a_RI = torch.empty(rank, inputs, dtype=master_dtype(weight))
+            a_RI = torch.empty(rank, inputs, dtype=master_dtype(weight), device="cpu")
             a_RI.uniform_(-bound, bound, generator=generator)
             self.tensors[f"{target.name}.A"] = a_RI.to(weight.device).requires_grad_()
             b_OR = torch.zeros(outputs, rank, dtype=a_RI.dtype, device=weight.device)

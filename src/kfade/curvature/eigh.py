@@ -109,4 +109,5 @@ def _checked(attempt_DD: Tensor, matrix_DD: Tensor) -> tuple[Tensor, Tensor] | N
 def _probe(matrix_DD: Tensor) -> Tensor:
     """Random columns [D, PROBES] of unit variance: ‖MX‖² is about PROBES ‖M‖² (Frobenius)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(matrix_DD), PROBES, generator=generator).to(matrix_DD)
+    probe_DK = torch.randn(len(matrix_DD), PROBES, generator=generator, device="cpu")
+    return probe_DK.to(matrix_DD)

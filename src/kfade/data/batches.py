@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
@@ -73,7 +73,7 @@ def make_batches(
     sequences: Sequence[TokenSequence],
     *,
     budget: int = 4096,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     group: Callable[[int], Hashable] = lambda positions: None,
 ) -> list[Batch]:
     """Batches of at most ``budget`` positions (but at least one sequence), longest first.
@@ -82,6 +82,7 @@ def make_batches(
     batch that does not fit the memory fails at once.
 
     Args:
+        device: where their tensors are; None: PyTorch's default device.
         group: maps a sequence's number of live positions to a key; sequences share a batch only if
             they have the same key. For a model give :func:`~kfade.models.lengths.length_class`.
 
@@ -110,7 +111,7 @@ def draw_without_replacement(count: int, size: int | None, step: int, seed: int)
         return list(range(count))
     per_pass = count // size
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_pass)
-    order = torch.randperm(count, generator=generator).tolist()
+    order = torch.randperm(count, generator=generator, device="cpu").tolist()
     start = (step % per_pass) * size
     return sorted(order[start : start + size])
 
@@ -126,15 +127,17 @@ def digest_batches(batches: Sequence[Batch]) -> str:
 
 
 def _collate(
-    sequences: Sequence[TokenSequence], chosen: list[int], device: torch.device | str
+    sequences: Sequence[TokenSequence], chosen: list[int], device: torch.device | str | None
 ) -> Batch:
     width = max(sequences[i].live for i in chosen)
+    # Filled row by row on the CPU, then moved.
+    make, zeros = partial(torch.tensor, device="cpu"), partial(torch.zeros, device="cpu")
     shape = (len(chosen), width)
-    inputs, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    loss, live = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    inputs, targets = zeros(shape, dtype=torch.long), zeros(shape, dtype=torch.long)
+    loss, live = zeros(shape, dtype=torch.bool), zeros(shape, dtype=torch.bool)
     for row, i in enumerate(chosen):
-        n, tokens = sequences[i].live, torch.tensor(sequences[i].tokens)
+        n, tokens = sequences[i].live, make(sequences[i].tokens)
         inputs[row, :n], targets[row, :n] = tokens[:n], tokens[1 : n + 1]
-        loss[row, :n], live[row, :n] = torch.tensor(sequences[i].scored[1 : n + 1]), True
-    tensors = (inputs, targets, loss, live, torch.tensor(chosen))
-    return Batch(*(tensor.to(device) for tensor in tensors))
+        loss[row, :n], live[row, :n] = make(sequences[i].scored[1 : n + 1]), True
+    where = torch.get_default_device() if device is None else device
+    return Batch(*(tensor.to(where) for tensor in (inputs, targets, loss, live, make(chosen))))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that the numbers depend on."""
     packages = ("kfade", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
+
+
+def version_of(name: str) -> str:
+    """The version of an installed package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from its source, without an installation
+        return "not installed"
 
 
 def git_sha() -> str | None:

@@ -1,0 +1,1 @@
+"""Measurements on one GPU, piece by piece: see README.md."""
