@@ -70,15 +70,14 @@ def numbers_summed(estimator, *arguments) -> dict[str, int]:
 
 def brought_rows() -> dict:
     """What each process gets of rows that are brought to one of them; the first has none."""
-    rank, counts = distributed.rank(), [0, 2, 3][: distributed.count()]
+    rank, counts = distributed.rank(), [0, 2, 3, 1][: distributed.count()]
     rows = torch.full((counts[rank], 4), float(rank), dtype=torch.bfloat16)
     last = distributed.count() - 1
     return {
         "counts": counts,
-        "lists": distributed.all_gather_lists([rank, 7]),
+        "largest": distributed.maximum(rank - 7),
+        "any": [distributed.any_of(rank == last), distributed.any_of(rank > last)],
         "rows": distributed.gather_rows(last, rows, counts),
-        "anything": distributed.broadcast_optional(last, rows if rank == last else None, "cpu"),
-        "nothing": distributed.broadcast_optional(last, None, "cpu"),
     }
 
 
@@ -159,7 +158,8 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     distributed.barrier()
     store = Store(kept, seconds=0.0)
     # A sharded model's processes run in step, so all of them stop in the same pass.
-    first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
+    own = len(distributed.share(batches, lambda batch: batch.positions))
+    first = Counted(fail_at=2 if sharded else min(1 + distributed.rank(), own))
     with contextlib.suppress(RuntimeError):
         EKFAC(first).fit(model, batches, targets, store=store)
     if lost and distributed.rank() == 1:  # as if it had been slower in writing

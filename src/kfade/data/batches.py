@@ -43,6 +43,12 @@ class Batch:
         return self.input_BT.numel()
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Number of live positions of each sequence."""
+        lengths: list[int] = self.live_BT.sum(dim=1).tolist()
+        return lengths
+
+    @cached_property
     def full(self) -> bool:
         """Whether every position is live."""
         return bool(self.live_BT.all())

@@ -93,11 +93,11 @@ def refuse_mixed(model: Any, batches: Sequence[Batch]) -> None:
     if not group.borders:
         return
     for batch in batches:
-        lengths = batch.live_BT.sum(dim=1).tolist()
-        if any(group(n) != group(batch.input_BT.shape[1]) for n in lengths if n):
+        if any(group(n) != group(batch.input_BT.shape[1]) for n in batch.lengths if n):
             raise InputError(
-                f"a batch holds sequences of {min(lengths)} and {max(lengths)} positions, and this "
-                f"model's rotary frequencies change with the length beyond {group.borders[0]}: "
+                f"a batch holds sequences of {min(batch.lengths)} and {max(batch.lengths)} "
+                "positions, and this model's rotary frequencies change with the length beyond "
+                f"{group.borders[0]}: "
                 "make batches with make_batches(..., group=length_class(model))"
             )
 
