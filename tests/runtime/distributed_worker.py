@@ -28,7 +28,7 @@ from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
-from kfade.models.head import read_head
+from kfade.models.head import body_of, read_head
 from kfade.models.layers import decoder_blocks, digest_weights
 from kfade.runtime import distributed
 
@@ -85,7 +85,7 @@ def compute(folder: Path, sharded: bool) -> dict:
     """Everything that must not depend on the number of processes."""
     model = tiny_llama()
     if sharded:
-        distributed.shard(decoder_blocks(model)[1])
+        distributed.shard(body_of(model), decoder_blocks(model)[1])
     targets = find_targets(model)
     before = {
         name: distributed.gather_full(p.detach()).clone() for name, p in model.named_parameters()
@@ -150,7 +150,7 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     of the second."""
     model = tiny_llama()
     if sharded:
-        distributed.shard(decoder_blocks(model)[1])
+        distributed.shard(body_of(model), decoder_blocks(model)[1])
     targets, batches = find_targets(model), batches_of(RETAIN)
     kept = folder / f"interrupted-{sharded}-{lost}"
     if distributed.rank() == 0:

@@ -20,6 +20,7 @@ from processes import run_together
 
 from kfade import InputError, find_targets, margin
 from kfade.method.gradient import forget_gradient
+from kfade.models.head import body_of
 from kfade.models.layers import decoder_blocks
 from kfade.runtime import distributed
 
@@ -267,7 +268,7 @@ def test_without_torchrun_nothing_happens(monkeypatch):
 def test_one_process_keeps_its_model_whole():
     model = tiny_llama()
     weight = model.model.layers[0].mlp.up_proj.weight
-    distributed.shard(decoder_blocks(model)[1])
+    distributed.shard(body_of(model), decoder_blocks(model)[1])
     assert model.model.layers[0].mlp.up_proj.weight is weight
     assert distributed.gather_full(weight) is weight
     assert distributed.extra_passes(model, 3) == 0

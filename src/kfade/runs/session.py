@@ -12,6 +12,7 @@ from kfade.data.examples import Example, load_examples, split_holdout
 from kfade.data.sequences import TokenSequence, encode, packed_length
 from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
+from kfade.models.head import body_of
 from kfade.models.interface import check_readable
 from kfade.models.layers import choose_targets, decoder_blocks
 from kfade.models.lengths import model_window
@@ -115,7 +116,7 @@ def shard_model(request: FitRequest, model: nn.Module) -> None:
     if not request.shard:
         return
     with stage("load"):
-        distributed.shard(decoder_blocks(model)[1])
+        distributed.shard(body_of(model), decoder_blocks(model)[1])
         model.to(request.model.device or default_device())
 
 

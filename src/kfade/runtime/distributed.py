@@ -196,11 +196,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def shard(blocks: Iterable[nn.Module]) -> None:
-    """Spread the weights of each of a model's ``blocks`` over the processes, in place (FSDP2).
+def shard(body: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Spread the weights of a model's ``blocks`` over the processes, in place (FSDP2).
 
-    A block's weights are gathered when it runs, forward and backward, and dropped after it. Weights
-    outside the blocks (embeddings, last norm, head) stay whole in every process.
+    A block's weights are gathered when it runs, forward and backward, and dropped after it.
+    ``body``, the module around the blocks, is the root of all: only under a common root does FSDP
+    gather the next block's weights while one computes.
+
+    Weights outside the blocks (embeddings, last norm, head) stay whole in every process. The head
+    is applied in chunks outside of any forward pass, where nothing would gather its weights, and
+    the embeddings may be tied to it.
     """
     if not _grouped():
         return
@@ -211,6 +216,7 @@ def shard(blocks: Iterable[nn.Module]) -> None:
     mesh = init_device_mesh(kind, (count(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not _is_shard(p)})
 
 
 def is_sharded(model: nn.Module) -> bool:
