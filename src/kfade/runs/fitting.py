@@ -22,7 +22,6 @@ from kfade.runs.session import (
     complete_data,
     load,
     read_retain,
-    shard_model,
     source_of,
     to_tokens,
 )
@@ -49,7 +48,6 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
         loaded = load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
         budget = curvature_bytes(run, loaded, estimator)
-        shard_model(run, loaded.model)
         with stage("load"):
             preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)

@@ -18,7 +18,7 @@ from kfade.errors import InputError
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
 from kfade.models.layers import digest_weights, parameter_names, weight_digests
-from kfade.models.load import check_writable, provenance, save_model
+from kfade.models.load import check_writable, load_skeleton, provenance, save_model
 from kfade.models.targets import Target
 from kfade.planning.memory import Work, curvature_budget
 from kfade.runs.choices import (
@@ -37,7 +37,6 @@ from kfade.runs.session import (
     load,
     read_retain,
     read_source,
-    shard_model,
     source_of,
     to_tokens,
 )
@@ -94,7 +93,6 @@ def unlearn(
         run = replace(run, data=complete_data(run.data, loaded))
         refitted = run.step.refit and run.step.steps > 1
         budget = curvature_bytes(run, loaded, estimator, vectors=3 if refitted else 0)
-        shard_model(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
@@ -172,7 +170,7 @@ def curvature_bytes(
 ) -> int | None:
     """Bytes of ``--memory`` that remain for the curvature beside the model and a pass.
 
-    None without ``--memory``. The model must not be sharded yet.
+    None without ``--memory``.
 
     Args:
         vectors: number of vectors of the targets' size that are in memory too.
@@ -182,10 +180,13 @@ def curvature_bytes(
     total = bytes_of(run.fit.memory)
     length = run.data.sequence_length
     assert length is not None, "complete_data sets the length"
+    model, targets = loaded.model, loaded.targets
+    if run.shard:  # passes through parts of weights cannot be traced
+        model, targets = _skeleton(run, targets)
     return curvature_budget(
         total,
-        loaded.model,
-        loaded.targets,
+        model,
+        targets,
         Work(
             estimator,
             sequence_length=length,
@@ -195,6 +196,20 @@ def curvature_bytes(
         vectors=vectors,
         shards=distributed.count() if run.shard else 1,
     )
+
+
+def _skeleton(run: FitRequest, targets: Sequence[Target]) -> tuple[Any, list[Target]]:
+    """The run's model without weights, and the same targets in it."""
+    model = load_skeleton(
+        run.model.required(),
+        dtype=run.model.dtype,
+        trust_remote_code=run.model.trust_remote_code,
+        revision=run.model.revision,
+    )
+    modules = [model.get_submodule(target.name.rpartition(".")[0]) for target in targets]
+    return model, [
+        replace(target, module=module) for target, module in zip(targets, modules, strict=True)
+    ]
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:

@@ -196,7 +196,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def shard(body: nn.Module, blocks: Iterable[nn.Module]) -> None:
+def shard(body: nn.Module, blocks: Iterable[nn.Module], device: torch.device | str = "cpu") -> None:
     """Spread the weights of a model's ``blocks`` over the processes, in place (FSDP2).
 
     A block's weights are gathered when it runs, forward and backward, and dropped after it.
@@ -206,14 +206,16 @@ def shard(body: nn.Module, blocks: Iterable[nn.Module]) -> None:
     Weights outside the blocks (embeddings, last norm, head) stay whole in every process. The head
     is applied in chunks outside of any forward pass, where nothing would gather its weights, and
     the embeddings may be tied to it.
+
+    Args:
+        device: where the model will run. FSDP moves the parts of the blocks there.
     """
     if not _grouped():
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(kind, (count(),))
+    mesh = init_device_mesh(torch.device(device).type, (count(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not _is_shard(p)})
@@ -237,6 +239,11 @@ def extra_passes(model: nn.Module, passes: int) -> int:
 def gather_full(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this process may hold a part; every process must call it."""
     return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, as a plain tensor."""
+    return tensor.to_local() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def scatter_into(tensor: Tensor, values: Tensor) -> None:
