@@ -6,8 +6,8 @@ A Llama whose random weights are stored in float32 is loaded in float32 and in b
 in parts, by processes that start at the same time (gloo, Linux). Reported for each process: the
 megabytes that loading has added in pages of files, which the processes of one machine share, and in
 memory of its own; and the peak of both until after a forward pass. The allocator is told to return
-large pieces to the system (MALLOC_MMAP_THRESHOLD_): glibc otherwise keeps the weights of blocks that
-were gathered. Writes ``benchmarks/results/shard_memory.jsonl`` and prints it.
+large pieces to the system (MALLOC_MMAP_THRESHOLD_): glibc otherwise keeps the weights of gathered
+blocks. Writes ``benchmarks/results/shard_memory.jsonl`` and prints it.
 """
 
 from __future__ import annotations
