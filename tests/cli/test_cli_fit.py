@@ -42,9 +42,9 @@ def blocks_of(folder: str) -> dict[str, torch.Tensor]:
     }
 
 
-def in_two_processes(words: list[str], said: Path) -> str:
-    """What ``kfade`` prints, in both together."""
-    run_together(2, main, words, said=said)
+def in_processes(count: int, words: list[str], said: Path) -> str:
+    """What ``kfade`` prints, in all of them together."""
+    run_together(count, main, words, said=said)
     return "".join(path.read_text() for path in said.glob("*/stdout"))
 
 
@@ -122,13 +122,14 @@ def test_two_processes_fit_the_same(desk, tmp_path, spread):
     assert main(arguments(desk, "--estimator", "kfac")) == 0
     two = {**desk, "out": str(tmp_path / "two")}
     words = arguments(two, "--estimator", "kfac", "--json", *spread)
-    done = in_two_processes(words, tmp_path / "said")
+    done = in_processes(2, words, tmp_path / "said")
     assert json.loads(done)["processes"] == 2  # one object, from one of them
     # Sums in another order, in float32: 1e-7 a term, more where a basis turns with it.
     assert difference(blocks_of(desk["out"]), blocks_of(two["out"])) < 1e-4
 
 
-def test_two_processes_unlearn_the_same_with_a_spread_model(desk, tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_unlearn_the_same_with_a_spread_model(desk, tmp_path, count):
     texts = [" ".join(zoo.WORDS[i % 20 : i % 20 + 8]) for i in range(16)]
     forget, retain = tmp_path / "forget.jsonl", Path(desk["retain"])
     for path, own in ((forget, texts[:4]), (retain, texts[4:])):
@@ -136,7 +137,9 @@ def test_two_processes_unlearn_the_same_with_a_spread_model(desk, tmp_path):
     given = ["--forget", str(forget), "--estimator", "kfac", "--kl", "0.01", "--memory", "2GB"]
     assert main(["unlearn", *arguments(desk, *given)[1:]]) == 0
     two = {**desk, "out": str(tmp_path / "two")}
-    in_two_processes(["unlearn", *arguments(two, *given, "--shard")[1:]], tmp_path / "said")
+    words = ["unlearn", *arguments(two, *given, "--shard")[1:]]
+    in_processes(count, words, tmp_path / "said")
+    assert "has read the whole model" not in (tmp_path / "said/0/stderr").read_text()
     ours, theirs = (load_file(Path(d["out"]) / "update.safetensors") for d in (desk, two))
     assert difference(ours, theirs) < 1e-3  # a search meets its KL within 10 %, by the same trials
 

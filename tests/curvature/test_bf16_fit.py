@@ -109,7 +109,7 @@ class RowsOfAll:
         self.gradients: dict[str, list] = {}
         self.lengths: list[list[int]] = []
 
-    def begin(self, batch):
+    def begin(self, batch, together):
         self._batch = batch
         self.lengths.append(batch.live_BT.sum(dim=1).tolist())
 

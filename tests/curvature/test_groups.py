@@ -138,7 +138,7 @@ def allocator_peak(compute) -> int:
 class Nothing:
     """Sums that sum nothing."""
 
-    def begin(self, batch):
+    def begin(self, batch, together):
         pass
 
     def on_input(self, target, a_BTI):

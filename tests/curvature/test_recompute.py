@@ -102,7 +102,7 @@ class Seen:
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def begin(self, batch) -> None:
+    def begin(self, batch, together) -> None:
         self.events.append("batch")
 
     def on_input(self, target, a_BTI) -> None:

@@ -210,13 +210,28 @@ def test_sums_are_kept_every_so_many_seconds(model, targets, batches, tmp_path, 
     rest = Counted()
     KFAC(rest).fit(model, batches, targets, store=Store(tmp_path, seconds=1000.0))
     assert rest.calls == len(batches)  # nothing was kept: from the beginning
-    saved = []
-    monkeypatch.setattr(store_module, "write_tensors", lambda *a: saved.append(a[2]["batches"]))
-    clock = itertools.count(0.0, 10.0)
-    checkpoint = Store(tmp_path, seconds=25.0).checkpoint(0, {}, "covariance")  # looks once: 0
-    for number in range(1, 9):  # 10, 20, 30 (saved, looks again: 40), 50, 60, 70 (saved) ...
+
+
+@pytest.mark.parametrize(
+    ("takes", "expected"),
+    # 25 s after the last write, or 30 times what it took, whatever is longer.
+    [(0.0, [3, 6, 9, 12]), (0.5, [3, 6, 9, 12]), (2.0, [3, 9]), (8.0, [3])],
+)
+def test_slow_writes_of_sums_are_rarer(tmp_path, monkeypatch, takes, expected):
+    now, saved = 0.0, []
+
+    def write(path, tensors, metadata) -> None:
+        nonlocal now
+        now += takes
+        saved.append(int(metadata["batches"]))
+
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(store_module, "write_tensors", write)
+    checkpoint = Store(tmp_path, seconds=25.0).checkpoint(0, {}, "covariance")
+    for number in range(1, 13):
+        now += 10.0
         checkpoint.save(number, {})
-    assert saved == ["3", "6"]
+    assert saved == expected
 
 
 def test_bases_that_do_not_repeat_themselves_start_the_eigenvalues_anew(

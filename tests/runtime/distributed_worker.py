@@ -28,7 +28,7 @@ from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
-from kfade.models.head import read_head
+from kfade.models.head import body_of, read_head
 from kfade.models.layers import decoder_blocks, digest_weights
 from kfade.runtime import distributed
 
@@ -70,15 +70,14 @@ def numbers_summed(estimator, *arguments) -> dict[str, int]:
 
 def brought_rows() -> dict:
     """What each process gets of rows that are brought to one of them; the first has none."""
-    rank, counts = distributed.rank(), [0, 2, 3][: distributed.count()]
+    rank, counts = distributed.rank(), [0, 2, 3, 1][: distributed.count()]
     rows = torch.full((counts[rank], 4), float(rank), dtype=torch.bfloat16)
     last = distributed.count() - 1
     return {
         "counts": counts,
-        "lists": distributed.all_gather_lists([rank, 7]),
+        "largest": distributed.maximum(rank - 7),
+        "any": [distributed.any_of(rank == last), distributed.any_of(rank > last)],
         "rows": distributed.gather_rows(last, rows, counts),
-        "anything": distributed.broadcast_optional(last, rows if rank == last else None, "cpu"),
-        "nothing": distributed.broadcast_optional(last, None, "cpu"),
     }
 
 
@@ -86,7 +85,7 @@ def compute(folder: Path, sharded: bool) -> dict:
     """Everything that must not depend on the number of processes."""
     model = tiny_llama()
     if sharded:
-        distributed.shard(decoder_blocks(model)[1])
+        distributed.shard(body_of(model), decoder_blocks(model)[1])
     targets = find_targets(model)
     before = {
         name: distributed.gather_full(p.detach()).clone() for name, p in model.named_parameters()
@@ -151,7 +150,7 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     of the second."""
     model = tiny_llama()
     if sharded:
-        distributed.shard(decoder_blocks(model)[1])
+        distributed.shard(body_of(model), decoder_blocks(model)[1])
     targets, batches = find_targets(model), batches_of(RETAIN)
     kept = folder / f"interrupted-{sharded}-{lost}"
     if distributed.rank() == 0:
@@ -159,7 +158,8 @@ def interrupted(folder: Path, sharded: bool, lost: bool = True) -> dict:
     distributed.barrier()
     store = Store(kept, seconds=0.0)
     # A sharded model's processes run in step, so all of them stop in the same pass.
-    first = Counted(fail_at=2 if sharded else 1 + distributed.rank())
+    own = len(distributed.share(batches, lambda batch: batch.positions))
+    first = Counted(fail_at=2 if sharded else min(1 + distributed.rank(), own))
     with contextlib.suppress(RuntimeError):
         EKFAC(first).fit(model, batches, targets, store=store)
     if lost and distributed.rank() == 1:  # as if it had been slower in writing

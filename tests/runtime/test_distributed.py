@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import distributed_worker
@@ -17,15 +18,16 @@ import torch
 from helpers import relative_error, same_bits, tiny_llama
 from processes import run_together
 
-from kfade import find_targets, margin
+from kfade import InputError, find_targets, margin
 from kfade.method.gradient import forget_gradient
+from kfade.models.head import body_of
 from kfade.models.layers import decoder_blocks
 from kfade.runtime import distributed
 
 # Sums in another order, and eigenvectors that turn them into angles; see test_theory.py.
 EXACT, EIGENVECTORS = 1e-11, 1e-8
 KINDS = ("whole", "sharded")
-COUNTS = (2, 3)
+COUNTS = (2, 3, 4)
 pytestmark = pytest.mark.slow
 # Matrices that go through eigenvectors only where they do not matter, or not at all, agree to the
 # rounding of sums; EK-FAC's and all that is made with it to the eigenvectors'.
@@ -164,10 +166,8 @@ def test_rows_come_to_one_process(found):
     last = len(found) - 1
     for number, rank in enumerate(found):
         got = rank["brought"]
-        assert got["lists"] == [[i, 7] for i in range(len(found))]
-        assert got["nothing"] is None
-        expected = torch.full((got["counts"][last], 4), float(last), dtype=torch.bfloat16)
-        assert torch.equal(got["anything"], expected)
+        assert got["largest"] == last - 7
+        assert got["any"] == [True, False]
         if number != last:
             assert got["rows"] == []
             continue
@@ -182,15 +182,17 @@ KEPT = "interrupted, sharded, kept"
 def test_an_interrupted_fit_goes_on_bit_for_bit(kind, found, expected):
     """Each process from its own sums; the second has lost its own and begins again. Of a spread
     model all do, since a sum holds the rows of all of them."""
+    counts = [rank["whole"]["passes of ekfac"] for rank in found]  # two passes
+    stopped = [min(1 + number, batches // 2) for number, batches in enumerate(counts)]
     for number, rank in enumerate(found):
         result = rank[kind]
-        assert result["first"] == (2 if "sharded" in kind else 1 + number)
+        assert result["first"] == (2 if "sharded" in kind else stopped[number])
         for name, tensor in result["whole"].items():
             assert same_bits(result["resumed"][name], tensor)
         files = len(found) if "sharded" in kind else 1  # there each process writes what it keeps
         assert result["files"] == [f"curvature-{i:03}.safetensors" for i in range(files)]
-    counts = [rank["whole"]["passes of ekfac"] for rank in found]
-    done = {"interrupted": [0, 0, 2], "interrupted, sharded": [0, 0, 0], KEPT: [1, 1, 1]}[kind]
+    kept = [0, 0, *(batches - 1 for batches in stopped[2:])]
+    done = {"interrupted": kept, "interrupted, sharded": [0] * 4, KEPT: [1] * 4}[kind]
     rest = [rank[kind]["rest"] for rank in found]
     assert rest == [c - d for c, d in zip(counts, done[: len(found)], strict=True)]
 
@@ -258,15 +260,15 @@ def test_without_torchrun_nothing_happens(monkeypatch):
     assert distributed.broadcast(0, tensor) is tensor
     assert torch.equal(tensor, torch.arange(3.0))
     assert distributed.all_reduce_numbers([0.1, 2.0]) == [0.1, 2.0]
-    assert distributed.all_gather_lists([1, 2]) == [[1, 2]]
-    assert distributed.broadcast_optional(0, tensor, "cpu") is tensor
+    assert distributed.maximum(-2.5) == -2.5
+    assert [distributed.any_of(flag) for flag in (True, False)] == [True, False]
     distributed.barrier()
 
 
 def test_one_process_keeps_its_model_whole():
     model = tiny_llama()
     weight = model.model.layers[0].mlp.up_proj.weight
-    distributed.shard(decoder_blocks(model)[1])
+    distributed.shard(body_of(model), decoder_blocks(model)[1])
     assert model.model.layers[0].mlp.up_proj.weight is weight
     assert distributed.gather_full(weight) is weight
     assert distributed.extra_passes(model, 3) == 0
@@ -281,3 +283,36 @@ def test_importing_kfade_does_not_import_what_only_shards_need():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": str(SOURCE)}, timeout=120)  # fmt: skip
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_more_processes_than_gpus_are_refused(monkeypatch, gpus):
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    said = (
+        rf"4 processes on a machine with {gpus} GPUs?: start with torchrun --nproc-per-node {gpus},"
+    )
+    with pytest.raises(InputError, match=said), distributed.processes():
+        pytest.fail("a group was formed")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend"), [(4, "cpu:gloo,cuda:nccl"), (5, "cpu:gloo,cuda:nccl"), (0, "gloo")]
+)
+def test_processes_wait_longer_than_for_a_decomposition(monkeypatch, gpus, backend):
+    """Each process gets a GPU of its own where there are some; all wait for a day."""
+    made, devices = [], []
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    group = torch.distributed
+    monkeypatch.setattr(group, "init_process_group", lambda *a, **k: made.append((a, k)))
+    monkeypatch.setattr(group, "destroy_process_group", lambda: None)
+    with distributed.processes():
+        pass
+    [((found,), options)] = made
+    assert (found, devices) == (backend, [2] if gpus else [])
+    assert options.get("device_id") == (torch.device("cuda", 2) if gpus else None)
+    assert options["timeout"] == distributed.PATIENCE >= timedelta(hours=12)

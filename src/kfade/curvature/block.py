@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PARTS = ("q_out", "q_in", "eigenvalues")
+"""The tensors of a block."""
+
 
 @dataclass(frozen=True)
 class EigenBlock:

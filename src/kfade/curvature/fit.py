@@ -185,7 +185,7 @@ def _is_finished(store: Store, number: int, owners: Owners, facts: Mapping[str, 
     """Whether every process finds its file of a group, ``number`` in this process, complete."""
     names = [target.name for target in owners.own]
     found = not names or store.finished(number, names, facts)
-    return all(own for [own] in distributed.all_gather_lists([found]))
+    return not distributed.any_of(not found)
 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:

@@ -77,7 +77,7 @@ class _Products:
             self.sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
         self._inputs: PendingInputs[Tensor] = PendingInputs(targets)
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         self._batch = batch
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from kfade.curvature.block import EigenBlock
+from kfade.curvature.block import PARTS, EigenBlock
+from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import BytesOf, assign_to_processes
 from kfade.curvature.passes import live_rows
 from kfade.data.batches import Batch
@@ -54,11 +56,10 @@ class Owners:
         """The process that keeps ``target``, if layers have owners."""
         return self._owner[target.name]
 
-    def begin(self, batch: Batch) -> None:
-        """Called before each batch, in all processes."""
+    def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
+        """Called before each batch, in all processes; ``together``: see ``passes.rounds``."""
         self._batch = batch
-        own = batch.lengths
-        self._lengths = distributed.all_gather_lists(own) if self.spread else [own]
+        self._lengths = [other.lengths for other in together]
 
     def rows(self, target: Target, x_BT: Tensor) -> Rows:
         """Live rows of ``x_BT`` [B, T, width] that this process sums for ``target``.
@@ -80,17 +81,35 @@ def broadcast_blocks(blocks: Blocks, owners: Owners) -> Blocks:
         return blocks
     found: Blocks = {}
     inputs: dict[str, Tensor | None] = {}  # a basis that layers share is sent once
-    for target in owners.group:
-        owner, block = owners.owner(target), blocks.get(target.name)
-        q_out, eigenvalues = (
-            distributed.broadcast_optional(owner, getattr(block, part, None), target.weight.device)
-            for part in ("q_out", "eigenvalues")
-        )
+
+    def sent(target: Target, part: str, rows: int, columns: int) -> Tensor | None:
+        if not rows:
+            return None
+        weight, tensor = target.weight, getattr(blocks.get(target.name), part, None)
+        if tensor is None:
+            kind = sum_dtype(weight.dtype)
+            tensor = torch.empty(rows, columns, dtype=kind, device=weight.device)
+        return distributed.broadcast(owners.owner(target), tensor)
+
+    for target, (q_out, q_in, eigenvalues) in zip(
+        owners.group, _shapes(blocks, owners.group), strict=True
+    ):
         if target.input_of not in inputs:
-            q_in = getattr(block, "q_in", None)
-            inputs[target.input_of] = distributed.broadcast_optional(
-                owner, q_in, target.weight.device
-            )
-        assert eigenvalues is not None
-        found[target.name] = EigenBlock(q_out, inputs[target.input_of], eigenvalues)
+            inputs[target.input_of] = sent(target, "q_in", *q_in)
+        left, values = sent(target, "q_out", *q_out), sent(target, "eigenvalues", *eigenvalues)
+        assert values is not None
+        found[target.name] = EigenBlock(left, inputs[target.input_of], values)
     return found
+
+
+def _shapes(blocks: Blocks, group: Sequence[Target]) -> list[list[tuple[int, int]]]:
+    """The shapes of each target's parts, which its owner alone knows: a sum over processes."""
+    own = [
+        size
+        for target in group
+        for part in PARTS
+        for size in getattr(getattr(blocks.get(target.name), part, None), "shape", (0, 0))
+    ]
+    sizes = [int(size) for size in distributed.all_reduce_numbers(own)]
+    pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
+    return [pairs[i : i + len(PARTS)] for i in range(0, len(pairs), len(PARTS))]

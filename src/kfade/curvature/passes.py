@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -35,8 +36,8 @@ from there."""
 class Sums(Protocol):
     """The sums that a pass accumulates."""
 
-    def begin(self, batch: Batch) -> None:
-        """Called before each batch."""
+    def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
+        """Called before each batch of this process; ``together``: see :func:`rounds`."""
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
         """Called with each input, once for all targets that read it."""
@@ -102,9 +103,7 @@ def run_pass(
     """
     refuse_float16(targets)
     check_lengths(model, batches)
-    own = distributed.share(batches, lambda batch: batch.positions)
-    # Sharded weights are gathered by all processes at once: all make the same number of passes.
-    own += [batches[-1].silenced()] * distributed.extra_passes(model, len(own))
+    own = rounds(model, batches)
     done = checkpoint.load(sums.tensors()) if checkpoint is not None else 0
     seen: list[tuple[str, str, Tensor]] = []
     reached: set[str] = set()
@@ -121,14 +120,30 @@ def run_pass(
 
     with frozen(model):
         head = head or read_head(model)
-        for number, batch in enumerate(track(own[done:], name, lambda b: b.positions), done + 1):
-            sums.begin(batch)
+        left = track(own[done:], name, lambda work: work[0].positions)
+        for number, (batch, together) in enumerate(left, done + 1):
+            sums.begin(batch, together)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):
                 backward(model, head, batch, from_outputs)
             _refuse_broken(model, seen)
             refuse_unreached(targets, reached)
             if checkpoint is not None:
                 checkpoint.save(number, sums.tensors())
+
+
+def rounds(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, Sequence[Batch]]]:
+    """Each batch of this process, with the batches that are computed together with it.
+
+    Processes run through a sharded model together, since they gather its weights together. They
+    compute one batch each, and all know those of the others, in the order of the processes. Where
+    a process has none left, it runs along with a batch that adds nothing. Through a whole model
+    each process runs alone.
+    """
+    parts = distributed.shares(batches, lambda batch: batch.positions)
+    if not distributed.is_sharded(model):
+        return [(batch, [batch]) for batch in parts[distributed.rank()]]
+    together = list(zip_longest(*parts, fillvalue=batches[-1].silenced()))
+    return [(one[distributed.rank()], one) for one in together]
 
 
 def refuse_unreached(targets: Sequence[Target], reached: Collection[str]) -> None:

@@ -57,7 +57,7 @@ def quadratic_form(
                 total += (p * (logits_dot - mean_N1).square()).sum().double().item()
         for _ in range(missing):
             tangents(model, batches[-1], targets, delta)
-    [total] = distributed.all_reduce_numbers([total], batches[0].input_BT.device)
+    [total] = distributed.all_reduce_numbers([total])
     return total / sum(batch.loss_tokens for batch in batches)
 
 

@@ -19,14 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kfade.curvature.block import EigenBlock
+from kfade.curvature.block import PARTS, EigenBlock
 from kfade.errors import InputError
 from kfade.runtime import distributed
 from kfade.runtime.files import reading_kept
 from kfade.runtime.tensors import write_tensors
 
 FORMAT = "kfade-curvature-1"
-PARTS = ("q_out", "q_in", "eigenvalues")
+WRITES = 30  # a write of unfinished sums takes at most one part in so many of the time
 
 
 class StoredBlocks(Mapping[str, EigenBlock]):
@@ -109,7 +109,7 @@ class Store:
     provenance: dict[str, Any] = field(default_factory=dict)
     """What the fit is of (model, data, settings). Kept sums are continued only if it is equal."""
     seconds: float = 120.0
-    """Seconds between two writes of unfinished sums."""
+    """Least time between two writes of unfinished sums; 0: they are written after every batch."""
     device: torch.device | str = "cpu"
     """The device that blocks are read to."""
 
@@ -175,12 +175,17 @@ class Store:
 
 
 class SumsCheckpoint:
-    """The sums of one pass, written every so many seconds: a ``passes.Checkpoint``."""
+    """The sums of one pass, written at intervals: a ``passes.Checkpoint``.
+
+    From one write to the next at least ``seconds`` pass, and ``WRITES`` times what the last write
+    took: large sums on a slow disk cost a few percent of the time at most.
+    """
 
     def __init__(self, path: Path, made_for: str, cut: str, seconds: float, in_step: bool) -> None:
         self._path, self._made_for, self._cut, self._seconds = path, made_for, cut, seconds
         self._in_step = in_step
         self._saved = time.monotonic()
+        self._took = 0.0
 
     def load(self, tensors: Mapping[str, Tensor]) -> int:
         """Fill ``tensors`` and return the number of batches in them.
@@ -194,7 +199,7 @@ class SumsCheckpoint:
                 the file is broken.
         """
         batches = self._saved_batches()
-        if self._in_step and len({own for [own] in distributed.all_gather_lists([batches])}) > 1:
+        if self._in_step and distributed.maximum(batches) != -distributed.maximum(-batches):
             return 0
         if batches:
             self._fill(tensors)
@@ -230,14 +235,16 @@ class SumsCheckpoint:
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the sums over the first ``batches`` batches, if the last write is long ago."""
-        due = time.monotonic() - self._saved >= self._seconds
-        if self._in_step:
-            due = any(own for [own] in distributed.all_gather_lists([due]))
-        if not due:
+        begun = time.monotonic()
+        interval = max(self._seconds, WRITES * self._took) if self._seconds else 0.0
+        due = begun - self._saved >= interval
+        if not (distributed.any_of(due) if self._in_step else due):
             return
         metadata = {"batches": str(batches), "cut": self._cut, "made_for": self._made_for}
         write_tensors(self._path, tensors, metadata)
         self._saved = time.monotonic()
+        took = self._saved - begun
+        self._took = distributed.maximum(took) if self._in_step else took
 
 
 def _text(facts: Mapping[str, Any]) -> str:

@@ -44,9 +44,9 @@ class Covariances:
                 self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
             self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         """Called before each batch."""
-        self._owners.begin(batch)
+        self._owners.begin(batch, together)
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
         """Add the rows of an input, in the owner of the layers that read it."""
@@ -85,9 +85,9 @@ class Eigenvalues:
             ]
             self._bases[target.name] = (cast[0], cast[1])
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         """Called before each batch."""
-        self._owners.begin(batch)
+        self._owners.begin(batch, together)
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
         """Add the rows of an input, in the owner of the layers that read it."""

@@ -82,7 +82,7 @@ def mean_objectives(
                     totals[i] += objective(logits_NV, target_N[part]).double().sum().item()
         for _ in range(missing):
             hidden_states(model, batches[-1].input_BT)
-    totals = distributed.all_reduce_numbers(totals, batches[0].input_BT.device)
+    totals = distributed.all_reduce_numbers(totals)
     loss_tokens = sum(batch.loss_tokens for batch in batches)
     return [total / loss_tokens for total in totals]
 
@@ -108,7 +108,7 @@ class TokenLosses:
             losses = torch.cat(self._losses).split(counts)
             total = sum(math.exp(-loss.mean().item()) for loss in losses)
         self._losses.clear()
-        [total] = distributed.all_reduce_numbers([total], batches[0].input_BT.device)
+        [total] = distributed.all_reduce_numbers([total])
         return total / sum(len(batch.loss_BT) for batch in batches)
 
 
@@ -120,7 +120,7 @@ def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
             for part in head.chunks(base_ND):
                 kl_N = divergence(head(base_ND[part]), head(edited_ND[part]))
                 total += kl_N.double().sum().item()
-    [total] = distributed.all_reduce_numbers([total], base.batches[0].input_BT.device)
+    [total] = distributed.all_reduce_numbers([total])
     return total / base.loss_tokens
 
 

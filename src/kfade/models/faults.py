@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kfade.errors import InputError
+from kfade.runtime import distributed
 from kfade.runtime.progress import no_bars
 
 CONFIG, TOKENIZER, WEIGHTS = "configuration", "tokenizer", "weights"
@@ -340,9 +341,9 @@ def listed(keys: Collection[str]) -> str:
 
 
 def check_weights(name: str, model: nn.Module) -> None:
-    """Raises InputError where a weight is NaN or infinite."""
+    """Raises InputError where a weight, or the part of it in this process, is NaN or infinite."""
     for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(distributed.own_part(parameter)).all():
             raise InputError(f"{name}: NaN or Inf in {key}; get a whole copy")
 
 

@@ -38,11 +38,16 @@ def hidden_states(model: Any, input_BT: Tensor) -> Tensor:
     No attention mask is passed: attention is causal and padding lies at the right, so no live
     position can see it. ``kfade check`` proves this on the model at hand.
     """
+    hidden_BTD: Tensor = body_of(model)(input_ids=input_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def body_of(model: Any) -> Any:
+    """The part of ``model`` before the vocabulary head."""
     body = model.base_model
     if body is model:  # some classes name a body that they do not have
         body = getattr(model, "model", model)
-    hidden_BTD: Tensor = body(input_ids=input_BT, use_cache=False).last_hidden_state
-    return hidden_BTD
+    return body
 
 
 def run_on_tokens(model: Any, input_BT: Tensor) -> Tensor:

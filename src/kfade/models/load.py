@@ -30,8 +30,10 @@ from kfade.models.faults import (
     reading,
 )
 from kfade.models.lengths import fresh_frequencies
+from kfade.models.parts import Divide, divided_class, was_converted
 from kfade.models.sources import Place, Source, copy_companions, other_weights, resolve
 from kfade.models.vocabulary import check_has_vocabulary, fit_vocabulary
+from kfade.runtime import distributed
 from kfade.runtime.files import making, writing
 from kfade.runtime.progress import waiting
 
@@ -48,6 +50,7 @@ def load_model(
     revision: str | None = None,
     tokenizer: str | None = None,
     needs_tokenizer: bool = True,
+    divide: Divide | None = None,
 ) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a hub id, a local folder, a GGUF file, or a LoRA adapter.
 
@@ -59,6 +62,8 @@ def load_model(
         revision: branch, tag or commit of the hub.
         tokenizer: hub id or folder of the tokenizer, if it is not with the model.
         needs_tokenizer: False allows a model without one; the tokenizer is then None.
+        divide: divides the model over several processes. Where ``parts`` allows it, each reads its
+            own part only; else each reads the whole model before it is divided, with a note.
 
     Raises:
         InputError: nothing there, files that are not whole, not a causal language model, quantised
@@ -79,7 +84,8 @@ def load_model(
         if needs_tokenizer or tokenizer is not None or resolved.tokenizer.may_hold_tokenizer:
             words = _read_tokenizer(name, resolved.tokenizer, trust_remote_code)
         wanted: Any = given or (torch.float32 if place.is_gguf else "auto")
-        model = _read_weights(called, place, config, wanted, trust_remote_code, download)
+        divided = divided_class(config, place, divide) if divide and adapter is None else None
+        model = _read_weights(called, place, config, wanted, trust_remote_code, download, divided)
         if place.is_gguf:
             _forget_gguf(model)
         if resolved.tokenizer.is_gguf:
@@ -88,6 +94,9 @@ def load_model(
             with reading(called, WEIGHTS, adapter.folder):
                 model = merge_adapter(name, model, adapter, place.location)
         check_weights(name, model)
+        if divide is not None and not distributed.is_sharded(model):
+            logger.warning("note: %s: each process has read the whole model", called)
+            divide(model)
         if words is not None:
             with contextlib.suppress(NotImplementedError):  # of a model with code of its own
                 rows = model.get_input_embeddings().weight.shape[0]
@@ -128,11 +137,18 @@ def _read_tokenizer(name: str, place: Place, trust_remote_code: bool) -> Any:
 
 
 def _read_weights(
-    name: str, place: Place, config: Any, dtype: Any, trust_remote_code: bool, download: type
+    name: str,
+    place: Place,
+    config: Any,
+    dtype: Any,
+    trust_remote_code: bool,
+    download: type,
+    divided: Any = None,
 ) -> Any:
+    """The model with its weights; ``divided``: the class of ``parts`` that makes it."""
     from transformers import AutoModelForCausalLM
 
-    read: Any = AutoModelForCausalLM.from_pretrained
+    read: Any = (divided or AutoModelForCausalLM).from_pretrained
     with reading(name, WEIGHTS, place.folder):
         model, report = read(
             place.location,
@@ -146,6 +162,8 @@ def _read_weights(
         )
         if place.folder is not None:
             check_stored(name, model, place.folder)
+    if divided is not None and distributed.is_sharded(model) and was_converted(model):
+        return _read_weights(name, place, config, dtype, trust_remote_code, download)
     note = check_report(name, model, report)
     if note is not None:
         logger.warning("note: %s", note)

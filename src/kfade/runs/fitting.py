@@ -24,7 +24,6 @@ from kfade.runs.session import (
     load,
     read_retain,
     say_sets,
-    shard_model,
     source_of,
     to_tokens,
 )
@@ -50,7 +49,6 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
         loaded = load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
         room = make_room(run, loaded, estimator, "fit", folder)
-        shard_model(run, loaded.model)
         with stage("load"):
             head = preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kfade.curvature.estimators import Estimator
 from kfade.curvature.vectors import InHostMemory, OnDevice, OnDisk, Storage
 from kfade.errors import InputError
+from kfade.models.load import load_skeleton
+from kfade.models.targets import Target
 from kfade.planning.arrange import Arrangement, Arranger, Kind
 from kfade.planning.memory import Work, model_bytes
 from kfade.runs.choices import bytes_of, offload_of
@@ -43,8 +46,7 @@ def make_room(
 
     Without ``--memory`` the run stays as asked for. With ``--memory auto`` layers are fitted in
     groups, vectors are kept outside the device, and blocks run again in backward passes, as far as
-    the free memory makes necessary; a resumed run repeats the choice. The model must not be sharded
-    yet.
+    the free memory makes necessary; a resumed run repeats the choice.
 
     Raises:
         InputError: the run does not fit; names the options with which it would. An option is wrong.
@@ -54,9 +56,12 @@ def make_room(
     device = loaded.targets[0].weight.device
     if word == "cpu" and device.type == "cpu":
         raise InputError("--offload cpu: the model is on the CPU; give --offload disk")
+    model, targets = loaded.model, loaded.targets
+    if run.shard:  # passes through parts of weights cannot be traced
+        model, targets = _skeleton(run, targets)
     arranger = Arranger(
-        loaded.model,
-        loaded.targets,
+        model,
+        targets,
         _work(run, estimator, offload=word in ("cpu", "disk")),
         kind,
         refit=isinstance(run, RunConfig) and run.step.refit and run.step.steps > 1,
@@ -76,6 +81,20 @@ def make_room(
     if way.work.offload and word is None:
         word = _place(way, device)
     return Room(way.budget, way.work.recompute, _storage(word, folder.state, way.vector_budget))
+
+
+def _skeleton(run: FitRequest, targets: Sequence[Target]) -> tuple[Any, list[Target]]:
+    """The run's model without weights, and the same targets in it."""
+    model = load_skeleton(
+        run.model.required(),
+        dtype=run.model.dtype,
+        trust_remote_code=run.model.trust_remote_code,
+        revision=run.model.revision,
+    )
+    modules = [model.get_submodule(target.name.rpartition(".")[0]) for target in targets]
+    return model, [
+        replace(target, module=module) for target, module in zip(targets, modules, strict=True)
+    ]
 
 
 def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
@@ -143,5 +162,4 @@ def _storage(word: str | None, folder: Path, memory: int | None) -> Storage:
 def _free(device: torch.device) -> int:
     """Bytes of ``device`` that each process may use, with those that it uses already: the same in
     all processes."""
-    found: Sequence[Sequence[int]] = distributed.all_gather_lists([free_bytes(device)])
-    return min(own for [own] in found)
+    return -int(distributed.maximum(-free_bytes(device)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,13 +13,15 @@ from kfade.data.examples import Example, load_examples, split_holdout
 from kfade.data.sequences import TokenSequence, encode, packed_length
 from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
+from kfade.models.head import body_of
 from kfade.models.interface import check_readable
 from kfade.models.layers import choose_targets, decoder_blocks
 from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
+from kfade.models.parts import Divide
 from kfade.models.sources import Source
 from kfade.models.targets import Target
-from kfade.runs.config import EstimatorConfig, FitRequest, ModelConfig, RetainConfig
+from kfade.runs.config import EstimatorConfig, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
 from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted, rounded
@@ -40,7 +43,7 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
     """Load the model and find its targets, before any data are read.
 
     Args:
-        shard: whether the model's blocks will be sharded over several processes.
+        shard: whether to shard the model's blocks over the processes.
 
     Raises:
         InputError: the model cannot be loaded, nothing matches the targets, or ``shard`` is set
@@ -52,8 +55,8 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
             "unlearn, or leave --shard out"
         )
     with stage("load"):
-        # A model to be sharded may be larger than a device.
-        model, tokenizer = open_model(replace(config, device="cpu") if shard else config)
+        divide = partial(_divide, config.device or default_device()) if shard else None
+        model, tokenizer = open_model(config, divide=divide)
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
         )
@@ -64,8 +67,10 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
     return Loaded(model, tokenizer, chosen.targets)
 
 
-def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of the configuration."""
+def open_model(
+    config: ModelConfig, *, needs_tokenizer: bool = True, divide: Divide | None = None
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of the configuration; ``divide``: see ``load_model``."""
     return load_model(
         config.required(),
         dtype=config.dtype,
@@ -74,7 +79,12 @@ def open_model(config: ModelConfig, *, needs_tokenizer: bool = True) -> tuple[nn
         revision=config.revision,
         tokenizer=config.tokenizer,
         needs_tokenizer=needs_tokenizer,
+        divide=divide,
     )
+
+
+def _divide(device: str, model: nn.Module) -> None:
+    distributed.shard(body_of(model), decoder_blocks(model)[1], device)
 
 
 def source_of(config: ModelConfig) -> Source:
@@ -109,15 +119,6 @@ def notes_on_base(
             used = f"with --{option} {given}" if given is not None else f"without --{option}"
             notes.append(f"note: the update was computed with --{option} {recorded}; {done} {used}")
     return notes
-
-
-def shard_model(request: FitRequest, model: nn.Module) -> None:
-    """Shard the blocks over the processes and move them to the devices, if --shard is set."""
-    if not request.shard:
-        return
-    with stage("load"):
-        distributed.shard(decoder_blocks(model)[1])
-        model.to(request.model.device or default_device())
 
 
 def read_retain(config: RetainConfig, seed: int) -> tuple[list[Example], list[Example]]:

@@ -65,8 +65,7 @@ def with_date(
     resumed = _recorded(interrupted(out)) if resume else {}
     date = config.template_date or resumed.get(_DATE) or made.get(_DATE)
     if date is None:
-        # All processes use the clock of the first one.
-        now = distributed.all_gather_lists([int(time.time())])[0][0]
+        now = int(distributed.maximum(int(time.time())))  # one clock for all processes
         date = datetime.fromtimestamp(now).isoformat()
     return replace(config, template_date=date, template_sha256=_digest(config))
 

@@ -39,7 +39,6 @@ from kfade.runs.session import (
     read_retain,
     read_source,
     say_sets,
-    shard_model,
     source_of,
     to_tokens,
 )
@@ -100,7 +99,6 @@ def unlearn(
         run = replace(run, data=complete_data(run.data, loaded))
         fits = saved is None or (run.step.refit and run.step.steps > 1)
         room = make_room(run, loaded, estimator, "unlearn" if fits else "steps", folder)
-        shard_model(run, loaded.model)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)

@@ -3,6 +3,9 @@
 This is the only file that imports torch.distributed. Every process holds the model (or, after
 :func:`shard`, a part of its weights) and the whole list of work. It does its share, and results are
 summed over processes. In a single process there is nothing to sum: tensors stay as they are.
+
+All processes call the same functions in the same order. Tensors on GPUs go through NCCL, and those
+on CPUs through gloo: numbers that steer the work never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -11,35 +14,54 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kfade.errors import InputError
+
 T = TypeVar("T")
+PATIENCE = timedelta(hours=24)
+"""How long a process waits for the others. While one decomposes a wide factor or writes a file, the
+others wait in a collective, and PyTorch's limits (10 minutes with NCCL, 30 with gloo) would end
+them. If a process fails, ``torchrun`` ends all of them at once."""
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Within the ``with`` the processes that ``torchrun`` started, if any, form a group.
 
-    The backend is NCCL where there is a GPU for each process of the machine, else gloo.
+    On a machine with GPUs each process has one of its own.
+
+    Raises:
+        InputError: the machine has GPUs, but fewer than processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    if torch.cuda.device_count() >= here:
-        torch.cuda.set_device(local)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local))
-    else:
-        with _stdout_is_stderr():  # gloo of PyTorch 2.8 prints to stdout, where results belong
-            dist.init_process_group("gloo")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise InputError(
+            f"{here} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: start with "
+            f"torchrun --nproc-per-node {gpus}, or set CUDA_VISIBLE_DEVICES= to compute on CPUs"
+        )
+    with _stdout_is_stderr():  # gloo of PyTorch 2.8 prints to stdout, where results belong
+        if gpus:
+            torch.cuda.set_device(local)
+            device = torch.device("cuda", local)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     finally:
+        _group_of_rows.cache_clear()
         dist.destroy_process_group()
 
 
@@ -82,10 +104,17 @@ def assign_by_cost(costs: Sequence[float], among: int | None = None) -> list[int
     return owner
 
 
+def shares(items: Sequence[T], cost: Callable[[T], float]) -> list[list[T]]:
+    """The part of ``items`` of each process, in their order."""
+    parts: list[list[T]] = [[] for _ in range(count())]
+    for item, owner in zip(items, assign_by_cost([cost(item) for item in items]), strict=True):
+        parts[owner].append(item)
+    return parts
+
+
 def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
     """This process's part of ``items``, in their order."""
-    owner = assign_by_cost([cost(item) for item in items])
-    return [item for item, who in zip(items, owner, strict=True) if who == rank()]
+    return shares(items, cost)[rank()]
 
 
 def reduce_to(owner: int, tensor: Tensor) -> None:
@@ -101,40 +130,57 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_reduce_numbers(numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+def all_reduce_numbers(numbers: Sequence[float]) -> list[float]:
     """Sums over processes of a few numbers, in float64."""
     if not _grouped():
         return list(numbers)
-    return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+    return all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
-def all_gather_lists(numbers: Sequence[int]) -> list[list[int]]:
-    """The lists of all processes, in all of them."""
+def maximum(number: float) -> float:
+    """The largest of the processes' numbers, in all of them."""
     if not _grouped():
-        return [list(numbers)]
-    found: list[list[int]] = [[] for _ in range(count())]
-    dist.all_gather_object(found, list(numbers))
-    return found
+        return number
+    most = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
+
+
+def any_of(condition: bool) -> bool:
+    """Whether ``condition`` holds in any process."""
+    return bool(maximum(condition))
 
 
 def gather_rows(owner: int, rows_RD: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """The rows of each process, in process ``owner``; none in the others.
 
+    One collective, all-to-all, which unlike gather takes parts of different lengths: nothing is
+    padded. It has a group, so with NCCL a communicator, of its own: it does not queue behind the
+    weights that FSDP gathers ahead.
+
     Args:
-        counts: how many rows each process has.
+        counts: how many rows each process has; the same in all of them.
     """
     own = rank()
+    sent, received = [0] * count(), [0] * count()
+    if own == owner:
+        received = [0 if process == own else many for process, many in enumerate(counts)]
+    else:
+        sent[owner] = counts[own]
+    all_RD = rows_RD.new_empty(sum(received), rows_RD.shape[1])
+    given_RD = rows_RD[:0] if own == owner else rows_RD
+    dist.all_to_all_single(all_RD, given_RD.contiguous(), received, sent, group=_group_of_rows())
     if own != owner:
-        if counts[own]:
-            dist.send(rows_RD.contiguous(), dst=owner)
         return []
-    parts = []
-    for process, many in enumerate(counts):
-        part = rows_RD if process == own else rows_RD.new_empty(many, rows_RD.shape[1])
-        if process != own and many:
-            dist.recv(part, src=process)
-        parts.append(part)
+    parts = list(all_RD.split(received))
+    parts[own] = rows_RD
     return parts
+
+
+@cache
+def _group_of_rows() -> dist.ProcessGroup:
+    """The group of :func:`gather_rows`; all processes make it at once."""
+    return dist.new_group(timeout=PATIENCE)
 
 
 def broadcast(owner: int, tensor: Tensor) -> Tensor:
@@ -144,44 +190,35 @@ def broadcast(owner: int, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def broadcast_optional(
-    owner: int, tensor: Tensor | None, device: torch.device | str
-) -> Tensor | None:
-    """What process ``owner`` has, a tensor or None, in all processes."""
-    if not _grouped():
-        return tensor
-    kind = [None if tensor is None else (tensor.shape, tensor.dtype)]
-    dist.broadcast_object_list(kind, src=owner)
-    if kind[0] is None:
-        return None
-    shape, dtype = kind[0]
-    if rank() != owner:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-    assert tensor is not None
-    return broadcast(owner, tensor)
-
-
 def barrier() -> None:
     """Wait for all processes."""
     if _grouped():
         dist.barrier()
 
 
-def shard(blocks: Iterable[nn.Module]) -> None:
-    """Spread the weights of each of a model's ``blocks`` over the processes, in place (FSDP2).
+def shard(body: nn.Module, blocks: Iterable[nn.Module], device: torch.device | str = "cpu") -> None:
+    """Spread the weights of a model's ``blocks`` over the processes, in place (FSDP2).
 
-    A block's weights are gathered when it runs, forward and backward, and dropped after it. Weights
-    outside the blocks (embeddings, last norm, head) stay whole in every process.
+    A block's weights are gathered when it runs, forward and backward, and dropped after it.
+    ``body``, the module around the blocks, is the root of all: only under a common root does FSDP
+    gather the next block's weights while one computes.
+
+    Weights outside the blocks (embeddings, last norm, head) stay whole in every process. The head
+    is applied in chunks outside of any forward pass, where nothing would gather its weights, and
+    the embeddings may be tied to it.
+
+    Args:
+        device: where the model will run. FSDP moves the parts of the blocks there.
     """
     if not _grouped():
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mesh = init_device_mesh(kind, (count(),))
+    mesh = init_device_mesh(torch.device(device).type, (count(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not _is_shard(p)})
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -196,12 +233,7 @@ def extra_passes(model: nn.Module, passes: int) -> int:
     An added pass repeats any batch, and its results are dropped. Every process must call this
     before its first pass. 0 where the model is not sharded.
     """
-    if not is_sharded(model):
-        return 0
-    device = next(model.parameters()).device
-    most = torch.tensor(passes, device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most) - passes
+    return int(maximum(passes)) - passes if is_sharded(model) else 0
 
 
 def gather_full(tensor: Tensor) -> Tensor:
