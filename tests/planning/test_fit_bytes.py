@@ -23,7 +23,7 @@ from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.models.layers import find_targets
 from kfade.models.load import load_skeleton
-from kfade.planning.arrange import Arranger
+from kfade.planning.arrange import USABLE, Arranger
 from kfade.planning.cost import flops
 from kfade.planning.memory import (
     RUNTIME_BYTES,
@@ -237,7 +237,7 @@ def budget(model, targets, work, kind="fit", **more) -> int:
     """Bytes of curvature that a device of 1 GB holds beside the model and a pass."""
     way = Arranger(model, targets, work, kind, **{"may_recompute": False, **more}).within(10**9)
     assert way is not None
-    return way.budget
+    return way.budget + 10**9 - int(USABLE * 10**9)
 
 
 def test_a_run_is_arranged_to_fit():
@@ -248,19 +248,19 @@ def test_a_run_is_arranged_to_fit():
     at_once, least = arranger.at_once().peak_bytes, arranger.least(0).peak_bytes
     ways = {}
     for total in range(max(at_once.values()) + 2_000_000, max(least.values()), -100_000):
-        way = arranger.within(total)
+        way = arranger.within(int(total / USABLE) + 1)
         if way is not None:
             peak = max(way.peak_bytes.values())
-            assert way.fits(peak)
-            assert not way.fits(peak - 1)
+            assert way.fits(int(peak / USABLE) + 1)
+            assert not way.fits(int(peak / USABLE) - 1)
             assert peak <= total
         ways.setdefault(way and (way.work.recompute, way.work.offload), total)
     assert list(ways) == [(False, False), (False, True), (True, False), (True, True), None]
-    way = arranger.within(ways[True, True])
+    way = arranger.within(int(ways[True, True] / USABLE) + 1)
     assert way.options(3 * 10**9) == "--memory 3GB --offload auto --recompute"
     fixed = replace(arranger, may_recompute=False, may_offload=False)
-    assert fixed.within(ways[False, True]) is None
-    assert fixed.within(ways[False, False]).work == work
+    assert fixed.within(int(ways[False, True] / USABLE) + 1) is None
+    assert fixed.within(int(ways[False, False] / USABLE) + 1).work == work
 
 
 def test_curvature_budget_leaves_room_for_model_and_pass():

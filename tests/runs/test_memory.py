@@ -16,6 +16,7 @@ import kfade.runs.memory
 from kfade.cli import main
 from kfade.curvature.vectors import InHostMemory, OnDevice, OnDisk
 from kfade.method.trial import Trial
+from kfade.planning.arrange import USABLE
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,8 @@ def free(monkeypatch, count: int) -> None:
     monkeypatch.setattr(kfade.runs.memory, "free_bytes", lambda device: count)
 
 
-ENOUGH, LITTLE, NOTHING = 482_000_000, 466_000_000, 458_000_000
+ENOUGH, LITTLE, NOTHING = (round(count / USABLE) for count in (482e6, 466e6, 458e6))
+FEW = f"{LITTLE / 1e9:.4g}"
 
 
 def test_without_an_option_all_is_on_the_device(desk, plain, rooms, tmp_path, monkeypatch):
@@ -106,7 +108,7 @@ def test_offload_says_where(desk, plain, rooms, tmp_path, capsys):
     held = ["--offload", "device", "--memory", f"{LITTLE}"]
     assert unlearn(desk, tmp_path / "device", *held) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "the run needs more; give --memory 0.466GB --offload auto" in told
+    assert f"the run needs more; give --memory {FEW}GB --offload auto" in told
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -119,8 +121,8 @@ def test_what_does_not_fit_is_said_before_any_pass(desk, tmp_path, capsys, monke
     free(monkeypatch, LITTLE)
     assert unlearn(desk, tmp_path / "out") == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "0.466 GB are free on cpu: the run needs more" in told
-    assert "give --memory 0.466GB --offload auto" in told
+    assert f"{FEW} GB are free on cpu: the run needs more" in told
+    assert f"give --memory {FEW}GB --offload auto" in told
     free(monkeypatch, NOTHING)
     for more in ([], ["--memory", "auto"], ["--memory", f"{NOTHING}"]):
         assert unlearn(desk, tmp_path / "out", *more) == 2
@@ -145,7 +147,7 @@ def test_auto_takes_what_is_free_and_a_resumed_run_the_same(
         with pytest.raises(Killed):
             unlearn(desk, out, "--memory", "auto")
     told = " ".join(capsys.readouterr().err.split())
-    assert "0.466 GB are free; as with --memory 0.466GB --offload auto" in told
+    assert f"{FEW} GB are free; as with --memory {FEW}GB --offload auto" in told
     free(monkeypatch, ENOUGH)  # now; the groups that are finished are those of before
     assert unlearn(desk, out, "--memory", "auto", "--resume") == 0
     assert rooms[0].memory == rooms[1].memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kfade.curvature.groups import group_by_input, group_targets
@@ -14,6 +14,8 @@ from kfade.planning.memory import Work, Workload, examine, overhead, peaks
 
 Kind = Literal["fit", "unlearn", "steps"]
 """A fit; steps with fits of their own; steps from a finished curvature."""
+USABLE = 0.95
+"""Share of a memory that is planned for: allocators keep freed blocks and leave holes."""
 FIT_STAGES = ("covariance", "eigh", "lambda")
 
 
@@ -41,8 +43,8 @@ class Arrangement:
         return max(self.peak_bytes, key=lambda stage: self.peak_bytes[stage])
 
     def fits(self, total: int) -> bool:
-        """Whether every stage stays within ``total`` bytes."""
-        return self.groups is not None and self.peak_bytes[self.worst] <= total
+        """Whether every stage stays within the usable share of ``total`` bytes."""
+        return self.groups is not None and self.peak_bytes[self.worst] <= USABLE * total
 
     def options(self, total: int) -> str:
         """The options of the command line that make a run so."""
@@ -70,6 +72,8 @@ class Arranger:
     """Whether blocks may run again in backward passes though ``work`` does not say so."""
     may_offload: bool = True
     """Whether vectors may be kept outside the device though ``work`` does not say so."""
+    traced: dict[Work, Workload] = field(default_factory=dict, repr=False, compare=False)
+    """The traces so far; where vectors are kept makes no difference to them."""
 
     def at_once(self) -> Arrangement:
         """The run as asked for, all layers fitted together."""
@@ -96,14 +100,18 @@ class Arranger:
         ]
 
     def _way(self, work: Work, total: int | None) -> Arrangement:
-        subject = examine(self.model, self.targets, work, self.shards)
+        key = replace(work, offload=False)
+        if key not in self.traced:
+            self.traced[key] = examine(self.model, self.targets, key, self.shards)
+        subject = self.traced[key]
         passes: tuple[str, ...] = () if self.kind == "steps" else work.estimator.passes
         if self.kind != "fit":
             passes = (*passes, "gradient")
         held = 0
         if self.refit and not work.offload:  # the update so far, and the weights that it replaces
             held = subject.vector_bytes + subject.replaced_bytes
-        budget = None if total is None else total - overhead(subject, passes) - held
+        usable = None if total is None else int(USABLE * total)
+        budget = None if usable is None else usable - overhead(subject, passes) - held
         largest = max(sum_bytes([target]) for target in self.targets)
         sums_budget = None if budget is None else budget - largest  # one layer is on its way
         groups: list[list[Target]] | None = [list(self.targets)]
