@@ -116,6 +116,47 @@ def test_a_file_is_that_of_safetensors(tmp_path):
         vector["n"]
 
 
+def test_a_file_that_is_replaced_is_not_read_on(tmp_path):
+    """An update that is saved over its own file would otherwise be negated twice."""
+    path = tmp_path / "u.safetensors"
+    Update({"w": torch.ones(2)}).save(path)
+    negative = -Update.load(path)
+    negative.save(path)
+    with pytest.raises(InputError, match="changed while it was in use; load it again"):
+        negative.deltas["w"]
+    assert torch.equal(Update.load(path).deltas["w"], -torch.ones(2))
+
+
+def test_a_vector_on_disk_is_read_whatever_the_default_device(tmp_path):
+    vector = keep({"a": torch.arange(3.0)}, OnDisk(tmp_path))
+    with torch.device("meta"):
+        assert torch.equal(vector["a"], torch.arange(3.0, device="cpu"))
+
+
+def test_weights_with_two_names_are_restored(storage):
+    model = zoo.tiny("llama", dtype=torch.float32)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    weight, change = model.lm_head.weight, torch.ones_like(model.lm_head.weight)
+    before = weight.detach().clone()
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    with Update(dict.fromkeys(names, change)).applied_to(model, storage):
+        assert torch.equal(weight, before + 1 + 1)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_change", [torch.bfloat16, torch.float32, torch.int32])
+def test_weights_keep_their_precision_whatever_the_dtype_of_a_change(dtype, of_change):
+    model = zoo.tiny("llama", dtype=dtype)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = model.get_parameter(name)
+    before = weight.detach().clone()
+    update = Update({name: torch.ones_like(weight, dtype=of_change)})
+    assert update.lost_fraction(model) < torch.finfo(dtype).eps
+    update.apply(model)
+    assert same_bits(weight, before + 1)
+
+
 @pytest.fixture(scope="module")
 def model():
     return zoo.tiny("llama", dtype=torch.float32)

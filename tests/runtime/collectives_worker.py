@@ -14,6 +14,7 @@ from torch.distributed import _functional_collectives as functional
 
 from kfade.cli import main
 from kfade.runtime import distributed
+from kfade.runtime.run_dir import RunDir
 
 COLLECTIVES = (
     *("all_reduce", "reduce", "broadcast", "barrier", "send", "recv", "isend", "irecv", "scatter"),
@@ -57,6 +58,18 @@ def command(folder: Path, words: list[str]) -> int:
 
     record(folder / os.environ["RANK"])
     return main(words)
+
+
+def settled(folder: Path) -> None:
+    """A number of a run's choice, then that of the resumed run, on other numbers."""
+    record(folder / os.environ["RANK"])
+    with distributed.processes():
+        for resume, own in ((False, 10 + distributed.rank()), (True, 20)):
+            run = RunDir(folder / "out", {}, resume=resume)
+            number = run.settle("memory", partial(distributed.maximum, own))
+            assert number == 9 + distributed.count()
+            run.keep("piece", lambda path: path.write_text("a piece"))
+            distributed.barrier()
 
 
 def in_other_order(folder: Path) -> None:

@@ -94,3 +94,7 @@ def test_a_collective_on_objects_is_noticed(tmp_path):
     found = recorded(2, collectives_worker.with_objects, tmp_path)
     with pytest.raises(AssertionError, match="all_gather_object"):
         refuse_disorder(found)
+
+
+def test_a_resumed_choice_is_the_same_in_all_processes(tmp_path):
+    refuse_disorder(recorded(2, collectives_worker.settled, tmp_path))

@@ -155,7 +155,7 @@ class _DiskVector(_Kept):
 
     def __getitem__(self, name: str) -> Tensor:
         piece = self._index[name]
-        data = torch.empty(piece.shape, dtype=piece.dtype)
+        data = torch.empty(piece.shape, dtype=piece.dtype, device="cpu")
         view = tensor_bytes(data)
         self._file.seek(piece.offset)
         while len(view):
@@ -168,11 +168,14 @@ def _missing(folder: Path) -> int:
 
 
 class FileVector(_Indexed):
-    """The tensors of a safetensors file, each read when it is asked for, to the CPU."""
+    """The tensors of a safetensors file, each read when it is asked for, to the CPU.
+
+    Reading raises InputError once another file is in its place, or it was written to.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises InputError where it is not a whole safetensors file."""
-        self._path = path
+        self._path, self._version = path, _version(path)
         try:
             with safe_open(path, "pt") as file:
                 self._index = dict.fromkeys(file.keys())
@@ -186,9 +189,18 @@ class FileVector(_Indexed):
         try:
             with safe_open(self._path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
+            version = _version(self._path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self._path}: changed while it was in use ({error})") from None
+        if version != self._version:
+            raise InputError(f"{self._path}: changed while it was in use; load it again")
         return tensor
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Tells a file from others that are put in its place, and from itself after a change."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Layerwise(_Indexed):

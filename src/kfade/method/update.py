@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfade.curvature.factors import sum_dtype
 from kfade.curvature.vectors import (
     FileVector,
     OnDevice,
@@ -78,7 +79,7 @@ class Update:
             yield model
         finally:
             with torch.no_grad():
-                for name in before:
+                for name in reversed(list(before)):  # tied weights may have several names
                     distributed.own_part(parameters[name]).copy_(before[name])
 
     def to(self, device: torch.device | str) -> Update:
@@ -138,9 +139,10 @@ class Update:
                 return EQUAL if exact else ROUNDED
         return ROUNDED if is_copy(self.provenance, model, "weights", self.deltas) else OTHER
 
-    def edited_digest(self, model: nn.Module) -> dict[str, str]:
-        """Digest of the changed weights after :meth:`apply`, for the provenance."""
-        with self.applied_to(model) as edited:
+    def edited_digest(self, model: nn.Module, storage: Storage = OnDevice()) -> dict[str, str]:
+        """Digest of the changed weights after :meth:`apply`, for the provenance; ``storage`` as in
+        :meth:`applied_to`."""
+        with self.applied_to(model, storage) as edited:
             return {EDITED: digest_weights(edited, self.deltas)}
 
     def is_in(self, model: nn.Module) -> bool | None:
@@ -160,7 +162,7 @@ class Update:
         for name, delta in self.deltas.items():
             weight = distributed.gather_full(parameters[name].detach())
             exact = weight.double() + delta.to(weight.device).double()
-            rounded = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+            rounded = _sum(weight, delta).to(weight.dtype)
             lost += (rounded.double() - exact).square().sum().item()
             size += delta.double().square().sum().item()
         return (lost / size) ** 0.5 if size else 0.0
@@ -221,7 +223,13 @@ def _refuse_other(
 
 
 def _add(parameter: nn.Parameter, delta: Tensor) -> None:
-    """W ← W + ΔW in the dtype of ΔW, rounded once."""
+    """W ← W + ΔW in float32 or better, rounded once."""
     with torch.no_grad():
         weight = distributed.gather_full(parameter)
-        distributed.scatter_into(parameter, weight.to(delta.dtype) + delta.to(weight.device))
+        distributed.scatter_into(parameter, _sum(weight, delta))
+
+
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + ΔW in the better of their dtypes and float32, on the device of W."""
+    dtype = torch.promote_types(sum_dtype(delta.dtype), weight.dtype)
+    return weight.to(dtype) + delta.to(weight.device)

@@ -237,7 +237,7 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
     )
     about = {
         **ready.digests,
-        **update.edited_digest(ready.loaded.model),
+        **update.edited_digest(ready.loaded.model, ready.room.storage),
         **ready.saved.facts(),
         "model": run.model.model,
         **provenance(source_of(run.model)),

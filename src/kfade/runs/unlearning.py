@@ -142,7 +142,7 @@ def unlearn(
             {
                 **update.provenance,
                 **digests,
-                **update.edited_digest(loaded.model),
+                **update.edited_digest(loaded.model, room.storage),
                 **(saved.facts() if saved is not None else {}),
                 "model": run.model.model,
                 **provenance(source),
@@ -152,7 +152,7 @@ def unlearn(
         folder.put("update.safetensors", update.save)
         lost = update.lost_fraction(loaded.model)
         if export_model:
-            with stage("export"), update.applied_to(loaded.model) as edited:
+            with stage("export"), update.applied_to(loaded.model, room.storage) as edited:
                 folder.put("model", lambda path: save_model(edited, loaded.tokenizer, path, source))
         metrics = {**run_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
         manifest = {

@@ -185,10 +185,14 @@ class RunDir:
             self._write(path, digests)
 
     def settle(self, name: str, choose: Callable[[], int]) -> int:
-        """The number that the interrupted run chose, or else that of ``choose``, which is kept."""
+        """The number that the interrupted run chose, or else that of ``choose``, which is kept.
+
+        The same in all processes; ``choose`` runs in all of them or in none.
+        """
         path = self.part / CHOICES
-        if path.is_file() and self._found:
-            return int(_read(path)[name])
+        recorded = self._writes and path.is_file() and bool(self._found)
+        if distributed.any_of(recorded):
+            return int(distributed.maximum(_read(path)[name] if recorded else 0))
         number = choose()
         if self._writes:
             self._write(path, {name: number})
