@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from kfade.baselines.losses import Net
 from kfade.data.batches import Batch
@@ -35,7 +36,8 @@ class DriftGauge:
         (forget_loss,) = mean_objectives(self._net.model, self._forget, [losses], head)
         probability = losses.mean_probability(self._forget)
         now = hidden_reference(self._net.model, self._base.batches, "held-out KL")
-        loss = kl = 0.0
+        loss: Tensor | float = 0.0  # on the device; reading it would wait for all work there
+        kl: Tensor | float = 0.0
         with torch.no_grad():
             for batch, base_ND, hidden_ND in zip(
                 now.batches, self._base.hidden, now.hidden, strict=True
@@ -43,12 +45,12 @@ class DriftGauge:
                 target_N = batch.at_loss(batch.target_BT)
                 for part in head.chunks(hidden_ND):
                     logits_NV = head(hidden_ND[part])
-                    loss += cross_entropy(logits_NV, target_N[part]).double().sum().item()
+                    loss += cross_entropy(logits_NV, target_N[part]).double().sum()
                     kl_N = divergence(base_head(base_ND[part]), logits_NV)
-                    kl += kl_N.double().sum().item()
+                    kl += kl_N.double().sum()
         return {
             "forget_loss": forget_loss,
             "forget_probability": probability,
-            "retain_loss": loss / now.loss_tokens,
-            "retain_kl": kl / now.loss_tokens,
+            "retain_loss": float(loss) / now.loss_tokens,
+            "retain_kl": float(kl) / now.loss_tokens,
         }

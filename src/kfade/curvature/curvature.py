@@ -44,7 +44,7 @@ class Curvature:
 
     def quadratic(self, x: Vector) -> float:
         """xᵀG̃x, summed over all layers in float64."""
-        return sum(block.quadratic(x[name]).double().item() for name, block in self.blocks.items())
+        return float(sum(block.quadratic(x[name]).double() for name, block in self.blocks.items()))
 
     def only(self, names: Sequence[str], device: torch.device | str) -> Curvature:
         """The curvature of some of the weights, on ``device``."""

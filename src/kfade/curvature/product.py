@@ -43,7 +43,7 @@ def quadratic_form(
         head: the model's head, if it has been read before (reading it runs trial passes).
     """
     check_lengths(model, batches)
-    total = 0.0
+    total: Tensor | float = 0.0  # on the device; reading it would wait for all work there
     with frozen(model):
         head = head or read_head(model)
         tangents = tangents_of(model, targets)
@@ -54,11 +54,11 @@ def quadratic_form(
             for part in head.chunks(hidden_ND):
                 p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
                 mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
-                total += (p * (logits_dot - mean_N1).square()).sum().double().item()
+                total += (p * (logits_dot - mean_N1).square()).sum().double()
         for _ in range(missing):
             tangents(model, batches[-1], targets, delta)
-    [total] = distributed.all_reduce_numbers([total])
-    return total / sum(batch.loss_tokens for batch in batches)
+    [sum_] = distributed.all_reduce_numbers([float(total)])
+    return sum_ / sum(batch.loss_tokens for batch in batches)
 
 
 def gauss_newton_product(

@@ -2,7 +2,8 @@
 
 A reference is kept as final hidden states [N, D], which are much smaller than logits [N, V]. The
 head is never a target, so both models have the same. With several processes each runs its share of
-the batches and holds the hidden states of that share only.
+the batches and holds the hidden states of that share only. Sums stay on the device until the end,
+since reading a number waits for all work on it.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """
@@ -68,7 +69,7 @@ def mean_objectives(
         head: the model's head, if it has been read before (reading it runs trial passes).
     """
     check_lengths(model, batches)
-    totals = [0.0 for _ in objectives]
+    totals: list[Tensor | float] = [0.0 for _ in objectives]
     with frozen(model), torch.no_grad():
         head = head or read_head(model)
         own = distributed.share(batches, lambda batch: batch.positions)
@@ -79,12 +80,12 @@ def mean_objectives(
             for part in head.chunks(hidden_ND):
                 logits_NV = head(hidden_ND[part])
                 for i, objective in enumerate(objectives):
-                    totals[i] += objective(logits_NV, target_N[part]).double().sum().item()
+                    totals[i] += objective(logits_NV, target_N[part]).double().sum()
         for _ in range(missing):
             hidden_states(model, batches[-1].input_BT)
-    totals = distributed.all_reduce_numbers(totals)
+    sums = distributed.all_reduce_numbers([float(total) for total in totals])
     loss_tokens = sum(batch.loss_tokens for batch in batches)
-    return [total / loss_tokens for total in totals]
+    return [sum_ / loss_tokens for sum_ in sums]
 
 
 class TokenLosses:
@@ -96,7 +97,7 @@ class TokenLosses:
     def __call__(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
         """−log p_y [N]; :func:`mean_objectives` calls this in the order of the batches."""
         loss_N = cross_entropy(logits_NV, target_N)
-        self._losses.append(loss_N.double().cpu())
+        self._losses.append(loss_N.double())
         return loss_N
 
     def mean_probability(self, batches: Sequence[Batch]) -> float:
@@ -105,7 +106,7 @@ class TokenLosses:
         total = 0.0
         if own := distributed.share(batches, lambda batch: batch.positions):
             counts = [n for batch in own for n in batch.loss_counts]
-            losses = torch.cat(self._losses).split(counts)
+            losses = torch.cat(self._losses).cpu().split(counts)
             total = sum(math.exp(-loss.mean().item()) for loss in losses)
         self._losses.clear()
         [total] = distributed.all_reduce_numbers([total])
@@ -114,14 +115,14 @@ class TokenLosses:
 
 def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
     """Mean KL(base ‖ edited) in nats per loss token, over the full vocabulary."""
-    total = 0.0
+    total: Tensor | float = 0.0
     with torch.no_grad():
         for base_ND, edited_ND in zip(base.hidden, edited.hidden, strict=True):
             for part in head.chunks(base_ND):
                 kl_N = divergence(head(base_ND[part]), head(edited_ND[part]))
-                total += kl_N.double().sum().item()
-    [total] = distributed.all_reduce_numbers([total])
-    return total / base.loss_tokens
+                total += kl_N.double().sum()
+    [sum_] = distributed.all_reduce_numbers([float(total)])
+    return sum_ / base.loss_tokens
 
 
 def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> Vector:

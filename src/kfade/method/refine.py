@@ -157,7 +157,7 @@ class _System:
 
 def inner(x: Vector, y: Vector) -> float:
     """xᵀy, summed in float64."""
-    return sum((x[name] * y[name]).sum(dtype=torch.float64).item() for name in x)
+    return float(sum((x[name] * y[name]).sum(dtype=torch.float64) for name in x))
 
 
 def add(x: MutableMapping[str, Tensor], factor: float, y: Vector) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
 from kfade.curvature.vectors import OnDevice, Storage, Vector, scaled
@@ -47,14 +49,16 @@ def gauss_newton_step(
         InputError: the gradient is zero in all layers, or rᵀG̃r is zero or not finite.
     """
     direction = storage.vector()
-    square = slope = gradient_square = 0.0
+    # rᵀG̃r, gᵀr and ‖g‖², on the device; reading one would wait for all work there.
+    sums: list[Tensor | float] = [0.0, 0.0, 0.0]
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
         r = block.divide(g, damping.of(block))
-        square += (block.eigenvalues * r.square()).sum().double().item()
-        slope += (g * r).sum().double().item()
+        sums[0] += (block.eigenvalues * r.square()).sum().double()
+        sums[1] += (g * r).sum().double()
         direction[name] = block.rotate_back(r)
-        gradient_square += g.square().sum().double().item()
+        sums[2] += g.square().sum().double()
+    square, slope, gradient_square = (float(sum_) for sum_ in sums)
     if gradient_square == 0:
         raise InputError(
             f"the forget gradient is zero in all targeted weights ({named(direction)}): no "
