@@ -121,7 +121,7 @@ def main() -> None:
         found = run([*arguments, "--out", str(out)])
         result = found.pop("result")
         # Stages reset the process's own peak when they begin, so each has one of its own.
-        peak = max(found["resident_peak"], *result.get("peak_bytes_by_stage", {}).values())
+        peak = max([found["resident_peak"], *result.get("peak_bytes_by_stage", {}).values()])
         found["resident_peak"], over = peak, peak / limit
         stages = {k: result[k] for k in ("peak_bytes_by_stage", "seconds") if k in result}
         record[name] = {**found, **{f"{k}_of_stages": v for k, v in stages.items()}}

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "plan_sizes.jsonl"
 BATCHES = (4096, 2048, 1024, 512)
 SHOWN = ("fits", "groups", "offload", "recompute", "batch_tokens")
 DEVICES = {
-    "24 GB": DeviceConfig(memory=["24GB"]),
+    "24 GiB": DeviceConfig(memory=["25.7GB"]),  # what such a card has
     "80 GB": DeviceConfig(memory=["80GB"]),
     "8 x 80 GB": DeviceConfig(memory=["80GB"], devices=8, shard=True),
 }

@@ -23,7 +23,7 @@ from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.models.layers import find_targets
 from kfade.models.load import load_skeleton
-from kfade.planning.arrange import USABLE, Arranger
+from kfade.planning.arrange import USABLE, Arranger, usable
 from kfade.planning.cost import flops
 from kfade.planning.memory import (
     RUNTIME_BYTES,
@@ -237,7 +237,7 @@ def budget(model, targets, work, kind="fit", **more) -> int:
     """Bytes of curvature that a device of 1 GB holds beside the model and a pass."""
     way = Arranger(model, targets, work, kind, **{"may_recompute": False, **more}).within(10**9)
     assert way is not None
-    return way.budget + 10**9 - int(USABLE * 10**9)
+    return way.budget + 10**9 - usable(way.subject, 10**9)
 
 
 def test_a_run_is_arranged_to_fit():
@@ -246,21 +246,26 @@ def test_a_run_is_arranged_to_fit():
     targets, work = find_targets(model), Work(batch_tokens=256, sequence_length=33)
     arranger = Arranger(model, targets, work, "unlearn", refit=True)
     at_once, least = arranger.at_once().peak_bytes, arranger.least(0).peak_bytes
-    ways = {}
+    fixed, ways = at_once["load"], {}
+
+    def of(bytes_used: int) -> int:
+        """The memory of which so many bytes may be planned for."""
+        return fixed + int((bytes_used - fixed) / USABLE) + 2
+
     for total in range(max(at_once.values()) + 2_000_000, max(least.values()), -100_000):
-        way = arranger.within(int(total / USABLE) + 1)
+        way = arranger.within(of(total))
         if way is not None:
             peak = max(way.peak_bytes.values())
-            assert way.fits(int(peak / USABLE) + 1)
-            assert not way.fits(int(peak / USABLE) - 1)
-            assert peak <= total
+            assert way.fits(of(peak))
+            assert not way.fits(of(peak) - 4)
+            assert peak <= total + 2
         ways.setdefault(way and (way.work.recompute, way.work.offload), total)
     assert list(ways) == [(False, False), (False, True), (True, False), (True, True), None]
-    way = arranger.within(int(ways[True, True] / USABLE) + 1)
+    way = arranger.within(of(ways[True, True]))
     assert way.options(3 * 10**9) == "--memory 3GB --offload auto --recompute"
-    fixed = replace(arranger, may_recompute=False, may_offload=False)
-    assert fixed.within(int(ways[False, True] / USABLE) + 1) is None
-    assert fixed.within(int(ways[False, False] / USABLE) + 1).work == work
+    as_asked = replace(arranger, may_recompute=False, may_offload=False)
+    assert as_asked.within(of(ways[False, True])) is None
+    assert as_asked.within(of(ways[False, False])).work == work
 
 
 def test_curvature_budget_leaves_room_for_model_and_pass():

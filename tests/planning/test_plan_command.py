@@ -160,7 +160,7 @@ def test_command_reads_gguf_and_dtypes(tmp_path, capsys):
 def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kfade.planning.cost, "_typical", lambda work, device: 0.1)
     folder = saved(SMALL, tmp_path)
-    arguments = ["plan", folder, "--measure", "--memory", "478MB", "--batch-tokens", "64"]
+    arguments = ["plan", folder, "--measure", "--memory", "454.2MB", "--batch-tokens", "64"]
     assert main([*arguments, "--sequence-length", "33", "--devices", "2"]) == 0
     output = capsys.readouterr()
     assert output.out == ""

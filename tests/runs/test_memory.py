@@ -16,7 +16,6 @@ import kfade.runs.memory
 from kfade.cli import main
 from kfade.curvature.vectors import InHostMemory, OnDevice, OnDisk
 from kfade.method.trial import Trial
-from kfade.planning.arrange import USABLE
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def free(monkeypatch, count: int) -> None:
     monkeypatch.setattr(kfade.runs.memory, "free_bytes", lambda device: count)
 
 
-ENOUGH, LITTLE, NOTHING = (round(count / USABLE) for count in (482e6, 466e6, 458e6))
+ENOUGH, LITTLE, NOTHING = 482_000_000, 466_400_000, 458_000_000
 FEW = f"{LITTLE / 1e9:.4g}"
 
 

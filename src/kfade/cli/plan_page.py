@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from kfade.planning.arrange import FIT_STAGES
 from kfade.planning.cost import EFFICIENCY, EIGH_FLOPS, EIGH_LIMIT
 from kfade.runtime.counts import counted, rounded
 
@@ -32,7 +33,7 @@ STAGES = {
     "check": "search for the step's size",
     "exchange": "sums and bases between devices",
 }
-AFTER_FIT = ("gradient", "step", "refine", "check")
+FITTED = ("load", *FIT_STAGES)
 
 
 def page(plan: dict[str, Any]) -> list[Any]:
@@ -123,7 +124,7 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     stage = max(least, key=least.__getitem__)
     notes.append(
         f"layers fitted one at a time, a device must hold {size(least[stage])} ({stage}; its fit "
-        f"{size(max(peak for name, peak in least.items() if name not in AFTER_FIT))})"
+        f"{size(max(peak for name, peak in least.items() if name in FITTED))})"
     )
     if memory is None:
         notes.append("to get groups of layers that fit a device, give its --memory")

@@ -91,7 +91,7 @@ def unlearn(
             break
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
-            with stage("fit"), at.applied_to(model, run.storage):
+            with stage("fit"), gauge.applied(at):
                 curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_batch, index)

@@ -15,7 +15,8 @@ from kfade.planning.memory import Work, Workload, examine, overhead, peaks
 Kind = Literal["fit", "unlearn", "steps"]
 """A fit; steps with fits of their own; steps from a finished curvature."""
 USABLE = 0.95
-"""Share of a memory that is planned for: allocators keep freed blocks and leave holes."""
+"""Share of the memory beside the model that is planned for: allocators keep freed blocks and leave
+holes."""
 FIT_STAGES = ("covariance", "eigh", "lambda")
 
 
@@ -43,8 +44,10 @@ class Arrangement:
         return max(self.peak_bytes, key=lambda stage: self.peak_bytes[stage])
 
     def fits(self, total: int) -> bool:
-        """Whether every stage stays within the usable share of ``total`` bytes."""
-        return self.groups is not None and self.peak_bytes[self.worst] <= USABLE * total
+        """Whether every stage stays within the usable part of ``total`` bytes."""
+        return self.groups is not None and self.peak_bytes[self.worst] <= usable(
+            self.subject, total
+        )
 
     def options(self, total: int) -> str:
         """The options of the command line that make a run so."""
@@ -52,6 +55,12 @@ class Arrangement:
         words += ["--offload auto"] if self.work.offload else []
         words += ["--recompute"] if self.work.recompute else []
         return " ".join(words)
+
+
+def usable(subject: Workload, total: int) -> int:
+    """Bytes of ``total`` that may be planned for."""
+    fixed = overhead(subject, ())
+    return fixed + int(USABLE * (total - fixed))
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,10 @@ class Arranger:
         held = 0
         if self.refit and not work.offload:  # the update so far, and the weights that it replaces
             held = subject.vector_bytes + subject.replaced_bytes
-        usable = None if total is None else int(USABLE * total)
-        budget = None if usable is None else usable - overhead(subject, passes) - held
-        largest = max(sum_bytes([target]) for target in self.targets)
-        sums_budget = None if budget is None else budget - largest  # one layer is on its way
+        taken = overhead(subject, passes) + held
+        budget = None if total is None else usable(subject, total) - taken
+        # While one group is summed, a layer of the one before may be on its way elsewhere.
+        sums_budget = None if budget is None else budget - subject.largest_bytes
         groups: list[list[Target]] | None = [list(self.targets)]
         sums, problem = groups, None
         try:
@@ -131,5 +140,5 @@ class Arranger:
             "unlearn": tuple(found),
             "steps": tuple(stage for stage in found if stage not in FIT_STAGES),
         }[self.kind]
-        taken = {stage: found[stage] for stage in stages if stage in found}
-        return Arrangement(work, subject, groups, budget, sums_budget, taken, problem)
+        own = {stage: found[stage] for stage in stages if stage in found}
+        return Arrangement(work, subject, groups, budget, sums_budget, own, problem)

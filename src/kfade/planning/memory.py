@@ -99,6 +99,11 @@ class Workload:
         return sum_bytes(self.targets)
 
     @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest matrix of a vector."""
+        return max(sum_bytes([target]) for target in self.targets)
+
+    @property
     def replaced_bytes(self) -> int:
         """Bytes of the targeted weights, which are kept while an update replaces them."""
         return self.targeted * self.targets[0].weight.dtype.itemsize
@@ -198,7 +203,7 @@ def peaks(
             found[stage] = max(found.get(stage, 0), fixed + passing + curvature)
     targets, cost = subject.targets, subject.cost
     vector = 0 if work.offload else subject.vector_bytes
-    largest = subject.size * max(t.shape[0] * t.shape[1] for t in targets)
+    largest = subject.largest_bytes
     read = max(estimator.stored_bytes([target]) for target in targets)
     summed = max(
         _pass_bytes(subject, "gradient", group) + sum_bytes(group)

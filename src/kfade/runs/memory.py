@@ -124,16 +124,17 @@ def _refuse_too_large(arranger: Arranger, device: torch.device) -> None:
     except InputError:  # it cannot be planned
         return
     if not way.fits(total):
-        problem = _too_little(replace(arranger, may_recompute=True), total)
+        problem = _too_little(arranger, total)
         raise InputError(f"{total / 1e9:.4g} GB are free on {device}: {problem}")
 
 
 def _too_little(arranger: Arranger, total: int) -> str:
     """What a run needs that does not fit, and with what options it would."""
-    found = replace(arranger, may_recompute=True, may_offload=True).within(total)
+    freer = replace(arranger, may_recompute=True, may_offload=True)
+    found = freer.within(total)
     if found is not None:
         return f"the run needs more; give {found.options(total)}"
-    least = arranger.least(total)
+    least = freer.least(total)
     need = least.peak_bytes[least.worst] / 1e9
     return (
         f"the run needs {need:.4g} GB at the least ({least.worst}): lower --batch-tokens, give "

@@ -16,7 +16,7 @@ from kfade.errors import InputError
 from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
 from kfade.models.load import load_skeleton
-from kfade.planning.arrange import USABLE, Arranger
+from kfade.planning.arrange import Arranger, usable
 from kfade.planning.cost import Speed, flops, measure_speed, seconds
 from kfade.planning.memory import (
     RUNTIME_BYTES,
@@ -218,7 +218,7 @@ def _result(
         times[str(count)] = {**stages, "total": sum(stages.values())}
     smallest = group_by_input(subject.targets)
     least = peaks(subject, smallest, work, gradient_groups=smallest if work.offload else None)
-    over = [stage for stage, peak in planned.items() if memory and peak > USABLE * memory]
+    over = [stage for stage, peak in planned.items() if memory and peak > usable(subject, memory)]
     return {
         "model": name,
         "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
