@@ -1,11 +1,13 @@
-"""How much host memory does each of several processes take to load a model with --shard?
+"""How much host memory do several processes take to load and change a model with --shard?
 
     python benchmarks/shard_memory.py [--processes 4] [--blocks 16] [--width 512]
 
 A Llama whose random weights are stored in float32 is loaded in float32 and in bfloat16, whole and
 in parts, by processes that start at the same time (gloo, Linux). Reported for each process: the
 megabytes that loading has added in pages of files, which the processes of one machine share, and in
-memory of its own; and the peak of both until after a forward pass. The allocator is told to return
+memory of its own; and the peak of both until after a forward pass. In float32 one step of
+unlearning follows, all feed-forward weights, with the curvature on disk. Reported of it: the peak
+of a process beyond the loaded model, and its part of one vector. The allocator is told to return
 large pieces to the system (MALLOC_MMAP_THRESHOLD_): glibc otherwise keeps the weights of gathered
 blocks. Writes ``benchmarks/results/shard_memory.jsonl`` and prints it.
 """
@@ -19,6 +21,7 @@ import sys
 import tempfile
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from experiments.lab.records import RESULTS, write
@@ -28,8 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from processes import run_together
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import kfade
+from kfade.curvature.estimators import KFAC
+from kfade.curvature.store import Store
+from kfade.data.sequences import TokenSequence
+from kfade.method.settings import Run
+from kfade.method.step import StepSize
 from kfade.models.head import body_of, hidden_states, trial_tokens
-from kfade.models.layers import decoder_blocks
+from kfade.models.layers import decoder_blocks, find_targets
 from kfade.models.load import load_model
 from kfade.runtime import distributed
 
@@ -58,7 +67,40 @@ def measure(folder: Path, dtype: str, shard: bool) -> None:
             hidden_states(model, trial_tokens(model, 8))
         found = {name: round(loaded[name] - before[name]) for name in ("files", "own")}
         found["peak"] = round(memory()["peak"] - before["files"] - before["own"])
+        if dtype == "float32":
+            found |= unlearnt(model, folder / f"curvature-{shard}", shard)
         (folder / f"{dtype}-{shard}-{distributed.rank()}.json").write_text(json.dumps(found))
+
+
+def unlearnt(model: Any, folder: Path, shard: bool) -> dict[str, int]:
+    """Megabytes of one step: the most beyond the loaded model, and this process's part of one
+    vector."""
+    if distributed.rank() == 0:
+        folder.mkdir()
+    distributed.barrier()
+    targets = find_targets(model)
+    memory_of_fit = max(KFAC().peak_bytes([target]) for target in targets)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 4096, (32,), generator=generator).tolist() for _ in range(24)]
+    sequences = [TokenSequence(tuple(ids), (False,) + (True,) * 31) for ids in texts]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory()
+    kfade.unlearn(
+        model,
+        forget=sequences[:8],
+        retain=sequences[8:16],
+        held_out=sequences[16:],
+        fit=KFAC(),
+        size=StepSize(alpha=0.01),
+        run=Run(
+            batch_tokens=64,
+            memory=2 * memory_of_fit,
+            store=lambda model, targets: Store(folder),
+        ),
+    )
+    vector = sum(target.shape[0] * target.shape[1] * 4 for target in targets) / 2**20
+    step = memory()["peak"] - before["files"] - before["own"]
+    return {"unlearn": round(step), "vector": round(vector / (distributed.count() if shard else 1))}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ is also called by the tests themselves, without processes, for the numbers that 
 from __future__ import annotations
 
 import contextlib
+import math
 import unittest.mock
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from kfade import (
     margin,
 )
 from kfade.curvature import fit as fit_module
+from kfade.curvature import jacobian
 from kfade.curvature.passes import run_pass
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
+from kfade.curvature.vectors import Divided, OnDevice
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
 from kfade.models.head import body_of, read_head
@@ -55,16 +58,17 @@ def bits_of(curvature) -> dict[str, torch.Tensor]:
             for name, block in curvature.blocks.items() for part in parts}  # fmt: skip
 
 
-def numbers_summed(estimator, *arguments) -> dict[str, int]:
-    """How many numbers this process's sums hold in each pass of a fit."""
+def numbers_summed(module, compute, *arguments) -> dict[str, int]:
+    """How many numbers this process's sums hold in each pass of a computation, which ``module``
+    runs."""
     found = {}
 
-    def counting(model, batches, targets, sums, pseudo, name, keeper, **head):
+    def counting(model, batches, targets, sums, pseudo, name, *keeper, **head):
         found[name] = sum(tensor.numel() for tensor in sums.tensors().values())
-        return run_pass(model, batches, targets, sums, pseudo, name, keeper, **head)
+        return run_pass(model, batches, targets, sums, pseudo, name, *keeper, **head)
 
-    with unittest.mock.patch.object(fit_module, "run_pass", counting):
-        estimator.fit(*arguments)
+    with unittest.mock.patch.object(module, "run_pass", counting):
+        compute(*arguments)
     return found
 
 
@@ -79,6 +83,20 @@ def brought_rows() -> dict:
         "any": [distributed.any_of(rank == last), distributed.any_of(rank > last)],
         "rows": distributed.gather_rows(last, rows, counts),
     }
+
+
+def divided() -> dict:
+    """A vector that is divided over the processes: what this one holds, and what all read."""
+    held: dict[str, torch.Tensor] = {}
+    with unittest.mock.patch.object(OnDevice, "vector", return_value=held):
+        vector = Divided(OnDevice()).vector()
+    shapes = {"matrix": (7, 5), "small": (2,), "number": (), "none": (0, 3), "dropped": (40,)}
+    for name, shape in shapes.items():
+        vector[name] = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+    vector["small"] = torch.full((3,), 9.0, dtype=torch.float64)
+    del vector["dropped"]
+    storages = {name: part.untyped_storage().nbytes() // 8 for name, part in held.items()}
+    return {"held": storages, "read": dict(vector)}
 
 
 def compute(folder: Path, sharded: bool) -> dict:
@@ -96,7 +114,10 @@ def compute(folder: Path, sharded: bool) -> dict:
         draw = Counted()
         found[f"G of {name}"] = tensors_of(fit(draw).fit(model, batches, targets))
         found[f"passes of {name}"] = draw.calls
-    found["numbers summed"] = numbers_summed(EKFAC(), model, batches, targets)
+    found["numbers summed"] = {
+        **numbers_summed(fit_module, EKFAC().fit, model, batches, targets),
+        **numbers_summed(jacobian, forget_gradient, model, batches, targets, margin),
+    }
     found["G, one batch"] = tensors_of(EKFAC().fit(model, batches_of(RETAIN, 1000), targets))
     kept = folder / f"kept-{sharded}"
     if distributed.rank() == 0:
@@ -123,7 +144,8 @@ def compute(folder: Path, sharded: bool) -> dict:
         held_out=HELD_OUT,
         **flat(targets=targets, kl=0.02, steps=2, batch_tokens=20, refine=1, refine_sequences=9),
     )
-    found["update"], found["provenance"] = update.deltas, update.provenance
+    # Of a sharded model it is divided over the processes, and read by all of them together.
+    found["update"], found["provenance"] = dict(update.deltas), update.provenance
     base = hidden_reference(model, measured, "base")
     found["references"] = len(base.hidden)
     with update.applied_to(model):
@@ -182,6 +204,7 @@ def main(folder: Path) -> None:
     with distributed.processes():
         results = {"count": distributed.count(), "rank": distributed.rank()}
         results["brought"] = brought_rows()
+        results["divided"] = divided()
         results["whole"] = compute(folder, sharded=False)
         results["interrupted"] = interrupted(folder, sharded=False)
         results["sharded"] = compute(folder, sharded=True)

@@ -151,7 +151,7 @@ def test_a_sharded_model_is_spread_and_left_as_it_was(found, expected):
 
 def test_each_layer_of_a_spread_model_is_summed_by_one_process(found, expected):
     whole = expected["numbers summed"]
-    assert set(whole) == {"covariances", "eigenvalues"}
+    assert set(whole) == {"covariances", "eigenvalues", "forget gradient"}
     for name, all_numbers in whole.items():
         # Negative control: of a whole model every process sums all.
         assert {rank["whole"]["numbers summed"][name] for rank in found} == {all_numbers}
@@ -160,6 +160,21 @@ def test_each_layer_of_a_spread_model_is_summed_by_one_process(found, expected):
         assert max(own) < 0.6 * all_numbers
     for rank in found:
         assert rank["sharded"]["order"] == expected["order"]
+
+
+def test_a_divided_vector_is_held_in_parts_and_read_whole(found):
+    whole = {"matrix": 35, "small": 3, "number": 1, "none": 0}
+    for rank in found:
+        got = rank["divided"]
+        assert list(got["read"]) == list(got["held"]) == list(whole)
+        assert all(got["held"][name] <= -(-count // len(found)) for name, count in whole.items())
+        matrix = torch.arange(35, dtype=torch.float64).reshape(7, 5)
+        assert torch.equal(got["read"]["matrix"], matrix)
+        assert got["read"]["small"].tolist() == [9.0, 9.0, 9.0]
+        assert got["read"]["number"].shape == ()
+        assert got["read"]["none"].shape == (0, 3)
+    for name, count in whole.items():
+        assert sum(rank["divided"]["held"][name] for rank in found) == count
 
 
 def test_rows_come_to_one_process(found):

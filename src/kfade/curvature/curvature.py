@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.damping import Damping
+from kfade.curvature.owners import OwnedBlocks
 from kfade.curvature.store import StoredBlocks, write_blocks
 from kfade.curvature.vectors import OnDevice, Storage, Vector
 from kfade.errors import InputError
@@ -48,7 +49,7 @@ class Curvature:
 
     def only(self, names: Sequence[str], device: torch.device | str) -> Curvature:
         """The curvature of some of the weights, on ``device``."""
-        if isinstance(self.blocks, StoredBlocks):
+        if isinstance(self.blocks, StoredBlocks | OwnedBlocks):
             return Curvature(self.blocks.only(names, device), self.provenance)
         return Curvature({name: self.blocks[name].to(device) for name in names}, self.provenance)
 

@@ -41,7 +41,7 @@ from kfade.curvature.fit import (
     fit_on_disk,
 )
 from kfade.curvature.groups import group_targets
-from kfade.curvature.owners import Blocks, Owners, broadcast_blocks
+from kfade.curvature.owners import Blocks, Owners
 from kfade.curvature.store import Store
 from kfade.data.batches import Batch
 from kfade.models.head import Head, read_head
@@ -259,9 +259,12 @@ class EKFAC(_FromPseudoLabels):
     ) -> Curvature:
         """EK-FAC from a finished K-FAC fit: its eigenbases, and Λ measured in them."""
         owners = Owners(targets, self.peak_bytes, spread=distributed.is_sharded(model))
-        group = GroupFit(model, batches, owners, seed, False, lambda name: None)
-        blocks = group.eigenvalues(bases_of(kfac.blocks), self.draw)
-        return Curvature(broadcast_blocks(blocks, owners), self.facts(batches, seed))
+
+        def fit_one(owners: Owners, checkpoint_of: CheckpointOf) -> Blocks:
+            group = GroupFit(model, batches, owners, seed, False, checkpoint_of)
+            return group.eigenvalues(bases_of(kfac.blocks), self.draw)
+
+        return Curvature(fit_in_memory([owners], fit_one), self.facts(batches, seed))
 
 
 def fit_kfac(

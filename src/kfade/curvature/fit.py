@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.draws import Draw, token_keys
-from kfade.curvature.owners import Blocks, Owners, broadcast_blocks
+from kfade.curvature.owners import Blocks, OwnedBlocks, Owners
 from kfade.curvature.passes import Checkpoint, FromOutputs, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.store import Store, StoredBlocks
@@ -133,11 +133,17 @@ FitOne = Callable[[Owners, CheckpointOf], Blocks]
 """The fit of one group."""
 
 
-def fit_in_memory(groups: Sequence[Owners], fit_one: FitOne) -> Blocks:
-    """Fit group after group; all blocks, in every process."""
+def fit_in_memory(groups: Sequence[Owners], fit_one: FitOne) -> Mapping[str, EigenBlock]:
+    """Fit group after group. All blocks are in every process, or with the owners of their
+    layers."""
+    if groups[0].spread:
+        owned = OwnedBlocks()
+        for owners in groups:
+            owned.add(fit_one(owners, lambda name: None), owners)
+        return owned
     blocks: Blocks = {}
     for owners in groups:
-        blocks.update(broadcast_blocks(fit_one(owners, lambda name: None), owners))
+        blocks |= fit_one(owners, lambda name: None)
     return blocks
 
 

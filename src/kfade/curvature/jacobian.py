@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import group_targets
-from kfade.curvature.passes import FromOutputs, PendingInputs, live_rows, run_pass
+from kfade.curvature.owners import Owners, Rows
+from kfade.curvature.passes import FromOutputs, PendingInputs, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
@@ -48,13 +49,15 @@ def transpose_product(
             passes over the batches, each for a group of layers.
         head: see :func:`~kfade.curvature.passes.run_pass`.
     """
-    product = storage.vector()
-    for group in group_targets(targets, sum_bytes, storage.memory):
-        products = _Products(group)
+    product, spread = storage.vector(), distributed.is_sharded(model)
+    processes = distributed.count() if spread else 1
+    for group in group_targets(targets, sum_bytes, storage.memory, processes):
+        owners = Owners(group, sum_bytes, spread=spread)
+        products = _Products(owners)
         with recomputing(model, group, recompute):
             run_pass(model, batches, group, products, from_outputs, name, head=head)
         for target in group:
-            product[target.name] = distributed.all_reduce(products.sums.pop(target.name))
+            product[target.name] = products.take(target)
     return product
 
 
@@ -69,27 +72,43 @@ def sum_bytes(group: Sequence[Target]) -> int:
 class _Products:
     """Σ g aᵀ over live rows, one matrix [O, I] a target."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self.sums: dict[str, Tensor] = {}
-        for target in targets:
-            weight = target.weight
-            dtype = sum_dtype(weight.dtype)
-            self.sums[target.name] = torch.zeros(target.shape, dtype=dtype, device=weight.device)
-        self._inputs: PendingInputs[Tensor] = PendingInputs(targets)
+    def __init__(self, owners: Owners) -> None:
+        self._owners = owners
+        self._sums = {target.name: _zeros(target) for target in owners.own}
+        self._inputs: PendingInputs[Rows] = PendingInputs(owners.own)
 
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
-        self._batch = batch
+        self._owners.begin(batch, together)
 
     def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        self._inputs.put(target, live_rows(a_BTI, self._batch))
+        rows = self._owners.rows(target, a_BTI)
+        if target.name in self._sums:
+            self._inputs.put(target, rows)
 
     def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        sum_OI = self.sums[target.name]
-        g_RO = live_rows(g_BTO, self._batch).to(sum_OI.dtype)
-        sum_OI.addmm_(g_RO.T, self._inputs.take(target).to(sum_OI.dtype))
+        rows = self._owners.rows(target, g_BTO)
+        if target.name not in self._sums:
+            return
+        sum_OI = self._sums[target.name]
+        for (g_RO, _), (a_RI, _) in zip(rows, self._inputs.take(target), strict=True):
+            sum_OI.addmm_(g_RO.to(sum_OI.dtype).T, a_RI.to(sum_OI.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.sums
+        return self._sums
+
+    def take(self, target: Target) -> Tensor:
+        """The sum over all processes of one target, in all of them; it is kept no longer."""
+        if not self._owners.spread:
+            return distributed.all_reduce(self._sums.pop(target.name))
+        sum_OI = self._sums.pop(target.name, None)
+        whole_OI = _zeros(target) if sum_OI is None else sum_OI
+        return distributed.broadcast(self._owners.owner(target), whole_OI)
+
+
+def _zeros(target: Target) -> Tensor:
+    """A layer [O, I] of a vector."""
+    weight = target.weight
+    return torch.zeros(target.shape, dtype=sum_dtype(weight.dtype), device=weight.device)
 
 
 Tangents = Callable[[nn.Module, Batch, Sequence[Target], Vector], tuple[Tensor, Tensor]]

@@ -11,7 +11,8 @@ Shapes: B batch, T positions, R live rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,31 +76,63 @@ class Owners:
         return [(part, own) for part, own in zip(parts, self._lengths, strict=False) if sum(own)]
 
 
-def broadcast_blocks(blocks: Blocks, owners: Owners) -> Blocks:
-    """The blocks of a group in all processes, also where layers have owners."""
-    if not owners.spread:
-        return blocks
-    found: Blocks = {}
-    inputs: dict[str, Tensor | None] = {}  # a basis that layers share is sent once
+@dataclass(frozen=True)
+class _Place:
+    """Where a block is, and what it is."""
 
-    def sent(target: Target, part: str, rows: int, columns: int) -> Tensor | None:
-        if not rows:
-            return None
-        weight, tensor = target.weight, getattr(blocks.get(target.name), part, None)
-        if tensor is None:
-            kind = sum_dtype(weight.dtype)
-            tensor = torch.empty(rows, columns, dtype=kind, device=weight.device)
-        return distributed.broadcast(owners.owner(target), tensor)
+    owner: int
+    shapes: list[tuple[int, int]]
+    """Of Q_O, Q_I and Λ; (0, 0) where there is none."""
+    dtype: torch.dtype
+    device: torch.device
 
-    for target, (q_out, q_in, eigenvalues) in zip(
-        owners.group, _shapes(blocks, owners.group), strict=True
-    ):
-        if target.input_of not in inputs:
-            inputs[target.input_of] = sent(target, "q_in", *q_in)
-        left, values = sent(target, "q_out", *q_out), sent(target, "eigenvalues", *eigenvalues)
-        assert values is not None
-        found[target.name] = EigenBlock(left, inputs[target.input_of], values)
-    return found
+
+class OwnedBlocks(Mapping[str, EigenBlock]):
+    """Blocks that stay with the owners of their layers.
+
+    Reading one is collective: every process must do it, in the same order. It is then whole in all
+    of them.
+    """
+
+    def __init__(self) -> None:
+        self._own: Blocks = {}
+        self._places: dict[str, _Place] = {}
+
+    def add(self, blocks: Blocks, owners: Owners) -> None:
+        """Add the blocks of a group, of which each process gives those of its own layers."""
+        self._own |= blocks
+        shapes = _shapes(blocks, owners.group)
+        for target, found in zip(owners.group, shapes, strict=True):
+            weight = target.weight
+            place = _Place(owners.owner(target), found, sum_dtype(weight.dtype), weight.device)
+            self._places[target.name] = place
+
+    def only(self, names: Iterable[str], device: torch.device | str) -> OwnedBlocks:
+        """The blocks of the weights ``names``, on ``device``."""
+        some = OwnedBlocks()
+        for name in names:
+            some._places[name] = replace(self._places[name], device=torch.device(device))
+            if name in self._own:
+                some._own[name] = self._own[name].to(device)
+        return some
+
+    def __getitem__(self, name: str) -> EigenBlock:
+        place = self._places[name]
+        parts: list[Tensor | None] = []
+        for part, shape in zip(PARTS, place.shapes, strict=True):
+            tensor = getattr(self._own.get(name), part, None)
+            if tensor is None and 0 not in shape:
+                tensor = torch.empty(shape, dtype=place.dtype, device=place.device)
+            parts.append(tensor if tensor is None else distributed.broadcast(place.owner, tensor))
+        q_out, q_in, eigenvalues = parts
+        assert eigenvalues is not None
+        return EigenBlock(q_out, q_in, eigenvalues)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _shapes(blocks: Blocks, group: Sequence[Target]) -> list[list[tuple[int, int]]]:

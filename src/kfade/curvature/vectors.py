@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kfade.errors import InputError
+from kfade.runtime import distributed
 from kfade.runtime.files import writing
 from kfade.runtime.tensors import tensor_bytes
 
@@ -167,6 +168,44 @@ def _missing(folder: Path) -> int:
     raise InputError(f"{folder}: a temporary file there is shorter than it was; run again")
 
 
+@dataclass(frozen=True)
+class Divided:
+    """Divides each layer of a vector over the processes, which keep their parts in ``storage``.
+
+    Writing and reading a layer are collective: every process must do it, in the same order.
+    """
+
+    storage: Storage
+
+    @property
+    def memory(self) -> int | None:
+        """See :class:`Storage`."""
+        return self.storage.memory
+
+    def vector(self) -> MutableMapping[str, Tensor]:
+        """An empty vector."""
+        return _DividedVector(self.storage.vector())
+
+
+class _DividedVector(_Kept):
+    def __init__(self, parts: MutableMapping[str, Tensor]) -> None:
+        self._parts = parts
+        self._index: dict[str, torch.Size] = {}
+
+    def __setitem__(self, name: str, layer: Tensor) -> None:
+        part = distributed.own_slice(layer.reshape(-1))
+        self._parts[name] = part.clone()  # a part of a tensor would keep the whole in memory
+        self._index[name] = layer.shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._index[name]
+        return distributed.gather_slices(self._parts[name], shape.numel()).view(shape)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self._parts[name]
+
+
 class FileVector(_Indexed):
     """The tensors of a safetensors file, each read when it is asked for, to the CPU.
 
@@ -241,6 +280,12 @@ def plus(vector: Vector, other: Vector, scale: float = 1.0) -> Vector:
 def on_device(vector: Vector, device: torch.device | str) -> Vector:
     """The vector on another device, layer by layer when it is read."""
     return Layerwise(vector, lambda name: vector[name].to(device))
+
+
+def read_through(vector: Vector) -> None:
+    """Read every layer and drop it: what other processes do while one writes a divided vector."""
+    for name in vector:
+        vector[name]
 
 
 def keep(vector: Vector, storage: Storage) -> Vector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.product import gauss_newton_product
-from kfade.curvature.vectors import Vector
+from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -28,6 +28,7 @@ from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import find_targets, parameter_names, weight_digests
 from kfade.models.targets import Target
+from kfade.runtime import distributed
 from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage
 
@@ -76,6 +77,8 @@ def unlearn(
         gauge = Gauge(model, sampler.all(held_out), measured, storage=run.storage, head=head)
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
+    if distributed.is_sharded(model):
+        run = replace(run, storage=Divided(run.storage))
     update = run.start or Update(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},

@@ -130,7 +130,7 @@ class Arranger:
                 bytes_of = work.estimator.peak_bytes
                 groups = group_targets(self.targets, bytes_of, budget, self.shards)
             if work.offload:
-                sums = group_targets(self.targets, sum_bytes, sums_budget)
+                sums = group_targets(self.targets, sum_bytes, sums_budget, self.shards)
         except InputError as error:
             groups, problem = None, str(error)
         smallest = group_by_input(self.targets)

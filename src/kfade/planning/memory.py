@@ -81,7 +81,7 @@ class Workload:
     head: tuple[int, int]
     """(V, D)."""
     shards: int = 1
-    """Number of processes over which the model's weights and the curvature's layers are spread."""
+    """Number of processes over which the weights, the curvature's layers and vectors are spread."""
 
     @property
     def size(self) -> int:
@@ -95,8 +95,9 @@ class Workload:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of a gradient, a direction or an update: one [O, I] matrix for each target."""
-        return sum_bytes(self.targets)
+        """Bytes of a gradient, a direction or an update, one [O, I] matrix for each target, in a
+        process."""
+        return sum_bytes(self.targets) // self.shards
 
     @property
     def largest_bytes(self) -> int:
@@ -105,8 +106,9 @@ class Workload:
 
     @property
     def replaced_bytes(self) -> int:
-        """Bytes of the targeted weights, which are kept while an update replaces them."""
-        return self.targeted * self.targets[0].weight.dtype.itemsize
+        """Bytes of the targeted weights, which are kept while an update replaces them, in a
+        process."""
+        return self.targeted * self.targets[0].weight.dtype.itemsize // self.shards
 
     def input_bytes(self, group: Sequence[Target]) -> int:
         """Bytes of the targets' inputs that are kept until their gradients are computed.
@@ -187,11 +189,11 @@ def peaks(
     """Peak bytes of each stage of a first step.
 
     A fit holds one group of layers at a time; if the model is sharded, the largest share of the
-    group. Finished curvature is on disk and is read one layer at a time. The gradient stays in
-    memory until the direction is known, the direction until the step is taken. The search for the
-    step's size adds the weights that are replaced. Refinement adds five vectors and the best
-    direction so far; its solves add one more. With ``offload`` all of these are elsewhere, and a
-    pass for the gradient holds one of ``gradient_groups``.
+    group, and of each vector a part. Finished curvature is on disk and is read one layer at a
+    time. The gradient stays in memory until the direction is known, the direction until the step is
+    taken. The search for the step's size adds the weights that are replaced. Refinement adds five
+    vectors and the best direction so far; its solves add one more. With ``offload`` all of these
+    are elsewhere, and a pass for the gradient holds one of ``gradient_groups``.
     """
     estimator, refine = work.estimator, work.refine > 0
     fixed = RUNTIME_BYTES + subject.model_bytes
@@ -206,7 +208,8 @@ def peaks(
     largest = subject.largest_bytes
     read = max(estimator.stored_bytes([target]) for target in targets)
     summed = max(
-        _pass_bytes(subject, "gradient", group) + sum_bytes(group)
+        _pass_bytes(subject, "gradient", group)
+        + sum_bytes(largest_share(group, sum_bytes, subject.shards))
         for group in gradient_groups or [targets]
     )
     found["gradient"] = fixed + summed + largest

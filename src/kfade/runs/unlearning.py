@@ -149,7 +149,7 @@ def unlearn(
                 "config": asdict(run),
             },
         )
-        folder.put("update.safetensors", update.save)
+        folder.put("update.safetensors", update.save, update.read)
         lost = update.lost_fraction(loaded.model)
         if export_model:
             with stage("export"), update.applied_to(loaded.model, room.storage) as edited:
@@ -169,7 +169,7 @@ def unlearn(
 def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     """Keep the update after a step, for a resumed run; log the step and print a line about it."""
     steps = update.provenance["steps"]
-    folder.keep(f"update-{len(steps):03}.safetensors", update.save)
+    folder.keep(f"update-{len(steps):03}.safetensors", update.save, update.read)
     folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
     progress.say(step_line(len(steps), total, steps[-1]))
 

@@ -61,7 +61,7 @@ def processes() -> Iterator[None]:
     try:
         yield
     finally:
-        _group_of_rows.cache_clear()
+        _own_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -169,7 +169,7 @@ def gather_rows(owner: int, rows_RD: Tensor, counts: Sequence[int]) -> list[Tens
         sent[owner] = counts[own]
     all_RD = rows_RD.new_empty(sum(received), rows_RD.shape[1])
     given_RD = rows_RD[:0] if own == owner else rows_RD
-    dist.all_to_all_single(all_RD, given_RD.contiguous(), received, sent, group=_group_of_rows())
+    dist.all_to_all_single(all_RD, given_RD.contiguous(), received, sent, group=_own_group())
     if own != owner:
         return []
     parts = list(all_RD.split(received))
@@ -177,9 +177,27 @@ def gather_rows(owner: int, rows_RD: Tensor, counts: Sequence[int]) -> list[Tens
     return parts
 
 
+def own_slice(flat: Tensor) -> Tensor:
+    """This process's part of a tensor with one dimension: about as many numbers in each."""
+    each = -(-len(flat) // count())
+    return flat[rank() * each : (rank() + 1) * each]
+
+
+def gather_slices(own: Tensor, length: int) -> Tensor:
+    """The tensor of ``length`` numbers whose :func:`own_slice` is ``own``; every process must call
+    it. See :func:`gather_rows` for its group."""
+    if not _grouped():
+        return own
+    each = -(-length // count())
+    padded = torch.nn.functional.pad(own, (0, each - len(own)))
+    whole = own.new_empty(each * count())
+    dist.all_gather_into_tensor(whole, padded, group=_own_group())
+    return whole[:length]
+
+
 @cache
-def _group_of_rows() -> dist.ProcessGroup:
-    """The group of :func:`gather_rows`; all processes make it at once."""
+def _own_group() -> dist.ProcessGroup:
+    """A group beside that of FSDP; all processes make it at once."""
     return dist.new_group(timeout=PATIENCE)
 
 
