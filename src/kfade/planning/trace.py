@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +74,66 @@ def trace_pass(
         targets: in the order of the forward pass.
         recompute: see :func:`~kfade.curvature.recompute.recomputing`.
     """
-    base = model.base_model
-    tensors = [*base.named_parameters(), *base.named_buffers()]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = {
-        n: t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()) for n, t in tensors
-    }
-    # Token numbers are real tensors: whether a mask is needed depends on their positions.
-    input_BT = torch.zeros(shape, dtype=torch.long, device=targets[0].weight.device)
+    fakes = _fakes(model.base_model)
+    input_BT = _tokens(shape, targets[0].weight.device)
     trace = _Trace(model, targets, input_BT, list(fakes.values()), recompute)
-    stand_ins: dict[str, Tensor] = {f"inner.{name}": fake for name, fake in fakes.items()}
     with frozen(model), recomputing(model, targets, recompute):
-        return functional_call(_Wrapper(base), stand_ins, (trace.cost,))
+        cost: PassCost = _with_weights(model.base_model, fakes, trace.cost)
+    return cost
+
+
+def training_pass_bytes(model: Any, names: Sequence[str], shape: tuple[int, int]) -> int:
+    """Peak bytes of a forward and backward pass through the blocks, beside the weights.
+
+    The parameters ``names`` get gradients, each of which is dropped when it is known: of them the
+    largest counts, if it is there at the peak.
+
+    Args:
+        model: its tensors are real or fake; only their shapes are used.
+        shape: (B, T) of a batch.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    trained = {id(own[name]) for name in names}
+    base = model.base_model
+    chosen = [n for n, p in base.named_parameters() if id(p) in trained]
+    fakes = _fakes(base)
+    input_BT = _tokens(shape, next(base.parameters()).device)
+
+    def peak() -> int:
+        for name in chosen:
+            fakes[name].requires_grad_()
+            fakes[name].register_post_accumulate_grad_hook(_drop_gradient)
+        with torch.enable_grad(), _Live(fakes.values()) as live:
+            hidden_BTD = hidden_states(model, input_BT)
+            if hidden_BTD.requires_grad:
+                hidden_BTD.backward(torch.empty_like(hidden_BTD))
+        return live.peak
+
+    with frozen(model):
+        found: int = _with_weights(base, fakes, peak)
+    return found
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _fakes(base: nn.Module) -> dict[str, Tensor]:
+    """Fake tensors for all parameters and buffers."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = [*base.named_parameters(), *base.named_buffers()]
+    return {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()) for n, t in tensors}
+
+
+def _tokens(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Numbers of tokens. They are real: whether a mask is needed depends on their positions."""
+    return torch.zeros(shape, dtype=torch.long, device=device)
+
+
+def _with_weights(base: nn.Module, fakes: Mapping[str, Tensor], work: Callable[[], Any]) -> Any:
+    """What ``work`` returns while ``base`` computes with the tensors ``fakes``."""
+    stand_ins = {f"inner.{name}": fake for name, fake in fakes.items()}
+    return functional_call(_Wrapper(base), stand_ins, (work,))
 
 
 class _Wrapper(nn.Module):
@@ -98,7 +146,7 @@ class _Wrapper(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, work: Callable[[], PassCost]) -> PassCost:
+    def forward(self, work: Callable[[], Any]) -> Any:
         return work()
 
 
