@@ -93,3 +93,20 @@ def run_together(
         for process in started:  # which may wait for one that failed
             process.kill()
             process.join()
+
+
+def killed_after_step(step: int, words: list[str]) -> int:
+    """``kfade`` with these words; the process that keeps an update is killed once it has kept that
+    of ``step``."""
+    from kfade.cli import main
+    from kfade.runtime.run_dir import RunDir
+
+    keep = RunDir.keep
+
+    def keep_and_die(self: RunDir, name: str, *arguments: Any) -> None:
+        keep(self, name, *arguments)
+        if name.startswith(f"update-{step:03}") and (self.state / name).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunDir.keep = keep_and_die  # type: ignore[method-assign]
+    return main(words)

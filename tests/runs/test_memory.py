@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from processes import killed_after_step, run_together, start
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo.rows import FORGET, RETAIN
@@ -62,7 +64,7 @@ def rooms(monkeypatch) -> list[kfade.runs.memory.Room]:
 
 def same_update(one: Path, other: Path) -> bool:
     first, second = (load_file(folder / "update.safetensors") for folder in (one, other))
-    return first.keys() == second.keys() and all(map(torch.equal, first.values(), second.values()))
+    return list(first) == list(second) and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def free(monkeypatch, count: int) -> None:
@@ -197,3 +199,38 @@ def test_a_sweep_and_a_fit_keep_to_a_memory(desk, rooms, tmp_path):
     assert isinstance(rooms[1].storage, OnDevice)
     assert isinstance(rooms[2].storage, OnDisk)
     assert same_update(tmp_path / "plain", tmp_path / "small")
+
+
+def words_of(desk: Path, out: Path, *more: str) -> list[str]:
+    sets = ["--forget", str(desk / "forget.jsonl"), "--retain", str(desk / "retain.jsonl")]
+    sizes = ["--sequence-length", "16", "--batch-tokens", "32", "--steps", "3", *more]
+    return ["unlearn", str(desk / "model"), *sets, *sizes, "--kl", "0.02", "--out", str(out)]
+
+
+@pytest.mark.parametrize("more", [["--memory", f"{LITTLE}"], ["--refine", "1"]])
+def test_a_run_with_vectors_on_disk_goes_on_after_a_kill(desk, tmp_path, more):
+    """To the same bits, and with no trace of the files that its vectors were in."""
+    more = ["--estimator", "diagonal", "--offload", "disk", *more]
+    whole, again = (words_of(desk, tmp_path / name, *more) for name in ("whole", "again"))
+    assert main(whole) == 0
+    process = start(killed_after_step, 2, again, said=tmp_path / "said")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    state = {path.name for path in (tmp_path / "again.part" / "state").iterdir()}
+    assert {"update-001.safetensors", "update-002.safetensors"} <= state
+    assert all(name.startswith(("update-", "curvature-")) for name in state)
+    assert main([*again, "--resume"]) == 0
+    assert same_update(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [[], ["--offload", "disk"]])
+def test_a_sharded_run_goes_on_after_a_kill(desk, tmp_path, offload):
+    more = ["--estimator", "kfac", "--shard", "--layers", "2-5", *offload]
+    whole, again = (words_of(desk, tmp_path / name, *more) for name in ("whole", "again"))
+    run_together(2, main, whole, said=tmp_path / "first")
+    with pytest.raises(AssertionError):
+        run_together(2, killed_after_step, 2, again, said=tmp_path / "second")
+    run_together(2, main, [*again, "--resume"], said=tmp_path / "third")
+    assert "resuming after step 2" in (tmp_path / "third/0/stderr").read_text()
+    assert same_update(tmp_path / "whole", tmp_path / "again")

@@ -217,7 +217,7 @@ class FileVector(_Indexed):
         self._path, self._version = path, _version(path)
         try:
             with safe_open(path, "pt") as file:
-                self._index = dict.fromkeys(file.keys())
+                self._index = dict.fromkeys(file.offset_keys())  # in the order of the file
                 self.metadata: dict[str, str] = file.metadata() or {}
         except SafetensorError as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
