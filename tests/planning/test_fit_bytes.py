@@ -206,6 +206,21 @@ def test_peaks_by_hand(tmp_path):
     assert less["gradient"] < found["gradient"] - 6 * largest
 
 
+def test_head_bytes_are_those_of_a_chunk(tmp_path):
+    model = load_skeleton(saved(SMALL, tmp_path))
+    targets = find_targets(model)
+    subject = examine(model, targets, Work(sequence_length=33, batch_tokens=256))
+    assert subject.cost.positions == 256
+    assert subject.head_bytes("fit") == 4 * 128 * 50 * 4
+    for vocabulary, positions in ((49152, 128), (2**20, 128)):
+        wide = replace(subject, head=(vocabulary, 64))
+        assert wide.head_bytes("check") == 8 * positions * vocabulary * 4
+    work = Work(sequence_length=33, batch_tokens=2048)
+    subject = examine(model, targets, work, device=torch.device("cuda"))
+    wide = replace(subject, head=(49152, 64))  # of a skeleton, for a run on another device
+    assert wide.head_bytes("fit") == 4 * 1365 * 49152 * 4
+
+
 def test_a_group_is_gone_when_the_next_is_fitted(tmp_path):
     model = small()
     targets = find_targets(model)

@@ -24,7 +24,11 @@ from kfade.errors import InputError, first_line
 
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call the soft cap of the logits."""
-CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
+LEAST = 128  # positions of a chunk: 25 MB of float32 logits at a vocabulary of 49k
+CHUNK_BYTES = {"cuda": 2**28}
+"""Bytes of a chunk's logits, by type of device, where they are more than ``LEAST`` positions. A GPU
+has the memory for more, and fewer and larger operations keep it busier. On a CPU 512 positions were
+not faster than 128."""
 WINDOWS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "block_size")
 """What configurations call the longest input."""
 TRIAL = 64  # tokens that a model is tried on
@@ -164,9 +168,18 @@ class Head:
         return logits_NV if bias_V is None else logits_NV + bias_V
 
     def chunks(self, hidden_ND: Tensor) -> Iterator[slice]:
-        """Slices of at most ``CHUNK`` positions."""
-        for start in range(0, hidden_ND.shape[0], CHUNK):
-            yield slice(start, min(start + CHUNK, hidden_ND.shape[0]))
+        """Slices of at most :func:`chunk_positions` positions."""
+        weight_VD = cast(Tensor, self.linear.weight)
+        size = torch.promote_types(weight_VD.dtype, torch.float32).itemsize
+        count = chunk_positions(weight_VD.shape[0], size, weight_VD.device)
+        for start in range(0, hidden_ND.shape[0], count):
+            yield slice(start, min(start + count, hidden_ND.shape[0]))
+
+
+def chunk_positions(vocabulary: int, size: int, device: torch.device) -> int:
+    """Number of positions whose logits, of ``size`` bytes each, take the device's ``CHUNK_BYTES``;
+    at least ``LEAST``, and ``LEAST`` on other devices."""
+    return max(LEAST, CHUNK_BYTES.get(device.type, 0) // (vocabulary * size))
 
 
 class _RaisedProduct(torch.autograd.Function):
