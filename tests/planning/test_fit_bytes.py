@@ -14,7 +14,7 @@ from transformers import MistralConfig, PhiConfig
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.eigh import workspace_bytes
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Identity
-from kfade.curvature.factors import factor_bytes
+from kfade.curvature.factors import SLAB_BYTES, factor_bytes
 from kfade.curvature.groups import group_by_input, group_targets
 from kfade.curvature.owners import Owners
 from kfade.curvature.store import Store
@@ -83,7 +83,7 @@ def test_a_block_of_llama_2_7b_shares_a(tmp_path):
     assert alone - factor_bytes(targets) == 4 * 4096**2
 
 
-def test_bytes_of_a_fit_by_hand():
+def test_bytes_of_a_fit_by_hand(monkeypatch):
     targets = find_targets(small(torch.bfloat16))
     factors = 3 * 4 * (64**2 + 3 * 224**2 + 64**2)
     grids, largest = 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
@@ -96,6 +96,8 @@ def test_bytes_of_a_fit_by_hand():
     assert Diagonal().fit_bytes(targets) == {"lambda": grids + 2 * largest}
     assert Identity().fit_bytes(targets) == {}
     assert KFAC().stored_bytes(targets) == factors + grids
+    monkeypatch.setitem(SLAB_BYTES, "cpu", 10**6)  # products of several sequences at once
+    assert Diagonal().fit_bytes(targets) == {"lambda": grids + 2 * 10**6}
 
 
 def test_bytes_of_sums_are_those_of_a_fit():
