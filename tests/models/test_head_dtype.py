@@ -84,7 +84,7 @@ def test_gradients_are_rounded_like_those_of_a_layer_of_that_dtype(pieces, dtype
 
 
 def test_factors_are_bfloat16_only_where_they_are_bfloat16_anyway(monkeypatch):
-    """Hidden states in float32 before a bfloat16 weight keep their bits; the setting is put back."""
+    """Hidden states in float32 keep their bits; the setting is put back."""
     head, h, _, _ = setting(torch.bfloat16)
     asked = []
     own = head_module._bfloat16_factors

@@ -20,8 +20,8 @@ from kfade.models.targets import Target
 
 PANEL = 192  # columns of a symmetric product at a time; saves nearly half of its flops
 WIDE = 1024
-"""From this width on a CPU's bfloat16 products take 0.6 to 0.95 times as long with a transposed copy
-of the rows, made once for all panels, as with a transposed view; below, up to 1.3 times as long."""
+"""From this width on, a CPU takes 0.6 to 0.95 times as long for bfloat16 products of a transposed
+copy of the rows, made once for all panels, as of a transposed view; below up to 1.3 times."""
 SLAB_BYTES = {"cuda": 2**26}
 """Bytes of sequences' products [O, I] that are computed together, by type of device. On a GPU this
 saves launches of small products; how much has not been measured. On other devices sequences follow
