@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from kfade.models.experts import Routing
 from kfade.models.targets import ForwardHook, Target, hooked
 
-Consumer = Callable[[Target, Tensor], None]
+Consumer = Callable[[Target, Tensor, "Routing | None"], None]
+"""(target, rows, which positions the rows are; None: all, in their order)."""
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def capture(
 
     Args:
         on_input: called in the forward pass with the first reader of each input tensor and the
-            input [B, T, I] (a column of ones added for a joint bias).
+            input [B, T, I] (a column of ones added for a joint bias); of an expert [R, I].
         on_gradient: called in the backward pass, from the last target to the first, with the
             gradient [B, T, O] of the scalar that is differentiated.
     """
@@ -49,13 +51,14 @@ def capture(
         ) -> Tensor | None:
             if on_gradient is not None and not torch.is_grad_enabled():
                 return None
+            routing = target.routing  # of this call: a gradient may come after others
             if on_input is not None and target is first[target.input_of]:
-                on_input(target, target.inputs(args[0].detach()))
+                on_input(target, target.inputs(args[0].detach()), routing)
             if on_gradient is None:
                 return None
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            output.register_hook(lambda gradient: on_gradient(target, gradient.detach()))
+            output.register_hook(lambda gradient: on_gradient(target, gradient.detach(), routing))
             return output
 
         return forward_hook

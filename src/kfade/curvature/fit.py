@@ -64,7 +64,10 @@ class GroupFit:
         with stage("covariance"):
             self._run(sums, draw, COVARIANCE_STREAM, "covariances", "covariance")
         loss_tokens, positions = count_tokens(self.batches)
-        work = [(f"A of {name}", total, positions) for name, total in sums.a.items()]
+        routed = sums.routed_rows()
+        work = [
+            (f"A of {name}", total, routed.get(name, positions)) for name, total in sums.a.items()
+        ]
         work += [(f"S of {name}", total, loss_tokens) for name, total in sums.s.items()]
         with stage("eigh"):
             eigen = decompose(work) if self.owners.spread else decompose_shared(work)

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import group_targets
 from kfade.curvature.owners import Owners, Rows
-from kfade.curvature.passes import FromOutputs, PendingInputs, run_pass
+from kfade.curvature.passes import FromOutputs, LiveRows, PendingInputs, run_pass
 from kfade.curvature.recompute import recomputing
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
@@ -80,13 +80,13 @@ class _Products:
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         self._owners.begin(batch, together)
 
-    def on_input(self, target: Target, a_BTI: Tensor) -> None:
-        rows = self._owners.rows(target, a_BTI)
+    def on_input(self, target: Target, live: LiveRows) -> None:
+        rows = self._owners.rows(target, live)
         if target.name in self._sums:
             self._inputs.put(target, rows)
 
-    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
-        rows = self._owners.rows(target, g_BTO)
+    def on_gradient(self, target: Target, live: LiveRows) -> None:
+        rows = self._owners.rows(target, live)
         if target.name not in self._sums:
             return
         sum_OI = self._sums[target.name]
@@ -206,8 +206,8 @@ def _dual_states(
     model: nn.Module, input_BT: Tensor, targets: Sequence[Target], delta: Vector
 ) -> tuple[Tensor, Tensor | None]:
     with (
-        _entering(targets, delta),
         _plain_experts(model),
+        _entering(targets, delta),  # experts that are targets run as it says
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
     ):

@@ -20,13 +20,13 @@ from torch import Tensor
 from kfade.curvature.block import PARTS, EigenBlock
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import BytesOf, assign_to_processes
-from kfade.curvature.passes import live_rows
+from kfade.curvature.passes import LiveRows
 from kfade.data.batches import Batch
 from kfade.models.targets import Target
 from kfade.runtime import distributed
 
-Rows = list[tuple[Tensor, list[int]]]
-"""(rows [R, width], number of rows of each sequence), from each process that has any."""
+Rows = list[LiveRows]
+"""Those of each process that has any."""
 Blocks = dict[str, EigenBlock]
 
 
@@ -59,18 +59,17 @@ class Owners:
 
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         """Called before each batch, in all processes; ``together``: see ``passes.rounds``."""
-        self._batch = batch
         self._lengths = [other.lengths for other in together]
 
-    def rows(self, target: Target, x_BT: Tensor) -> Rows:
-        """Live rows of ``x_BT`` [B, T, width] that this process sums for ``target``.
+    def rows(self, target: Target, live: LiveRows) -> Rows:
+        """The live rows that this process sums for ``target``.
 
         Without owners, its own rows. With owners, the rows of all processes in the owner, and none
         in the others.
         """
-        own_R = live_rows(x_BT, self._batch)
         if not self.spread:
-            return [(own_R, self._lengths[0])]
+            return [live] if live[1] else []
+        own_R, _ = live
         counts = [sum(lengths) for lengths in self._lengths]
         parts = distributed.gather_rows(self.owner(target), own_R, counts)
         return [(part, own) for part, own in zip(parts, self._lengths, strict=False) if sum(own)]

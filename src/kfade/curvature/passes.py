@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kfade.curvature.capture import capture
 from kfade.data.batches import Batch
 from kfade.errors import InputError
+from kfade.models.experts import ExpertMap, Routing
 from kfade.models.faults import check_weights
 from kfade.models.head import Head, hidden_states, read_head
 from kfade.models.lengths import check_lengths
@@ -28,6 +29,8 @@ from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
 T = TypeVar("T")
+LiveRows = tuple[Tensor, list[int]]
+"""(rows [R, width] at live positions, the number of them in each sequence that has any)."""
 FromOutputs = Callable[[Head, Batch, Tensor], Tensor]
 """(head, batch, hidden [N, D] at the loss positions) -> the gradient u [N, D] to propagate back
 from there."""
@@ -39,10 +42,10 @@ class Sums(Protocol):
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         """Called before each batch of this process; ``together``: see :func:`rounds`."""
 
-    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+    def on_input(self, target: Target, live: LiveRows) -> None:
         """Called with each input, once for all targets that read it."""
 
-    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+    def on_gradient(self, target: Target, live: LiveRows) -> None:
         """Called with the gradient with respect to each target's output."""
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -111,14 +114,14 @@ def run_pass(
     watch = _Watch(model)
     reached: set[str] = set()
 
-    def on_input(target: Target, a_BTI: Tensor) -> None:
+    def on_input(target: Target, a_BTI: Tensor, routing: Routing | None) -> None:
         watch.see("activations", target, a_BTI)
-        sums.on_input(target, a_BTI)
+        sums.on_input(target, live_rows(a_BTI, batch, target, routing))
 
-    def on_gradient(target: Target, g_BTO: Tensor) -> None:
+    def on_gradient(target: Target, g_BTO: Tensor, routing: Routing | None) -> None:
         reached.add(target.name)
         watch.see("gradients", target, g_BTO)
-        sums.on_gradient(target, g_BTO)
+        sums.on_gradient(target, live_rows(g_BTO, batch, target, routing))
 
     with frozen(model):
         head = head or read_head(model)
@@ -196,15 +199,21 @@ def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutpu
     hidden_BTD.backward(u_BTD)
 
 
-def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
-    """The rows of ``x_BT`` at live positions, [R, ...]; a view if all positions are live.
+def live_rows(
+    x_BT: Tensor, batch: Batch, target: Target, routing: Routing | None = None
+) -> LiveRows:
+    """The rows of ``x_BT`` at live positions; a view if all positions are live.
 
     Args:
-        x_BT: [B, T, ...], or flattened to [B·T, ...].
+        x_BT: an input or output of ``target``: [B, T, ...], or flattened to [B·T, ...]; of an
+            expert the rows that ``routing`` sends to it.
 
     Raises:
         InputError: it does not have one row for each position.
     """
+    if routing is not None and isinstance(target.module, ExpertMap):
+        live_R, lengths = routing.live(batch, target.module.expert)
+        return (x_BT if batch.full else x_BT[live_R]), lengths
     shape = batch.live_BT.shape
     if x_BT.shape[:2] == shape:
         x_BT = x_BT.flatten(0, 1)
@@ -213,7 +222,7 @@ def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
             f"a target reads or writes {list(x_BT.shape)}, not one row for each position of "
             f"{list(shape)} (routed experts?): leave it out with --target"
         )
-    return x_BT if batch.full else x_BT[batch.live_index]
+    return (x_BT if batch.full else x_BT[batch.live_index]), batch.lengths
 
 
 class _Watch:

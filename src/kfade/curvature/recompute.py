@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfade.curvature.capture import capture
 from kfade.errors import InputError, first_line
+from kfade.models.experts import Routing
 from kfade.models.head import FEW, hidden_states, trial_tokens
 from kfade.models.layers import decoder_blocks
 from kfade.models.load import frozen
@@ -106,7 +107,11 @@ def _refuse_other_gradients(model: nn.Module, targets: Sequence[Target]) -> None
 def _trial_gradients(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
     """The gradient of each target's output, for a weighted sum of the final hidden states."""
     found: dict[str, Tensor] = {}
-    with capture(targets, on_gradient=lambda target, g_BTO: found.update({target.name: g_BTO})):
+
+    def on_gradient(target: Target, g_BTO: Tensor, routing: Routing | None) -> None:
+        found[target.name] = g_BTO
+
+    with capture(targets, on_gradient=on_gradient):
         with torch.enable_grad():
             hidden_BTD = hidden_states(model, trial_tokens(model, FEW))
         hidden_BTD.backward(uneven_like(hidden_BTD))

@@ -19,8 +19,9 @@ from kfade.curvature.factors import (
     sum_dtype,
 )
 from kfade.curvature.owners import Owners
-from kfade.curvature.passes import PendingInputs
+from kfade.curvature.passes import LiveRows, PendingInputs
 from kfade.data.batches import Batch
+from kfade.errors import InputError
 from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
@@ -37,31 +38,53 @@ class Covariances:
     def __init__(self, owners: Owners) -> None:
         self.a: dict[str, CovarianceSum] = {}
         self.s: dict[str, CovarianceSum] = {}
+        self._routed: dict[str, Tensor] = {}
         self._owners = owners
         for target in owners.own:
             dtype, device = sum_dtype(target.weight.dtype), target.weight.device
             if target.input_of not in self.a:
                 self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
+                if target.is_routed:
+                    self._routed[target.input_of] = torch.zeros((), dtype=torch.int64)
             self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
 
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         """Called before each batch."""
         self._owners.begin(batch, together)
 
-    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+    def on_input(self, target: Target, live: LiveRows) -> None:
         """Add the rows of an input, in the owner of the layers that read it."""
-        for a_RI, _ in self._owners.rows(target, a_BTI):
+        for a_RI, lengths in self._owners.rows(target, live):
             self.a[target.input_of].add(a_RI)
+            if target.is_routed:
+                self._routed[target.input_of] += sum(lengths)
 
-    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+    def on_gradient(self, target: Target, live: LiveRows) -> None:
         """Add the rows of an output gradient, in the owner of its layer."""
-        for g_RO, _ in self._owners.rows(target, g_BTO):
+        for g_RO, _ in self._owners.rows(target, live):
             self.s[target.name].add(g_RO)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums so far, by name."""
         both = {"A": self.a, "S": self.s}
-        return {f"{k}/{name}": s.sum_ for k, sums in both.items() for name, s in sums.items()}
+        found = {f"{k}/{name}": s.sum_ for k, sums in both.items() for name, s in sums.items()}
+        return found | {f"M/{name}": count for name, count in self._routed.items()}
+
+    def routed_rows(self) -> dict[str, int]:
+        """Number of rows of each routed input, over all processes.
+
+        Raises:
+            InputError: an input has none.
+        """
+        counts = distributed.all_reduce_numbers([int(count) for count in self._routed.values()])
+        found = {name: int(count) for name, count in zip(self._routed, counts, strict=True)}
+        for name, count in found.items():
+            if count == 0:
+                raise InputError(
+                    f"no retain text reaches {name}: give more of it, or leave the expert out with "
+                    "--experts"
+                )
+        return found
 
 
 class Eigenvalues:
@@ -89,9 +112,9 @@ class Eigenvalues:
         """Called before each batch."""
         self._owners.begin(batch, together)
 
-    def on_input(self, target: Target, a_BTI: Tensor) -> None:
+    def on_input(self, target: Target, live: LiveRows) -> None:
         """Add the rows of an input, in the owner of the layers that read it."""
-        rows = self._owners.rows(target, a_BTI)
+        rows = self._owners.rows(target, live)
         if target.name not in self.grids:
             return
         q_in = self._bases[target.name][1]
@@ -99,9 +122,9 @@ class Eigenvalues:
         rotated = [_rotate_rows(a_RI, lengths, q_in, width, readers) for a_RI, lengths in rows]
         self._inputs.put(target, rotated)
 
-    def on_gradient(self, target: Target, g_BTO: Tensor) -> None:
+    def on_gradient(self, target: Target, live: LiveRows) -> None:
         """Add the rows of an output gradient, in the owner of its layer."""
-        rows = self._owners.rows(target, g_BTO)
+        rows = self._owners.rows(target, live)
         if target.name not in self.grids:
             return
         grid, q_out = self.grids[target.name], self._bases[target.name][0]

@@ -21,6 +21,7 @@ from kfade.curvature.vectors import Layerwise, Vector
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head, hidden_states, read_head
+from kfade.models.layers import Weights
 from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
 from kfade.runtime import distributed
@@ -132,7 +133,7 @@ def rounding_changes(model: nn.Module, names: Sequence[str], seed: int = 0) -> V
     unit² / 12, that of rounding, and W + ΔW is representable in the dtype. Each ΔW is made when it
     is read, from the weight W of that moment.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = Weights(model)
     seeds = {name: seed + number for number, name in enumerate(names)}
 
     def change(name: str) -> Tensor:

@@ -19,6 +19,7 @@ from kfade.method.refine import Directions
 from kfade.method.settings import DEFAULT_KL
 from kfade.method.step import Step, StepSize, choose_alpha
 from kfade.method.update import Update
+from kfade.models.layers import Weights
 from kfade.models.targets import Target
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
@@ -150,7 +151,7 @@ class Trial:
 
 
 def _relative_change(model: nn.Module, changes: Vector, alpha: float) -> dict[str, float]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = Weights(model)
     relative = {}
     for name, change in changes.items():
         weight = distributed.gather_full(parameters[name].detach()).to(change.dtype)

@@ -25,7 +25,7 @@ from kfade.curvature.vectors import (
     scaled,
 )
 from kfade.errors import InputError
-from kfade.models.layers import digest_names, digest_weights, is_copy
+from kfade.models.layers import Weights, digest_names, digest_weights, is_copy
 from kfade.runtime import distributed
 from kfade.runtime.tensors import write_tensors
 
@@ -71,7 +71,7 @@ class Update:
         Raises:
             InputError: the model lacks a parameter or has it in another shape.
         """
-        parameters, before = _parameters(model), storage.vector()
+        parameters, before = Weights(model), storage.vector()
         try:
             for name, delta in self.deltas.items():
                 _refuse_other(model, parameters, name, delta)
@@ -199,20 +199,16 @@ class Update:
             raise InputError(f"{path}: not an update file of this version of kfade")
         return cls(deltas, metadata["provenance"])
 
-    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def _parameters(self, model: nn.Module) -> Weights:
         """The model's parameters, among them all that this update changes, in their shapes."""
-        parameters = _parameters(model)
+        parameters = Weights(model)
         for name, delta in self.deltas.items():
             _refuse_other(model, parameters, name, delta)
         return parameters
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
 def _refuse_other(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], name: str, delta: Tensor
+    model: nn.Module, parameters: Mapping[str, Tensor], name: str, delta: Tensor
 ) -> None:
     """Raises InputError where the model lacks a parameter or has it in another shape."""
     if name not in parameters:
@@ -227,7 +223,7 @@ def _refuse_other(
         )
 
 
-def _add(parameter: nn.Parameter, delta: Tensor) -> None:
+def _add(parameter: Tensor, delta: Tensor) -> None:
     """W ← W + ΔW in float32 or better, rounded once."""
     with torch.no_grad():
         weight = distributed.gather_full(parameter)

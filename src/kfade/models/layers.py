@@ -9,7 +9,7 @@ can be changed is seen in a forward pass over a few tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
+from kfade.models.experts import ExpertLayer, ExpertMap, is_expert_layer
 from kfade.models.interface import check_interface
 from kfade.models.probe import Seen, probe
 from kfade.models.targets import Choice, LeftOut, Target, memory_of, refuse_compiled
 from kfade.runtime import distributed
 
+ALL, NONE = "all", "none"
+"""Words for routed experts."""
 ROUNDINGS = (None, torch.bfloat16, torch.float16)  # digests are kept of weights rounded to these
 
 
@@ -33,9 +36,12 @@ def find_targets(
     layers: str | None = None,
     pattern: str | None = None,
     joint_bias: bool = False,
+    experts: str = ALL,
 ) -> list[Target]:
     """The weights to change, in the order of the forward pass; see :func:`choose_targets`."""
-    return choose_targets(model, layers=layers, pattern=pattern, joint_bias=joint_bias).targets
+    return choose_targets(
+        model, layers=layers, pattern=pattern, joint_bias=joint_bias, experts=experts
+    ).targets
 
 
 def choose_targets(
@@ -44,23 +50,26 @@ def choose_targets(
     layers: str | None = None,
     pattern: str | None = None,
     joint_bias: bool = False,
+    experts: str = ALL,
     attention: bool = False,
 ) -> Choice:
     """The weights to change, and those of the default that cannot be changed.
 
     Without ``pattern`` every linear map of the blocks outside their attention is taken: the
-    feed-forward maps, those of shared experts, and in blocks without attention those of the mixer.
-    Where nothing is left of them (all are experts), the maps of attention are taken.
+    feed-forward maps, those of experts, and in blocks without attention those of the mixer. Where
+    nothing is left of them, the maps of attention are taken.
 
-    These weights are left out: convolutions, fused and routed experts, their routers, tied maps,
-    maps whose weight is made of other parameters, and maps that a forward pass does not run exactly
-    once with one vector for each position.
+    These weights are left out: convolutions, routers, experts that transformers cannot run in
+    another way, tied maps, maps whose weight is made of other parameters, and maps that a forward
+    pass does not run exactly once with one vector for each position.
 
     Args:
         layers: blocks as in ``3-6`` or ``0,2,8-11``, counted from 0; all when None.
         pattern: a glob over parameter names (``*.mlp.down_proj.weight``); it may reach attention
             too. What it matches is taken or refused.
         joint_bias: treat a layer's bias as one more column of its weight.
+        experts: numbers of the routed experts of each layer, as in ``3,7,20-30``; ``all`` or
+            ``none``.
         attention: take attention's maps too where there is no ``pattern``.
 
     Raises:
@@ -75,9 +84,12 @@ def choose_targets(
     found: list[Target] = []
     left_out: list[LeftOut] = []
     for index in sorted(parse_layers(layers, len(blocks))):
-        own, unfit = _linear_maps(f"{blocks_name}.{index}", blocks[index], pattern, sharers)
+        prefix = f"{blocks_name}.{index}"
+        own, unfit = _linear_maps(prefix, blocks[index], pattern, sharers)
         found += [_target(name, module, index, joint_bias) for name, module in own]
         left_out += unfit
+        for name, map_ in _expert_maps(prefix, blocks[index], pattern, experts):
+            found.append(_target(name, map_, index, joint_bias))
     if pattern is not None:
         _refuse_outside(model, pattern, blocks_name, sharers)
         _refuse(left_out)
@@ -132,10 +144,28 @@ def _linear_maps(
             continue
         unfit = _unfit(f"{name}.weight", module, routers, sharers)
         if unfit is None:
-            found.append((name, module))
+            found.append((f"{name}.weight", module))
         else:
             left_out.append(unfit)
     return found, left_out
+
+
+def _expert_maps(
+    prefix: str, block: nn.Module, pattern: str | None, experts: str
+) -> list[tuple[str, ExpertMap]]:
+    """The maps of a block's routed experts, by the names of their weights."""
+    found: list[tuple[str, ExpertMap]] = []
+    for name, module in block.named_modules(prefix=prefix) if experts != NONE else ():
+        if not is_expert_layer(module):
+            continue
+        layer = ExpertLayer(module)
+        given = None if experts == ALL else experts
+        wanted = parse_numbers(given, len(layer.first), "--experts", f"{name} has experts")
+        for map_ in layer.maps:
+            whole = f"{name}.{map_.parameter}"
+            if map_.expert in wanted and (pattern is None or fnmatchcase(whole, pattern)):
+                found.append((f"{whole}[{map_.expert}]", map_))
+    return found
 
 
 def _unfit(
@@ -161,18 +191,51 @@ def _unfit(
 
 def parse_layers(layers: str | None, count: int) -> set[int]:
     """The block numbers of ``3-6`` or ``0,2,8-11``; all ``count`` of them for None."""
-    if layers is None:
+    return parse_numbers(layers, count, "--layers", "this model has blocks")
+
+
+def parse_numbers(words: str | None, count: int, option: str, have: str) -> set[int]:
+    """The numbers of ``3-6`` or ``0,2,8-11``, from 0 to ``count`` − 1; all of them for None.
+
+    Raises:
+        InputError: they are written otherwise, or too large; names the ``option`` and what there is
+            (``have``).
+    """
+    if words is None:
         return set(range(count))
     wanted: set[int] = set()
-    for part in layers.split(","):
+    for part in words.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise InputError(f"--layers {layers}: write block numbers as 3-6 or 0,2,8-11")
+            kind = option.removeprefix("--").removesuffix("s").replace("layer", "block")
+            raise InputError(f"{option} {words}: write {kind} numbers as 3-6 or 0,2,8-11")
         wanted.update(range(int(first), int(last) + 1))
     if max(wanted) >= count:
-        raise InputError(f"--layers {layers}: this model has blocks 0 to {count - 1}")
+        raise InputError(f"{option} {words}: {have} 0 to {count - 1}")
     return wanted
+
+
+class Weights(Mapping[str, Tensor]):
+    """A model's parameters by name; ``name[e]`` is expert e of a fused one, a view."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._whole = dict(model.named_parameters(remove_duplicate=False))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._whole or not name.endswith("]"):
+            return self._whole[name]
+        whole, _, number = name.removesuffix("]").rpartition("[")
+        parameter = self._whole[whole]
+        if not number.isdecimal() or parameter.ndim < 2 or int(number) >= len(parameter):
+            raise KeyError(name)
+        return parameter[int(number)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
 
 
 def parameter_names(targets: Iterable[Target]) -> list[str]:
@@ -220,7 +283,7 @@ def _digests(
     model: nn.Module, names: Iterable[str] | None, dtypes: Sequence[torch.dtype | None]
 ) -> list[str]:
     """:func:`digest_weights` for each of ``dtypes``; every weight is gathered once."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = Weights(model)
     digests = [hashlib.sha256() for _ in dtypes]
     for name in sorted(parameters if names is None else names):
         weight = distributed.gather_full(parameters[name].detach())
@@ -271,8 +334,11 @@ def _matches(module_name: str, module: nn.Module, pattern: str) -> bool:
 
 
 def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
-    """A module's own parameters of three dimensions: convolutions, fused experts, others."""
-    found = []
+    """A module's own parameters of three dimensions that cannot be changed: convolutions, some
+    experts, others."""
+    found: list[LeftOut] = []
+    if is_expert_layer(module):
+        return found
     for own_name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 3:
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -354,6 +420,7 @@ def has_experts(model: nn.Module) -> bool:
     blocks = decoder_blocks(model)[1]
     others = [weight for module in blocks.modules() for weight in _not_linear("", module)]
     fused = any(weight.kind == "fused expert weights" for weight in others)
+    fused = fused or any(is_expert_layer(module) for module in blocks.modules())
     return fused or any(_routers(block) for block in blocks)
 
 
@@ -375,12 +442,16 @@ def _refuse_outside(
             )
 
 
-def _target(module_name: str, module: nn.Module, block: int, joint_bias: bool) -> Target:
+def _target(name: str, module: nn.Module, block: int, joint_bias: bool) -> Target:
+    """The target with the weight ``name``."""
     transposed = isinstance(module, Conv1D)
+    bias_name = name.removesuffix("weight") + "bias"
+    if isinstance(module, ExpertMap):
+        transposed = module.layer.transposed
+        bias_name = name.replace("[", "_bias[")
     weight = cast(Tensor, module.weight)
     outputs, inputs = weight.T.shape if transposed else weight.shape
-    bias = f"{module_name}.bias" if joint_bias and module.bias is not None else None
-    name = f"{module_name}.weight"
+    bias = bias_name if joint_bias and module.bias is not None else None
     shape = (outputs, inputs + (bias is not None))
     return Target(name, module, block, shape, transposed, bias, input_of=name)
 
@@ -390,6 +461,9 @@ def _share_inputs(targets: list[Target], seen: Seen) -> list[Target]:
     first: dict[tuple[int, bool], str] = {}
     shared = []
     for target in targets:
+        if target.is_routed:
+            shared.append(target)
+            continue
         # An input with a column of ones has another second moment A.
         key = (id(seen.inputs[target.name]), target.bias is not None)
         shared.append(replace(target, input_of=first.setdefault(key, target.name)))

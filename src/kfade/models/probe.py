@@ -6,12 +6,14 @@ Shapes: B sequences, T positions of each, R = B·T rows, I inputs, O outputs of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kfade.models.experts import ExpertMap
 from kfade.models.head import refuse_looking_ahead, run_on_tokens
 from kfade.models.load import frozen
 from kfade.models.targets import ForwardHook, LeftOut, Target, hooked
@@ -28,8 +30,23 @@ class Seen:
         """In the order of the forward pass; kept, so that equal ids mean the same tensor."""
         self.linear: dict[str, bool] = {}
         """Whether the output is W a + b; no entry for fake tensors, which have no values."""
-        with hooked(targets, self._note, every=False, with_kwargs=True), torch.no_grad():
-            run_on_tokens(model, input_BT)
+        self._entering: dict[int, Tensor] = {}
+        maps = [target.module for target in targets if isinstance(target.module, ExpertMap)]
+        layers = {id(map_.layer): map_.layer.module for map_ in maps}
+        handles = [
+            module.register_forward_pre_hook(partial(self._enter, layer))
+            for layer, module in layers.items()
+        ]
+        try:
+            with hooked(targets, self._note, every=False, with_kwargs=True), torch.no_grad():
+                run_on_tokens(model, input_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note what enters a layer of experts: the rows of all positions."""
+        self._entering[layer] = args[0]
 
     def _note(self, target: Target) -> ForwardHook:
         def hook(module: Any, args: tuple[Any, ...], named: Any, output: Any) -> None:
@@ -38,6 +55,10 @@ class Seen:
                 self.linear[target.name] = False
                 return
             self.inputs[target.name] = a = args[0]
+            if isinstance(module, ExpertMap):
+                self.inputs[target.name] = self._entering[id(module.layer)]
+                if not len(a):
+                    return
             if isinstance(output, FakeTensor) or not torch.isfinite(output).all():
                 return
             weight = module.weight.T if target.transposed else module.weight

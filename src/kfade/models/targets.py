@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfade.errors import InputError
+from kfade.models.experts import ExpertMap, Routing, routed
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Target:
     """One weight to change, seen as W of shape [O, I] that maps inputs a to outputs W a (+ b)."""
 
     name: str
-    """The weight's parameter name in the model."""
+    """The weight's parameter name in the model; ``name[e]`` for expert e of a fused parameter."""
     module: nn.Module
     block: int
     """Number of its decoder block, from 0."""
     shape: tuple[int, int]
     """(O, I); I counts one more for a joint bias."""
     transposed: bool
-    """GPT-2's Conv1D stores W as [I, O]."""
+    """Whether W is stored as [I, O], as in GPT-2's Conv1D and some experts."""
     bias: str | None
     """Parameter name of the bias that is treated as one more column of W, if any."""
     input_of: str
@@ -35,6 +36,16 @@ class Target:
     def weight(self) -> Tensor:
         """The weight as the module holds it now."""
         return cast(Tensor, self.module.weight)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it belongs to an expert, which reads some of the positions only."""
+        return isinstance(self.module, ExpertMap)
+
+    @property
+    def routing(self) -> Routing | None:
+        """Which positions the latest call read; None if it is not routed: all, in their order."""
+        return self.module.routing if isinstance(self.module, ExpertMap) else None
 
     def inputs(self, a: Tensor) -> Tensor:
         """Layer inputs [..., I], with a column of ones for a joint bias."""
@@ -87,8 +98,11 @@ def hooked(
         return forward_hook
 
     handles = [target.module.register_forward_hook(noting(target), **options) for target in targets]
+    maps = [target.module for target in targets if isinstance(target.module, ExpertMap)]
+    layers = {id(map_.layer): map_.layer for map_ in maps}
     try:
-        yield
+        with routed(layers.values()):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfade.curvature.capture import capture
 from kfade.curvature.recompute import recomputing
+from kfade.models.experts import Routing
 from kfade.models.head import hidden_states
 from kfade.models.layers import decoder_blocks
 from kfade.models.load import frozen
@@ -175,7 +176,7 @@ class _Trace:
 
             return note
 
-        def on_gradient(target: Target, g_BTO: Tensor) -> None:
+        def on_gradient(target: Target, g_BTO: Tensor, routing: Routing | None) -> None:
             # The pass can end at the first gradient of the targets with this input.
             done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
             backward_flops.setdefault(target.input_of, done)

@@ -26,7 +26,7 @@ from kfade.method.objectives import margin
 from kfade.method.preflight import preflight
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
-from kfade.models.layers import find_targets, has_experts
+from kfade.models.layers import Weights, find_targets, has_experts
 from kfade.models.lengths import length_class, model_window
 from kfade.models.targets import named
 from kfade.runs import options as o
@@ -248,11 +248,12 @@ def _few_blocks(loaded: Loaded, curvature: CurvatureConfig) -> Loaded:
 
 def _after_rounding(model: nn.Module, update: Update) -> Update:
     """The part of ``update`` that remains after rounding to the model's dtype."""
-    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    weights = Weights(model)
     left = {}
     for name, delta in update.deltas.items():
-        weight = weights[name].to(delta.dtype)
-        left[name] = (weight + delta).to(weights[name].dtype).to(delta.dtype) - weight
+        own = weights[name].detach()
+        weight = own.to(delta.dtype)
+        left[name] = (weight + delta).to(own.dtype).to(delta.dtype) - weight
     return Update(left)
 
 
