@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -84,6 +84,17 @@ def random_sequences(
         last = length - 2 if index % 2 and length - 2 >= first else length - 1
         made.append(TokenSequence(tuple(tokens), tuple(first <= t <= last for t in range(length))))
     return made
+
+
+def one_of_all_draws(k: int) -> Callable:
+    """u = √p_k (e_k − p). Summed over all k, u uᵀ is exactly diag(p) − p pᵀ."""
+
+    def exhaustive(p_NV, key_N):
+        onehot = torch.zeros_like(p_NV)
+        onehot[:, k] = 1.0
+        return p_NV[:, k : k + 1].sqrt() * (onehot - p_NV)
+
+    return exhaustive
 
 
 def flat(**options: Any) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import VOCABULARY, measured_kl, random_sequences, relative_error, tiny_llama
+from helpers import (
+    VOCABULARY,
+    measured_kl,
+    one_of_all_draws,
+    random_sequences,
+    relative_error,
+    tiny_llama,
+)
 from oracles import loops
 from oracles.dense import flatten, gauss_newton_matrix, unflatten
 
@@ -136,17 +143,6 @@ def test_identity_fit_is_plain_gradient_direction(model, batches, targets):
 
 
 # --- 2. K-FAC and EK-FAC are exact where theory says so, and only there -------------------------
-
-
-def one_of_all_draws(k: int) -> Callable:
-    """u = √p_k (e_k − p). Summed over all k, u uᵀ is exactly diag(p) − p pᵀ."""
-
-    def exhaustive(p_NV, key_N):
-        onehot = torch.zeros_like(p_NV)
-        onehot[:, k] = 1.0
-        return p_NV[:, k : k + 1].sqrt() * (onehot - p_NV)
-
-    return exhaustive
 
 
 def test_exhaustive_draws_sum_to_the_fisher():

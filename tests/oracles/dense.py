@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch
+from kfade.models.layers import Weights, parameter_names
 from kfade.models.load import frozen
 from kfade.models.targets import Target
 
@@ -28,6 +29,19 @@ def unflatten(vector_P: Tensor, targets: Sequence[Target]) -> Vector:
     return {t.name: part.view(t.shape) for t, part in zip(targets, parts, strict=True)}
 
 
+def _whole(changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same changes of whole parameters, where some are of ``name[e]``."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in changed.items():
+        base, _, number = name.removesuffix("]").partition("[")
+        if number:
+            parts = list(found.get(base, weights[base].detach()).unbind(0))
+            parts[int(number)] = tensor
+            tensor = torch.stack(parts)
+        found[base] = tensor
+    return found
+
+
 def gauss_newton_matrix(
     model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]
 ) -> Tensor:
@@ -35,7 +49,8 @@ def gauss_newton_matrix(
 
     Computed by reverse-mode Jacobians of the model's own logits; shares no code with the fits.
     """
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    weights = Weights(model)
+    parameters = {name: weights[name].detach() for name in parameter_names(targets)}
     start = {}
     for target in targets:
         start[target.name] = target.from_parameters(parameters)
@@ -46,6 +61,7 @@ def gauss_newton_matrix(
         changed = {}
         for target in targets:
             changed.update(target.to_parameters(unflatten(vector_P, targets)[target.name]))
+        changed = _whole(changed, weights)
         arguments = {"input_ids": batch.input_BT, "use_cache": False}
         output = torch.func.functional_call(model, changed, (), arguments)
         logits_BTV: Tensor = output.logits
