@@ -30,7 +30,8 @@ from kfade.models.head import hidden_states, read_head
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(kfade.models.head, "CHUNK", 4)  # so that several make up a batch
+    # So that several make up a batch.
+    monkeypatch.setattr(kfade.models.head, "chunk_positions", lambda *_: 4)
 
 
 def net_of(model) -> Net:

@@ -329,6 +329,34 @@ def test_sequence_squares_square_after_the_sum(rotated):
     assert relative_error(total, (turned_g**2).T @ turned_a**2) > PLAIN  # squared token by token
 
 
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    ("lengths", "together", "batched"),
+    [
+        ([4, 4, 4, 4], 4, [4]),
+        ([6, 5, 5, 4, 3], 2, [2, 2]),  # ragged, and one sequence that is left over
+        ([6, 5, 0, 5], 4, [4]),
+        ([20, 3, 3, 3, 3], 3, [2]),  # the first group would be mostly padding
+        ([4, 4, 4], 1, []),
+    ],
+)
+def test_squares_of_several_sequences_at_once(rotated, lengths, together, batched, monkeypatch):
+    g, a = randn(sum(lengths), 3), randn(sum(lengths), 5, seed=1)
+    turns = {}
+    if rotated:
+        turns = {"q_out": torch.linalg.qr(randn(3, 3, seed=2))[0]}
+        turns |= {"q_in": torch.linalg.qr(randn(5, 5, seed=3))[0]}
+    one_by_one, at_once = randn(3, 5, seed=4), randn(3, 5, seed=4)
+    add_sequence_squares(one_by_one, g, a, lengths, **turns)
+    sizes, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, y: sizes.append(len(x)) or bmm(x, y))
+    monkeypatch.setitem(factors.SLAB_BYTES, "cpu", together * 3 * 5 * 8 + 7)
+    add_sequence_squares(at_once, g, a, lengths, **turns)
+    assert sizes == batched
+    assert relative_error(at_once, one_by_one) < 1e-12
+    assert relative_error(at_once, randn(3, 5, seed=4)) > PLAIN  # something was added
+
+
 def test_the_cheaper_side_is_turned_first():
     """Multiplications counted by hand: R·D² for rows, O·I·D a sequence for products."""
     # Two sequences of 20 rows, so R = 40, and D = 10.
@@ -624,7 +652,7 @@ def test_curvature_of_one_layer_does_not_need_the_others(model, batches, targets
 @pytest.mark.parametrize("draw", DRAWS)
 def test_head_in_chunks_equals_the_head_in_one(model, batches, targets, draw, monkeypatch):
     def compute(chunk: int):
-        monkeypatch.setattr(kfade.models.head, "CHUNK", chunk)
+        monkeypatch.setattr(kfade.models.head, "chunk_positions", lambda *_: chunk)
         direction = random_direction(targets)
         return (
             EKFAC(draw).fit(model, batches, targets),
@@ -635,7 +663,7 @@ def test_head_in_chunks_equals_the_head_in_one(model, batches, targets, draw, mo
         )
 
     small, whole = compute(3), compute(10**6)
-    monkeypatch.setattr(kfade.models.head, "CHUNK", 3)
+    monkeypatch.setattr(kfade.models.head, "chunk_positions", lambda *_: 3)
     assert max(len(list(read_head(model).chunks(torch.zeros(b.loss_tokens)))) for b in batches) > 2
     assert operator_error(small[0], whole[0], targets) < EIGENVECTORS
     for ours, theirs in zip([*small[1], small[3]], [*whole[1], whole[3]], strict=True):

@@ -14,7 +14,7 @@ from transformers import MistralConfig, PhiConfig
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.eigh import workspace_bytes
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Identity
-from kfade.curvature.factors import factor_bytes
+from kfade.curvature.factors import SLAB_BYTES, factor_bytes
 from kfade.curvature.groups import group_by_input, group_targets
 from kfade.curvature.owners import Owners
 from kfade.curvature.store import Store
@@ -83,7 +83,7 @@ def test_a_block_of_llama_2_7b_shares_a(tmp_path):
     assert alone - factor_bytes(targets) == 4 * 4096**2
 
 
-def test_bytes_of_a_fit_by_hand():
+def test_bytes_of_a_fit_by_hand(monkeypatch):
     targets = find_targets(small(torch.bfloat16))
     factors = 3 * 4 * (64**2 + 3 * 224**2 + 64**2)
     grids, largest = 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
@@ -96,6 +96,8 @@ def test_bytes_of_a_fit_by_hand():
     assert Diagonal().fit_bytes(targets) == {"lambda": grids + 2 * largest}
     assert Identity().fit_bytes(targets) == {}
     assert KFAC().stored_bytes(targets) == factors + grids
+    monkeypatch.setitem(SLAB_BYTES, "cpu", 10**6)  # products of several sequences at once
+    assert Diagonal().fit_bytes(targets) == {"lambda": grids + 2 * 10**6}
 
 
 def test_bytes_of_sums_are_those_of_a_fit():
@@ -204,6 +206,21 @@ def test_peaks_by_hand(tmp_path):
     assert less["step"] == fixed + max(solve, exact)
     assert less["check"] == fixed + 3 * largest + forward + 8 * chunk
     assert less["gradient"] < found["gradient"] - 6 * largest
+
+
+def test_head_bytes_are_those_of_a_chunk(tmp_path):
+    model = load_skeleton(saved(SMALL, tmp_path))
+    targets = find_targets(model)
+    subject = examine(model, targets, Work(sequence_length=33, batch_tokens=256))
+    assert subject.cost.positions == 256
+    assert subject.head_bytes("fit") == 4 * 128 * 50 * 4
+    for vocabulary, positions in ((49152, 128), (2**20, 128)):
+        wide = replace(subject, head=(vocabulary, 64))
+        assert wide.head_bytes("check") == 8 * positions * vocabulary * 4
+    work = Work(sequence_length=33, batch_tokens=2048)
+    subject = examine(model, targets, work, device=torch.device("cuda"))
+    wide = replace(subject, head=(49152, 64))  # of a skeleton, for a run on another device
+    assert wide.head_bytes("fit") == 4 * 1365 * 49152 * 4
 
 
 def test_a_group_is_gone_when_the_next_is_fitted(tmp_path):

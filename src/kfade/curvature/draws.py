@@ -21,7 +21,8 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 
 def token_keys(seed: int, stream: int, id_N: Tensor, position_N: Tensor) -> Tensor:
     """One 64-bit key per token; draws of different ``stream`` are independent."""
-    start = torch.tensor((seed * 0x1_0000_0001 + stream) % 2**63, device=id_N.device)
+    # Made on the device: to copy a number to it would wait for all work there.
+    start = torch.full_like(id_N, (seed * 0x1_0000_0001 + stream) % 2**63)
     return _mix(_mix(_mix(start) ^ id_N) ^ position_N)
 
 

@@ -31,7 +31,7 @@ from kfade.curvature.block import EigenBlock
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import Draw, square_root_draw
 from kfade.curvature.eigh import workspace_bytes
-from kfade.curvature.factors import factor_bytes, sum_dtype, widths
+from kfade.curvature.factors import SLAB_BYTES, factor_bytes, sum_dtype, widths
 from kfade.curvature.fit import (
     CheckpointOf,
     GroupFit,
@@ -142,8 +142,9 @@ class Estimator(ABC):
 
         covariance: the factors. eigh: the factors, which the bases replace one by one, with the
         workspace of the decompositions or the eigenvalues O·I. lambda: the eigenvalues, two more
-        matrices O·I where a sequence's product is rotated and squared, the bases, and a copy of
-        them in the model's dtype where that is another.
+        matrices O·I where a sequence's product is rotated and squared (or two slabs of several
+        products, see ``SLAB_BYTES``), the bases, and a copy of them in the model's dtype where that
+        is another.
         """
         weight, stages = group[0].weight, {}
         size = sum_dtype(weight.dtype).itemsize
@@ -156,7 +157,8 @@ class Estimator(ABC):
             is_cast = weight.dtype.itemsize != size
             bases = factors + (factors * weight.dtype.itemsize // size if is_cast else 0)
         if "lambda" in self.passes:
-            stages["lambda"] = bases + sum(grids) + 2 * max(grids)
+            products = max(*grids, SLAB_BYTES.get(weight.device.type, 0))
+            stages["lambda"] = bases + sum(grids) + 2 * products
         return stages
 
     def peak_bytes(self, group: Sequence[Target]) -> int:

@@ -115,8 +115,9 @@ def pseudo_gradients(draw: Draw, seed: int, stream: int) -> FromOutputs:
     :func:`~kfade.curvature.passes.run_pass`."""
 
     def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
-        row_N, position_N = batch.loss_BT.nonzero(as_tuple=True)
-        key_N = token_keys(seed, stream, batch.id_B[row_N], position_N)
+        length = batch.loss_BT.shape[1]
+        id_N = batch.id_B[batch.loss_index // length]
+        key_N = token_keys(seed, stream, id_N, batch.loss_index % length)
         u_ND = torch.empty_like(hidden_ND)
         for part in head.chunks(hidden_ND):
             with torch.enable_grad():

@@ -55,8 +55,11 @@ class Checkpoint(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> int:
         """Fill ``tensors`` with the kept sums and return the number of batches in them."""
 
+    def due(self) -> bool:
+        """Whether it is time to save; asked once after each batch."""
+
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the sums over the first ``batches`` batches, if it is time to."""
+        """Keep the sums over the first ``batches`` batches."""
 
 
 class PendingInputs(Generic[T]):
@@ -105,17 +108,16 @@ def run_pass(
     check_lengths(model, batches)
     own = rounds(model, batches)
     done = checkpoint.load(sums.tensors()) if checkpoint is not None else 0
-    seen: list[tuple[str, str, Tensor]] = []
+    watch = _Watch(model)
     reached: set[str] = set()
 
-    # NaN and Inf survive a sum, which costs a third of testing every entry.
     def on_input(target: Target, a_BTI: Tensor) -> None:
-        seen.append(("activations", target.name, a_BTI.sum()))
+        watch.see("activations", target, a_BTI)
         sums.on_input(target, a_BTI)
 
     def on_gradient(target: Target, g_BTO: Tensor) -> None:
         reached.add(target.name)
-        seen.append(("gradients", target.name, g_BTO.sum()))
+        watch.see("gradients", target, g_BTO)
         sums.on_gradient(target, g_BTO)
 
     with frozen(model):
@@ -125,10 +127,12 @@ def run_pass(
             sums.begin(batch, together)
             with capture(targets, on_input=on_input, on_gradient=on_gradient):
                 backward(model, head, batch, from_outputs)
-            _refuse_broken(model, seen)
+            watch.end_batch()
             refuse_unreached(targets, reached)
-            if checkpoint is not None:
+            if checkpoint is not None and checkpoint.due():
+                watch.refuse_broken()
                 checkpoint.save(number, sums.tensors())
+        watch.refuse_broken()
 
 
 def rounds(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, Sequence[Batch]]]:
@@ -186,8 +190,9 @@ def backward(model: nn.Module, head: Head, batch: Batch, from_outputs: FromOutpu
             "no gradient comes back to any target from the model's outputs: find the targets in "
             "this very model, or others with --target or --layers"
         )
-    u_BTD = torch.zeros_like(hidden_BTD)
-    u_BTD[batch.loss_BT] = from_outputs(head, batch, batch.at_loss(hidden_BTD.detach()))
+    u_ND = from_outputs(head, batch, batch.at_loss(hidden_BTD.detach()))
+    u_BTD = torch.zeros_like(hidden_BTD, memory_format=torch.contiguous_format)
+    u_BTD.flatten(0, 1).index_copy_(0, batch.loss_index, u_ND)
     hidden_BTD.backward(u_BTD)
 
 
@@ -202,24 +207,53 @@ def live_rows(x_BT: Tensor, batch: Batch) -> Tensor:
     """
     shape = batch.live_BT.shape
     if x_BT.shape[:2] == shape:
-        return x_BT.flatten(0, 1) if batch.full else x_BT[batch.live_BT]
-    if x_BT.ndim != 2 or len(x_BT) != batch.positions:
+        x_BT = x_BT.flatten(0, 1)
+    elif x_BT.ndim != 2 or len(x_BT) != batch.positions:
         raise InputError(
             f"a target reads or writes {list(x_BT.shape)}, not one row for each position of "
             f"{list(shape)} (routed experts?): leave it out with --target"
         )
-    return x_BT if batch.full else x_BT[batch.live_BT.flatten()]
+    return x_BT if batch.full else x_BT[batch.live_index]
 
 
-def _refuse_broken(model: nn.Module, seen: list[tuple[str, str, Tensor]]) -> None:
-    """Raise InputError for NaN or Inf; one transfer from the device for each batch."""
-    fine = torch.stack([torch.isfinite(total) for _, _, total in seen]).tolist()
-    broken = [(what, name) for (what, name, _), good in zip(seen, fine, strict=True) if not good]
-    seen.clear()
-    if broken:
-        check_weights(type(model).__name__, model)  # the weight at fault may be another layer's
-    for what, name in broken:
-        raise InputError(
-            f"NaN or Inf in the {what} of {name}: look at the model's weights there, or "
-            "load the model in float32 with --dtype float32"
-        )
+class _Watch:
+    """Looks for NaN and Inf in the inputs and output gradients of a pass.
+
+    A result is read after 1, 2, 4, ... batches, before sums are kept, and at the end: to read it
+    waits for all work on the device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._batches = 0
+        self._seen: list[tuple[str, str]] = []  # since the last result was read
+        self._totals: list[Tensor] = []  # of the present batch
+        self._fine: list[Tensor] = []  # one vector for each batch since then
+
+    def see(self, what: str, target: Target, x_BT: Tensor) -> None:
+        """NaN and Inf survive a sum, which costs a third of testing every entry."""
+        self._seen.append((what, target.name))
+        self._totals.append(x_BT.sum())
+
+    def end_batch(self) -> None:
+        """Called after each batch; raises what :meth:`refuse_broken` does."""
+        self._batches += 1
+        self._fine.append(torch.isfinite(torch.stack(self._totals)))
+        self._totals.clear()
+        if self._batches & (self._batches - 1) == 0:
+            self.refuse_broken()
+
+    def refuse_broken(self) -> None:
+        """Raises InputError for the first NaN or Inf that was not refused yet."""
+        fine = torch.cat(self._fine).tolist() if self._fine else []
+        broken = [seen for seen, good in zip(self._seen, fine, strict=True) if not good]
+        self._seen.clear()
+        self._fine.clear()
+        if broken:
+            # The weight at fault may be another layer's.
+            check_weights(type(self._model).__name__, self._model)
+        for what, name in broken:
+            raise InputError(
+                f"NaN or Inf in the {what} of {name}: look at the model's weights there, or "
+                "load the model in float32 with --dtype float32"
+            )

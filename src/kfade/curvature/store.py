@@ -187,6 +187,12 @@ class SumsCheckpoint:
         self._saved = time.monotonic()
         self._took = 0.0
 
+    def due(self) -> bool:
+        """Whether the last write is long ago. Processes that save in step ask together."""
+        interval = max(self._seconds, WRITES * self._took) if self._seconds else 0.0
+        due = time.monotonic() - self._saved >= interval
+        return distributed.any_of(due) if self._in_step else due
+
     def load(self, tensors: Mapping[str, Tensor]) -> int:
         """Fill ``tensors`` and return the number of batches in them.
 
@@ -234,12 +240,8 @@ class SumsCheckpoint:
                 tensor.copy_(file.get_tensor(name))
 
     def save(self, batches: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the sums over the first ``batches`` batches, if the last write is long ago."""
+        """Write the sums over the first ``batches`` batches."""
         begun = time.monotonic()
-        interval = max(self._seconds, WRITES * self._took) if self._seconds else 0.0
-        due = begun - self._saved >= interval
-        if not (distributed.any_of(due) if self._in_step else due):
-            return
         metadata = {"batches": str(batches), "cut": self._cut, "made_for": self._made_for}
         write_tensors(self._path, tensors, metadata)
         self._saved = time.monotonic()

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from kfade.data.sequences import TokenSequence, check_sequences
 
+COUNTS = ("loss_tokens", "lengths", "loss_counts", "full")
+"""What a batch counts, as Python numbers."""
+INDICES = ("loss_index", "live_index")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,6 +63,26 @@ class Batch:
         """Whether every position is live."""
         return bool(self.live_BT.all())
 
+    @cached_property
+    def loss_index(self) -> Tensor:
+        """Index of each loss position among the B·T positions, [N]."""
+        return self.loss_BT.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def live_index(self) -> Tensor:
+        """Index of each live position among the B·T positions, [R]."""
+        return self.live_BT.flatten().nonzero()[:, 0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on ``device``, with its counts and indices: to read them there would wait for
+        all work on the device."""
+        tensors = (self.input_BT, self.target_BT, self.loss_BT, self.live_BT, self.id_B)
+        moved = Batch(*(tensor.to(device) for tensor in tensors))
+        known = {name: getattr(self, name) for name in COUNTS}
+        known |= {name: getattr(self, name).to(device) for name in INDICES}
+        vars(moved).update(known)
+        return moved
+
     def silenced(self) -> Batch:
         """The same inputs, none of them live or scored: a pass over them adds nothing to a sum."""
         none_BT = torch.zeros_like(self.loss_BT)
@@ -66,7 +90,7 @@ class Batch:
 
     def at_loss(self, x_BT: Tensor) -> Tensor:
         """The entries of ``x_BT`` [B, T, ...] at the N loss positions, [N, ...]."""
-        return x_BT[self.loss_BT]
+        return x_BT.flatten(0, 1)[self.loss_index]
 
 
 def make_batches(
@@ -140,4 +164,4 @@ def _collate(
         inputs[row, :n], targets[row, :n] = tokens[:n], tokens[1 : n + 1]
         loss[row, :n], live[row, :n] = make(sequences[i].scored[1 : n + 1]), True
     where = torch.get_default_device() if device is None else device
-    return Batch(*(tensor.to(where) for tensor in (inputs, targets, loss, live, make(chosen))))
+    return Batch(inputs, targets, loss, live, make(chosen)).to(where)

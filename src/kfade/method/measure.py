@@ -164,9 +164,8 @@ def divergence(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
     d_NV = edited_NV - base_NV
     d_NV = d_NV - (p_NV * d_NV).sum(dim=-1, keepdim=True)
     kl_N = (p_NV * _exp_remainder(d_NV)).sum(dim=-1).log1p()
-    far_N = ~(d_NV.amax(dim=-1) < 80.0)
-    kl_N[far_N] = (log_p_NV[far_N] + d_NV[far_N]).logsumexp(dim=-1)
-    return kl_N
+    near_N = d_NV.amax(dim=-1) < 80.0
+    return torch.where(near_N, kl_N, log_p_NV.add_(d_NV).logsumexp(dim=-1))
 
 
 def _exp_remainder(d: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, N loss tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,7 +25,11 @@ from kfade.errors import InputError, first_line
 
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call the soft cap of the logits."""
-CHUNK = 128  # positions at a time: 25 MB of float32 logits at a vocabulary of 49k
+LEAST = 128  # positions of a chunk: 25 MB of float32 logits at a vocabulary of 49k
+CHUNK_BYTES = {"cuda": 2**28}
+"""Bytes of a chunk's logits, by type of device, where they are more than ``LEAST`` positions. A GPU
+has the memory for more, and fewer and larger operations keep it busier. On a CPU 512 positions were
+not faster than 128."""
 WINDOWS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "block_size")
 """What configurations call the longest input."""
 TRIAL = 64  # tokens that a model is tried on
@@ -164,24 +169,39 @@ class Head:
         return logits_NV if bias_V is None else logits_NV + bias_V
 
     def chunks(self, hidden_ND: Tensor) -> Iterator[slice]:
-        """Slices of at most ``CHUNK`` positions."""
-        for start in range(0, hidden_ND.shape[0], CHUNK):
-            yield slice(start, min(start + CHUNK, hidden_ND.shape[0]))
+        """Slices of at most :func:`chunk_positions` positions."""
+        weight_VD = cast(Tensor, self.linear.weight)
+        size = torch.promote_types(weight_VD.dtype, torch.float32).itemsize
+        count = chunk_positions(weight_VD.shape[0], size, weight_VD.device)
+        for start in range(0, hidden_ND.shape[0], count):
+            yield slice(start, min(start + count, hidden_ND.shape[0]))
+
+
+def chunk_positions(vocabulary: int, size: int, device: torch.device) -> int:
+    """Number of positions whose logits, of ``size`` bytes each, take the device's ``CHUNK_BYTES``;
+    at least ``LEAST``, and ``LEAST`` on other devices."""
+    return max(LEAST, CHUNK_BYTES.get(device.type, 0) // (vocabulary * size))
 
 
 class _RaisedProduct(torch.autograd.Function):
-    """h Wᵀ in float32 for h [N, D] and W [V, D] of a lower precision, W converted in pieces.
+    """h Wᵀ in float32 for h [N, D] and W [V, D] of a lower precision.
 
     Products of such numbers are exact in float32, so that only sums are rounded. Without this
-    function autograd would keep all of W in float32 until the backward pass.
+    function autograd would keep all of W in float32 until the backward pass. The backward product
+    u W of a bfloat16 weight is in bfloat16, as those of the model's layers are: u is rounded to it,
+    sums are in float32, and the result is rounded to the dtype of h.
     """
 
     @staticmethod
     def forward(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        alike = hidden_ND.dtype == weight_VD.dtype
+        if alike and hidden_ND.is_cuda:
+            return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
         raised_ND = hidden_ND.float()
         logits_NV = raised_ND.new_empty(len(hidden_ND), len(weight_VD))
-        for rows in _pieces(weight_VD):
-            torch.mm(raised_ND, weight_VD[rows].float().T, out=logits_NV[:, rows])
+        with _bfloat16_factors(alike and hidden_ND.dtype == torch.bfloat16):
+            for rows in _pieces(weight_VD):
+                torch.mm(raised_ND, weight_VD[rows].float().T, out=logits_NV[:, rows])
         return logits_NV
 
     @staticmethod
@@ -193,7 +213,9 @@ class _RaisedProduct(torch.autograd.Function):
     def backward(ctx: Any, u_NV: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden_ND, weight_VD = ctx.saved_tensors
         of_hidden = of_weight = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and weight_VD.dtype == torch.bfloat16:
+            of_hidden = (u_NV.bfloat16() @ weight_VD).to(hidden_ND.dtype)
+        elif ctx.needs_input_grad[0]:
             sum_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
             for rows in _pieces(weight_VD):
                 sum_ND.addmm_(u_NV[:, rows], weight_VD[rows].float())
@@ -205,6 +227,25 @@ class _RaisedProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent_ND: Tensor, of_weight: None) -> Tensor:
         return _RaisedProduct.forward(tangent_ND, ctx.saved_tensors[1])
+
+
+@contextlib.contextmanager
+def _bfloat16_factors(wanted: bool) -> Iterator[None]:
+    """Within the ``with``, products in float32 on a CPU may round their factors to bfloat16.
+
+    If all factors are bfloat16 numbers, this changes no product, and sums stay in float32. A
+    processor with bfloat16 instructions needs about half of the time.
+    """
+    setting = getattr(torch.backends.mkldnn, "matmul", None)  # from PyTorch 2.9 on
+    if setting is None or not wanted:
+        yield
+        return
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def _pieces(weight_VD: Tensor) -> Iterator[slice]:

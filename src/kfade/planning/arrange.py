@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from kfade.curvature.groups import group_by_input, group_targets
 from kfade.curvature.jacobian import sum_bytes
 from kfade.errors import InputError
@@ -77,6 +79,8 @@ class Arranger:
     """Whether the curvature is fitted again after the first step."""
     shards: int = 1
     """Number of processes over which the weights of the blocks will be sharded."""
+    device: torch.device | None = None
+    """Device of the run. None: that of the model."""
     may_recompute: bool = True
     """Whether blocks may run again in backward passes though ``work`` does not say so."""
     may_offload: bool = True
@@ -111,7 +115,7 @@ class Arranger:
     def _way(self, work: Work, total: int | None) -> Arrangement:
         key = replace(work, offload=False)
         if key not in self.traced:
-            self.traced[key] = examine(self.model, self.targets, key, self.shards)
+            self.traced[key] = examine(self.model, self.targets, key, self.shards, self.device)
         subject = self.traced[key]
         passes: tuple[str, ...] = () if self.kind == "steps" else work.estimator.passes
         if self.kind != "fit":

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from kfade.curvature.estimators import EKFAC, Estimator
@@ -21,7 +22,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import largest_share
 from kfade.curvature.jacobian import sum_bytes
 from kfade.errors import InputError
-from kfade.models.head import CHUNK
+from kfade.models.head import chunk_positions
 from kfade.models.interface import check_length
 from kfade.models.layers import decoder_blocks
 from kfade.models.targets import Target, memory_of
@@ -30,7 +31,7 @@ from kfade.planning.trace import PassCost, trace_pass
 RUNTIME_BYTES = 450_000_000
 """Python, PyTorch, transformers and their threads, measured on a CPU; a CUDA context is similar."""
 HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
-"""Number of tensors [CHUNK, V] in memory at the head: logits, probabilities, draws, differences."""
+"""Number of tensors of a chunk's logits at the head: logits, probabilities, draws, differences."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Workload:
     model_bytes: int
     head: tuple[int, int]
     """(V, D)."""
+    device: torch.device
+    """Device of the passes, which the size of the head's chunks depends on."""
     shards: int = 1
     """Number of processes over which the weights, the curvature's layers and vectors are spread."""
 
@@ -122,7 +125,9 @@ class Workload:
 
     def head_bytes(self, stage: str) -> int:
         """Peak bytes at the head, which handles a chunk of positions at a time."""
-        return HEAD_COPIES[stage] * min(CHUNK, self.cost.positions) * self.head[0] * self.size
+        vocabulary = self.head[0]
+        chunk = min(chunk_positions(vocabulary, self.size, self.device), self.cost.positions)
+        return HEAD_COPIES[stage] * chunk * vocabulary * self.size
 
 
 def model_bytes(model: Any, shards: int = 1) -> int:
@@ -144,12 +149,19 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) -> Workload:
+def examine(
+    model: Any,
+    targets: Sequence[Target],
+    work: Work,
+    shards: int = 1,
+    device: torch.device | None = None,
+) -> Workload:
     """Trace a pass of a model, whose tensors are real or fake.
 
     Args:
         shards: number of processes over which the weights of the blocks will be sharded; ``model``
             itself is not sharded yet.
+        device: device of the run. None: that of the targets, which is the CPU for a skeleton.
 
     Raises:
         InputError: the operations of a pass depend on values, or sequences are too long.
@@ -158,7 +170,8 @@ def examine(model: Any, targets: Sequence[Target], work: Work, shards: int = 1) 
         check_length(model, work.length)
         cost = trace_pass(model, targets, work.shape, recompute=work.recompute)
     vocabulary, width = model.get_output_embeddings().weight.shape
-    return Workload(targets, cost, model_bytes(model, shards), (vocabulary, width), shards)
+    device = device or targets[0].weight.device
+    return Workload(targets, cost, model_bytes(model, shards), (vocabulary, width), device, shards)
 
 
 @contextlib.contextmanager

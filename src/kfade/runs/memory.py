@@ -66,6 +66,7 @@ def make_room(
         kind,
         refit=isinstance(run, RunConfig) and run.step.refit and run.step.steps > 1,
         shards=distributed.count() if run.shard else 1,
+        device=device,
         may_recompute=limit == AUTO,
         may_offload=word is None,
     )
