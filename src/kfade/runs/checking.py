@@ -18,6 +18,7 @@ from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.demo.data import data_file
 from kfade.errors import InputError, first_line
+from kfade.evaluate.division import undivided
 from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.method.gauge import Gauge, parameter_changes
@@ -202,7 +203,8 @@ def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     for found, budget in zip(results, (10**9, 1), strict=True):
         decoding = Decoding(NEW_TOKENS, budget)
         try:
-            found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
+            with undivided():  # a process may fail alone
+                found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             return Finding(name, False, f"it fails: {reason}")
