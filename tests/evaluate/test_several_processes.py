@@ -33,7 +33,7 @@ def expected(folder, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         codes = worker.evaluate(folder, to)
-    assert codes == {name: ENDS for name in worker.EVALUATIONS}
+    assert codes == dict.fromkeys(worker.EVALUATIONS, ENDS)
     return to
 
 
@@ -85,7 +85,7 @@ def test_one_process_prints_and_all_end_alike(found):
     to, told, sharded = found
     names = [n for n in worker.EVALUATIONS if not (sharded and n in worker.UNSHARDED)]
     for rank, own in enumerate(told):
-        assert own["codes"] == {name: ENDS for name in names}
+        assert own["codes"] == dict.fromkeys(names, ENDS)
         assert own["refused"] == 2
         assert own["check"] == 0
         said = (to / f"said/{rank}/stderr").read_text()
