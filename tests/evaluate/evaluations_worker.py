@@ -56,6 +56,7 @@ EVALUATIONS = {
     "quantisation": ("quantisation", "model", *UPDATE),
 }
 UNSHARDED = ("quantisation",)  # it runs no model
+LEFT = ("kl of another model", "tofu", "mt-bench")  # to be resumed by one process
 INTERRUPTED_AT = 4  # items
 ITEMS = 23  # of a division that is counted
 
@@ -125,6 +126,20 @@ def interruption() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def small() -> Iterator[None]:
+    """Blocks, groups and rounds of few items; a judge that is not asked over a network."""
+    sizes = {
+        **{"evaluate.tofu.BLOCK": 3, "evaluate.mt_bench.BLOCK": 2, "evaluate.choice.CHUNK": 5},
+        **{"runs.eval_kl.GROUP_TOKENS": 9, "evaluate.tokens.BATCHES": 2},
+    }
+    with contextlib.ExitStack() as patches:
+        for name, size in sizes.items():
+            patches.enter_context(patch(f"kfade.{name}", size))
+        patches.enter_context(patch.object(Judge, "ask", grade))
+        yield
+
+
 def evaluate(folder: Path, to: Path, more: tuple[str, ...] = ()) -> dict[str, list[int]]:
     """Run every evaluation into a folder of ``to``, at once and with an interruption.
 
@@ -133,13 +148,7 @@ def evaluate(folder: Path, to: Path, more: tuple[str, ...] = ()) -> dict[str, li
     """
     os.chdir(folder)
     codes = {}
-    sizes = {"tofu.BLOCK": 3, "mt_bench.BLOCK": 2, "choice.CHUNK": 5, "divergence.GROUP_TOKENS": 9}
-    with contextlib.ExitStack() as patches:
-        for name, size in sizes.items():
-            patches.enter_context(patch(f"kfade.evaluate.{name}", size))
-        patches.enter_context(patch("kfade.runs.eval_kl.GROUP_TOKENS", 9))
-        patches.enter_context(patch("kfade.evaluate.tokens.BATCHES", 2))
-        patches.enter_context(patch.object(Judge, "ask", grade))
+    with small():
         for name, words in EVALUATIONS.items():
             if more and name in UNSHARDED:
                 continue
@@ -149,6 +158,25 @@ def evaluate(folder: Path, to: Path, more: tuple[str, ...] = ()) -> dict[str, li
                 first = main(cut)
             codes[name] = [main([*whole, "--json"]), first, main([*cut, "--resume"])]
     return codes
+
+
+def leave(to: Path, more: tuple[str, ...]) -> list[int]:
+    """Exit codes of interrupted evaluations, which another number of processes can resume."""
+    with small():
+        codes = []
+        for name in LEFT:
+            with interruption():
+                codes.append(main(["eval", *EVALUATIONS[name], *more, "--out", str(to / name)]))
+    return codes
+
+
+def resume(folder: Path, to: Path) -> list[int]:
+    """Exit codes of what :func:`leave` has left, when it is resumed."""
+    os.chdir(folder)
+    with small():
+        return [
+            main(["eval", *EVALUATIONS[name], "--resume", "--out", str(to / name)]) for name in LEFT
+        ]
 
 
 def refuse(more: tuple[str, ...]) -> int:
@@ -236,6 +264,7 @@ def work(folder: Path, to: Path, sharded: bool) -> int:
         codes = evaluate(folder, to, more)
         found = {
             "codes": codes,
+            "left": leave(to / "left", more),
             "refused": refuse(more),
             "check": main(["check", "model", *more]),
             **divisions(),

@@ -72,6 +72,16 @@ def test_files_are_those_of_one_process(name, found, expected):
     assert len(theirs["items.jsonl"].splitlines()) > 2 + worker.INTERRUPTED_AT
 
 
+def test_one_process_resumes_what_several_have_begun(found, folder, expected):
+    to, told, _ = found
+    assert all(own["left"] == [130] * len(worker.LEFT) for own in told)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert worker.resume(folder, to / "left") == [0] * len(worker.LEFT)
+    for name in worker.LEFT:
+        assert content(to / "left" / name) == content(expected / f"{name}, resumed")
+
+
 def test_the_comparison_sees_another_update(folder, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     words = [w for w in worker.EVALUATIONS["memorisation"] if w != "model"]
