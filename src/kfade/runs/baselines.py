@@ -273,10 +273,11 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
         "method": request.method,
     }
     made = Update(update.deltas, {**about, "config": request.asked})
-    made.save(folder.part / "update.safetensors")
+    folder.put("update.safetensors", made.save)
     if request.export_model:
         with stage("export"), update.applied_to(model) as edited:
-            save_model(edited, ready.loaded.tokenizer, folder.part / "model", source)
+            tokenizer = ready.loaded.tokenizer
+            folder.put("model", lambda path: save_model(edited, tokenizer, path, source))
     metrics = {
         **_metrics(update, clock, ready.sets),
         "lost_in_dtype": update.lost_fraction(model),
@@ -312,13 +313,16 @@ def _on_evaluation(
 
     def on_evaluation(checkpoint: Checkpoint, update: Update) -> None:
         nonlocal saved
+
+        def save_update(path: Path) -> None:
+            path.parent.mkdir(exist_ok=True)
+            update.save(path)
+
         row = checkpoint.curve[-1]
         folder.log("evaluation", **row)
         progress.say(curve_line(row, steps))
         if every_update:
-            path = folder.part / "checkpoints" / f"step-{row['step']:06.0f}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            update.save(path)
+            folder.put(f"checkpoints/step-{row['step']:06.0f}.safetensors", save_update)
         if time.monotonic() - saved >= SAVE_SECONDS and row["step"] < steps:
             folder.keep(STATE, checkpoint.save)
             saved = time.monotonic()

@@ -137,6 +137,19 @@ def all_reduce_numbers(numbers: Sequence[float]) -> list[float]:
     return all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
+def sum_gradients(tensors: Sequence[Tensor]) -> None:
+    """Sum ``.grad`` of each tensor over processes, in place; one that no process has stays None.
+
+    A process without work has no gradients. All must give the same tensors.
+    """
+    found = all_reduce_numbers([tensor.grad is not None for tensor in tensors])
+    for tensor, processes in zip(tensors, found, strict=True):
+        if processes:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            all_reduce(tensor.grad)
+
+
 def maximum(number: float) -> float:
     """The largest of the processes' numbers, in all of them."""
     if not _grouped():
