@@ -4,6 +4,7 @@ test_baselines_processes.py."""
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 from helpers import random_sequences, same_bits, tiny_llama
@@ -13,6 +14,8 @@ from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.elm import Guidance
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.weights import Dense, LowRank
+from kfade.models.head import body_of
+from kfade.models.layers import decoder_blocks
 from kfade.runtime import distributed
 
 FORGET = random_sequences(7, seed=1)
@@ -81,50 +84,84 @@ def difference(first, second) -> float:
 
 # --- What each of several processes computes ----------------------------------------------------
 
+SHARDED = NAMES[:-1]  # elm does not run then
+RESUMED = ("kl-min", "soul", "rmu")
+
+
+def made(sharded: bool):
+    model = tiny_llama(layers=3)
+    if sharded:
+        distributed.shard(body_of(model), decoder_blocks(model)[1])
+    return model
+
 
 def told(update) -> dict:
     return {"deltas": dict(update.deltas), "provenance": update.provenance}
 
 
-def alike(name: str, **other) -> dict:
+def alike(name: str, sharded: bool = False, low_rank: bool = False, **other) -> dict:
     """A run that differs between numbers of processes by the rounding of sums alone.
 
     SGD: Adam would blow up rounding where a gradient is nearly zero. Without dropout, whose masks
     are drawn in each process.
     """
-    model = tiny_llama(layers=3)
-    trainable = lora(model, dropout=0.0) if name == "elm" else None
+    model = made(sharded)
+    trainable = lora(model, dropout=0.0) if low_rank or name == "elm" else None
     plain = settings(**{"optimizer": torch.optim.SGD, "steps": 3, "clip": 1.0, **other})
     return told(run(name, model, trainable, settings=plain))
 
 
-def resumed(name: str, folder: Path) -> dict:
-    """Whether a run of the method's own optimiser, interrupted, ends with the same bits."""
-    model, path = tiny_llama(layers=3), folder / f"{name}.safetensors"
+def resumed(name: str, folder: Path, sharded: bool) -> dict:
+    """A run of the method's own optimiser, whole and interrupted; and gone on with in a model that
+    is not sharded."""
+    model, path = made(sharded), folder / f"{name}-{sharded}.safetensors"
 
     def keep_second(checkpoint, update):
-        if checkpoint.curve[-1]["step"] == 4 and distributed.rank() == 0:
-            checkpoint.save(path)
+        if checkpoint.curve[-1]["step"] == 4:
+            checkpoint.save(path) if distributed.rank() == 0 else checkpoint.read()
 
     # A KL budget, so that what is kept may lie before the interruption.
     budget = {"evaluate_every": 2, "max_kl": 0.05}
-    whole = run(name, model, on_evaluation=keep_second, **budget)
+    found = told(run(name, model, on_evaluation=keep_second, **budget))
     distributed.barrier()
     again = run(name, model, start=Checkpoint.load(path), **budget)
-    return {**told(whole), "resumed": told(again)}
+    other = run(name, made(False), start=Checkpoint.load(path), **budget)
+    return {**found, "resumed": told(again), "resumed whole": told(other)}
 
 
-def compute(folder: Path) -> dict:
+def held(sharded: bool) -> dict[str, dict[str, int]]:
+    """Numbers that this process has of each weight: in its master, and in the optimiser's state."""
+    model, optimizers = made(sharded), []
+    trainable, make = dense(model), loop._optimizer
+
+    def noting(*arguments):
+        optimizers.append(make(*arguments))
+        return optimizers[-1]
+
+    with mock.patch.object(loop, "_optimizer", noting):
+        run("gd", model, trainable)
+    (optimizer,) = optimizers
+    state = {
+        name: sum(value.numel() for value in optimizer.state[tensor].values() if value.dim())
+        for name, tensor in trainable.tensors.items()
+    }
+    return {"masters": {n: t.numel() for n, t in trainable.tensors.items()}, "state": state}
+
+
+def compute(folder: Path, sharded: bool) -> dict:
+    names = SHARDED if sharded else NAMES
     return {
-        "alike": {name: alike(name) for name in NAMES},
-        "few sequences": alike("ga", batch=1, accumulate=1),
-        "resumed": {name: resumed(name, folder) for name in NAMES},
+        **{name: alike(name, sharded) for name in names},
+        "low rank": alike("gd", sharded, low_rank=True),
+        "few sequences": alike("ga", sharded, batch=1, accumulate=1),
+        "resumed": {name: resumed(name, folder, sharded) for name in RESUMED},
+        "held": held(sharded),
     }
 
 
 def main(folder: Path) -> None:
     with distributed.processes():
-        found = compute(folder)
-        distributed.sum_gradients = lambda tensors: None
-        found["not summed"] = {name: alike(name) for name in NAMES}
+        found = {"whole": compute(folder, False), "sharded": compute(folder, True)}
+        with mock.patch.object(distributed, "sum_gradients"):
+            found["not summed"] = {name: alike(name) for name in NAMES}
         torch.save(found, folder / f"rank-{distributed.rank()}.pt")

@@ -5,7 +5,8 @@ mean over them of a method's terms (:mod:`kfade.baselines.losses`). A step depen
 the seed alone, so a run that was interrupted ends where an uninterrupted one does.
 
 With several processes each computes the gradients of its part of a step's sequences. They are
-summed over processes, and all take the same optimiser step.
+summed over processes, and all take the same optimiser step. Of a sharded model each process steps
+with its own parts of the weights.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from kfade.baselines.checkpoint import Checkpoint, keep
+from kfade.baselines.checkpoint import Checkpoint, Row, keep
 from kfade.baselines.gauge import DriftGauge
 from kfade.baselines.losses import Net, Rows, Term
 from kfade.baselines.references import Drawn, References
-from kfade.baselines.weights import Trainable
+from kfade.baselines.weights import Trainable, own_parts
+from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch, draw_without_replacement
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
@@ -127,14 +129,15 @@ def train(
         run = _Training(_net(model, trainable), terms, trainable, sets, settings)
         with stage("check"):
             gauge = run.gauge()
-        curve, kept = [], {}
+        curve: list[Row] = []
+        kept: Vector = {}
         if start is None:
             with stage("check"):
                 curve.append({"step": 0, **gauge.measure()})
         else:
             start.restore(trainable, run.optimizer)
             curve += start.curve
-            kept = start.kept or trainable.deltas()
+            kept = own_parts(start.kept, trainable.parameters) if start.kept else trainable.deltas()
         losses: list[float] = []
         for step in track(range(int(curve[-1]["step"]), settings.steps), "training"):
             losses.append(run.step(step))
@@ -195,7 +198,7 @@ class _Training:
 
     def step(self, number: int) -> float:
         """Optimiser step ``number``, from 0; returns its loss."""
-        settings, tensors = self.settings, list(self.trainable.tensors.values())
+        settings, tensors = self.settings, self.trainable.tensors
         self._compute_references(number)
         with stage("train"):
             seed = settings.seed * 1_000_003 + number
@@ -205,12 +208,13 @@ class _Training:
                 raise InputError(
                     f"step {number + 1}: the loss is not finite; lower --lr, or try --dtype float32"
                 )
-            distributed.sum_gradients(tensors)
-            for tensor in tensors:
+            distributed.sum_gradients(tensors, self.trainable.parameters)
+            for tensor in tensors.values():
                 if tensor.grad is not None:
                     tensor.grad /= settings.accumulate
             if settings.clip is not None:
-                nn.utils.clip_grad_norm_(tensors, settings.clip)
+                norm = distributed.gradient_norm(tensors, self.trainable.parameters)
+                nn.utils.clip_grads_with_norm_(tensors.values(), settings.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(settings, number)
             self.optimizer.step()
@@ -249,6 +253,8 @@ class _Training:
         counts = distributed.all_reduce_numbers(
             [sum(term.count(*piece) for piece in pieces) for term, pieces in work]
         )
+        made = sum(len(pieces) for _, pieces in work)
+        added = distributed.extra_passes(self.net.model, made)
         device = next(self.net.model.parameters()).device
         losses = torch.zeros(len(own), device=device, dtype=torch.float64)
         for number, ((term, pieces), count) in enumerate(zip(work, counts, strict=True)):
@@ -257,8 +263,17 @@ class _Training:
                 loss.backward()
                 self.trainable.collect()
                 losses[number // len(terms)] += loss.detach()
+        for _ in range(added):
+            self._idle()
         (total,) = distributed.all_reduce_numbers([sum(losses.tolist())])
         return total
+
+    def _idle(self) -> None:
+        """A pass forward and backward that adds nothing: processes run a sharded model together."""
+        term = next(term for term in self.terms if term.reference is None)
+        (piece,) = batches_for(self.net.model, self.sets[term.on][:1])
+        (0.0 * term.values(self.net, piece, []).sum()).backward()
+        self.trainable.collect()
 
     def _pieces(self, term: int, drawn: Drawn) -> list[tuple[Batch, Rows]]:
         """The sequences of a term's batch, in pieces, each with what it needs of the base model."""

@@ -243,6 +243,12 @@ def on_device(vector: Vector, device: torch.device | str) -> Vector:
     return Layerwise(vector, lambda name: vector[name].to(device))
 
 
+def read_through(vector: Vector) -> None:
+    """Read every layer and drop it: what other processes do while one writes a divided vector."""
+    for name in vector:
+        vector[name]
+
+
 def keep(vector: Vector, storage: Storage) -> Vector:
     """``vector``, computed or read layer by layer, and kept in ``storage``."""
     kept = storage.vector()

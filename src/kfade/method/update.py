@@ -21,6 +21,7 @@ from kfade.curvature.vectors import (
     keep,
     on_device,
     plus,
+    read_through,
     scaled,
 )
 from kfade.errors import InputError
@@ -166,6 +167,10 @@ class Update:
             lost += (rounded.double() - exact).square().sum().item()
             size += delta.double().square().sum().item()
         return (lost / size) ** 0.5 if size else 0.0
+
+    def read(self) -> None:
+        """What other processes do while one saves an update whose layers are divided over them."""
+        read_through(self.deltas)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, keyed by parameter names.

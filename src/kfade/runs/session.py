@@ -49,13 +49,8 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
         InputError: the model cannot be loaded, nothing matches the targets, or ``shard`` is set
             with one process.
     """
-    if shard and distributed.count() == 1:
-        raise InputError(
-            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
-            "unlearn, or leave --shard out"
-        )
+    divide = division(config, shard)
     with stage("load"):
-        divide = partial(_divide, config.device or default_device()) if shard else None
         model, tokenizer = open_model(config, divide=divide)
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
@@ -81,6 +76,20 @@ def open_model(
         needs_tokenizer=needs_tokenizer,
         divide=divide,
     )
+
+
+def division(config: ModelConfig, shard: bool) -> Divide | None:
+    """What shards the configuration's model over the processes, for :func:`open_model`.
+
+    Raises:
+        InputError: ``shard`` is set with one process.
+    """
+    if shard and distributed.count() == 1:
+        raise InputError(
+            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade ..., "
+            "or leave --shard out"
+        )
+    return partial(_divide, config.device or default_device()) if shard else None
 
 
 def _divide(device: str, model: nn.Module) -> None:

@@ -198,10 +198,18 @@ class RunDir:
             self._write(path, {name: number})
         return number
 
-    def keep(self, name: str, write: Callable[[Path], None]) -> None:
-        """Have ``write`` make a file of the state, a finished piece; see :func:`write_file`."""
+    def keep(
+        self, name: str, write: Callable[[Path], None], attend: Callable[[], None] | None = None
+    ) -> None:
+        """Have ``write`` make a file of the state, a finished piece; see :func:`write_file`.
+
+        Args:
+            attend: runs in the other processes, where ``write`` needs them.
+        """
         if self._writes:
             write_file(self.state / name, write, self.part / f"{name}.writing")
+        elif attend is not None:
+            attend()
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one line to ``log.jsonl``."""
@@ -212,10 +220,14 @@ class RunDir:
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Have ``write`` make a file or folder of DIR."""
+    def put(
+        self, name: str, write: Callable[[Path], None], attend: Callable[[], None] | None = None
+    ) -> None:
+        """Have ``write`` make a file or folder of DIR; ``attend``: see :meth:`keep`."""
         if self._writes:
             write_file(self.part / name, write)
+        elif attend is not None:
+            attend()
 
     def publish(self, name: str) -> None:
         """Move a finished file of the state into DIR."""
