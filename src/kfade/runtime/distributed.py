@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -177,6 +177,18 @@ def maximum(number: float) -> float:
 def any_of(condition: bool) -> bool:
     """Whether ``condition`` holds in any process."""
     return bool(maximum(condition))
+
+
+def gather_objects(value: T) -> list[T]:
+    """``value`` of each process, in the order of the processes, in all of them.
+
+    It is pickled: a small Python object, with tensors on the CPU.
+    """
+    if not _grouped():
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(owner: int, rows_RD: Tensor, counts: Sequence[int]) -> list[Tensor]:
