@@ -18,7 +18,7 @@ from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.update import Update
-from kfade.models.layers import has_experts, weight_digests
+from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.runs import options as o
 from kfade.runs.baseline_choices import (
@@ -38,6 +38,7 @@ from kfade.runs.session import (
     open_model,
     read_retain,
     read_source,
+    refuse_sharded_experts,
     say_sets,
     source_of,
     to_tokens,
@@ -249,11 +250,8 @@ def _prepare(
     request = replace(request, data=data)
     method = build(loaded, request.seed)
     trainable = trainable_of(method, loaded, _given(request.weights), request.seed)
-    if request.shard and isinstance(trainable, Dense) and has_experts(loaded.model):
-        raise InputError(
-            "--shard does not train the weights of a mixture of experts, since processes reach "
-            "different experts: train low-rank changes with --lora, or leave --shard out"
-        )
+    if isinstance(trainable, Dense):
+        refuse_sharded_experts(loaded.model)
     forget, retain, held_out = (to_tokens(some, loaded, data) for some in examples)
     settings = replace(
         settings_of(method.defaults, _given(request.training), len(forget)),
