@@ -88,8 +88,8 @@ SHARDED = NAMES[:-1]  # elm does not run then
 RESUMED = ("kl-min", "soul", "rmu")
 
 
-def made(sharded: bool):
-    model = tiny_llama(layers=3)
+def made(sharded: bool, dtype: torch.dtype = torch.float64):
+    model = tiny_llama(dtype, layers=3)
     if sharded:
         distributed.shard(body_of(model), decoder_blocks(model)[1])
     return model
@@ -99,13 +99,12 @@ def told(update) -> dict:
     return {"deltas": dict(update.deltas), "provenance": update.provenance}
 
 
-def alike(name: str, sharded: bool = False, low_rank: bool = False, **other) -> dict:
+def alike(name: str, model, low_rank: bool = False, **other) -> dict:
     """A run that differs between numbers of processes by the rounding of sums alone.
 
     SGD: Adam would blow up rounding where a gradient is nearly zero. Without dropout, whose masks
     are drawn in each process.
     """
-    model = made(sharded)
     trainable = lora(model, dropout=0.0) if low_rank or name == "elm" else None
     plain = settings(**{"optimizer": torch.optim.SGD, "steps": 3, "clip": 1.0, **other})
     return told(run(name, model, trainable, settings=plain))
@@ -151,9 +150,10 @@ def held(sharded: bool) -> dict[str, dict[str, int]]:
 def compute(folder: Path, sharded: bool) -> dict:
     names = SHARDED if sharded else NAMES
     return {
-        **{name: alike(name, sharded) for name in names},
-        "low rank": alike("gd", sharded, low_rank=True),
-        "few sequences": alike("ga", sharded, batch=1, accumulate=1),
+        **{name: alike(name, made(sharded)) for name in names},
+        "low rank": alike("gd", made(sharded), low_rank=True),
+        "few sequences": alike("ga", made(sharded), batch=1, accumulate=1),
+        "bfloat16": alike("gd", made(sharded, torch.bfloat16)),
         "resumed": {name: resumed(name, folder, sharded) for name in RESUMED},
         "held": held(sharded),
     }
@@ -163,5 +163,5 @@ def main(folder: Path) -> None:
     with distributed.processes():
         found = {"whole": compute(folder, False), "sharded": compute(folder, True)}
         with mock.patch.object(distributed, "sum_gradients"):
-            found["not summed"] = {name: alike(name) for name in NAMES}
+            found["not summed"] = {name: alike(name, made(False)) for name in NAMES}
         torch.save(found, folder / f"rank-{distributed.rank()}.pt")

@@ -11,6 +11,8 @@ from processes import run_together
 
 # Three steps of sums in another order, in float64.
 EXACT = 1e-10
+# What a pass rounds to 8 bits depends on the sequences that share it.
+BFLOAT16 = 0.1
 pytestmark = pytest.mark.slow
 
 
@@ -40,7 +42,7 @@ def same(ours: dict, theirs: dict) -> bool:
     return same_bits(whole(ours["deltas"]), whole(theirs["deltas"]))
 
 
-WHAT = ("low rank", "few sequences")
+WHAT = ("low rank", "few sequences", "bfloat16")
 RUNS = [
     *(("whole", name) for name in (*NAMES, *WHAT)),
     *(("sharded", name) for name in (*SHARDED, *WHAT)),
@@ -52,11 +54,12 @@ def test_processes_train_as_one(kind, what, found, expected):
     """Also where there are fewer sequences in a step than processes."""
     theirs = expected[what]
     first, *others = [rank[kind][what] for rank in found]
-    assert error(first, theirs) < EXACT
+    exact = what != "bfloat16"
+    assert error(first, theirs) < (EXACT if exact else BFLOAT16)
     for mine, wanted in zip(
         first["provenance"]["curve"], theirs["provenance"]["curve"], strict=True
     ):
-        assert mine == pytest.approx(wanted, rel=1e-7, abs=1e-12)
+        assert mine == pytest.approx(wanted, rel=1e-7 if exact else 0.1, abs=1e-12)
     for ours in others:
         assert same(ours, first)  # processes whose weights differ in a bit would drift apart
         assert ours["provenance"] == first["provenance"]
