@@ -18,6 +18,9 @@ LISTED = Path(__file__).with_name("options.txt")
 ADDED = {
     # One class of settings is read by several commands.
     "check": {"--recompute", "--no-recompute", "--shard"},
+    # Fine-tuning of models that are larger than a device.
+    "baseline": {"--shard"},
+    "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
     "plan": {"--offload"},
     "sweep": {"--offload", "--memory"},

@@ -79,7 +79,10 @@ EVALUATIONS: tuple[Callable[..., None], ...] = (
     eval_memorisation.memorisation,
     eval_quantisation.quantisation,
 )
-SEVERAL = (fit.fit, unlearn.unlearn, check.check, *EVALUATIONS)
+SEVERAL = (
+    *(fit.fit, unlearn.unlearn, baseline.baseline, attack.attack, check.check),
+    *EVALUATIONS,
+)
 """Commands that run in several processes."""
 for command in COMMANDS:
     app.command(command)
