@@ -29,7 +29,7 @@ LADDER = [
     {"cli"},
     {"__init__", "__main__"},  # the public names, and the way in
 ]
-ARROWS = 54  # pairs of rooms of which one imports from the other; 211 when files lay loose
+ARROWS = 55  # pairs of rooms of which one imports from the other; 211 when files lay loose
 
 
 def part(path: Path) -> str:

@@ -7,84 +7,33 @@ from functools import partial
 import pytest
 import torch
 import zoo
-from helpers import Snapshot, Tripwire, random_sequences, same_bits, tiny_llama
+from baselines_worker import (
+    FORGET,
+    NAMES,
+    RETAIN,
+    SETS,
+    dense,
+    difference,
+    lora,
+    method_of,
+    run,
+    same,
+    settings,
+)
+from helpers import Snapshot, Tripwire, tiny_llama
 from torch.nn.functional import linear
 
 from kfade.baselines import loop, methods, rmu
 from kfade.baselines.checkpoint import Checkpoint, keep
-from kfade.baselines.elm import Guidance
-from kfade.baselines.loop import Settings, rate, steps_per_epoch, train
+from kfade.baselines.loop import rate, steps_per_epoch, train
 from kfade.baselines.references import References
 from kfade.baselines.sophia import Sophia
-from kfade.baselines.weights import Dense, LowRank
+from kfade.baselines.weights import LowRank
 from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.models.head import read_head
 from kfade.models.layers import digest_weights, find_targets
-
-FORGET = random_sequences(7, seed=1)
-RETAIN = random_sequences(9, seed=2)
-HELD_OUT = random_sequences(4, seed=3)
-SETS = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
-STEERING = Guidance((1, 2, 3), (1, 4, 5), (6, 7), bos=None, eos=None, window=64, fluent_tokens=4)
-NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
-
-
-def method_of(name: str, model) -> methods.Method:
-    match name:
-        case "ga":
-            return methods.gradient_ascent()
-        case "gd":
-            return methods.gradient_difference()
-        case "kl-min":
-            return methods.kl_minimisation()
-        case "npo":
-            return methods.npo()
-        case "simnpo":
-            return methods.simnpo()
-        case "soul":
-            return methods.soul()
-        case "rmu":
-            return methods.rmu(model, layer=1)
-    return methods.elm(STEERING)
-
-
-def dense(model, names=None) -> Dense:
-    return Dense(model, names or [name for name, _ in model.named_parameters()])
-
-
-def lora(model, dropout: float = 0.05) -> LowRank:
-    targets = methods.block_targets(model, None)
-    return LowRank(model, targets, rank=3, alpha=6, dropout=dropout, seed=0)
-
-
-def settings(**other) -> Settings:
-    given = {"lr": 1e-2, "steps": 6, "batch": 3, "accumulate": 2, "warm_up": 2, "decay": True}
-    return Settings(**{**given, "weight_decay": 0.01, **other})
-
-
-def run(name: str, model, trainable=None, **other):
-    method = method_of(name, model)
-    if trainable is None:
-        trainable = lora(model) if name == "elm" else dense(model, method.trains)
-    own = settings(optimizer=method.defaults.optimizer)
-    calls = {name: other.pop(name) for name in ("start", "on_evaluation") if name in other}
-    sets = {**SETS, **{name: other.pop(name) for name in SETS if name in other}}
-    made = loop.replace(other.pop("settings", own), **other)
-    return train(model, method.terms, trainable, sets, made, **calls)
-
-
-def same(first, second) -> bool:
-    assert first.deltas.keys() == second.deltas.keys()
-    return all(same_bits(first.deltas[n], second.deltas[n]) for n in first.deltas)
-
-
-def difference(first, second) -> float:
-    """‖first − second‖ / ‖second‖ of two updates."""
-    pairs = [(first.deltas[n], second.deltas[n]) for n in second.deltas]
-    apart = sum((a - b).square().sum() for a, b in pairs)
-    return (apart / sum(b.square().sum() for _, b in pairs)).sqrt().item()
 
 
 @pytest.mark.parametrize("name", NAMES)

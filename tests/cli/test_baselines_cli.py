@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command_line
+from helpers import command_line, relative_error
+from interrupted_worker import interrupted
+from processes import run_together
 from safetensors.torch import load_file
 from zoo.rows import EXTRA, FORGET, RETAIN
 
@@ -26,12 +28,17 @@ def baseline(tmp_path, model_dir):
         (tmp_path / f"{name}.jsonl").write_text(text)
     data = ("--forget", f"{tmp_path}/forget.jsonl", "--retain", f"{tmp_path}/retain.jsonl")
 
-    def run(method: str, *more: str, out: str = "out") -> int:
+    def run(method: str, *more: str, out: str = "out", processes: int = 1, cut: int = 0) -> int:
         given = [
             *("baseline", method, str(model_dir), *data, "--out", f"{tmp_path}/{out}"),
             *("--sequence-length", "8", *EXTRA.get(method, ())),
         ]
-        return main(command_line(given, more))
+        words = command_line(given, more)
+        if processes > 1:
+            work = (interrupted, words, cut) if cut else (main, words)
+            run_together(processes, *work, said=tmp_path / "said" / out)
+            return 0
+        return main(words)
 
     return run
 
@@ -144,6 +151,48 @@ def test_every_evaluation_can_be_kept_and_chosen_from(baseline, tmp_path, model_
     assert "no evaluation was within --max-kl 1e-09" in capsys.readouterr().err
 
 
+def update_of(folder: Path) -> torch.Tensor:
+    deltas = load_file(folder / "update.safetensors")
+    return torch.cat([deltas[name].flatten() for name in sorted(deltas)])
+
+
+def test_two_processes_write_what_one_writes(baseline, tmp_path):
+    options = ("--lr", "0.003", "--batch", "2", "--epochs", "2", "--evaluate-every", "1")
+    options = (*options, "--checkpoints", "--export-model", "--json")
+    assert baseline("gd", *options) == baseline("gd", *options, out="two", processes=2) == 0
+    one, two = tmp_path / "out", tmp_path / "two"
+    names = [sorted(str(p.relative_to(out)) for p in out.rglob("*")) for out in (one, two)]
+    assert names[0] == names[1]
+    # Float32: where a gradient is nearly zero, AdamW makes steps of its rounding.
+    assert relative_error(update_of(two), update_of(one)) < 1e-3
+    for mine, wanted in zip(read(two)["curve"], read(one)["curve"], strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    said = [(tmp_path / f"said/two/{rank}/stdout").read_text() for rank in (0, 1)]
+    assert json.loads(said[0])["curve"] == read(two)["curve"]
+    assert said[1] == ""
+
+
+def test_two_processes_train_a_sharded_model(baseline, tmp_path):
+    options = ("--lr", "0.003", "--batch", "2", "--steps", "4", "--evaluate-every", "1")
+    assert baseline("kl-min", *options) == 0
+    sharded = {"processes": 2, "out": "two"}
+    assert baseline("kl-min", *options, "--shard", "--checkpoints", **sharded) == 0
+    assert relative_error(update_of(tmp_path / "two"), update_of(tmp_path / "out")) < 1e-3
+    last = load_file(tmp_path / "two/checkpoints/step-000004.safetensors")
+    ours = load_file(tmp_path / "two/update.safetensors")
+    assert all(torch.equal(last[name], ours[name]) for name in ours)
+    one, two = (read(tmp_path / out, "manifest.json") for out in ("out", "two"))
+    assert one["model_sha256"] == two["model_sha256"]
+    # Interrupted, and gone on with by as many processes.
+    again = {"processes": 2, "out": "again"}
+    assert baseline("kl-min", *options, "--shard", **again, cut=3) == 0
+    assert (tmp_path / "again.part/state/training.safetensors").is_file()
+    assert baseline("kl-min", *options, "--shard", "--resume", **again) == 0
+    assert "resuming after step 2" in (tmp_path / "said/again/0/stderr").read_text()
+    assert torch.equal(update_of(tmp_path / "again"), update_of(tmp_path / "two"))
+    assert read(tmp_path / "again")["curve"] == read(tmp_path / "two")["curve"]
+
+
 @pytest.mark.parametrize(
     ("method", "more", "trained"),
     [
@@ -183,6 +232,9 @@ def test_weights_can_be_chosen(baseline, tmp_path, method, more, trained):
         ("gd", ("--lora", "-1"), "--lora must be 0 or more"),
         ("gd", ("--lora", "2", "--lora-dropout", "1"), "--lora-dropout 0 or more and below 1"),
         ("gd", ("--lr", "1e30", "--batch", "1"), "the loss is not finite; lower --lr"),
+        ("gd", ("--shard",), "--shard: there is one process; start with torchrun"),
+        ("elm", ("--shard",), "--shard does not work with elm"),
+        ("gd", ("--shard", "--export-model"), "--export-model does not work with --shard"),
     ],
 )
 def test_bad_options(baseline, tmp_path, capsys, method, more, message):

@@ -167,8 +167,8 @@ def test_held_out_text_that_a_step_cannot_change_is_told(desk, tmp_path, capsys)
 
 def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch, capsys):
     monkeypatch.setattr("kfade.runtime.distributed.count", lambda: 2)
-    assert main(["check", "anything"]) == 2
-    assert "only fit and unlearn run in several processes" in capsys.readouterr().err
+    assert main(["plan", "anything"]) == 2
+    assert "kfade plan does not run in several processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

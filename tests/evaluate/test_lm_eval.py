@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ class FakeHFLM:
 
     def generate_until(self, requests, disable_tqdm=False):
         answers = []
-        for tokens in tqdm(requests, disable=disable_tqdm):
+        for request in tqdm(requests, disable=disable_tqdm):
+            (tokens,) = request.args
             context = torch.tensor([tokens])
             rows = self._model_generate(
                 context=context,
@@ -52,6 +54,12 @@ class FakeHFLM:
             input_ids=context, max_length=max_length, use_cache=True, do_sample=False,
             pad_token_id=0, **generation_kwargs,
         )  # fmt: skip
+
+
+class Request(NamedTuple):
+    """As much of lm-eval's ``Instance`` as is read."""
+
+    args: tuple
 
 
 class Manager:
@@ -91,11 +99,10 @@ def said(monkeypatch):
     def simple_evaluate(lm, tasks, **settings):
         assert settings["random_seed"] == 0
         kept["batch_size"] = lm.batch_size
-        requests = [[(5 * i + n) % zoo.VOCABULARY for i in range(n)] for n in CONTEXTS]
-        kept["answers"] = [
-            (r, a) for r, a in zip(requests, lm.generate_until(requests), strict=True)
-        ]
-        kept["scores"] = lm.loglikelihood(["x", "y"])
+        texts = [[(5 * i + n) % zoo.VOCABULARY for i in range(n)] for n in CONTEXTS]
+        answers = lm.generate_until([Request((text,)) for text in texts])
+        kept["answers"] = list(zip(texts, answers, strict=True))
+        kept["scores"] = lm.loglikelihood([Request(("x", "1")), Request(("x", "2"))])
         sample = {"metrics": ["acc"], "acc": 1.0, "doc_id": 0, "filter": "none"}
         return {"samples": {"a task": [sample]}, "results": {"a task": {"acc,none": 1.0}}}
 

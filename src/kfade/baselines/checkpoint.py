@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kfade.baselines.weights import Trainable
+from kfade.baselines.weights import Trainable, gathered
+from kfade.curvature.vectors import FileVector, Layerwise, Vector, read_through
+from kfade.runtime import distributed
 from kfade.runtime.tensors import write_tensors
 
 Row = dict[str, float]
@@ -23,16 +24,20 @@ for the first, ``loss``, the mean training loss since the previous evaluation.""
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training run right after an evaluation."""
+    """The state of a training run right after an evaluation.
+
+    Its tensors are whole. Where processes hold parts, a tensor is gathered when it is read, by all
+    processes together. So a run may go on with another number of processes.
+    """
 
     curve: list[Row]
     provenance: dict[str, Any]
     """Digests of weights and data, versions."""
-    kept: dict[str, Tensor]
+    kept: Vector
     """Changes of weights to keep, by parameter name; none if those of the last evaluation are."""
-    tensors: dict[str, Tensor]
+    tensors: Vector
     """What is trained."""
-    state: dict[str, Tensor]
+    state: Vector
     """The optimiser's state, by ``NAME/KEY``."""
 
     @classmethod
@@ -40,51 +45,65 @@ class Checkpoint:
         cls,
         curve: Sequence[Row],
         provenance: dict[str, Any],
-        kept: dict[str, Tensor],
+        kept: Vector,
         trainable: Trainable,
         optimizer: Optimizer,
     ) -> Checkpoint:
         """The present state. Save it at once: it holds the trained tensors themselves."""
-        state = {
-            f"{name}/{key}": value
-            for name, tensor in trainable.tensors.items()
-            for key, value in optimizer.state[tensor].items()
-        }
-        return cls(list(curve), provenance, kept, trainable.tensors, state)
+        like, state, state_like = trainable.parameters, {}, {}
+        for name, tensor in trainable.tensors.items():
+            for key, value in optimizer.state[tensor].items():
+                state[f"{name}/{key}"] = value
+                # Step counts are scalars, which are not divided.
+                state_like[f"{name}/{key}"] = like[name] if value.dim() else value
+        tensors = gathered(trainable.tensors, like)
+        return cls(list(curve), provenance, kept, tensors, gathered(state, state_like))
 
     def restore(self, trainable: Trainable, optimizer: Optimizer) -> None:
         """Set the trained tensors and the optimiser to this state."""
+        like = trainable.parameters
         with torch.no_grad():
             for name, tensor in trainable.tensors.items():
-                tensor.copy_(self.tensors[name])
-        for name, value in self.state.items():
-            name, _, key = name.rpartition("/")
+                tensor.copy_(distributed.part_like(like[name], self.tensors[name]))
+        for whole_name, value in self.state.items():
+            name, _, key = whole_name.rpartition("/")
             tensor = trainable.tensors[name]
+            if value.dim():
+                value = distributed.part_like(like[name], value).to(tensor.device, copy=True)
             # Step counts are scalars, which AdamW wants on the CPU.
-            optimizer.state[tensor][key] = value.to(tensor.device) if value.dim() else value
+            optimizer.state[tensor][key] = value
         trainable.push()
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        parts = {"kept": self.kept, "tensors": self.tensors, "state": self.state}
-        tensors = {
-            f"{part}:{name}": tensor.detach()
-            for part, own in parts.items()
-            for name, tensor in own.items()
-        }
+        """Write one safetensors file; the other processes must :meth:`read` meanwhile."""
         about = {"curve": json.dumps(self.curve), "provenance": json.dumps(self.provenance)}
-        write_tensors(path, tensors, about)
+        write_tensors(path, self._all(), about)
+
+    def read(self) -> None:
+        """What other processes do while one saves."""
+        read_through(self._all())
+
+    def _all(self) -> Vector:
+        """All tensors by ``PART:NAME``."""
+        parts = {"kept": self.kept, "tensors": self.tensors, "state": self.state}
+
+        def layer(name: str) -> Tensor:
+            part, _, own = name.partition(":")
+            return parts[part][own].detach()
+
+        return Layerwise([f"{part}:{n}" for part, own in parts.items() for n in own], layer)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read what :meth:`save` wrote."""
-        parts: dict[str, dict[str, Tensor]] = {"kept": {}, "tensors": {}, "state": {}}
-        with safe_open(path, "pt") as file:
-            about = {key: json.loads(value) for key, value in file.metadata().items()}
-            for key in file.keys():  # noqa: SIM118
-                part, _, name = key.partition(":")
-                parts[part][name] = file.get_tensor(key)
-        return cls(about["curve"], about["provenance"], **parts)
+        """Open what :meth:`save` wrote. Tensors stay in the file and are read when used."""
+        file = FileVector(path)
+
+        def part(part: str) -> Vector:
+            names = [n.removeprefix(f"{part}:") for n in file if n.startswith(f"{part}:")]
+            return Layerwise(names, lambda name: file[f"{part}:{name}"])
+
+        about = {key: json.loads(value) for key, value in file.metadata.items()}
+        return cls(about["curve"], about["provenance"], *map(part, ("kept", "tensors", "state")))
 
 
 def keep(curve: Sequence[Mapping[str, Any]], max_kl: float | None) -> int:

@@ -15,6 +15,7 @@ from kfade.baselines.losses import Net
 from kfade.data.batches import Batch
 from kfade.method.measure import TokenLosses, divergence, hidden_reference, mean_objectives
 from kfade.method.objectives import cross_entropy
+from kfade.runtime import distributed
 
 
 class DriftGauge:
@@ -38,19 +39,19 @@ class DriftGauge:
         now = hidden_reference(self._net.model, self._base.batches, "held-out KL")
         loss: Tensor | float = 0.0  # on the device; reading it would wait for all work there
         kl: Tensor | float = 0.0
+        own = distributed.share(now.batches, lambda batch: batch.positions)
         with torch.no_grad():
-            for batch, base_ND, hidden_ND in zip(
-                now.batches, self._base.hidden, now.hidden, strict=True
-            ):
+            for batch, base_ND, hidden_ND in zip(own, self._base.hidden, now.hidden, strict=True):
                 target_N = batch.at_loss(batch.target_BT)
                 for part in head.chunks(hidden_ND):
                     logits_NV = head(hidden_ND[part])
                     loss += cross_entropy(logits_NV, target_N[part]).double().sum()
                     kl_N = divergence(base_head(base_ND[part]), logits_NV)
                     kl += kl_N.double().sum()
+        retain_loss, retain_kl = distributed.all_reduce_numbers([float(loss), float(kl)])
         return {
             "forget_loss": forget_loss,
             "forget_probability": probability,
-            "retain_loss": float(loss) / now.loss_tokens,
-            "retain_kl": float(kl) / now.loss_tokens,
+            "retain_loss": retain_loss / now.loss_tokens,
+            "retain_kl": retain_kl / now.loss_tokens,
         }

@@ -3,12 +3,17 @@
 Each step draws ``accumulate`` batches of forget and as many of retain sequences. Its loss is the
 mean over them of a method's terms (:mod:`kfade.baselines.losses`). A step depends on its number and
 the seed alone, so a run that was interrupted ends where an uninterrupted one does.
+
+With several processes each computes the gradients of its part of a step's sequences. They are
+summed over processes, and all take the same optimiser step. Of a sharded model each process steps
+with its own parts of the weights.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,12 +21,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from kfade.baselines.checkpoint import Checkpoint, keep
+from kfade.baselines.checkpoint import Checkpoint, Row, keep
 from kfade.baselines.gauge import DriftGauge
-from kfade.baselines.losses import Net, Term
+from kfade.baselines.losses import Net, Rows, Term
 from kfade.baselines.references import Drawn, References
-from kfade.baselines.weights import Trainable
-from kfade.data.batches import draw_without_replacement
+from kfade.baselines.weights import Trainable, own_parts
+from kfade.curvature.vectors import Vector
+from kfade.data.batches import Batch, draw_without_replacement
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.settings import at_least
@@ -31,6 +37,7 @@ from kfade.models.head import read_head
 from kfade.models.interface import check_sets
 from kfade.models.lengths import batches_for
 from kfade.models.targets import memory_of
+from kfade.runtime import distributed
 from kfade.runtime.progress import track
 from kfade.runtime.stages import stage
 
@@ -122,14 +129,15 @@ def train(
         run = _Training(_net(model, trainable), terms, trainable, sets, settings)
         with stage("check"):
             gauge = run.gauge()
-        curve, kept = [], {}
+        curve: list[Row] = []
+        kept: Vector = {}
         if start is None:
             with stage("check"):
                 curve.append({"step": 0, **gauge.measure()})
         else:
             start.restore(trainable, run.optimizer)
             curve += start.curve
-            kept = start.kept or trainable.deltas()
+            kept = own_parts(start.kept, trainable.parameters) if start.kept else trainable.deltas()
         losses: list[float] = []
         for step in track(range(int(curve[-1]["step"]), settings.steps), "training"):
             losses.append(run.step(step))
@@ -190,21 +198,23 @@ class _Training:
 
     def step(self, number: int) -> float:
         """Optimiser step ``number``, from 0; returns its loss."""
-        settings, tensors = self.settings, self.trainable.tensors.values()
+        settings, tensors = self.settings, self.trainable.tensors
         self._compute_references(number)
         with stage("train"):
-            self.trainable.reseed(settings.seed * 1_000_003 + number)
-            drawn = _draw(self.sets, settings, number)
-            loss = sum(map(self._backward, drawn)) / settings.accumulate
+            seed = settings.seed * 1_000_003 + number
+            self.trainable.reseed(seed + distributed.rank() * 2**32)
+            loss = self._backward(self._own(number)) / settings.accumulate
             if not math.isfinite(loss):
                 raise InputError(
                     f"step {number + 1}: the loss is not finite; lower --lr, or try --dtype float32"
                 )
-            for tensor in tensors:
+            distributed.sum_gradients(tensors, self.trainable.parameters)
+            for tensor in tensors.values():
                 if tensor.grad is not None:
                     tensor.grad /= settings.accumulate
             if settings.clip is not None:
-                nn.utils.clip_grad_norm_(tensors, settings.clip)
+                norm = distributed.gradient_norm(tensors, self.trainable.parameters)
+                nn.utils.clip_grads_with_norm_(tensors.values(), settings.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(settings, number)
             self.optimizer.step()
@@ -212,29 +222,70 @@ class _Training:
             self.trainable.push()
         return loss
 
-    def _backward(self, drawn: Drawn) -> float:
-        """Add the gradients of one batch of each set; returns its loss."""
-        model = self.net.model
-        device = next(model.parameters()).device
-        total = torch.zeros((), device=device, dtype=torch.float64)
-        for number, term in enumerate(self.terms):
-            own = drawn[term.on]
-            sequences = [self.sets[term.on][i] for i in own]
-            pieces = batches_for(model, sequences, self.settings.batch_tokens)
-            rows = [self.references.rows(number, [own[i] for i in p.id_B.tolist()]) for p in pieces]
-            count = sum(term.count(p, r) for p, r in zip(pieces, rows, strict=True))
-            for piece, known in zip(pieces, rows, strict=True):
-                loss = term.weight / count * term.values(self.net, piece, known).sum()
+    def _own(self, step: int) -> list[Drawn]:
+        """This process's part of each batch of a step; with one process the whole batch."""
+        batches = _draw(self.sets, self.settings, step)
+        terms = Counter[str](term.on for term in self.terms)  # by set
+        drawn = [
+            (index, name, number)
+            for index, batch in enumerate(batches)
+            for name in terms
+            for number in batch[name]
+        ]
+
+        def cost(one: tuple[int, str, int]) -> float:
+            _, name, number = one
+            return terms[name] * self.sets[name][number].live
+
+        own: list[Drawn] = [{name: [] for name in terms} for _ in batches]
+        for index, name, number in distributed.share(drawn, cost):
+            own[index][name].append(number)
+        return own
+
+    def _backward(self, own: Sequence[Drawn]) -> float:
+        """Add the gradients of this process's part of a step.
+
+        Returns the sum over the step's batches of their losses, the same in all processes.
+        """
+        terms = self.terms
+        work = [(term, self._pieces(k, drawn)) for drawn in own for k, term in enumerate(terms)]
+        # A mean is over a whole batch, of all processes.
+        counts = distributed.all_reduce_numbers(
+            [sum(term.count(*piece) for piece in pieces) for term, pieces in work]
+        )
+        made = sum(len(pieces) for _, pieces in work)
+        added = distributed.extra_passes(self.net.model, made)
+        device = next(self.net.model.parameters()).device
+        losses = torch.zeros(len(own), device=device, dtype=torch.float64)
+        for number, ((term, pieces), count) in enumerate(zip(work, counts, strict=True)):
+            for piece, rows in pieces:
+                loss = term.weight / count * term.values(self.net, piece, rows).sum()
                 loss.backward()
                 self.trainable.collect()
-                total += loss.detach()
-        return total.item()
+                losses[number // len(terms)] += loss.detach()
+        for _ in range(added):
+            self._idle()
+        (total,) = distributed.all_reduce_numbers([sum(losses.tolist())])
+        return total
+
+    def _idle(self) -> None:
+        """A pass forward and backward that adds nothing: processes run a sharded model together."""
+        term = next(term for term in self.terms if term.reference is None)
+        (piece,) = batches_for(self.net.model, self.sets[term.on][:1])
+        (0.0 * term.values(self.net, piece, []).sum()).backward()
+        self.trainable.collect()
+
+    def _pieces(self, term: int, drawn: Drawn) -> list[tuple[Batch, Rows]]:
+        """The sequences of a term's batch, in pieces, each with what it needs of the base model."""
+        on, model = self.terms[term].on, self.net.model
+        own = drawn[on]
+        pieces = batches_for(model, [self.sets[on][i] for i in own], self.settings.batch_tokens)
+        return [(p, self.references.rows(term, [own[i] for i in p.id_B.tolist()])) for p in pieces]
 
     def _compute_references(self, step: int) -> None:
         """Where this step lacks outputs of the base model, compute its own and later steps'."""
-        settings = self.settings
-        coming = (_draw(self.sets, settings, later) for later in range(step, settings.steps))
-        if any(map(self.references.missing, _draw(self.sets, settings, step))):
+        coming = (self._own(later) for later in range(step, self.settings.steps))
+        if distributed.any_of(any(map(self.references.missing, self._own(step)))):
             with stage("reference"), self.trainable.at_base():
                 self.references.compute(coming)
 

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from kfade.baselines.losses import Net, Row, Rows, Term
+from kfade.baselines.losses import Net, Row, Rows, Term, alone
 from kfade.data.sequences import TokenSequence
+from kfade.models.head import hidden_states
+from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
 AHEAD = 65536  # positions for which the base weights are put back once
@@ -71,6 +73,7 @@ class References:
                 break
             wanted.update(dict.fromkeys(lacking))
             positions += own
+        added = distributed.extra_passes(self._net.model, len(wanted))
         with torch.no_grad():
             for key in track(list(wanted), "base outputs", lambda k: self._sequence(k).live):
                 reference = self._terms[key[0]].reference
@@ -79,6 +82,9 @@ class References:
                 # resumed run would not end where an uninterrupted one does.
                 row = reference(self._net, self._sequence(key))
                 self._rows[key] = tuple(x.to("cpu", copy=True) for x in row)
+            for _ in range(added):
+                batch = alone(self._net, next(iter(self._sets.values()))[0])
+                hidden_states(self._net.model, batch.input_BT)
 
     def _needed(self, drawn: Drawn) -> list[tuple[int, int]]:
         return [

@@ -6,13 +6,15 @@ h_ℓ is the output of block ℓ, u the direction of a draw from [0, 1)^D. The l
 blocks ℓ−2, ℓ−1 and ℓ are trained (Li et al. 2024). The reference code also averages over the D
 coordinates: its loss is this one divided by D, which makes no difference to Adam.
 
-The forward pass stops at block ℓ: the blocks above it and the head are not run.
+The forward pass stops at block ℓ: the blocks above it and the head are not run. Of a sharded model
+all blocks are run, since FSDP's state between passes needs whole passes.
 
 Shapes: B batch, T positions, P live positions, D hidden width.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -25,16 +27,13 @@ from kfade.errors import InputError
 from kfade.models.head import hidden_states
 from kfade.models.layers import find_targets
 from kfade.models.targets import Target
+from kfade.runtime import distributed
 
 TRAINED_BLOCKS = 3
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the block, with its output."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
+    """Ends a forward pass at the block."""
 
 
 def steering(block: nn.Module, vector_D: Tensor) -> Term:
@@ -70,18 +69,23 @@ def control_vector(width: int, coefficient: float, seed: int) -> Tensor:
 def live_output(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
     """The output [P, D] of ``block`` at live positions, in float32 or better."""
 
+    found: list[Tensor] = []
+    whole = distributed.is_sharded(model)
+
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
+        found.append(output[0] if isinstance(output, tuple) else output)
+        if not whole:
+            raise _Reached
 
     handle = block.register_forward_hook(stop)
     try:
-        hidden_states(model, batch.input_BT)
-    except _Reached as reached:
-        hidden_PD = reached.output[batch.live_BT]
-        return hidden_PD.to(torch.promote_types(hidden_PD.dtype, torch.float32))
+        with contextlib.suppress(_Reached):
+            hidden_states(model, batch.input_BT)
     finally:
         handle.remove()
-    raise AssertionError("the block takes no part in a forward pass")
+    (output,) = found
+    hidden_PD = output[batch.live_BT]
+    return hidden_PD.to(torch.promote_types(hidden_PD.dtype, torch.float32))
 
 
 def find_block(model: nn.Module, layer: int) -> nn.Module:

@@ -1,7 +1,7 @@
 """What is trained: the weights themselves, or low-rank changes of them. Both give plain deltas.
 
 Within ``training`` the model computes with what is trained; afterwards it is bit for bit what it
-was.
+was. Of a sharded model each process trains its own parts of the weights.
 
 Shapes: I inputs, O outputs of a linear map, R rank.
 """
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kfade.curvature.vectors import Layerwise, Vector
 from kfade.models.load import frozen
 from kfade.models.masters import Masters, master_dtype, restored
 from kfade.models.targets import Target
+from kfade.runtime import distributed
 
 
 class Trainable(Protocol):
@@ -29,6 +31,11 @@ class Trainable(Protocol):
     """Parameters of the model that training changes."""
     tensors: dict[str, Tensor]
     """What the optimiser changes, in float32 or better."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """By the names of ``tensors``, what these are divided like over the processes."""
+        ...
 
     def training(self) -> AbstractContextManager[None]:
         """Within the ``with``, the model computes with ``tensors`` and they get gradients."""
@@ -50,8 +57,12 @@ class Trainable(Protocol):
         """After ``tensors`` have changed: make the model compute with them."""
         ...
 
-    def deltas(self) -> dict[str, Tensor]:
-        """Within ``training``: the change by parameter name, on the CPU, in float32 or better."""
+    def deltas(self) -> Vector:
+        """Within ``training``: the change by parameter name, on the CPU, in float32 or better.
+
+        It is computed at once. Of a sharded model each process keeps its part, and a layer is
+        gathered when it is read, by all processes together.
+        """
         ...
 
 
@@ -70,15 +81,16 @@ class Dense(Masters):
         with restored(self.parameters):
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    parameter.copy_(self._base[name])
+                    distributed.own_part(parameter).copy_(self._base[name])
             yield
 
     def reseed(self, seed: int) -> None:
         """Nothing to do: no step is random."""
 
-    def deltas(self) -> dict[str, Tensor]:
+    def deltas(self) -> Vector:
         """See :class:`Trainable`."""
-        return {n: t.cpu() - self._base[n].to(t.dtype) for n, t in self.tensors.items()}
+        parts = {n: t.cpu() - self._base[n].to(t.dtype) for n, t in self.tensors.items()}
+        return gathered(parts, self.parameters)
 
 
 class LowRank:
@@ -145,7 +157,12 @@ class LowRank:
     def push(self) -> None:
         """Nothing to do: the hooks read ``tensors``."""
 
-    def deltas(self) -> dict[str, Tensor]:
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """See :class:`Trainable`; low-rank changes are whole in every process."""
+        return self.tensors
+
+    def deltas(self) -> Vector:
         """See :class:`Trainable`."""
         changes: dict[str, Tensor] = {}
         for target in self._targets:
@@ -165,3 +182,20 @@ class LowRank:
             return output + self._scale * ((x @ a_RI.T) @ b_OR.T)
 
         return forward_hook
+
+
+def gathered(parts: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Vector:
+    """The whole tensors of which this process has ``parts``, each gathered when it is read."""
+    return Layerwise(parts, lambda name: distributed.gather_like(like[name], parts[name]).cpu())
+
+
+def own_parts(vector: Vector, like: Mapping[str, Tensor]) -> Vector:
+    """A vector of which this process keeps its part, divided as ``like``; read like ``vector``.
+
+    A layer that ``like`` does not name is kept whole.
+    """
+    parts = {}
+    for name in vector:
+        whole = vector[name]
+        parts[name] = distributed.part_like(like.get(name, whole), whole).to("cpu", copy=True)
+    return gathered(parts, {**parts, **like})

@@ -79,6 +79,11 @@ EVALUATIONS: tuple[Callable[..., None], ...] = (
     eval_memorisation.memorisation,
     eval_quantisation.quantisation,
 )
+SEVERAL = (
+    *(fit.fit, unlearn.unlearn, baseline.baseline, attack.attack, check.check),
+    *EVALUATIONS,
+)
+"""Commands that run in several processes."""
 for command in COMMANDS:
     app.command(command)
 for command in EVALUATIONS:
@@ -121,10 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check_several(command: Callable[..., Any]) -> None:
     """Raises InputError if the command does not support several processes."""
-    if command not in (fit.fit, unlearn.unlearn):
+    if command not in SEVERAL:
         raise InputError(
-            f"kfade {command.__name__}: only fit and unlearn run in several processes; start it "
-            "without torchrun"
+            f"kfade {command.__name__} does not run in several processes; start it without torchrun"
         )
 
 

@@ -5,8 +5,8 @@
 
 over the N loss tokens of the batches. A quadratic form costs one forward-mode pass (about three
 forward passes), or four forward passes if the model does not support forward mode. A product costs
-a forward and a backward pass more. A δ that is not in memory is read once for each batch: all of its
-layers take part in one forward pass.
+a forward and a backward pass more. A δ that is not in memory is read once for each batch, since all
+of its layers take part in one forward pass.
 
 Shapes: N loss tokens, D hidden width, V vocabulary.
 """

@@ -26,11 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kfade.data.batches import Batch
+from kfade.evaluate.division import attempt, in_order
 from kfade.evaluate.tokens import by_sequence
 from kfade.evaluate.uncertainty import RESAMPLES, bootstrap
 from kfade.method.measure import Reference, divergence, hidden_reference
 from kfade.models.head import Head, read_head
 from kfade.models.load import frozen
+from kfade.runtime import distributed
 from kfade.runtime.files import reading_kept
 from kfade.runtime.progress import track
 from kfade.runtime.tensors import write_tensors
@@ -56,7 +58,7 @@ class Outputs:
         """Read what :meth:`save` wrote for the same batches."""
         with reading_kept(path):
             saved = load_file(path, str(batches[0].input_BT.device))
-        return cls(head, Reference(batches, [saved[str(i)] for i in range(len(batches))]))
+        return cls(head, Reference(batches, [saved[str(i)] for i in range(len(saved))]))
 
 
 def outputs(model: nn.Module, batches: Sequence[Batch], name: str) -> Outputs:
@@ -107,14 +109,17 @@ def divergences(
         before = base(number)
         with edited() as model:
             after = outputs(model, batches, "edited model")
-            found: list[tuple[int, Tensor]] = []
-            for batch, base_ND, edited_ND in zip(
-                batches, before.reference.hidden, after.reference.hidden, strict=True
-            ):
-                found += by_sequence(
-                    batch, _divergence(before.head, base_ND, after.head, edited_ND)
-                )
-        yield from ((index, kl) for index, kl in found if index not in done)
+            # The batches whose hidden states this process has.
+            own = distributed.share(
+                list(enumerate(batches)), lambda numbered: numbered[1].positions
+            )
+            hidden = zip(before.reference.hidden, after.reference.hidden, strict=True)
+            found = {
+                i: attempt(list, by_sequence(batch, _divergence(before.head, p, after.head, q)))
+                for (i, batch), (p, q) in zip(own, hidden, strict=True)
+            }
+        for part in in_order(found):
+            yield from ((index, kl) for index, kl in part if index not in done)
 
 
 def _divergence(base: Head, base_ND: Tensor, edited: Head, edited_ND: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor
 
 from kfade.errors import InputError
+from kfade.evaluate.division import map_shared
 from kfade.models.lengths import LengthClass, length_class, model_window
 from kfade.models.load import frozen
-from kfade.runtime.progress import track
 
 Company = Literal["any", "equal", "none"]
 """Which prompts share batches: prompts of any lengths, of equal lengths, or none."""
@@ -57,7 +57,8 @@ def generate(
 
     A continuation ends with the first of the :func:`end_tokens`, which belongs to it, or after
     ``max_new_tokens``, or where the model's window is full. Penalties and temperatures in the
-    model's own settings for generation are not used. The longest prompts come first.
+    model's own settings for generation are not used. The longest prompts come first. Batches are
+    divided over the processes. With a sharded model all processes run each batch together.
 
     Raises:
         InputError: a prompt leaves no room in the model's window.
@@ -68,9 +69,18 @@ def generate(
     writer = _Writer(model, ends, length_class(model), share, decoding.temperature)
     keys = _keys(prompts, decoding.seed)
     groups = _groups(prompts, decoding, model_window(model), writer)
-    for room, group in track(groups, "generation", lambda numbered: len(numbered[1])):
+
+    def write(task: tuple[int, list[int]]) -> list[list[int]]:
+        room, group = task
         with _plain_generation(model, ends):
-            rows = writer.write([prompts[i] for i in group], room, [keys[i] for i in group])
+            return writer.write([prompts[i] for i in group], room, [keys[i] for i in group])
+
+    def positions(task: tuple[int, list[int]]) -> int:
+        room, group = task
+        return sum(len(prompts[i]) + room for i in group)
+
+    written = map_shared(groups, write, "generation", cost=positions, model=model)
+    for (_, group), rows in zip(groups, written, strict=True):
         yield from zip(group, rows, strict=True)
 
 

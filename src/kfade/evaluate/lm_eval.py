@@ -6,13 +6,16 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from kfade.errors import InputError, first_line
+from kfade.evaluate.division import in_order
 from kfade.evaluate.generation import shares_batches
 from kfade.models.lengths import length_class
 from kfade.models.load import frozen
+from kfade.runtime import distributed
 from kfade.runtime.progress import counted, no_bars, waiting
 
 
@@ -89,12 +92,18 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     group = length_class(model)
 
     def told(kind: str) -> Callable[..., Any]:
-        """A method of HFLM that shows progress; it gets all requests of one kind in one call."""
+        """A method of HFLM that shows progress; it gets all requests of one kind in one call.
+
+        Processes divide the requests, unless the model is sharded.
+        """
 
         def answer(self: Any, requests: Sequence[Any], *more: Any, **named: Any) -> Any:
-            with counted(f"lm-eval's {kind}", len(requests)) as advance:
+            own = _own_part(model, requests)
+            with counted(f"lm-eval's {kind}", len(own)) as advance:
                 self.cache_hook = _Counter(advance)
-                return getattr(HFLM, kind)(self, requests, *more, **named)
+                asked = [request for _, request in own]
+                answers = getattr(HFLM, kind)(self, asked, *more, **named) if asked else []
+            return list(in_order(dict(zip((i for i, _ in own), answers, strict=True))))
 
         return answer
 
@@ -110,6 +119,18 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
                 return super()._model_generate(context, max_length, *more, **named)
 
     return Told(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _own_part(model: Any, requests: Sequence[Any]) -> list[tuple[int, Any]]:
+    """This process's part of the requests, numbered; with a sharded model all of them.
+
+    Requests with one context stay together: lm-eval may answer them by one pass.
+    """
+    numbered = enumerate(requests)
+    groups = [list(own) for _, own in groupby(numbered, key=lambda pair: pair[1].args[0])]
+    if not distributed.is_sharded(model):
+        groups = distributed.share(groups, lambda own: sum(len(str(r.args)) for _, r in own))
+    return [pair for own in groups for pair in own]
 
 
 class _Counter:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from kfade.data.rows import read_utf8
 from kfade.errors import InputError
+from kfade.runtime import distributed
 from kfade.runtime.files import write_text, writing
 
 FORMAT = "kfade-eval-1"
@@ -45,6 +46,8 @@ class Evaluation:
 class ItemLog:
     """Writes a log item by item; use it in a ``with``.
 
+    Of several processes all open it and add all items, and the first one writes.
+
     Args:
         path: the file. If it exists, its items are kept.
         header: ``benchmark`` and all settings that decide the numbers.
@@ -66,10 +69,13 @@ class ItemLog:
                     "file"
                 )
             self.items = found.items
-        lines = [wanted, *({"item": item, **values} for item, values in self.items.items())]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        with writing(path):
-            self._file = path.open("a", encoding="utf-8")
+        distributed.barrier()  # all have read what the first one changes now
+        self._file: TextIO | None = None
+        if distributed.rank() == 0:
+            lines = [wanted, *({"item": item, **values} for item, values in self.items.items())]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+            with writing(path):
+                self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> ItemLog:
         return self
@@ -80,8 +86,7 @@ class ItemLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with writing(self._path):
-            self._file.close()
+        self._close()
 
     def measure(
         self, items: Mapping[str, T], values: Callable[[list[T]], Iterable[tuple[int, V]]]
@@ -105,13 +110,18 @@ class ItemLog:
     def finish(self, aggregate: Mapping[str, Any]) -> None:
         """Write the figures over all items as the last line, and close the file."""
         self._line({"aggregate": dict(aggregate)})
-        with writing(self._path):
-            self._file.close()
+        self._close()
 
     def _line(self, content: Mapping[str, Any]) -> None:
-        with writing(self._path):
-            self._file.write(json.dumps(content) + "\n")
-            self._file.flush()
+        if self._file is not None:
+            with writing(self._path):
+                self._file.write(json.dumps(content) + "\n")
+                self._file.flush()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with writing(self._path):
+                self._file.close()
 
 
 def read_log(path: Path, *, partial: bool = False) -> Evaluation:

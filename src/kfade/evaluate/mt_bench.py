@@ -21,11 +21,11 @@ from kfade.data.examples import PLAIN_QA, Example
 from kfade.data.rows import read_rows
 from kfade.data.sequences import encode_prompt
 from kfade.errors import InputError
+from kfade.evaluate.division import map_shared
 from kfade.evaluate.generation import Decoding, generate_texts
-from kfade.evaluate.judge import Judge, judge_messages, rating_of
+from kfade.evaluate.judge import Judge, Reply, judge_messages, rating_of
 from kfade.evaluate.log import ItemLog, blocks
 from kfade.evaluate.uncertainty import standard_error
-from kfade.runtime.progress import track
 
 # FastChat's sampling by category; 0 is greedy.
 TEMPERATURES = {
@@ -118,10 +118,15 @@ def answer_questions(
         InputError: the chat template is missing; a conversation outgrows the model's window.
     """
     plain = not (template or ChatTemplate()).used_by(tokenizer)
-    work = [(run, block) for run in range(runs) for block in _blocks(questions)]
-    for run, block in track(work, "answers", lambda w: len(w[1])):
-        if all(f"{run}/{question.id}" in log.items for question in block):
-            continue
+    work = [
+        (run, block)
+        for run in range(runs)
+        for block in _blocks(questions)
+        if any(f"{run}/{question.id}" not in log.items for question in block)
+    ]
+
+    def answer(task: tuple[int, Sequence[BenchQuestion]]) -> list[list[str]]:
+        run, block = task
         answers: list[list[str]] = [[] for _ in block]
         for turn in range(max(len(question.turns) for question in block)):
             asked = [i for i, question in enumerate(block) if turn < len(question.turns)]
@@ -132,6 +137,10 @@ def answer_questions(
             texts = generate_texts(model, tokenizer, prompts, own)
             for i, text in zip(asked, texts, strict=True):
                 answers[i].append((text.split(NEXT_QUESTION)[0] if plain else text).strip())
+        return answers
+
+    answered = map_shared(work, answer, "answers", cost=lambda task: len(task[1]), model=model)
+    for (run, block), answers in zip(work, answered, strict=True):
         for question, given in zip(block, answers, strict=True):
             if f"{run}/{question.id}" not in log.items:
                 log.add(f"{run}/{question.id}", category=question.category, answers=given)
@@ -157,14 +166,22 @@ def judge_answers(
         for turn in range(1, len(question.turns) + 1)
         if f"{run}/{question.id}/{turn}" not in log.items
     ]
-    for run, question, turn in track(work, "judgements"):
-        given = answers[f"{run}/{question.id}"]["answers"][:turn]
-        reply = judge.ask(judge_messages(question.turns, given, question.references))
+
+    def given(run: int, question: BenchQuestion, turn: int) -> list[str]:
+        said: list[str] = answers[f"{run}/{question.id}"]["answers"]
+        return said[:turn]
+
+    def ask(task: tuple[int, BenchQuestion, int]) -> Reply:
+        question = task[1]
+        return judge.ask(judge_messages(question.turns, given(*task), question.references))
+
+    replies = map_shared(work, ask, "judgements", cost=lambda task: 1)
+    for (run, question, turn), reply in zip(work, replies, strict=True):
         log.add(
             f"{run}/{question.id}/{turn}",
             category=question.category,
             question=question.turns[turn - 1],
-            answer=given[-1],
+            answer=given(run, question, turn)[-1],
             rating=rating_of(reply.text),
             reply=reply.text,
             cut_off=reply.cut_off,

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
+from kfade.evaluate.division import map_shared
 from kfade.method.update import Update
 from kfade.models.masters import restored
 from kfade.models.targets import memory_of
+from kfade.runtime import distributed
 
 GROUP = 128  # inputs that share a scale in 4 bits
 
@@ -60,11 +62,14 @@ def rounding_of(word: str | None) -> Rounding | None:
 def quantised(model: nn.Module, rounding: Rounding | None) -> Iterator[nn.Module]:
     """The rounded model within the ``with``; bit for bit the old one afterwards."""
     weights = {} if rounding is None else linear_weights(model)
-    with restored({name: weight for name, (weight, _) in weights.items()}):
+    parts = {name: distributed.own_part(weight.detach()) for name, (weight, _) in weights.items()}
+    with restored(parts):
         with torch.no_grad():
             for weight, transposed in weights.values():
                 assert rounding is not None
-                weight.copy_(rounding(weight.T).T if transposed else rounding(weight))
+                whole = distributed.gather_full(weight)
+                rounded = rounding(whole.T).T if transposed else rounding(whole)
+                distributed.scatter_into(weight, rounded)
         yield model
 
 
@@ -91,15 +96,17 @@ def survival(model: nn.Module, update: Update) -> dict[str, dict[str, dict[str, 
     fit the model.
     """
     weights = linear_weights(model)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, delta in update.deltas.items():
-        if name in weights:
-            weight, transposed = weights[name]
-            base, change = weight.detach().to(delta.dtype), delta.to(weight.device)
-            if transposed:
-                base, change = base.T, change.T
-            found[name] = {own.__name__: _survival(base, change, own) for own in ROUNDINGS}
-    return found
+    names = [name for name in update.deltas if name in weights]
+
+    def measure(name: str) -> dict[str, dict[str, float]]:
+        (weight, transposed), delta = weights[name], update.deltas[name]
+        base, change = weight.detach().to(delta.dtype), delta.to(weight.device)
+        if transposed:
+            base, change = base.T, change.T
+        return {own.__name__: _survival(base, change, own) for own in ROUNDINGS}
+
+    found = map_shared(names, measure, "rounding", cost=lambda name: weights[name][0].numel())
+    return dict(zip(names, found, strict=True))
 
 
 def overall(by_weight: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from kfade.models.head import Head, hidden_states, read_head
 from kfade.models.interface import check_sets
 from kfade.models.lengths import batches_for, model_window
 from kfade.models.masters import Masters, restored
+from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
 AT = (0, 25, 50, 100, 200)
@@ -220,6 +221,9 @@ def fine_tune(
 ) -> None:
     """Minimise the mean cross-entropy of the scored tokens; changes ``model``.
 
+    Processes divide the sequences of a step and sum their gradients. Of a sharded model each trains
+    its own parts of the weights.
+
     Args:
         on_step: called with the number of steps done, from 0, before each and after the last.
 
@@ -242,12 +246,20 @@ def fine_tune(
         for step in track(range(tuning.steps), "fine-tuning"):
             on_step(step)
             drawn = draw_without_replacement(len(sequences), tuning.batch, step, tuning.seed)
-            batches = batches_for(model, [sequences[i] for i in drawn], tuning.batch_tokens)
-            loss_tokens = sum(batch.loss_tokens for batch in batches)
+            own = distributed.share([sequences[i] for i in drawn], lambda sequence: sequence.live)
+            batches = batches_for(model, own, tuning.batch_tokens)
+            # The mean is over the tokens of all processes.
+            (loss_tokens,) = distributed.all_reduce_numbers([sum(b.loss_tokens for b in batches)])
+            added = distributed.extra_passes(model, len(batches))
             loss = 0.0
             for batch in batches:
                 loss += _backward(model, head, batch, loss_tokens)
                 weights.collect()
+            for _ in range(added):
+                _idle(model, sequences[0])
+                weights.collect()
+            distributed.sum_gradients(weights.tensors, weights.parameters)
+            (loss,) = distributed.all_reduce_numbers([loss])
             if not math.isfinite(loss):
                 raise InputError(
                     f"the loss is not finite at step {step} of fine-tuning: lower --lr, or give "
@@ -262,7 +274,7 @@ def fine_tune(
         on_step(tuning.steps)
 
 
-def _backward(model: nn.Module, head: Head, batch: Batch, loss_tokens: int) -> float:
+def _backward(model: nn.Module, head: Head, batch: Batch, loss_tokens: float) -> float:
     """Backward pass of Σ loss / ``loss_tokens``, logits of a few positions at a time; its value."""
     hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
     target_N = batch.at_loss(batch.target_BT)
@@ -274,3 +286,9 @@ def _backward(model: nn.Module, head: Head, batch: Batch, loss_tokens: int) -> f
         total += loss.item()
     hidden_ND.backward(leaf_ND.grad)
     return total
+
+
+def _idle(model: nn.Module, sequence: TokenSequence) -> None:
+    """A pass forward and backward that adds nothing: processes run a sharded model together."""
+    (batch,) = batches_for(model, [sequence])
+    (0.0 * hidden_states(model, batch.input_BT).sum()).backward()

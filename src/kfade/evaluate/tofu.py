@@ -20,13 +20,13 @@ from kfade.data.examples import Example
 from kfade.data.rows import read_rows
 from kfade.data.sequences import TokenSequence, continuation, encode, open_tokens
 from kfade.errors import InputError
+from kfade.evaluate.division import map_shared
 from kfade.evaluate.generation import Decoding, generate_texts
 from kfade.evaluate.log import ItemLog, blocks
 from kfade.evaluate.rouge import RougeLRecall, check_truth
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.models.lengths import model_window
-from kfade.runtime.progress import track
 
 HUB_NAME = "locuslab/TOFU"
 SPLITS = ("forget01", "forget05", "forget10")
@@ -111,23 +111,32 @@ def evaluate_tofu(
         check_truth(question.answer, f"TOFU question {question.id}")
     encoded = _encode(pending, tokenizer, template, chat, legacy=legacy)
     _check_window(pending, encoded, model_window(model))
-    for block in track(blocks(list(zip(pending, encoded, strict=True)), BLOCK), "TOFU", len):
+
+    def measure(block: Sequence[tuple[TofuQuestion, _Encoded]]) -> list[dict[str, Any]]:
         answers = [sequence for _, item in block for sequence in item.answers]
         totals = log_likelihoods(model, answers, batch_tokens=decoding.batch_tokens)
         losses = (-t / answer.loss_tokens for answer, t in zip(answers, totals, strict=True))
         generated = generate_texts(model, tokenizer, [i.prompt for _, i in block], decoding)
+        found = []
         for (question, item), text in zip(block, generated, strict=True):
             answer_loss, base_loss, *false_losses = (next(losses) for _ in item.answers)
-            log.add(
-                question.id,
-                question=question.question,
-                answer=question.answer,
-                generated=text,
-                answer_loss=answer_loss,
-                base_loss=base_loss,
-                false_losses=false_losses,
-                rouge_l=recall(question.answer, text, question.id),
-            )
+            values = {
+                "question": question.question,
+                "answer": question.answer,
+                "generated": text,
+                "answer_loss": answer_loss,
+                "base_loss": base_loss,
+                "false_losses": false_losses,
+                "rouge_l": recall(question.answer, text, question.id),
+            }
+            found.append(values)
+        return found
+
+    work = blocks(list(zip(pending, encoded, strict=True)), BLOCK)
+    measured = map_shared(work, measure, "TOFU", cost=len, model=model)
+    for block, found in zip(work, measured, strict=True):
+        for (question, _), values in zip(block, found, strict=True):
+            log.add(question.id, **values)
 
 
 def template_for(word: str, model: Any, tokenizer: Any) -> str:

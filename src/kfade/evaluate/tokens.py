@@ -1,5 +1,7 @@
 """Per-token values of a model's outputs: the loop that the evaluations share.
 
+The batches are divided over the processes, if there are several.
+
 Shapes: N scored tokens of a batch, n of one sequence, K values a token, V vocabulary.
 """
 
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
+from kfade.evaluate.division import map_shared
 from kfade.models.head import hidden_states, read_head
 from kfade.models.lengths import batches_for
 from kfade.models.load import frozen
-from kfade.runtime.progress import track
 
+BATCHES = 8  # that a process runs between two exchanges of results
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(logits [N, V] in float32 or better, target tokens [N]) -> values [N, K]."""
 
@@ -46,12 +49,24 @@ def token_values(
     batches = batches_for(model, sequences, batch_tokens)
     with frozen(model), torch.no_grad():
         head = read_head(model)
-    for batch in track(batches, name, lambda b: b.positions):
+
+    def values_of(batch: Batch) -> list[tuple[int, Tensor]]:
         with frozen(model), torch.no_grad():
             hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
             target_N = batch.at_loss(batch.target_BT)
             parts = [measure(head(hidden_ND[p]), target_N[p]) for p in head.chunks(hidden_ND)]
-        yield from by_sequence(batch, torch.cat(parts))
+        return list(by_sequence(batch, torch.cat(parts)))
+
+    for found in map_shared(
+        batches,
+        values_of,
+        name,
+        cost=lambda b: b.positions,
+        each=BATCHES,
+        model=model,
+        one_pass=True,
+    ):
+        yield from found
 
 
 def log_likelihoods(
@@ -80,4 +95,4 @@ def by_sequence(batch: Batch, values: Tensor) -> Iterator[tuple[int, Tensor]]:
                 f"the model's outputs on sequence {number} are not finite: it is broken, or its "
                 "dtype overflows; try --dtype float32"
             )
-        yield number, part
+        yield number, part.clone()  # pickled without the other parts

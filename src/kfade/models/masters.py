@@ -2,6 +2,8 @@
 
 An optimiser works on *master* tensors in float32 or better, whatever the model's dtype: a step of
 1e-5 is lost in a bfloat16 weight.
+
+Of a sharded model each process has the masters of its own parts, and puts back its own parts.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from kfade.models.load import frozen
 from kfade.models.targets import refuse_shared_memory
+from kfade.runtime import distributed
 
 
 class Masters:
@@ -29,8 +32,16 @@ class Masters:
         self._model = model
         self.names = list(names)
         self.parameters = {name: own[name] for name in names}
-        # A parameter in float32 or better is its own master: detached, they share their storage.
-        self.tensors = {n: p.detach().to(master_dtype(p)) for n, p in self.parameters.items()}
+        self.tensors: dict[str, Tensor] = {}
+        self._apart: list[str] = []  # masters with a storage of their own
+        for name, parameter in self.parameters.items():
+            given, dtype = parameter.detach(), master_dtype(parameter)
+            part = distributed.own_part(given)
+            # A whole parameter in float32 or better is its own master: detached, they share their
+            # storage. FSDP may move the storage of a part.
+            if part is not given or part.dtype != dtype:
+                self._apart.append(name)
+            self.tensors[name] = part.to(dtype, copy=part is not given)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -52,24 +63,27 @@ class Masters:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            master, gradient = self.tensors[name], parameter.grad
+            master, gradient = self.tensors[name], distributed.own_part(parameter.grad)
             gradient = gradient.to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
     def push(self) -> None:
         """After an optimiser step: round the masters to the parameters' dtype."""
-        own = self.parameters
-        _copy(own, {n: t for n, t in self.tensors.items() if t.dtype != own[n].dtype})
+        _copy(self.parameters, {name: self.tensors[name] for name in self._apart})
 
 
 @contextlib.contextmanager
 def restored(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Put ``tensors`` back bit for bit on leaving; yields copies of them as they were.
 
-    The copies are on the CPU: a second copy of all weights may not fit on the device.
+    The copies are on the CPU: a second copy of all weights may not fit on the device. Of a sharded
+    tensor they are of this process's part.
     """
-    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    before = {
+        name: distributed.own_part(tensor.detach()).to("cpu", copy=True)
+        for name, tensor in tensors.items()
+    }
     try:
         yield before
     finally:
@@ -84,4 +98,4 @@ def master_dtype(tensor: Tensor) -> torch.dtype:
 def _copy(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
-            tensors[name].copy_(value)
+            distributed.own_part(tensors[name]).copy_(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfade.models.head import CHUNK
+from kfade.models.head import chunk_positions
 from kfade.models.targets import memory_of
 from kfade.planning.memory import HEAD_COPIES, RUNTIME_BYTES, model_bytes, on_shapes
 from kfade.planning.trace import training_pass_bytes
@@ -38,7 +38,8 @@ def training_bytes(
     masters = sum(tensor.nbytes for tensor in tensors.values() if memory_of(tensor) not in known)
     # A parameter's gradient is added to that of its master; low-rank factors have only their own.
     passed_on = sum(own[name].nbytes for name in tensors if name in own)
-    vocabulary, _ = model.get_output_embeddings().weight.shape
-    head = HEAD_COPIES["gradient"] * min(CHUNK, shape[0] * shape[1]) * vocabulary * 4
+    weight_VD = model.get_output_embeddings().weight
+    chunk = min(chunk_positions(len(weight_VD), 4, weight_VD.device), shape[0] * shape[1])
+    head = HEAD_COPIES["gradient"] * chunk * len(weight_VD) * 4
     held = masters + passed_on + (1 + OPTIMIZER_COPIES) * optimised
     return RUNTIME_BYTES + model_bytes(model) + held + passing + head

@@ -31,7 +31,14 @@ from kfade.runs import options as o
 from kfade.runs.config import DataConfig, ModelConfig
 from kfade.runs.evaluation import EvaluatedModel, Subject, item_log, load_evaluated
 from kfade.runs.inputs import input_digests
-from kfade.runs.session import Loaded, complete_data, read_retain, read_source, to_tokens
+from kfade.runs.session import (
+    Loaded,
+    complete_data,
+    read_retain,
+    read_source,
+    refuse_sharded_experts,
+    to_tokens,
+)
 from kfade.runs.template import with_date
 from kfade.runtime import progress
 from kfade.runtime.provenance import git_sha, versions
@@ -86,6 +93,10 @@ class AttackRequest:
     """Steps after which to measure, separated by commas."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
     """Random seed of the batches and the held-out split."""
+
+    shard: Annotated[bool, o.FLAG, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
+    """Shard the weights of the model's blocks, their copies and the optimiser's state over the
+    processes of torchrun."""
 
     @property
     def by_kind(self) -> dict[str, str]:
@@ -212,7 +223,8 @@ def _prepare(
     folder: RunDir,
 ) -> _Ready:
     """Load the model, encode the data and measure the model without the update."""
-    subject = load_evaluated(Subject(request.model, update=request.update))
+    subject = load_evaluated(Subject(request.model, update=request.update), shard=request.shard)
+    refuse_sharded_experts(subject.model)
     loaded = Loaded(subject.model, subject.tokenizer, [])
     data = complete_data(request.data, loaded)
     request = replace(request, data=data)

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.methods import Method
-from kfade.baselines.weights import Trainable
+from kfade.baselines.weights import Dense, Trainable
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
@@ -34,15 +34,17 @@ from kfade.runs.inputs import input_digests
 from kfade.runs.session import (
     Loaded,
     complete_data,
+    division,
     open_model,
     read_retain,
     read_source,
+    refuse_sharded_experts,
     say_sets,
     source_of,
     to_tokens,
 )
 from kfade.runs.template import with_date
-from kfade.runtime import progress
+from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted, rounded
 from kfade.runtime.files import reading_kept
 from kfade.runtime.provenance import git_sha
@@ -153,6 +155,10 @@ class BaselineRequest:
     export_model: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
     """Also write the edited model, as a folder that from_pretrained loads."""
 
+    shard: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
+    """Shard the weights of the model's blocks, their copies and the optimiser's state over the
+    processes of torchrun. Not for elm."""
+
     @property
     def asked(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON values for the manifest."""
@@ -189,6 +195,7 @@ def baseline(request: BaselineRequest, out: Path, *, resume: bool = False) -> di
         InputError: a setting or a file is wrong, or a resumed run has other settings than the
             interrupted one in ``out``.
     """
+    _refuse_sharded(request)
     request = replace(request, data=with_date(request.data, out, resume=resume))
     build = builder_of(request.method, _given(request.loss))
     examples = (
@@ -203,6 +210,22 @@ def baseline(request: BaselineRequest, out: Path, *, resume: bool = False) -> di
         update = _train(ready, folder)
         metrics = _finish(ready, update, clock, folder)
     return {"out": str(out), **metrics}
+
+
+def _refuse_sharded(request: BaselineRequest) -> None:
+    """Raises InputError where --shard is given with what does not work with it."""
+    if not request.shard:
+        return
+    if request.method == "elm":
+        raise InputError(
+            "--shard does not work with elm: each process writes continuations of its own, token "
+            "by token, but a sharded model needs all processes in every pass; leave --shard out"
+        )
+    if request.export_model:
+        raise InputError(
+            "--export-model does not work with --shard: leave it out, and add the update to the "
+            "model with kfade apply"
+        )
 
 
 def _given(config: LossConfig | TrainingConfig | WeightsConfig) -> dict[str, Any]:
@@ -220,12 +243,15 @@ def _prepare(
     Args:
         examples: those to forget, to retain, and held out.
     """
+    divide = division(request.model, request.shard)
     with stage("load"):
-        loaded = Loaded(*open_model(request.model), [])
+        loaded = Loaded(*open_model(request.model, divide=divide), [])
     data = complete_data(request.data, loaded)
     request = replace(request, data=data)
     method = build(loaded, request.seed)
     trainable = trainable_of(method, loaded, _given(request.weights), request.seed)
+    if isinstance(trainable, Dense):
+        refuse_sharded_experts(loaded.model)
     forget, retain, held_out = (to_tokens(some, loaded, data) for some in examples)
     settings = replace(
         settings_of(method.defaults, _given(request.training), len(forget)),
@@ -238,7 +264,7 @@ def _prepare(
     names = {"forget": forget, "retain": retain, "held-out retain": held_out}
     say_sets(names, examples, data)
     folder.reads(input_digests(digests["model_sha256"], names))
-    count = sum(tensor.numel() for tensor in trainable.tensors.values())
+    count = sum(tensor.numel() for tensor in trainable.parameters.values())
     progress.say(f"{rounded(count)} parameters trained, {counted(settings.steps, 'step')}")
     sets = {"forget": forget, "retain": retain, "held_out": held_out}
     return _Ready(request, loaded, digests, method, trainable, settings, sets)
@@ -273,10 +299,11 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
         "method": request.method,
     }
     made = Update(update.deltas, {**about, "config": request.asked})
-    made.save(folder.part / "update.safetensors")
+    folder.put("update.safetensors", made.save, made.read)
     if request.export_model:
         with stage("export"), update.applied_to(model) as edited:
-            save_model(edited, ready.loaded.tokenizer, folder.part / "model", source)
+            tokenizer = ready.loaded.tokenizer
+            folder.put("model", lambda path: save_model(edited, tokenizer, path, source))
     metrics = {
         **_metrics(update, clock, ready.sets),
         "lost_in_dtype": update.lost_fraction(model),
@@ -312,15 +339,20 @@ def _on_evaluation(
 
     def on_evaluation(checkpoint: Checkpoint, update: Update) -> None:
         nonlocal saved
+
+        def save_update(path: Path) -> None:
+            path.parent.mkdir(exist_ok=True)
+            update.save(path)
+
         row = checkpoint.curve[-1]
         folder.log("evaluation", **row)
         progress.say(curve_line(row, steps))
         if every_update:
-            path = folder.part / "checkpoints" / f"step-{row['step']:06.0f}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            update.save(path)
-        if time.monotonic() - saved >= SAVE_SECONDS and row["step"] < steps:
-            folder.keep(STATE, checkpoint.save)
+            name = f"checkpoints/step-{row['step']:06.0f}.safetensors"
+            folder.put(name, save_update, update.read)
+        due = distributed.any_of(time.monotonic() - saved >= SAVE_SECONDS)
+        if due and row["step"] < steps:
+            folder.keep(STATE, checkpoint.save, checkpoint.read)
             saved = time.monotonic()
 
     return on_evaluation

@@ -18,6 +18,7 @@ from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.demo.data import data_file
 from kfade.errors import InputError, first_line
+from kfade.evaluate.division import undivided
 from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.method.gauge import Gauge, parameter_changes
@@ -33,7 +34,7 @@ from kfade.runs import options as o
 from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
 from kfade.runs.session import Loaded, load, read_source, to_tokens
-from kfade.runtime import progress
+from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted
 from kfade.runtime.stages import Clock, stage, timing
 
@@ -66,6 +67,8 @@ class CheckRequest:
     """Texts to check on, in the same formats as for kfade unlearn. Unset: those of the demo."""
     seed: Annotated[int, Parameter(group=o.RUN)] = field(default=0, kw_only=True)
     """Random seed of the pseudo-labels."""
+    shard: Annotated[bool, o.FLAG, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
+    """Shard the weights of the model's blocks over the processes of torchrun."""
 
 
 def check(request: CheckRequest) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def check(request: CheckRequest) -> dict[str, Any]:
     clock = Clock()
     with timing(clock):
         examples = read_source(request.retain or str(data_file("retain.jsonl")), "--retain")
-        loaded = load(request.model, curvature)
+        loaded = load(request.model, curvature, shard=request.shard)
         preflight(loaded.model, loaded.targets, recompute=curvature.recompute)
         length = min(LENGTH, model_window(loaded.model) or LENGTH)
         plain = RetainConfig(template="plain", sequence_length=length)
@@ -202,7 +205,8 @@ def _generation(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     for found, budget in zip(results, (10**9, 1), strict=True):
         decoding = Decoding(NEW_TOKENS, budget)
         try:
-            found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
+            with undivided():  # a process may fail alone
+                found.update(generate(loaded.model, loaded.tokenizer, prompts, decoding))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             return Finding(name, False, f"it fails: {reason}")
@@ -251,7 +255,7 @@ def _after_rounding(model: nn.Module, update: Update) -> Update:
     weights = Weights(model)
     left = {}
     for name, delta in update.deltas.items():
-        own = weights[name].detach()
+        own = distributed.gather_full(weights[name].detach())
         weight = own.to(delta.dtype)
         left[name] = (weight + delta).to(own.dtype).to(delta.dtype) - weight
     return Update(left)

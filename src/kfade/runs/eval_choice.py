@@ -63,7 +63,7 @@ def evaluate_choice(request: ChoiceRequest, out: Path, *, resume: bool = False) 
     if request.tasks:
         check_installed()
     with evaluation("choice", out, resume, settings) as run:
-        subject = run.load(request.subject)
+        subject = run.load(request.subject, shard=request.shard)
         with subject.edited() as edited:
             digests = {"weights_sha256": digest_weights(edited)}
             if request.tasks:

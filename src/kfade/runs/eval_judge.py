@@ -112,7 +112,7 @@ def evaluate_mt_bench(
     decoding = Decoding(request.max_new_tokens, request.batch_tokens, seed=request.seed)
     questions = read_bench(request.questions, request.references)[: request.limit]
     with evaluation("mt-bench", out, resume, settings) as run:
-        subject = run.load(request.subject)
+        subject = run.load(request.subject, shard=request.shard)
         with subject.edited() as edited:
             about = {"weights_sha256": digest_weights(edited), "data_sha256": digest(questions)}
             header = {"benchmark": "mt-bench answers", **settings, **about}

@@ -24,6 +24,7 @@ from kfade.evaluate.completions import (
     read_prompts,
 )
 from kfade.evaluate.divergence import (
+    GROUP_TOKENS,
     Outputs,
     divergences,
     grouped,
@@ -49,7 +50,8 @@ from kfade.runs.evaluation import (
     settings_of,
 )
 from kfade.runs.template import rendering_of
-from kfade.runtime.files import writing
+from kfade.runtime import distributed
+from kfade.runtime.files import write_file, writing
 from kfade.runtime.stages import stage
 
 COMPLETIONS = "completions.jsonl"
@@ -98,7 +100,8 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
     }
     examples = read_prompts(request.prompts, request.limit)
     with evaluation("kl", out, resume, settings) as run:
-        base = run.load(replace(subject, quantise=None) if edited else subject)
+        own = replace(subject, quantise=None) if edited else subject
+        base = run.load(own, shard=request.shard)
         if edited:
             _check_vocabularies(base, replace(subject.model, model=edited))
         window = model_window(base.model)
@@ -107,7 +110,8 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
         folder = request.completions or run.folder.state
         answers = _completions(base, prompts, folder, digests["base_sha256"], request)
         texts = [completed(p, a["tokens"]) for p, a in zip(prompts, answers, strict=True)]
-        groups = grouped(batches_for(base.model, texts, request.batch_tokens))
+        batches = batches_for(base.model, texts, request.batch_tokens)
+        groups = grouped(batches, GROUP_TOKENS * distributed.count())
         digests["completions_sha256"] = digest_sequences(texts)
         evaluated, tokenizer = base, base.tokenizer
         if not edited:
@@ -118,7 +122,8 @@ def evaluate_kl(request: KlRequest, out: Path, *, resume: bool = False) -> dict[
             del base, evaluated
             _free_memory()
             other = replace(subject.model, model=edited, revision=None)
-            evaluated = load_evaluated(Subject(other, quantise=subject.quantise))
+            other_subject = Subject(other, quantise=subject.quantise)
+            evaluated = load_evaluated(other_subject, shard=request.shard)
         with evaluated.edited() as changed:
             digests["edited_sha256"] = digest_weights(changed)
         with run.items(**digests) as log:
@@ -178,20 +183,24 @@ def _streamed(
 ) -> Callable[[int], Outputs]:
     """Write the base model's outputs to disk; returns a function that reads those on a group.
 
-    Only the head stays in memory. Outputs that an interrupted run has written are used again if
-    their ``key`` is the same, which stands for the model, the texts and the batches.
+    Only the head stays in memory. Of several processes each writes the outputs on its own batches.
+    Outputs that an interrupted run has written are used again if their ``key`` is the same, which
+    stands for the model, the texts and the batches, and the number of processes is the same.
     """
+    state, part = run.folder.state, run.folder.part
+    several = distributed.count() > 1
+    own = f"-{distributed.rank()}-of-{distributed.count()}" if several else ""
 
     def name(number: int) -> str:
-        return f"base-{key}-{number:05}.safetensors"
+        return f"base-{key}-{number:05}{own}.safetensors"
 
     head = outputs(base.model, [], "base model").head
     with stage("base"):
         for number, batches in enumerate(groups):
-            if not (run.folder.state / name(number)).is_file():
+            if distributed.any_of(not (state / name(number)).is_file()):
                 computed = outputs(base.model, batches, "base model")
-                run.folder.keep(name(number), computed.save)
-    return lambda number: Outputs.load(run.folder.state / name(number), head, groups[number])
+                write_file(state / name(number), computed.save, part / f"{name(number)}.writing")
+    return lambda number: Outputs.load(state / name(number), head, groups[number])
 
 
 def _check_vocabularies(base: EvaluatedModel, edited: ModelConfig) -> None:

@@ -76,7 +76,7 @@ def evaluate_memorisation(
     examples = {name: load_examples(source)[: request.limit] for name, source in sources.items()}
     retain = _read_retain(request.retain_log)
     with evaluation("memorisation", out, resume, settings) as run:
-        subject = run.load(request.subject)
+        subject = run.load(request.subject, shard=request.shard)
         names, sequences = _tokens(examples, subject, how)
         data = digest_sequences(sequences)
         if retain is not None and retain[0] != data:

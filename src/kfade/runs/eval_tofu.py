@@ -99,7 +99,7 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
     limits = [n for n in (request.limit, legacy) if n is not None]
     questions = read_tofu(request.split, folder=request.data, limit=min(limits, default=None))
     with evaluation("tofu", out, resume, settings) as run:
-        subject = run.load(request.subject)
+        subject = run.load(request.subject, shard=request.shard)
         about = _about(subject, questions, options)
         with run.items(**about) as log:
             _measure(subject, questions, log, options)
@@ -107,7 +107,8 @@ def evaluate_tofu(request: TofuRequest, out: Path, *, resume: bool = False) -> d
                 del subject
                 gc.collect()  # a model holds references to itself
                 other = replace(config, model=request.retain_model, revision=None)
-                retain = _measure_retain(run, load_evaluated(Subject(other)), questions, options)
+                kept = load_evaluated(Subject(other), shard=request.shard)
+                retain = _measure_retain(run, kept, questions, options)
             measured = log_of(log.items, str(out), {**settings, **about})
             run.finish(log, aggregate(measured, retain), **about)
     return {**run.result, "notes": notes_on(measured, retain)}

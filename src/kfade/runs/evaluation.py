@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import Parameter
 from torch import nn
 
 from kfade.evaluate.log import ItemLog
@@ -19,8 +20,8 @@ from kfade.method.update import Update
 from kfade.models.load import provenance
 from kfade.runs import options as o
 from kfade.runs.config import ModelConfig
-from kfade.runs.session import notes_on_base, open_model, source_of
-from kfade.runtime import progress
+from kfade.runs.session import division, notes_on_base, open_model, source_of
+from kfade.runtime import distributed, progress
 from kfade.runtime.provenance import git_sha, versions
 from kfade.runtime.run_dir import RunDir
 from kfade.runtime.stages import Clock, stage, timing
@@ -33,7 +34,7 @@ _INPUT_NAMES = {
     "data_sha256": "the data",
     "completions_sha256": "the completions",
 }
-_NOT_SETTINGS = {"batch_tokens", "device", "trust_remote_code"}  # they decide no number
+_NOT_SETTINGS = {"batch_tokens", "device", "shard", "trust_remote_code"}  # they decide no number
 
 
 @o.settings(o.EVALUATED)
@@ -60,6 +61,8 @@ class EvaluationRequest:
     """Number of items to use, from the first. Unset: all."""
     batch_tokens: Annotated[int, o.at_least(1)] = field(default=4096, kw_only=True)
     """Maximum number of token positions in one forward pass. Lower it to save memory."""
+    shard: Annotated[bool, o.FLAG, Parameter(group=o.RUN)] = field(default=False, kw_only=True)
+    """Shard the weights of the model's blocks over the processes of torchrun."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,22 @@ class EvaluatedModel:
             yield model
 
 
-def load_evaluated(subject: Subject) -> EvaluatedModel:
+def load_evaluated(subject: Subject, *, shard: bool = False) -> EvaluatedModel:
     """Load the model and the update of an evaluation.
 
+    Args:
+        shard: whether to shard the model's blocks over the processes.
+
     Raises:
-        InputError: the model or the update does not exist, or they do not match.
+        InputError: the model or the update does not exist, or they do not match; or ``shard`` is
+            set with one process.
     """
+    divide = division(subject.model, shard)
     config, update = subject.model, subject.update
     rounding = rounding_of(subject.quantise)
     change = Update.load(update) if update else Update({})
     with stage("load"):
-        model, tokenizer = open_model(config)
+        model, tokenizer = open_model(config, divide=divide)
         if update:
             base = change.compare_base(model)  # raises where shapes or names differ
             for note in notes_on_base(change, base, "evaluated", config.revision, config.tokenizer):
@@ -114,9 +122,9 @@ class Evaluation:
         self._benchmark, self._clock = benchmark, clock
         self._provenance: dict[str, Any] = {}
 
-    def load(self, subject: Subject) -> EvaluatedModel:
+    def load(self, subject: Subject, *, shard: bool = False) -> EvaluatedModel:
         """Load the model with :func:`load_evaluated` and keep its origin for the manifest."""
-        evaluated = load_evaluated(subject)
+        evaluated = load_evaluated(subject, shard=shard)
         self._provenance = evaluated.provenance
         if not (self.settings.get("template_file") or evaluated.tokenizer.chat_template):
             self.settings.pop("template_date", None)  # no template used it
@@ -158,6 +166,7 @@ class Evaluation:
             "config": self.settings,
         }
         self.folder.finish(about, metrics)
+        distributed.barrier()  # from now on every process can read the folder
         self.result = {"out": str(self.folder.path), **metrics}
 
 
@@ -168,7 +177,7 @@ def item_log(path: Path, header: Mapping[str, Any]) -> Iterator[ItemLog]:
         try:
             yield log
         finally:
-            if not log.items:
+            if not log.items and distributed.rank() == 0:
                 path.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
 from kfade.models.head import body_of
 from kfade.models.interface import check_readable
-from kfade.models.layers import choose_targets, decoder_blocks
+from kfade.models.layers import choose_targets, decoder_blocks, has_experts
 from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
@@ -49,13 +49,8 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
         InputError: the model cannot be loaded, nothing matches the targets, or ``shard`` is set
             with one process.
     """
-    if shard and distributed.count() == 1:
-        raise InputError(
-            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade fit or "
-            "unlearn, or leave --shard out"
-        )
+    divide = division(config, shard)
     with stage("load"):
-        divide = partial(_divide, config.device or default_device()) if shard else None
         model, tokenizer = open_model(config, divide=divide)
         chosen = choose_targets(
             model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
@@ -81,6 +76,33 @@ def open_model(
         needs_tokenizer=needs_tokenizer,
         divide=divide,
     )
+
+
+def division(config: ModelConfig, shard: bool) -> Divide | None:
+    """What shards the configuration's model over the processes, for :func:`open_model`.
+
+    Raises:
+        InputError: ``shard`` is set with one process.
+    """
+    if shard and distributed.count() == 1:
+        raise InputError(
+            "--shard: there is one process; start with torchrun --nproc-per-node N -m kfade ..., "
+            "or leave --shard out"
+        )
+    return partial(_divide, config.device or default_device()) if shard else None
+
+
+def refuse_sharded_experts(model: nn.Module) -> None:
+    """Raises InputError where a sharded model, whose weights are to be trained, has experts.
+
+    A process sums the gradients of a block with the others only for weights that its own tokens
+    reach.
+    """
+    if distributed.is_sharded(model) and has_experts(model):
+        raise InputError(
+            "--shard does not train the weights of a mixture of experts, since the tokens of each "
+            "process reach other experts: leave it out (kfade baseline --lora works with it)"
+        )
 
 
 def _divide(device: str, model: nn.Module) -> None:

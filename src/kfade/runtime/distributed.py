@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -137,6 +137,34 @@ def all_reduce_numbers(numbers: Sequence[float]) -> list[float]:
     return all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
+def sum_gradients(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Sum ``.grad`` of each tensor over processes, in place; one that no process has stays None.
+
+    A process without work has no gradients. Those of a sharded model are sums already.
+
+    Args:
+        like: by the same names, tensors that are divided over the processes as these are.
+    """
+    whole = [tensor for name, tensor in tensors.items() if not _is_shard(like[name])]
+    found = all_reduce_numbers([tensor.grad is not None for tensor in whole])
+    for tensor, processes in zip(whole, found, strict=True):
+        if processes:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            all_reduce(tensor.grad)
+
+
+def gradient_norm(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    """Norm of all gradients as one vector, of all processes' parts; ``like``: see
+    :func:`sum_gradients`."""
+    found = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+    parts = [gradient for name, gradient in found.items() if _is_shard(like[name])]
+    norm = nn.utils.get_total_norm([g for name, g in found.items() if not _is_shard(like[name])])
+    if not parts:
+        return norm
+    return (norm.square() + all_reduce(nn.utils.get_total_norm(parts).square())).sqrt()
+
+
 def maximum(number: float) -> float:
     """The largest of the processes' numbers, in all of them."""
     if not _grouped():
@@ -149,6 +177,18 @@ def maximum(number: float) -> float:
 def any_of(condition: bool) -> bool:
     """Whether ``condition`` holds in any process."""
     return bool(maximum(condition))
+
+
+def gather_objects(value: T) -> list[T]:
+    """``value`` of each process, in the order of the processes, in all of them.
+
+    It is pickled: a small Python object, with tensors on the CPU.
+    """
+    if not _grouped():
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(owner: int, rows_RD: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -225,17 +265,24 @@ def shard(body: nn.Module, blocks: Iterable[nn.Module], device: torch.device | s
     is applied in chunks outside of any forward pass, where nothing would gather its weights, and
     the embeddings may be tied to it.
 
+    A backward pass gives each process the gradient of its part, summed over the processes in
+    float32 or better.
+
     Args:
         device: where the model will run. FSDP moves the parts of the blocks there.
     """
     if not _grouped():
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (count(),))
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        dtype = torch.promote_types(next(block.parameters()).dtype, torch.float32)
+        policy = MixedPrecisionPolicy(reduce_dtype=dtype)
+        divided = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        divided.set_gradient_divide_factor(1.0)  # a sum; FSDP's own default is the mean
+        divided.set_force_sum_reduction_for_comms(True)  # gloo knows nothing else
     fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not _is_shard(p)})
 
 
@@ -267,11 +314,38 @@ def own_part(tensor: Tensor) -> Tensor:
 def scatter_into(tensor: Tensor, values: Tensor) -> None:
     """Write whole ``values`` into ``tensor``, of which this process may hold a part."""
     if _is_shard(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=None)
+        values = _divided(values.to(tensor.dtype), tensor)
     tensor.copy_(values)
+
+
+def gather_like(like: Tensor, part: Tensor) -> Tensor:
+    """The whole of a tensor that is divided as ``like`` is, from each process's part of it.
+
+    Every process must call it. ``part`` itself, if ``like`` is not sharded.
+    """
+    if not _is_shard(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    tensor = DTensor.from_local(
+        part.to(like.device), mesh, placements, shape=like.shape, stride=like.stride()
+    )
+    return tensor.full_tensor()
+
+
+def part_like(like: Tensor, whole: Tensor) -> Tensor:
+    """This process's part of ``whole``, divided as ``like`` is; the inverse of
+    :func:`gather_like`."""
+    return own_part(_divided(whole, like)) if _is_shard(like) else whole
+
+
+def _divided(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole``, which every process has, divided over them as ``like`` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def _is_shard(tensor: Tensor) -> bool:
