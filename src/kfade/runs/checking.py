@@ -33,7 +33,7 @@ from kfade.models.targets import named
 from kfade.runs import options as o
 from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
-from kfade.runs.session import Loaded, load, read_source, to_tokens
+from kfade.runs.session import Loaded, load, read_source, selection, to_tokens
 from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted
 from kfade.runtime.stages import Clock, stage, timing
@@ -242,10 +242,7 @@ def _few_blocks(loaded: Loaded, curvature: CurvatureConfig) -> Loaded:
     if len(blocks) > BLOCKS:
         blocks = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)]
     targets = find_targets(
-        loaded.model,
-        layers=",".join(map(str, blocks)),
-        pattern=curvature.target,
-        joint_bias=curvature.joint_bias,
+        loaded.model, **{**selection(curvature), "layers": ",".join(map(str, blocks))}
     )
     return replace(loaded, targets=targets)
 

@@ -155,6 +155,9 @@ class EstimatorConfig:
     """Transformer blocks to change, counted from 0, as in 3-6 or 0,2,8-11. Unset: all."""
     target: str | None = None
     """Glob pattern for the names of the parameters to change. Unset: all feed-forward weights."""
+    experts: str | None = None
+    """Routed experts to change in each layer of a mixture, counted from 0, as in 3,7,20-30; or
+    none. Unset: all."""
     joint_bias: bool = False
     """Change biases too: the bias of a layer is treated as one more column of its weight."""
     recompute: bool = False

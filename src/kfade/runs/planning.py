@@ -28,6 +28,7 @@ from kfade.planning.memory import (
 from kfade.runs import options as o
 from kfade.runs.choices import bytes_of, estimator_of, offload_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
+from kfade.runs.session import selection
 
 
 @o.settings(o.DATA)
@@ -132,9 +133,7 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     length = packed_length(request.data.sequence_length, model_window(skeleton))
     work = replace(work, sequence_length=length)
     with on_shapes(skeleton):
-        targets = find_targets(
-            skeleton, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
-        )
+        targets = find_targets(skeleton, **selection(fit))
     shards = devices.count if request.device.shard else 1
     arranger = Arranger(
         skeleton,

@@ -15,7 +15,7 @@ from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
 from kfade.models.head import body_of
 from kfade.models.interface import check_readable
-from kfade.models.layers import choose_targets, decoder_blocks, has_experts
+from kfade.models.layers import ALL, choose_targets, decoder_blocks, has_experts
 from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
@@ -52,14 +52,27 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
     divide = division(config, shard)
     with stage("load"):
         model, tokenizer = open_model(config, divide=divide)
-        chosen = choose_targets(
-            model, layers=fit.layers, pattern=fit.target, joint_bias=fit.joint_bias
-        )
+        chosen = choose_targets(model, **selection(fit))
+        if shard and any(target.is_routed for target in chosen.targets):
+            raise InputError(
+                "--shard: routed experts cannot be changed in a model that is spread over "
+                "processes: give --experts none, or leave --shard out"
+            )
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
     progress.say(f"{counted(len(chosen.targets), 'weight')} targeted, {rounded(count)} parameters")
     if chosen.summary:
         progress.say(chosen.summary)
     return Loaded(model, tokenizer, chosen.targets)
+
+
+def selection(fit: EstimatorConfig) -> dict[str, Any]:
+    """The weights to change, as ``find_targets`` takes them."""
+    return {
+        "layers": fit.layers,
+        "pattern": fit.target,
+        "joint_bias": fit.joint_bias,
+        "experts": fit.experts or ALL,
+    }
 
 
 def open_model(
