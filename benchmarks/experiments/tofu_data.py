@@ -19,7 +19,7 @@ from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, parse_example
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.generation import Decoding
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.tofu import TofuQuestion, evaluate_tofu, read_tofu
 from kfade.method.measure import mean_objectives
 from kfade.method.objectives import cross_entropy

@@ -37,7 +37,7 @@ from kfade.evaluate.choice import answer_by_likelihood
 from kfade.evaluate.completions import complete, completed, encode_prompts
 from kfade.evaluate.divergence import rounded, summarise_divergence
 from kfade.evaluate.generation import Decoding
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.questions import Question
 from kfade.method.step import StepSize
 from kfade.method.update import Update

@@ -59,7 +59,10 @@ def test_processes_train_as_one(kind, what, found, expected):
     for mine, wanted in zip(
         first["provenance"]["curve"], theirs["provenance"]["curve"], strict=True
     ):
-        assert mine == pytest.approx(wanted, rel=1e-7 if exact else 0.1, abs=1e-12)
+        # In bfloat16 a KL of 3e-3 is no more than the rounding of activations.
+        assert mine == pytest.approx(
+            wanted, rel=1e-7 if exact else 0.1, abs=1e-12 if exact else 3e-3
+        )
     for ours in others:
         assert same(ours, first)  # processes whose weights differ in a bit would drift apart
         assert ours["provenance"] == first["provenance"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfade.cli import main
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 
 
 @pytest.fixture

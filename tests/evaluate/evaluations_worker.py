@@ -22,9 +22,9 @@ import zoo
 from kfade.cli import main
 from kfade.errors import InputError
 from kfade.evaluate.division import in_order, map_shared, undivided
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.judge import Judge, Reply
 from kfade.evaluate.lm_eval import _language_model
-from kfade.evaluate.log import ItemLog
 from kfade.evaluate.memorisation import token_statistics
 from kfade.evaluate.tofu_logs import SETS
 from kfade.method.update import Update

@@ -16,7 +16,7 @@ from kfade.evaluate.completions import (
     read_prompts,
 )
 from kfade.evaluate.generation import Decoding
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 
 
 def write(path, *rows):

@@ -23,8 +23,9 @@ from kfade.cli import main
 from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.judge import Judge, Reply, judge_messages, rating_of
-from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.log import read_log
 from kfade.evaluate.mt_bench import (
     BenchQuestion,
     answer_questions,

@@ -3,7 +3,8 @@
 import pytest
 
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import read_log
 
 HEADER = {"benchmark": "kl", "model": "m"}
 

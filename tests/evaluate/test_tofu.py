@@ -19,7 +19,8 @@ from kfade.cli import main
 from kfade.errors import InputError
 from kfade.evaluate import tofu
 from kfade.evaluate.generation import Decoding
-from kfade.evaluate.log import ItemLog, digest, read_log
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import digest, read_log
 from kfade.evaluate.rouge import RougeLRecall
 from kfade.evaluate.tofu import (
     TofuQuestion,

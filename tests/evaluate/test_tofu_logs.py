@@ -14,7 +14,7 @@ from scipy.stats import hmean, ks_2samp
 
 from kfade.cli import main
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.tofu_logs import (
     SETS,
     TofuItem,

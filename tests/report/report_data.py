@@ -7,7 +7,7 @@ import math
 import random
 from pathlib import Path
 
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 
 BASE = "org/Tiny-135M"
 TEXT = (

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from kfade.cli import main
 from kfade.data.examples import load_examples, split_holdout
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 from kfade.method.update import Update
 from kfade.models.layers import weight_digests
 from kfade.models.load import save_model

@@ -18,7 +18,8 @@ import kfade
 from kfade.cli import main
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.store import StoredBlocks, write_blocks
-from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import read_log
 from kfade.method.update import Update
 from kfade.models.layers import find_targets
 from kfade.models.load import save_model

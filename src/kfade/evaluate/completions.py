@@ -19,7 +19,7 @@ from kfade.data.rows import read_rows
 from kfade.data.sequences import TokenSequence, encode_prompt
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding, generate
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 
 FORMS = (
     '{"instruction"[, "input"]}, {"prompt"}, {"question"}, {"messages"}, {"conversations"} or '

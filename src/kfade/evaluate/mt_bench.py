@@ -23,8 +23,9 @@ from kfade.data.sequences import encode_prompt
 from kfade.errors import InputError
 from kfade.evaluate.division import map_shared
 from kfade.evaluate.generation import Decoding, generate_texts
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.judge import Judge, Reply, judge_messages, rating_of
-from kfade.evaluate.log import ItemLog, blocks
+from kfade.evaluate.log import blocks
 from kfade.evaluate.uncertainty import standard_error
 
 # FastChat's sampling by category; 0 is greedy.

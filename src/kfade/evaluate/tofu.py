@@ -22,7 +22,8 @@ from kfade.data.sequences import TokenSequence, continuation, encode, open_token
 from kfade.errors import InputError
 from kfade.evaluate.division import map_shared
 from kfade.evaluate.generation import Decoding, generate_texts
-from kfade.evaluate.log import ItemLog, blocks
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import blocks
 from kfade.evaluate.rouge import RougeLRecall, check_truth
 from kfade.evaluate.tofu_logs import SETS
 from kfade.evaluate.tokens import log_likelihoods

@@ -77,8 +77,7 @@ def unlearn(
         gauge = Gauge(model, sampler.all(held_out), measured, storage=run.storage, head=head)
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
-    if distributed.is_sharded(model):
-        run = replace(run, storage=Divided(run.storage))
+    run = _divided(run, model)
     update = run.start or Update(
         {},
         {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
@@ -115,6 +114,12 @@ def unlearn(
         if run.on_step is not None:
             run.on_step(update)
     return update
+
+
+def _divided(run: Run, model: nn.Module) -> Run:
+    """The run, with vectors that are spread over the processes where the model is."""
+    storage = Divided(run.storage) if distributed.is_sharded(model) else run.storage
+    return replace(run, storage=storage)
 
 
 def _fitted(

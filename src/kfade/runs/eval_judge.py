@@ -11,8 +11,9 @@ from cyclopts import Parameter
 
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.judge import Judge
-from kfade.evaluate.log import ItemLog, digest
+from kfade.evaluate.log import digest
 from kfade.evaluate.mt_bench import (
     answer_questions,
     judge_answers,

@@ -34,7 +34,8 @@ from kfade.evaluate.divergence import (
     token_strings,
 )
 from kfade.evaluate.generation import Decoding
-from kfade.evaluate.log import ItemLog, digest, read_log
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import digest, read_log
 from kfade.models.layers import digest_weights
 from kfade.models.lengths import batches_for, model_window
 from kfade.models.load import load_skeleton, load_tokenizer

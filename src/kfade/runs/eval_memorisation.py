@@ -14,7 +14,8 @@ from cyclopts.validators import Number
 from kfade.data.examples import Example, load_examples
 from kfade.data.sequences import TokenSequence, digest_sequences, encode
 from kfade.errors import InputError
-from kfade.evaluate.log import ItemLog, read_log
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import read_log
 from kfade.evaluate.memorisation import (
     MIN_K,
     summarise_memorisation,

@@ -13,7 +13,8 @@ from cyclopts import Parameter
 from kfade.data.chat import ChatTemplate
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding
-from kfade.evaluate.log import ItemLog, digest
+from kfade.evaluate.item_log import ItemLog
+from kfade.evaluate.log import digest
 from kfade.evaluate.rouge import RougeLRecall
 from kfade.evaluate.tofu import LEGACY_ITEMS, TofuQuestion, read_tofu, template_for
 from kfade.evaluate.tofu import evaluate_tofu as measure_tofu

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from torch import nn
 
-from kfade.evaluate.log import ItemLog
+from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.quantisation import Rounding, quantised, rounding_of
 from kfade.method.update import Update
 from kfade.models.load import provenance
