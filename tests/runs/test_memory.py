@@ -234,3 +234,28 @@ def test_a_sharded_run_goes_on_after_a_kill(desk, tmp_path, offload):
     run_together(2, main, [*again, "--resume"], said=tmp_path / "third")
     assert "resuming after step 2" in (tmp_path / "third/0/stderr").read_text()
     assert same_update(tmp_path / "whole", tmp_path / "again")
+
+
+def test_fine_tuning_that_does_not_fit_is_said(
+    desk, plain, tmp_path, capsys, monkeypatch
+):
+    model, forget = str(desk / "model"), str(desk / "forget.jsonl")
+    sets = ["--forget", forget, "--retain", str(desk / "retain.jsonl")]
+    sizes = ["--sequence-length", "16", "--steps", "1"]
+    commands = {
+        "baseline": ["baseline", "ga", model, *sets, *sizes, "--out", str(tmp_path / "ga")],
+        "attack": [
+            *("attack", model, "--update", str(plain), *sets, *sizes, "--at", "0,1"),
+            *("--data", f"forget={forget}", "--out", str(tmp_path / "attack")),
+        ],
+    }
+    capsys.readouterr()
+    for name, words in commands.items():
+        free(monkeypatch, NOTHING)
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "0.458 GB are free on cpu, and training needs 0.5" in said
+        assert ("--lora 8" in said) == (name == "baseline")
+        assert not (tmp_path / name).exists()
+        free(monkeypatch, 2 * ENOUGH)
+        assert main(words) == 0

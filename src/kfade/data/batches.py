@@ -125,6 +125,15 @@ def make_batches(
     return batches
 
 
+def largest_batch(
+    sets: Sequence[Sequence[TokenSequence]], count: int, budget: int
+) -> tuple[int, int]:
+    """(B, T) of the largest batch of up to ``count`` sequences and ``budget`` positions of one of
+    the sets, that :func:`make_batches` could make."""
+    length = max(sequence.live for sequences in sets for sequence in sequences)
+    return max(1, min(count, budget // length)), length
+
+
 def draw_without_replacement(count: int, size: int | None, step: int, seed: int) -> list[int]:
     """Numbers of the ``step``-th batch of ``size`` out of ``count``.
 

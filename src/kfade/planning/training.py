@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from kfade.models.head import chunk_positions
-from kfade.models.targets import memory_of
+from kfade.models.masters import master_dtype
 from kfade.planning.memory import HEAD_COPIES, RUNTIME_BYTES, model_bytes, on_shapes
 from kfade.planning.trace import training_pass_bytes
 
@@ -17,29 +15,46 @@ OPTIMIZER_COPIES = 3
 
 
 def training_bytes(
-    model: Any, names: Sequence[str], tensors: Mapping[str, Tensor], shape: tuple[int, int]
+    model: Any,
+    names: Sequence[str],
+    shape: tuple[int, int],
+    *,
+    factors: int | None = None,
+    shards: int = 1,
 ) -> int:
     """Peak bytes of training: model, activations, gradients, masters, and the optimiser's state.
 
     Args:
-        model: its tensors may be fake.
+        model: its tensors may be fake; not sharded.
         names: parameters of the model that training changes.
-        tensors: what the optimiser changes: masters of these parameters, or low-rank factors.
         shape: (B, T) of a batch.
+        factors: bytes of the low-rank factors that are trained; None: the parameters themselves.
+        shards: number of processes over which the weights of the blocks will be sharded.
 
     Raises:
         InputError: the operations of a pass depend on values.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
     with on_shapes(model):
         passing = training_pass_bytes(model, names, shape)
-    known = {memory_of(parameter) for parameter in own.values()}
-    optimised = sum(tensor.nbytes for tensor in tensors.values())
-    masters = sum(tensor.nbytes for tensor in tensors.values() if memory_of(tensor) not in known)
-    # A parameter's gradient is added to that of its master; low-rank factors have only their own.
-    passed_on = sum(own[name].nbytes for name in tensors if name in own)
+    if factors is None:
+        held = _dense_bytes(model, names, shards)
+    else:
+        held = factors * (2 + OPTIMIZER_COPIES)  # they, their gradients and the optimiser's state
     weight_VD = model.get_output_embeddings().weight
     chunk = min(chunk_positions(len(weight_VD), 4, weight_VD.device), shape[0] * shape[1])
     head = HEAD_COPIES["gradient"] * chunk * len(weight_VD) * 4
-    held = masters + passed_on + (1 + OPTIMIZER_COPIES) * optimised
-    return RUNTIME_BYTES + model_bytes(model) + held + passing + head
+    return RUNTIME_BYTES + model_bytes(model, shards) + held + passing + head
+
+
+def _dense_bytes(model: Any, names: Sequence[str], shards: int) -> int:
+    """Bytes of masters, of both gradients (a parameter's is added to its master's) and of the
+    optimiser's state. A whole parameter in float32 or better is its own master."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    total = 0
+    for name in names:
+        parameter = own[name]
+        master = master_dtype(parameter).itemsize
+        apart = shards > 1 or master != parameter.element_size()
+        each = parameter.element_size() + master * (1 + apart + OPTIMIZER_COPIES)
+        total += parameter.numel() * each // shards
+    return total

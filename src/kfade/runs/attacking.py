@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from kfade.data.batches import draw_without_replacement
+from kfade.data.batches import draw_without_replacement, largest_batch
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
@@ -31,6 +31,7 @@ from kfade.runs import options as o
 from kfade.runs.config import DataConfig, ModelConfig
 from kfade.runs.evaluation import EvaluatedModel, Subject, item_log, load_evaluated
 from kfade.runs.inputs import input_digests
+from kfade.runs.memory import refuse_untrainable
 from kfade.runs.session import (
     Loaded,
     complete_data,
@@ -233,6 +234,14 @@ def _prepare(
     forget = tokens.pop(_FORGET)
     chosen = draw_without_replacement(len(forget), MEASURED_SEQUENCES, 0, request.seed)
     forget, held_out = [forget[i] for i in chosen], tokens.pop(_HELD_OUT)
+    refuse_untrainable(
+        subject.model,
+        request.model,
+        [name for name, _ in subject.model.named_parameters()],
+        largest_batch(list(tokens.values()), request.tuning.batch, data.batch_tokens),
+        shard=request.shard,
+        advice="lower --batch-tokens, give --dtype bfloat16, or --shard over several devices",
+    )
     with stage("check"):
         examine = Examination(
             subject.model,

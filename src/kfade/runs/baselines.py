@@ -14,6 +14,7 @@ from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.loop import Settings, train
 from kfade.baselines.methods import Method
 from kfade.baselines.weights import Dense, Trainable
+from kfade.data.batches import largest_batch
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
@@ -31,6 +32,7 @@ from kfade.runs.baseline_choices import (
 )
 from kfade.runs.config import DataConfig, ModelConfig, RunConfig, result_settings
 from kfade.runs.inputs import input_digests
+from kfade.runs.memory import refuse_untrainable
 from kfade.runs.session import (
     Loaded,
     complete_data,
@@ -260,6 +262,17 @@ def _prepare(
     )
     if request.export_model:
         check_writable(loaded.model, source_of(request.model))
+    dense = isinstance(trainable, Dense)
+    refuse_untrainable(
+        loaded.model,
+        request.model,
+        trainable.names,
+        largest_batch([forget, retain], settings.batch, settings.batch_tokens),
+        factors=None if dense else sum(t.nbytes for t in trainable.tensors.values()),
+        shard=request.shard,
+        advice="lower --batch-tokens, give fewer --layers, --lora 8, --dtype bfloat16, or --shard "
+        "over several devices",
+    )
     digests = weight_digests(loaded.model, "model")
     names = {"forget": forget, "retain": retain, "held-out retain": held_out}
     say_sets(names, examples, data)

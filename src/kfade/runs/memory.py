@@ -16,8 +16,9 @@ from kfade.models.load import load_skeleton
 from kfade.models.targets import Target
 from kfade.planning.arrange import Arrangement, Arranger, Kind
 from kfade.planning.memory import Work, model_bytes
+from kfade.planning.training import training_bytes
 from kfade.runs.choices import bytes_of, offload_of
-from kfade.runs.config import FitRequest, RunConfig
+from kfade.runs.config import FitRequest, ModelConfig, RunConfig
 from kfade.runs.session import Loaded
 from kfade.runtime import distributed, progress
 from kfade.runtime.run_dir import RunDir
@@ -84,18 +85,62 @@ def make_room(
     return Room(way.budget, way.work.recompute, _storage(word, folder.state, way.vector_budget))
 
 
+def refuse_untrainable(
+    model: Any,
+    config: ModelConfig,
+    names: Sequence[str],
+    shape: tuple[int, int],
+    *,
+    factors: int | None = None,
+    shard: bool = False,
+    advice: str,
+) -> None:
+    """Refuse to fine-tune a model where that does not fit the free memory of its device.
+
+    Args:
+        config: the configuration that ``model`` was loaded by.
+        names: parameters that training changes.
+        shape: (B, T) of the largest batch.
+        factors: bytes of low-rank factors, see :func:`~kfade.planning.training.training_bytes`.
+        advice: options that make it smaller.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    device = next(model.parameters()).device
+    free, shards = _free(device), distributed.count() if shard else 1
+    if shard:  # passes through parts of weights cannot be traced
+        model = _skeleton_of(config)
+    if model_bytes(model, shards) < SMALL * free:
+        return
+    try:
+        needed = training_bytes(model, names, shape, factors=factors, shards=shards)
+    except InputError:  # it cannot be planned
+        return
+    if needed > free:
+        raise InputError(
+            f"{free / 1e9:.4g} GB are free on {device}, and training needs {needed / 1e9:.4g} GB: "
+            f"{advice}"
+        )
+
+
 def _skeleton(run: FitRequest, targets: Sequence[Target]) -> tuple[Any, list[Target]]:
     """The run's model without weights, and the same targets in it."""
-    model = load_skeleton(
-        run.model.required(),
-        dtype=run.model.dtype,
-        trust_remote_code=run.model.trust_remote_code,
-        revision=run.model.revision,
-    )
+    model = _skeleton_of(run.model)
     modules = [model.get_submodule(target.name.rpartition(".")[0]) for target in targets]
     return model, [
         replace(target, module=module) for target, module in zip(targets, modules, strict=True)
     ]
+
+
+def _skeleton_of(config: ModelConfig) -> Any:
+    """A configuration's model without weights."""
+    return load_skeleton(
+        config.required(),
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
 
 
 def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
