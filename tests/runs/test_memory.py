@@ -246,7 +246,7 @@ def test_fine_tuning_that_does_not_fit_is_said(
         "baseline": ["baseline", "ga", model, *sets, *sizes, "--out", str(tmp_path / "ga")],
         "attack": [
             *("attack", model, "--update", str(plain), *sets, *sizes, "--at", "0,1"),
-            *("--data", f"forget={forget}", "--out", str(tmp_path / "attack")),
+            *("--data", forget, "--kind", "forget", "--out", str(tmp_path / "attack")),
         ],
     }
     capsys.readouterr()
