@@ -363,3 +363,34 @@ def test_an_update_changes_the_chosen_experts_alone(model, tmp_path):
     with pytest.raises(InputError, match=r"experts.gate_up_proj\[1\], which LlamaForCausalLM does"):
         loaded.apply(zoo.tiny("llama"))
     assert "model.layers.0.mlp.experts.gate_up_proj[9]" not in Weights(model)
+
+
+def test_a_step_may_take_the_experts_that_carry_most(model):
+    """gᵀ(G̃ + λI)⁻¹g over both matrices of an expert, layer by layer."""
+    targets = [*find_targets(model), *find_targets(model, pattern="*.o_proj.weight")]
+    options = flat(targets=targets, alpha=0.01, batch_tokens=60, exact_norm=False)
+    sets = {"forget": SEQUENCES[:5], "retain": SEQUENCES[5:], "held_out": SEQUENCES[5:30]}
+    curvature = EKFAC().fit(model, make_batches(SEQUENCES[5:], budget=60), targets)
+    gradient = forget_gradient(model, make_batches(SEQUENCES[:5]), targets, margin)
+    solved = curvature.solve(gradient, kfade.Damping())
+    best = set()
+    for block in (0, 1):
+        carried = {}
+        for target in targets:
+            if target.is_routed and target.block == block:
+                share = (gradient[target.name] * solved[target.name]).sum().item()
+                expert = target.module.expert
+                carried[expert] = carried.get(expert, 0.0) + share
+        best |= {(block, e) for e in sorted(carried, key=carried.get)[-2:]}
+    direction = kfade.Direction(top_experts=2)
+    update = kfade.unlearn(model, **sets, **{**options, "direction": direction})
+    chosen = [t for t in targets if not t.is_routed or (t.block, t.module.expert) in best]
+    assert set(update.deltas) == {target.name for target in chosen}
+    assert len(update.deltas) == 2 * 4 + 2
+    # The step is that of the chosen weights: the curvature is block-diagonal.
+    alone = kfade.unlearn(model, **sets, **{**options, **flat(
+        targets=chosen, alpha=0.01, batch_tokens=60)})  # fmt: skip
+    for name, delta in alone.deltas.items():
+        assert relative_error(update.deltas[name], delta) < 1e-6
+    with pytest.raises(InputError, match="--experts top:N does not work with --refine"):
+        kfade.Direction(top_experts=2, refine=1)

@@ -236,9 +236,7 @@ def test_a_sharded_run_goes_on_after_a_kill(desk, tmp_path, offload):
     assert same_update(tmp_path / "whole", tmp_path / "again")
 
 
-def test_fine_tuning_that_does_not_fit_is_said(
-    desk, plain, tmp_path, capsys, monkeypatch
-):
+def test_fine_tuning_that_does_not_fit_is_said(desk, plain, tmp_path, capsys, monkeypatch):
     model, forget = str(desk / "model"), str(desk / "forget.jsonl")
     sets = ["--forget", forget, "--retain", str(desk / "retain.jsonl")]
     sizes = ["--sequence-length", "16", "--steps", "1"]

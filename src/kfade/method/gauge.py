@@ -118,8 +118,9 @@ def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps:
 
 def parameter_changes(targets: Sequence[Target], matrices: Vector) -> Vector:
     """Matrices [O, I] by target as changes by parameter, in the parameters' own layout; each is
-    made when it is read."""
-    target_of = {name: t for t in targets for name in (t.name, t.bias) if name is not None}
+    made when it is read. Targets that have none are left out."""
+    changed = [target for target in targets if target.name in matrices]
+    target_of = {name: t for t in changed for name in (t.name, t.bias) if name is not None}
 
     def change(name: str) -> Tensor:
         target = target_of[name]

@@ -17,7 +17,7 @@ from torch import Tensor
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector, keep
-from kfade.method.step import Step, gauss_newton_step, unit_step
+from kfade.method.step import Choose, Step, gauss_newton_step, unit_step
 from kfade.runtime.stages import stage
 
 
@@ -32,6 +32,7 @@ class Directions:
         product: δ ↦ Gδ with the exact G.
         iterations: iterations of conjugate gradients after the K-FADE step.
         storage: keeps the vectors; one layer of each is needed at a time.
+        choose: the layers that a step changes, see :func:`~kfade.method.step.gauss_newton_step`.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Directions:
         damping: Damping,
         iterations: int,
         storage: Storage = OnDevice(),
+        choose: Choose | None = None,
     ) -> None:
         self._curvature, self._gradient, self._product = curvature, gradient, product
+        self._choose = choose
         self._damping, self._iterations, self._storage = damping, iterations, storage
         self._first: Step | None = None  # between the first direction and the second
         self._system: _System | None = None  # between the second and the last
@@ -89,7 +92,13 @@ class Directions:
 
     def _begin(self) -> Step:
         with stage("step"):
-            step = gauss_newton_step(self._curvature, self._gradient, self._damping, self._storage)
+            step = gauss_newton_step(
+                self._curvature,
+                self._gradient,
+                self._damping,
+                self._storage,
+                choose=self._choose,
+            )
         self.refined = 0
         if self._iterations > 0:
             self._first = step

@@ -50,10 +50,17 @@ class Direction:
     refine_sequences: int = 64
     """Retain sequences in the exact products of each step, drawn without replacement; all of them
     if there are fewer."""
+    top_experts: int | None = None
+    """In each layer of a mixture, change only the experts that carry most of the forget gradient:
+    those with the largest gᵀ(G̃ + λI)⁻¹g over their matrices. All when None."""
 
     def __post_init__(self) -> None:
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
+        if self.top_experts is not None:
+            at_least("--experts top:", self.top_experts, 1)
+            if self.refine:
+                raise InputError("--experts top:N does not work with --refine: leave one out")
 
     def objective_of(self, step: int) -> Objective:
         """The objective of a step, counted from 0."""

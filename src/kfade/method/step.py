@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,27 +38,44 @@ class Step:
         return Step(scaled(self.direction, factor), self.slope * factor, self.unit_kl * factor**2)
 
 
+Choose = Callable[[Mapping[str, float]], Collection[str]]
+"""gᵀr of each layer by its name -> the layers to change."""
+
+
 def gauss_newton_step(
-    curvature: Curvature, gradient: Vector, damping: Damping, storage: Storage = OnDevice()
+    curvature: Curvature,
+    gradient: Vector,
+    damping: Damping,
+    storage: Storage = OnDevice(),
+    *,
+    choose: Choose | None = None,
 ) -> Step:
     """r = (G̃ + λI)⁻¹g, scaled so that ‖r‖_G̃ = 1 over all layers together (paper §3, "Step size").
 
     Needs one layer of each at a time; r is kept in ``storage``.
 
+    Args:
+        choose: the layers that r has; all when None.
+
     Raises:
         InputError: the gradient is zero in all layers, or rᵀG̃r is zero or not finite.
     """
     direction = storage.vector()
-    # rᵀG̃r, gᵀr and ‖g‖², on the device; reading one would wait for all work there.
-    sums: list[Tensor | float] = [0.0, 0.0, 0.0]
+    # rᵀG̃r, gᵀr and ‖g‖² of each layer, on the device; reading one would wait for all work there.
+    found: dict[str, list[Tensor]] = {}
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
         r = block.divide(g, damping.of(block))
-        sums[0] += (block.eigenvalues * r.square()).sum().double()
-        sums[1] += (g * r).sum().double()
+        sums = ((block.eigenvalues * r.square()).sum(), (g * r).sum(), g.square().sum())
+        found[name] = [sum_.double() for sum_ in sums]
         direction[name] = block.rotate_back(r)
-        sums[2] += g.square().sum().double()
-    square, slope, gradient_square = (float(sum_) for sum_ in sums)
+    if choose is not None:
+        chosen = choose({name: float(sums[1]) for name, sums in found.items()})
+        for name in found.keys() - chosen:
+            del direction[name], found[name]
+    square, slope, gradient_square = (
+        float(sum(sums)) for sums in zip(*found.values(), strict=True)
+    )
     if gradient_square == 0:
         raise InputError(
             f"the forget gradient is zero in all targeted weights ({named(direction)}): no "

@@ -104,7 +104,7 @@ class Trial:
             exact = quadratic_form(
                 gauge.model,
                 gauge.base.batches,
-                self._targets,
+                [target for target in self._targets if target.name in step.direction],
                 step.direction,
                 head=gauge.head,
             )

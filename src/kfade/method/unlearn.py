@@ -15,6 +15,7 @@ from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
+from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.gradient import forget_gradient
 from kfade.method.preflight import preflight
@@ -106,6 +107,7 @@ def unlearn(
             damping=direction.damping,
             iterations=direction.refine,
             storage=run.storage,
+            choose=top_experts(targets, direction.top_experts),
         )
         del gradient  # the directions let it go when they need it no longer
         record, changes = trial.best(directions)

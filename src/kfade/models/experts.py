@@ -158,6 +158,23 @@ def routed(layers: Iterable[ExpertLayer]) -> Iterator[None]:
                 del vars(module)[_MAPS]
 
 
+@contextlib.contextmanager
+def choices(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Within the ``with``, the list gets every call of a layer of experts: the layer, and the
+    experts [N, K] of its positions."""
+    chosen: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        chosen.append((module, args[1].flatten(0, -2)))
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules() if is_expert_layer(m)]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _run(
     module: Any, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, *rest: Any
 ) -> Tensor:

@@ -33,6 +33,7 @@ from kfade.models.targets import named
 from kfade.runs import options as o
 from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig
+from kfade.runs.experts import leave_out_rare
 from kfade.runs.session import Loaded, load, read_source, selection, to_tokens
 from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted
@@ -95,6 +96,8 @@ def check(request: CheckRequest) -> dict[str, Any]:
         findings = [_targets(loaded), _padding(loaded, tokens), *_lengths(loaded, tokens)]
         findings.append(_generation(loaded, tokens))
         few = _few_blocks(loaded, curvature)
+        seen = replace(curvature, expert_rows=1)
+        few = leave_out_rare(few, tokens, seen, LENGTH)
         findings += _small_step(few, tokens, fit, request.seed)
     return {
         "passed": all(finding.passed for finding in findings),
@@ -104,8 +107,10 @@ def check(request: CheckRequest) -> dict[str, Any]:
 
 
 def _targets(loaded: Loaded) -> Finding:
-    """The names and shapes of the targets."""
-    kinds = Counter((t.name.split(f".{t.block}.", 1)[-1], t.shape) for t in loaded.targets)
+    """The names and shapes of the targets; experts of a layer together."""
+    names = [target.name.split(f".{target.block}.", 1)[-1] for target in loaded.targets]
+    shapes = [target.shape for target in loaded.targets]
+    kinds = Counter(zip((name.partition("[")[0] for name in names), shapes, strict=True))
     parts = [f"{count} x {name} {list(shape)}" for (name, shape), count in kinds.items()]
     return Finding("targets", True, "; ".join(parts))
 

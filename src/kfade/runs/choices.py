@@ -80,6 +80,20 @@ def bytes_of(size: str, option: str = "--memory") -> int:
     return value
 
 
+def top_of(experts: str | None) -> int | None:
+    """The N of ``--experts top:N``; None for other words.
+
+    Raises:
+        InputError: it is not a number.
+    """
+    if experts is None or not experts.startswith("top:"):
+        return None
+    number = experts.removeprefix("top:")
+    if not number.isdecimal() or int(number) < 1:
+        raise InputError(f"--experts {experts}: write top:N, a number of experts, as in top:8")
+    return int(number)
+
+
 def offload_of(word: str | None) -> str | None:
     """Where vectors are kept: device, cpu or disk; None where that is left to the planner."""
     if word not in (None, "auto", "device", "cpu", "disk"):

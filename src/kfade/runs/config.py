@@ -156,8 +156,10 @@ class EstimatorConfig:
     target: str | None = None
     """Glob pattern for the names of the parameters to change. Unset: all feed-forward weights."""
     experts: str | None = None
-    """Routed experts to change in each layer of a mixture, counted from 0, as in 3,7,20-30; or
-    none. Unset: all."""
+    """Routed experts to change in each layer of a mixture, counted from 0, as in 3,7,20-30; none;
+    or top:8 for the eight that carry most of the forget gradient. Unset: all."""
+    expert_rows: int = 32
+    """Least number of retain tokens that must reach an expert; others are left alone."""
     joint_bias: bool = False
     """Change biases too: the bias of a layer is treated as one more column of its weight."""
     recompute: bool = False

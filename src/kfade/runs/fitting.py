@@ -10,12 +10,14 @@ from typing import Any
 from kfade.curvature.store import Store
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.errors import InputError
 from kfade.method.preflight import preflight
 from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.models.load import provenance
-from kfade.runs.choices import draw_of, estimator_of
+from kfade.runs.choices import draw_of, estimator_of, top_of
 from kfade.runs.config import FitRequest, result_settings, write_config
+from kfade.runs.experts import leave_out_rare
 from kfade.runs.inputs import input_digests
 from kfade.runs.memory import make_room
 from kfade.runs.session import (
@@ -43,6 +45,11 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """
     run = replace(run, data=with_date(run.data, out, resume=resume))
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
+    if top_of(run.fit.experts):
+        raise InputError(
+            f"--experts {run.fit.experts}: the forget gradient chooses these; leave it out here, "
+            "and give it to kfade unlearn with the curvature"
+        )
     examples, _ = read_retain(run.data, run.seed)
     clock = Clock()
     with timing(clock), RunDir(out, result_settings(run), resume=resume) as folder:
@@ -52,6 +59,7 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
         with stage("load"):
             head = preflight(loaded.model, loaded.targets, recompute=run.fit.recompute)
         sequences = to_tokens(examples, loaded, run.data)
+        loaded = leave_out_rare(loaded, sequences, run.fit, run.data.batch_tokens)
         digests = weight_digests(loaded.model, "model")
         say_sets({"retain": sequences}, [examples], run.data)
         folder.reads(input_digests(digests["model_sha256"], {"retain": sequences}))

@@ -21,6 +21,7 @@ from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
 from kfade.models.sources import Source
 from kfade.models.targets import Target
+from kfade.runs.choices import top_of
 from kfade.runs.config import EstimatorConfig, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
 from kfade.runtime import distributed, progress
@@ -71,7 +72,7 @@ def selection(fit: EstimatorConfig) -> dict[str, Any]:
         "layers": fit.layers,
         "pattern": fit.target,
         "joint_bias": fit.joint_bias,
-        "experts": fit.experts or ALL,
+        "experts": ALL if fit.experts is None or top_of(fit.experts) else fit.experts,
     }
 
 

@@ -27,9 +27,11 @@ from kfade.runs.choices import (
     draw_of,
     estimator_of,
     objective_of,
+    top_of,
     until_of,
 )
 from kfade.runs.config import RunConfig, result_settings, write_config
+from kfade.runs.experts import leave_out_rare
 from kfade.runs.inputs import SavedFit, input_digests
 from kfade.runs.memory import make_room
 from kfade.runs.session import (
@@ -103,6 +105,7 @@ def unlearn(
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
         )
+        loaded = leave_out_rare(loaded, retain, run.fit, run.data.batch_tokens, saved)
         if export_model:
             check_writable(loaded.model, source)
         digests = weight_digests(loaded.model, "model")
@@ -279,6 +282,7 @@ def _direction_of(run: RunConfig) -> Direction:
         run.step.exact_norm,
         run.refinement.refine,
         run.refinement.refine_sequences,
+        top_of(run.fit.experts),
     )
 
 

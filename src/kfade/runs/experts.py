@@ -1,0 +1,90 @@
+"""Experts of a mixture that see too little retain text to be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence
+from kfade.errors import InputError
+from kfade.models.experts import ExpertMap, choices
+from kfade.models.head import hidden_states
+from kfade.models.lengths import batches_for, check_lengths
+from kfade.models.load import frozen
+from kfade.models.targets import Target, named
+from kfade.runs.config import EstimatorConfig
+from kfade.runs.inputs import SavedFit
+from kfade.runs.session import Loaded
+from kfade.runtime import distributed, progress
+from kfade.runtime.counts import counted
+from kfade.runtime.progress import track
+from kfade.runtime.stages import stage
+
+
+def leave_out_rare(
+    loaded: Loaded,
+    retain: Sequence[TokenSequence],
+    config: EstimatorConfig,
+    batch_tokens: int,
+    saved: SavedFit | None = None,
+) -> Loaded:
+    """The model with the experts among its targets that at least ``config.expert_rows`` retain
+    tokens reach.
+
+    The retain set goes through the model once. With a saved curvature the experts are those that
+    it has.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    if not any(target.is_routed for target in loaded.targets):
+        return loaded
+    if saved is not None:
+        fitted = saved.curvature.blocks
+        kept = [t for t in loaded.targets if not t.is_routed or t.name in fitted]
+        return replace(loaded, targets=kept)
+    least = config.expert_rows
+    with stage("load"):
+        rows = expert_rows(loaded.model, batches_for(loaded.model, retain, batch_tokens))
+    kept = [target for target in loaded.targets if _rows_of(target, rows) >= least]
+    rare = [target for target in loaded.targets if _rows_of(target, rows) < least]
+    if not kept:
+        raise InputError(
+            f"fewer than {least} retain tokens reach each of the chosen experts: give more retain "
+            "text, other --experts, or a lower --expert-rows"
+        )
+    if rare:
+        progress.say(
+            f"left alone, since fewer than {counted(least, 'retain token')} reach their experts: "
+            f"{counted(len(rare), 'weight')} ({named([target.name for target in rare])})"
+        )
+    return replace(loaded, targets=kept)
+
+
+def expert_rows(model: Any, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    """Number of live positions that go to each expert [E], by the ``id`` of its layer's module."""
+    check_lengths(model, batches)
+    rows: dict[int, Tensor] = {}
+    own = distributed.share(batches, lambda batch: batch.positions)
+    with frozen(model), torch.no_grad():
+        for batch in track(own, "routing", lambda b: b.positions):
+            with choices(model) as chosen:
+                hidden_states(model, batch.input_BT)
+            for module, chosen_NK in chosen:
+                experts: int = module.num_experts  # type: ignore[assignment]
+                live_RK = chosen_NK[batch.live_index]
+                count_E = live_RK.flatten().bincount(minlength=experts)[:experts]
+                rows[id(module)] = rows.get(id(module), 0) + count_E.double().cpu()
+    return {layer: distributed.all_reduce(count_E) for layer, count_E in rows.items()}
+
+
+def _rows_of(target: Target, rows: dict[int, Tensor]) -> float:
+    """Rows of a target's expert; without limit for other targets."""
+    if not isinstance(target.module, ExpertMap):
+        return float("inf")
+    return float(rows[id(target.module.layer.module)][target.module.expert])
