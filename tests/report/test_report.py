@@ -22,7 +22,13 @@ from kfade.report.figures import (
     quality_utility,
     series_name,
 )
-from kfade.report.inside import block_and_kind, change_by_block, changes, predicted_measured
+from kfade.report.inside import (
+    change_by_block,
+    change_by_expert,
+    changes,
+    place_of,
+    predicted_measured,
+)
 from kfade.report.interactive import legend, plotly_chart
 from kfade.report.names import method_of, set_name, short
 from kfade.report.page import script_json
@@ -345,7 +351,7 @@ def test_where_the_update_lies():
     one = {name.format(0, "up_proj"): 0.1, name.format(2, "down_proj"): 0.3}
     two = {name.format(0, "up_proj"): 0.2}
     steps = [{"relative_change": one}, {"relative_change": two}]
-    total = {(0, "up_proj"): pytest.approx(0.3), (2, "down_proj"): 0.3}
+    total = {(0, "up_proj", None): pytest.approx(0.3), (2, "down_proj", None): 0.3}
     assert changes(steps) == total
     chart = change_by_block([run(steps=steps)])
     assert [(s.name, s.x, s.y) for s in chart.series] == [
@@ -357,8 +363,23 @@ def test_where_the_update_lies():
     chart = change_by_block([run(steps=steps), other])
     # √((0.3² + 0.4²)/2) = 0.3536
     assert chart.series[1].y == (pytest.approx(35.36, abs=0.01),)
-    assert block_and_kind("transformer.h.11.mlp.c_fc.bias") == (11, "c_fc bias")
+    assert place_of("transformer.h.11.mlp.c_fc.bias") == (11, "c_fc bias", None)
     assert change_by_block([run(steps=[{}])]) is None
+    assert change_by_expert([run(steps=steps)]) is None
+
+
+def test_which_experts_the_update_changes():
+    name = "model.layers.{}.mlp.experts.down_proj[{}]"
+    one = {name.format(1, 3): 0.3, name.format(1, 0): 0.4, name.format(0, 12): 0.1}
+    two = {name.format(0, 12): 0.2, "model.layers.0.self_attn.o_proj.weight": 0.5}
+    steps = [{"relative_change": one}, {"relative_change": two}]
+    [series] = change_by_expert([run(steps=steps)]).series
+    assert (series.name, series.form, series.x) == ("down_proj", "marks", (0, 1, 1))
+    assert series.y == pytest.approx((30, 30, 40))
+    assert series.labels == ("expert 12", "expert 3", "expert 0")
+    blocks = {s.name: s.y for s in change_by_block([run(steps=steps)]).series}
+    # √((0.3² + 0.4²)/2) = 0.3536
+    assert blocks == {"down_proj": pytest.approx((30, 35.36), abs=0.01), "o_proj": (50,)}
 
 
 def test_attack_curves(tmp_path):

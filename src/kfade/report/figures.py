@@ -12,7 +12,13 @@ import numpy as np
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.report.charts import Axis, Chart, Series
 from kfade.report.data import Log, MeasuredModel, Results
-from kfade.report.inside import change_by_block, predicted_measured, stage_memory, stage_seconds
+from kfade.report.inside import (
+    change_by_block,
+    change_by_expert,
+    predicted_measured,
+    stage_memory,
+    stage_seconds,
+)
 from kfade.report.names import method_of, refinement, short
 from kfade.report.origins import Comparison, Origin, compare, evaluated_with, origin_of
 from kfade.report.values import value_of
@@ -45,11 +51,12 @@ def all_charts(results: Results) -> tuple[list[Chart], list[str]]:
             "Predicted against measured KL: needs a run of kfade unlearn.",
         ),
         (change_by_block(runs), "Where the update lies: needs a run of kfade unlearn."),
+        (change_by_expert(runs), None),  # of mixtures only
         (stage_seconds(runs), "Seconds by stage: needs a run."),
         (stage_memory(runs), "Memory by stage: needs a run."),
     )
     charts = [chart for chart, _ in made if chart is not None]
-    missing = [needs for chart, needs in made if chart is None]
+    missing = [needs for chart, needs in made if chart is None and needs is not None]
     attacks = [chart for attack in results.attacks for chart in attack_curves(attack)]
     if not attacks:
         missing.append("Attack curves: need the folder of a kfade attack.")

@@ -13,6 +13,9 @@ from kfade.report.data import MeasuredModel
 from kfade.report.names import short
 from kfade.report.origins import compare_results
 
+Weight = tuple[int, str, int | None]
+"""(block, kind as in ``down_proj``, number of the expert if it belongs to one)."""
+
 
 def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
     """Measured KL of each step against its two predictions, and the line where they agree.
@@ -52,7 +55,8 @@ def predicted_measured(runs: Sequence[MeasuredModel]) -> Chart | None:
 
 
 def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
-    """‖ΔW‖/‖W‖ by block: by kind of weight for one run, root mean square over kinds for several.
+    """‖ΔW‖/‖W‖ by block: by kind of weight for one run, root mean square over kinds for several,
+    and over the experts of a layer.
 
     The norms of several steps are summed: an upper bound of the norm of their total change.
     """
@@ -63,7 +67,7 @@ def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
     several = len(tables) > 1
     lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
-        for (block, kind), change in table.items():
+        for (block, kind, _), change in table.items():
             lines[name if several else kind][block].append(change)
     series = []
     for colour, (name, blocks) in enumerate(lines.items()):
@@ -75,7 +79,8 @@ def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
         "Where in the network the update lies",
         "Norm of the change over the norm of the weight, by transformer block from the input on. "
         "Of several steps, the sum: their true total is at most that."
-        + (" Root mean square over the weights of a block." if several else ""),
+        + (" Root mean square over the weights of a block." if several else "")
+        + (" Experts: root mean square over those that changed." if _experts(tables) else ""),
         Axis("block"),
         Axis("‖ΔW‖ / ‖W‖, %"),
         tuple(series),
@@ -83,24 +88,59 @@ def change_by_block(runs: Sequence[MeasuredModel]) -> Chart | None:
     )
 
 
+def change_by_expert(runs: Sequence[MeasuredModel]) -> Chart | None:
+    """‖ΔW‖/‖W‖ of each expert's matrices, by block; a mark for each. None without experts."""
+    tables = {run.name: changes(run.metrics.get("steps", [])) for run in runs}
+    series: list[Series] = []
+    for name, table in tables.items():
+        marks: dict[str, list[tuple[int, float, str]]] = defaultdict(list)
+        for (block, kind, expert), change in table.items():
+            if expert is not None:
+                marks[kind].append((block, 100 * change, f"expert {expert}"))
+        for kind, found in marks.items():
+            x, y, labels = zip(*sorted(found), strict=True)
+            label = f"{name}, {kind}" if len(runs) > 1 else kind
+            colour = len(series)
+            series.append(Series(label, x, y, "marks", colour, colour, labels=labels))
+    if not series:
+        return None
+    return Chart(
+        "update-experts",
+        "Which experts the update changes",
+        "Norm of the change over the norm of the weight, one mark for each expert of a block. Of "
+        "several steps, the sum: their true total is at most that.",
+        Axis("block"),
+        Axis("‖ΔW‖ / ‖W‖, %"),
+        tuple(series),
+        compare_results([run for run in runs if _experts({run.name: tables[run.name]})]).note,
+    )
+
+
+def _experts(tables: Mapping[str, Mapping[Weight, float]]) -> bool:
+    """Whether any weight belongs to an expert."""
+    return any(expert is not None for table in tables.values() for _, _, expert in table)
+
+
 def _root_mean_square(values: Sequence[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values))
 
 
-def changes(steps: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
-    """Σ over steps of ‖ΔW‖/‖W‖ by (block, kind); kind as in ``down_proj``."""
-    total: dict[tuple[int, str], float] = defaultdict(float)
+def changes(steps: Sequence[Mapping[str, Any]]) -> dict[Weight, float]:
+    """Σ over steps of ‖ΔW‖/‖W‖ of each weight."""
+    total: dict[Weight, float] = defaultdict(float)
     for step in steps:
         for name, value in step.get("relative_change", {}).items():
-            total[block_and_kind(name)] += value
+            total[place_of(name)] += value
     return dict(total)
 
 
-def block_and_kind(name: str) -> tuple[int, str]:
-    """(3, "down_proj") of ``model.layers.3.mlp.down_proj.weight``; block 0 where none is named."""
+def place_of(name: str) -> Weight:
+    """(3, "down_proj", None) of ``model.layers.3.mlp.down_proj.weight``, and (3, "down_proj", 7) of
+    ``model.layers.3.mlp.experts.down_proj[7]``; block 0 where none is named."""
     found = re.search(r"(?:^|\.)(\d+)\.", name)
     kind = name.removesuffix(".weight").replace(".bias", " bias").split(".")[-1]
-    return (int(found.group(1)) if found else 0), kind
+    kind, _, expert = kind.removesuffix("]").partition("[")
+    return (int(found.group(1)) if found else 0), kind, (int(expert) if expert else None)
 
 
 def stage_seconds(runs: Sequence[MeasuredModel]) -> Chart | None:
