@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from helpers import Snapshot, tiny_llama
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from kfade.cli import main
 from kfade.errors import InputError
@@ -174,3 +175,32 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main([*command[:3], "--update", "other.safetensors", "--out", "o2"]) == 2
     assert "computed on another model" in capsys.readouterr().err
     assert not (tmp_path / "o2.part").exists()
+
+
+def test_experts_are_rounded_and_their_update_survives_or_not():
+    """gpt-oss stores an expert's matrix as [I, O]: its scales are per output all the same."""
+    config = GptOssConfig(
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        vocab_size=11,
+    )
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    fused = model.model.layers[0].mlp.experts.down_proj
+    before = fused.detach().clone()
+    with quantised(model, int8):
+        for expert in range(3):
+            assert torch.equal(fused[expert], int8(before[expert].T).T)
+        assert not torch.equal(fused, before)
+    assert torch.equal(fused, before)
+    name = "model.layers.0.mlp.experts.down_proj[1]"
+    for size, alive in ((10.0, True), (1e-6, False)):
+        update = Update({name: torch.full_like(before[1], size)})
+        found = overall(survival(model, update))["int4"]["surviving"]
+        assert (found > 0.5) if alive else (found == 0)

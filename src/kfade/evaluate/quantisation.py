@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from kfade.errors import InputError
 from kfade.evaluate.division import map_shared
 from kfade.method.update import Update
+from kfade.models.experts import ExpertLayer, is_expert_layer
 from kfade.models.masters import restored
 from kfade.models.targets import memory_of
 from kfade.runtime import distributed
@@ -74,16 +75,21 @@ def quantised(model: nn.Module, rounding: Rounding | None) -> Iterator[nn.Module
 
 
 def linear_weights(model: Any) -> dict[str, tuple[Tensor, bool]]:
-    """(weight, whether it is stored as [I, O]) of every linear map but the vocabulary head."""
+    """(weight, whether it is stored as [I, O]) of every linear map but the vocabulary head, those
+    of experts included, except in a model that is spread over processes."""
     kept = {memory_of(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
     if head is not None:
         kept.add(memory_of(head.weight))
-    return {
-        f"{name}.weight": (module.weight, isinstance(module, Conv1D))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and memory_of(module.weight) not in kept
-    }
+    found: dict[str, tuple[Tensor, bool]] = {}
+    whole = not distributed.is_sharded(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and memory_of(module.weight) not in kept:
+            found[f"{name}.weight"] = module.weight, isinstance(module, Conv1D)
+        elif whole and is_expert_layer(module):
+            layer = ExpertLayer(module)
+            found |= {f"{name}.{m.name}": (m.weight, layer.transposed) for m in layer.maps}
+    return found
 
 
 def survival(model: nn.Module, update: Update) -> dict[str, dict[str, dict[str, float]]]:

@@ -84,6 +84,11 @@ class ExpertMap(nn.Module):
         """That of the last call."""
 
     @property
+    def name(self) -> str:
+        """Name of its weight within the layer."""
+        return f"{self.parameter}[{self.expert}]"
+
+    @property
     def weight(self) -> Tensor:
         """W as the layer stores it, [O, I] or [I, O]."""
         whole: Tensor = getattr(self.layer.module, self.parameter)

@@ -164,7 +164,7 @@ def _expert_maps(
         for map_ in layer.maps:
             whole = f"{name}.{map_.parameter}"
             if map_.expert in wanted and (pattern is None or fnmatchcase(whole, pattern)):
-                found.append((f"{whole}[{map_.expert}]", map_))
+                found.append((f"{name}.{map_.name}", map_))
     return found
 
 
