@@ -200,7 +200,10 @@ def test_experts_are_rounded_and_their_update_survives_or_not():
         assert not torch.equal(fused, before)
     assert torch.equal(fused, before)
     name = "model.layers.0.mlp.experts.down_proj[1]"
-    for size, alive in ((10.0, True), (1e-6, False)):
-        update = Update({name: torch.full_like(before[1], size)})
-        found = overall(survival(model, update))["int4"]["surviving"]
-        assert (found > 0.5) if alive else (found == 0)
+    change = torch.zeros_like(before[1])
+    change[2, 5] = 100.0  # input 2, output 5: sets the scale of its output's row, and no other
+    found = survival(model, Update({name: change}))
+    assert found.keys() == {name}
+    lost = int8((before[1] + change).T) - int8(before[1].T) - change.T
+    assert found[name]["int8"]["lost"] == pytest.approx(lost.norm().item() / 100, rel=1e-5)
+    assert not lost[:5].any()
