@@ -7,6 +7,7 @@ import torch
 import zoo
 from helpers import (
     VOCABULARY,
+    Counted,
     flat,
     one_of_all_draws,
     random_sequences,
@@ -30,6 +31,7 @@ from kfade import EKFAC, KFAC, InputError, Update, find_targets, make_batches, m
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.models.experts import ExpertLayer, is_expert_layer, routed
@@ -394,3 +396,31 @@ def test_a_step_may_take_the_experts_that_carry_most(model):
         assert relative_error(update.deltas[name], delta) < 1e-6
     with pytest.raises(InputError, match="--experts top:N does not work with --refine"):
         kfade.Direction(top_experts=2, refine=1)
+
+
+def test_blocks_that_run_again_and_groups_of_layers_give_the_same(model, tmp_path):
+    targets, batches = find_targets(model), make_batches(SEQUENCES, budget=60)
+    plain, again = (
+        forget_gradient(model, batches, targets, margin, recompute=twice) for twice in (False, True)
+    )
+    assert all(same_bits(plain[name], again[name]) for name in plain)
+    whole = KFAC().fit(model, batches, targets)
+    memory = KFAC().peak_bytes(targets[:3])
+    groups = KFAC().fit(model, batches, targets, memory=memory, recompute=True)
+    for name, block in whole.blocks.items():
+        assert same_bits(groups.blocks[name].eigenvalues, block.eigenvalues)
+
+
+def test_an_interrupted_fit_of_experts_goes_on(tmp_path):
+    """With the numbers of rows that were counted before."""
+    model = mixture("mixtral")
+    targets, batches = find_targets(model), make_batches(SEQUENCES, budget=60)
+    store = Store(tmp_path, seconds=0.0)
+    with pytest.raises(RuntimeError):
+        KFAC(Counted(fail_at=3)).fit(model, batches, targets, store=store)
+    rest = Counted()
+    resumed = KFAC(rest).fit(model, batches, targets, store=store)
+    assert rest.calls == len(batches) - 2
+    whole = KFAC().fit(model, batches, targets)
+    for name, block in whole.blocks.items():
+        assert same_bits(resumed.blocks[name].eigenvalues, block.eigenvalues)
