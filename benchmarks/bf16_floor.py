@@ -105,7 +105,7 @@ def small_changes(full: nn.Module, low: nn.Module, batches: Sequence[Batch]) -> 
 def floors(full: nn.Module, low: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
     """KL of changes that are no changes but for rounding."""
     base, low_base = (hidden_reference(m, batches, "base") for m in (full, low))
-    names = kfade.models.layers.parameter_names(kfade.find_targets(full))
+    names = kfade.models.weights.parameter_names(kfade.find_targets(full))
     every = rounding_changes(low, names)
     one = {name: torch.zeros_like(change) for name, change in every.items()}
     first = one[names[0]]

@@ -33,7 +33,8 @@ from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.models.head import read_head
-from kfade.models.layers import digest_weights, find_targets
+from kfade.models.layers import find_targets
+from kfade.models.weights import digest_weights
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,7 @@ from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.models.experts import ExpertLayer, is_expert_layer, routed
-from kfade.models.layers import Weights
+from kfade.models.weights import Weights
 
 SEQUENCES = random_sequences(60)
 # As in test_theory.py: float64 in another order, and the least that a wrong formula is off.

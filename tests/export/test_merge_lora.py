@@ -16,8 +16,9 @@ from kfade.errors import InputError
 from kfade.export.lora import to_lora
 from kfade.method.gauge import parameter_changes
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights, find_targets
+from kfade.models.layers import find_targets
 from kfade.models.load import load_skeleton
+from kfade.models.weights import digest_weights
 
 
 def random_update(model, seed: int = 0, rank: int | None = None, layers: str | None = None):

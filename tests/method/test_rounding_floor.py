@@ -21,7 +21,8 @@ from kfade.method.measure import rounding_changes
 from kfade.method.step import StepSize
 from kfade.method.sweep import Shared, sweep
 from kfade.method.update import Update
-from kfade.models.layers import find_targets, parameter_names
+from kfade.models.layers import find_targets
+from kfade.models.weights import parameter_names
 
 LOW = (torch.bfloat16, torch.float16)
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import kfade
 from kfade.models.head import body_of
-from kfade.models.layers import decoder_blocks, digest_weights
+from kfade.models.layers import decoder_blocks
+from kfade.models.weights import digest_weights
 from kfade.runtime import distributed
 
 

@@ -18,13 +18,8 @@ from transformers import (
 )
 
 from kfade.errors import InputError
-from kfade.models.layers import (
-    choose_targets,
-    digest_weights,
-    find_targets,
-    parameter_names,
-    parse_layers,
-)
+from kfade.models.layers import choose_targets, find_targets, parse_layers
+from kfade.models.weights import digest_weights, parameter_names
 
 
 def names(model, **options):

@@ -16,8 +16,8 @@ from transformers import BertConfig, CLIPConfig, LlamaConfig, LlamaForCausalLM, 
 import kfade
 from kfade.cli import main
 from kfade.models.faults import check_report
-from kfade.models.layers import digest_weights
 from kfade.models.load import load_skeleton, load_tokenizer, save_model
+from kfade.models.weights import digest_weights
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 10640\n" % (b"4d" * 32)

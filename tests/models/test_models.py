@@ -18,8 +18,9 @@ from kfade.curvature.factors import CovarianceSum, sum_dtype
 from kfade.curvature.product import quadratic_form
 from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient
-from kfade.models.layers import digest_weights, find_targets
+from kfade.models.layers import find_targets
 from kfade.models.load import frozen, save_model
+from kfade.models.weights import digest_weights
 
 FAMILIES = list(zoo.FAMILIES)
 WITH_BIASES = [name for name, family in zoo.FAMILIES.items() if family.biases]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
-from kfade.models.layers import digest_weights
 from kfade.models.load import save_model
+from kfade.models.weights import digest_weights
 
 PROCESSES, BLOCKS = 4, 6
 READ_IN_PARTS, READ_WHOLE = ("plain", "tied", "bfloat16", "uneven"), ("prefixed", "gguf")

@@ -17,9 +17,9 @@ import kfade
 from kfade.cli import main
 from kfade.export.lora import to_lora
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights
 from kfade.models.load import load_skeleton, provenance, save_model
 from kfade.models.sources import Source
+from kfade.models.weights import digest_weights
 
 BESIDE = {  # what save_pretrained does not know
     "preprocessor_config.json": b'{ "size":  224}\n',

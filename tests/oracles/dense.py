@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch
-from kfade.models.layers import Weights, parameter_names
 from kfade.models.load import frozen
 from kfade.models.targets import Target
+from kfade.models.weights import Weights, parameter_names
 
 
 def flatten(matrices: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:

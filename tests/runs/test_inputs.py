@@ -17,8 +17,8 @@ from kfade.cli import main
 from kfade.data.examples import load_examples, split_holdout
 from kfade.evaluate.item_log import ItemLog
 from kfade.method.update import Update
-from kfade.models.layers import weight_digests
 from kfade.models.load import save_model
+from kfade.models.weights import weight_digests
 from kfade.runs.config import read_config
 
 NAME = "model.layers.1.mlp.up_proj.weight"

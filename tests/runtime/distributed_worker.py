@@ -32,7 +32,8 @@ from kfade.curvature.vectors import Divided, OnDevice
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
 from kfade.models.head import body_of, read_head
-from kfade.models.layers import decoder_blocks, digest_weights
+from kfade.models.layers import decoder_blocks
+from kfade.models.weights import digest_weights
 from kfade.runtime import distributed
 
 RETAIN = random_sequences(27)

@@ -23,9 +23,9 @@ from kfade.method.objectives import Objective
 from kfade.method.step import Probe, StepSize
 from kfade.method.update import Update
 from kfade.models.head import Head, read_head
-from kfade.models.layers import parameter_names
 from kfade.models.load import frozen
 from kfade.models.targets import Target
+from kfade.models.weights import parameter_names
 
 FLOAT32_SAFE = 1e-8  # nats per token: far above the KL of rounding to float32
 

@@ -21,9 +21,9 @@ from kfade.curvature.vectors import Layerwise, Vector
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head, hidden_states, read_head
-from kfade.models.layers import Weights
 from kfade.models.lengths import check_lengths
 from kfade.models.load import frozen
+from kfade.models.weights import Weights
 from kfade.runtime import distributed
 from kfade.runtime.progress import track
 

@@ -19,8 +19,8 @@ from kfade.method.refine import Directions
 from kfade.method.settings import DEFAULT_KL
 from kfade.method.step import Step, StepSize, choose_alpha
 from kfade.method.update import Update
-from kfade.models.layers import Weights
 from kfade.models.targets import Target
+from kfade.models.weights import Weights
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
 

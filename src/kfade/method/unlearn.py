@@ -27,8 +27,9 @@ from kfade.method.step import StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
-from kfade.models.layers import find_targets, parameter_names, weight_digests
+from kfade.models.layers import find_targets
 from kfade.models.targets import Target
+from kfade.models.weights import parameter_names, weight_digests
 from kfade.runtime import distributed
 from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage

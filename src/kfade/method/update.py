@@ -25,7 +25,7 @@ from kfade.curvature.vectors import (
     scaled,
 )
 from kfade.errors import InputError
-from kfade.models.layers import Weights, digest_names, digest_weights, is_copy
+from kfade.models.weights import Weights, digest_names, digest_weights, is_copy
 from kfade.runtime import distributed
 from kfade.runtime.tensors import write_tensors
 

@@ -26,7 +26,7 @@ from kfade.evaluate.relearning import (
 )
 from kfade.evaluate.relearning import attack as attack_model
 from kfade.method.unlearn import MEASURED_SEQUENCES
-from kfade.models.layers import digest_weights
+from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import DataConfig, ModelConfig
 from kfade.runs.evaluation import EvaluatedModel, Subject, item_log, load_evaluated

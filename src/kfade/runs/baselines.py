@@ -19,8 +19,8 @@ from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.update import Update
-from kfade.models.layers import weight_digests
 from kfade.models.load import check_writable, provenance, save_model
+from kfade.models.weights import weight_digests
 from kfade.runs import options as o
 from kfade.runs.baseline_choices import (
     LORA_ALPHA,

@@ -27,9 +27,10 @@ from kfade.method.objectives import margin
 from kfade.method.preflight import preflight
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
-from kfade.models.layers import Weights, find_targets, has_experts
+from kfade.models.layers import find_targets, has_experts
 from kfade.models.lengths import length_class, model_window
 from kfade.models.targets import named
+from kfade.models.weights import Weights
 from kfade.runs import options as o
 from kfade.runs.choices import draw_of, estimator_of
 from kfade.runs.config import CurvatureConfig, ModelConfig, RetainConfig

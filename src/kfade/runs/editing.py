@@ -16,9 +16,9 @@ import torch
 from kfade.errors import InputError
 from kfade.export.lora import to_lora
 from kfade.method.update import OTHER, Update
-from kfade.models.layers import digest_names
 from kfade.models.load import check_writable, default_device, load_skeleton, save_model
 from kfade.models.sources import Source, resolve
+from kfade.models.weights import digest_names
 from kfade.runs import options as o
 from kfade.runs.config import ModelConfig
 from kfade.runs.session import notes_on_base, open_model, source_of

@@ -15,8 +15,8 @@ from kfade.evaluate.choice import answer_questions, summarise_choice, verdict
 from kfade.evaluate.lm_eval import check_installed, run_tasks
 from kfade.evaluate.log import digest
 from kfade.evaluate.questions import Question, read_sets
-from kfade.models.layers import digest_weights
 from kfade.models.lengths import model_window
+from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.evaluation import (
     EvaluatedModel,

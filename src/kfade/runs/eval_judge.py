@@ -20,7 +20,7 @@ from kfade.evaluate.mt_bench import (
     read_bench,
     summarise_ratings,
 )
-from kfade.models.layers import digest_weights
+from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import EvaluationRequest, evaluation, settings_of

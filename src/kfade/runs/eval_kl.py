@@ -36,9 +36,9 @@ from kfade.evaluate.divergence import (
 from kfade.evaluate.generation import Decoding
 from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.log import digest, read_log
-from kfade.models.layers import digest_weights
 from kfade.models.lengths import batches_for, model_window
 from kfade.models.load import load_skeleton, load_tokenizer
+from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import ModelConfig, TemplateConfig
 from kfade.runs.evaluation import (

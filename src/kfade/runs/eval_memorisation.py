@@ -23,8 +23,8 @@ from kfade.evaluate.memorisation import (
     token_statistics,
 )
 from kfade.evaluate.tokens import token_values
-from kfade.models.layers import digest_weights
 from kfade.models.lengths import model_window
+from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (

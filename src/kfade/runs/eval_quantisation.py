@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kfade.evaluate.quantisation import overall, survival
-from kfade.models.layers import digest_weights
+from kfade.models.weights import digest_weights
 from kfade.runs.config import ModelConfig
 from kfade.runs.evaluation import Subject, evaluation, settings_of
 from kfade.runtime.stages import stage

@@ -20,8 +20,8 @@ from kfade.evaluate.tofu import LEGACY_ITEMS, TofuQuestion, read_tofu, template_
 from kfade.evaluate.tofu import evaluate_tofu as measure_tofu
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, load_ks_test, notes_on
 from kfade.evaluate.tofu_read import log_of, read_tofu_log
-from kfade.models.layers import digest_weights
 from kfade.models.load import load_tokenizer
+from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import TemplateConfig
 from kfade.runs.evaluation import (

@@ -12,9 +12,9 @@ from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.preflight import preflight
-from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.lengths import length_class
 from kfade.models.load import provenance
+from kfade.models.weights import digest_weights, parameter_names, weight_digests
 from kfade.runs.choices import draw_of, estimator_of, top_of
 from kfade.runs.config import FitRequest, result_settings, write_config
 from kfade.runs.experts import leave_out_rare

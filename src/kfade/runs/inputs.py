@@ -12,8 +12,8 @@ from typing import Any
 from kfade.curvature.curvature import Curvature, curvature_files
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
-from kfade.models.layers import digest_weights, is_copy, parameter_names
 from kfade.models.load import DTYPES
+from kfade.models.weights import digest_weights, is_copy, parameter_names
 from kfade.runs.config import FitConfig, RunConfig
 from kfade.runs.session import Loaded
 from kfade.runtime import progress

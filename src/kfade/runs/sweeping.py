@@ -23,9 +23,9 @@ from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import provenance
 from kfade.models.targets import Target
+from kfade.models.weights import digest_weights, parameter_names, weight_digests
 from kfade.runs.choices import estimator_of, objective_of
 from kfade.runs.config import (
     RunConfig,

@@ -20,9 +20,9 @@ from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
-from kfade.models.layers import digest_weights, parameter_names, weight_digests
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
+from kfade.models.weights import digest_weights, parameter_names, weight_digests
 from kfade.runs.choices import (
     draw_of,
     estimator_of,
