@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -13,7 +15,15 @@ import kfade
 from kfade.data.batches import make_batches
 from kfade.errors import InputError
 from kfade.models.lengths import fresh_frequencies
-from kfade.runs.checking import _generation, _lengths, _padding, _small_step, _unequal
+from kfade.runs.checking import (
+    Trial,
+    _generation,
+    _lengths,
+    _padding,
+    _routing,
+    _small_step,
+    _unequal,
+)
 from kfade.runs.session import Loaded
 
 TOKENS = zoo.sequences((31, 28, 30, 27))
@@ -106,13 +116,24 @@ def test_a_step_that_holds_at_first_is_the_only_one():
     assert found.passed
     assert "it predicts 1.0e-04 nats" in found.text
     assert "larger steps" not in found.text
+    assert _routing([Trial(1e-4, 1e-4, 1e-5, None)]) == []
 
 
 def test_a_model_that_routes_passes_by_a_step_that_leaves_its_routes():
-    found = small_step(built("qwen3_moe"))
+    model = loaded(built("qwen3_moe"))
+    others = replace(model, targets=kfade.find_targets(model.model, experts="none"))
+    found, routing, _ = _small_step(others, TOKENS, kfade.EKFAC(), 0)
     assert found.passed
     assert "for larger steps the ratio is" in found.text
     assert "beyond it the router chooses other experts" in found.text
+    assert routing.name == "routing"
+    assert routing.text.count("% at a KL of") > 1
+
+
+def test_the_share_of_rerouted_positions_is_told_for_each_step():
+    trials = [Trial(1e-4, 2e-4, 1e-5, 0.034), Trial(1e-6, 1e-6, 1e-7, 0.0)]
+    (found,) = _routing(trials)
+    assert "3.4 % at a KL of 2e-04 nats, 0 % at a KL of 1e-06 nats" in found.text
 
 
 def test_curvature_of_higher_order_passes_by_a_smaller_step():

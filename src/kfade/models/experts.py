@@ -170,7 +170,8 @@ def choices(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
     chosen: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        chosen.append((module, args[1].flatten(0, -2)))
+        if len(args) > 1:  # (hidden states, experts of each position, their weights)
+            chosen.append((module, args[1].flatten(0, -2)))
 
     handles = [m.register_forward_pre_hook(note) for m in model.modules() if is_expert_layer(m)]
     try:

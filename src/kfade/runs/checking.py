@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +21,7 @@ from kfade.demo.data import data_file
 from kfade.errors import InputError, first_line
 from kfade.evaluate.division import undivided
 from kfade.evaluate.generation import Decoding, generate
+from kfade.evaluate.routing import rerouted_share
 from kfade.evaluate.tokens import log_likelihoods
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
@@ -274,6 +276,8 @@ class Trial:
     """KL by forward passes."""
     predicted: float
     """KL by the fitted curvature."""
+    rerouted: float | None
+    """Share of positions that it sends to other experts; None without routed experts."""
 
     @property
     def ratio(self) -> float:
@@ -312,7 +316,8 @@ def _small_step(
         remains = {target.name: target.from_parameters(left.deltas) for target in targets}
         exact_kl = 0.5 * quadratic_form(model, batches, targets, remains, head=head)
         measured = gauge.measure(left, margin).retain_kl
-        trials.append(Trial(exact_kl, measured, step.predicted_kl(alpha)))
+        rerouted = rerouted_share(model, batches, partial(gauge.applied, left))
+        trials.append(Trial(exact_kl, measured, step.predicted_kl(alpha), rerouted))
         if abs(trials[-1].ratio - 1) <= limit:
             break
     blocks = sorted({t.block for t in targets})
@@ -336,6 +341,7 @@ def _small_step(
     seen = last.predicted
     return [
         Finding("exact quadratic form", passed, text),
+        *_routing(trials),
         Finding(
             "fitted curvature",
             seen > 0,
@@ -344,3 +350,20 @@ def _small_step(
             "step's size by --kl, not by --alpha",
         ),
     ]
+
+
+def _routing(trials: list[Trial]) -> list[Finding]:
+    """The share of positions that the steps send to other experts; empty without routed experts."""
+    shares = [
+        f"{100 * trial.rerouted:.2g} % at a KL of {trial.measured:.0e} nats"
+        for trial in trials
+        if trial.rerouted is not None
+    ]
+    if not shares:
+        return []
+    text = (
+        f"positions that go to other experts than before, on average over layers: "
+        f"{', '.join(shares)}; predictions hold where few do. If kfade unlearn reports a large "
+        "share, take more, smaller steps (--steps), or change later blocks only (--layers)"
+    )
+    return [Finding("routing", True, text)]

@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.models.experts import ExpertMap, choices
-from kfade.models.head import hidden_states
-from kfade.models.lengths import batches_for, check_lengths
-from kfade.models.load import frozen
+from kfade.evaluate.routing import chosen_experts
+from kfade.models.experts import ExpertMap
+from kfade.models.lengths import batches_for
 from kfade.models.targets import Target, named
 from kfade.runs.config import EstimatorConfig
 from kfade.runs.inputs import SavedFit
 from kfade.runs.session import Loaded
 from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted
-from kfade.runtime.progress import track
 from kfade.runtime.stages import stage
 
 
@@ -68,18 +65,11 @@ def leave_out_rare(
 
 def expert_rows(model: Any, batches: Sequence[Batch]) -> dict[int, Tensor]:
     """Number of live positions that go to each expert [E], by the ``id`` of its layer's module."""
-    check_lengths(model, batches)
     rows: dict[int, Tensor] = {}
-    own = distributed.share(batches, lambda batch: batch.positions)
-    with frozen(model), torch.no_grad():
-        for batch in track(own, "routing", lambda b: b.positions):
-            with choices(model) as chosen:
-                hidden_states(model, batch.input_BT)
-            for module, chosen_NK in chosen:
-                experts: int = module.num_experts  # type: ignore[assignment]
-                live_RK = chosen_NK[batch.live_index]
-                count_E = live_RK.flatten().bincount(minlength=experts)[:experts]
-                rows[id(module)] = rows.get(id(module), 0) + count_E.double().cpu()
+    for module, chosen_RK in chosen_experts(model, batches):
+        experts: int = module.num_experts  # type: ignore[assignment]
+        count_E = chosen_RK.flatten().bincount(minlength=experts)[:experts]
+        rows[id(module)] = rows.get(id(module), 0) + count_E.double().cpu()
     return {layer: distributed.all_reduce(count_E) for layer, count_E in rows.items()}
 
 

@@ -13,13 +13,18 @@ from torch import nn
 
 from kfade.curvature.damping import Damping
 from kfade.curvature.store import Store
+from kfade.curvature.vectors import Storage
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
+from kfade.evaluate.routing import rerouted_share, routing_line
 from kfade.method.objectives import Objective
+from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
 from kfade.method.step import StepSize
+from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
+from kfade.models.experts import is_expert_layer
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
 from kfade.models.weights import digest_weights, parameter_names, weight_digests
@@ -153,11 +158,13 @@ def unlearn(
             },
         )
         folder.put("update.safetensors", update.save, update.read)
+        routing = _routing(loaded, update, run, room.storage, forget, held_out)
         lost = update.lost_fraction(loaded.model)
         if export_model:
             with stage("export"), update.applied_to(loaded.model, room.storage) as edited:
                 folder.put("model", lambda path: save_model(edited, loaded.tokenizer, path, source))
-        metrics = {**run_metrics(update, clock, forget, retain, held_out), "lost_in_dtype": lost}
+        figures = run_metrics(update, clock, forget, retain, held_out)
+        metrics = {**figures, **routing, "lost_in_dtype": lost}
         manifest = {
             "kind": "unlearn",
             **{k: v for k, v in update.provenance.items() if k not in ("steps", "config")},
@@ -175,6 +182,33 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     folder.keep(f"update-{len(steps):03}.safetensors", update.save, update.read)
     folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
     progress.say(step_line(len(steps), total, steps[-1]))
+
+
+def _routing(
+    loaded: Loaded,
+    update: Update,
+    run: RunConfig,
+    storage: Storage,
+    forget: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+) -> dict[str, Any]:
+    """``rerouted``: the share of positions that the update sends to other experts, on held-out
+    retain data and on the forget set. Empty for a model without routed experts."""
+    model = loaded.model
+    if not any(is_expert_layer(module) for module in model.modules()):
+        return {}  # before any pass
+    sampler = Sampler(model, loaded.targets, batch_tokens=run.data.batch_tokens, seed=run.seed)
+    sets = {"held_out": sampler.all(held_out), "forget": sampler.draw(forget, MEASURED_SEQUENCES)}
+    shares: dict[str, float] = {}
+    with stage("check"):
+        for name, batches in sets.items():
+            edited = partial(update.applied_to, model, storage)
+            share = rerouted_share(model, batches, edited)
+            if share is None:
+                return {}
+            shares[name] = share
+    progress.say(routing_line(**shares))
+    return {"rerouted": shares}
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
