@@ -80,10 +80,8 @@ def unlearn(
         floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
         refuse_below(floor, size, targets, run.steps)
     run = _divided(run, model)
-    update = run.start or Update(
-        {},
-        {**base_facts(model, parameter_names(targets), forget, retain, held_out), "steps": []},
-    )
+    facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
+    update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(device).kept(run.storage)  # it may be in a file
     curvature = run.curvature
     if curvature is not None:
