@@ -107,7 +107,10 @@ class _HostVector(_Kept):
         self._index: dict[str, tuple[Tensor, torch.device]] = {}
 
     def __setitem__(self, name: str, layer: Tensor) -> None:
-        self._index[name] = layer.cpu(), layer.device
+        host = layer.cpu()
+        if layer.is_cuda:  # copies from pinned memory are faster
+            host = host.pin_memory()
+        self._index[name] = host, layer.device
 
     def __getitem__(self, name: str) -> Tensor:
         layer, device = self._index[name]
