@@ -61,8 +61,8 @@ def routing_line(held_out: float, forget: float) -> str:
     )
     if max(held_out, forget) >= LARGE:
         line += (
-            "; steps are computed for fixed routing: take more, smaller steps (--steps), or change "
-            "later blocks only (--layers), which reach fewer routers"
+            "; steps are computed for fixed routing, so trust the measured KL only, and compare "
+            "with --experts none, or with later blocks only (--layers), which reach fewer routers"
         )
     return line
 

@@ -364,6 +364,6 @@ def _routing(trials: list[Trial]) -> list[Finding]:
     text = (
         f"positions that go to other experts than before, on average over layers: "
         f"{', '.join(shares)}; predictions hold where few do. If kfade unlearn reports a large "
-        "share, take more, smaller steps (--steps), or change later blocks only (--layers)"
+        "share, compare with --experts none, or with later blocks only (--layers)"
     )
     return [Finding("routing", True, text)]
