@@ -149,10 +149,11 @@ def flops(
     lowest target), head (2·D·V per token forward, as much backward), products (in the model's
     dtype), float32 (products in float32), squares, decompositions, rotations (of the direction).
 
-    An expert counts by the rows that it reads. Each group of layers has its own passes. The exact quadratic form costs three forward passes
-    over the held-out tokens. Each trial of a step's size costs a forward pass over them and one
-    over the measured forget sequences. A refined direction has its own trials, and an exact
-    product with the Gauss-Newton matrix costs four forward passes and a backward pass.
+    An expert counts by the rows that it reads. Each group of layers has its own passes. The exact
+    quadratic form costs three forward passes over the held-out tokens. Each trial of a step's size
+    costs a forward pass over them and one over the measured forget sequences. A refined direction
+    has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
+    and a backward pass.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
