@@ -118,5 +118,5 @@ def test_a_run_reports_it_for_mixtures_alone(tmp_path, model_dir):
 
 
 def test_a_large_share_comes_with_advice():
-    assert "--steps" not in routing_line(LARGE / 2, LARGE / 2)
-    assert "--steps" in routing_line(0.0, LARGE)
+    assert "--experts" not in routing_line(LARGE / 2, LARGE / 2)
+    assert "--experts" in routing_line(0.0, LARGE)

@@ -194,7 +194,8 @@ def test_command_refuses(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_routed_experts_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("experts", ["all", "1", "none"])
+def test_routed_experts_are_planned_by_their_rows(tmp_path, capsys, experts):
     config = MixtralConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -203,12 +204,22 @@ def test_routed_experts_are_refused(tmp_path, capsys):
         num_key_value_heads=1,
         vocab_size=37,
         num_local_experts=4,
+        num_experts_per_tok=2,
     )
-    folder = saved(config, tmp_path)
-    assert main(["plan", folder]) == 2
-    assert "cannot be planned" in capsys.readouterr().err
-    assert main(["plan", folder, "--target", "*experts*"]) == 2
-    assert "mixture-of-experts" in capsys.readouterr().err
+    given = ["--experts", experts, "--sequence-length", "33", "--batch-tokens", "64"]
+    found = planned(capsys, saved(config, tmp_path), *given, "--forget-tokens", "66")
+    if experts == "none":
+        return
+    count = {"all": 4, "1": 1}[experts]
+    assert found["weights"] == 2 * 2 * count
+    numbers = 16 * 48 + 24 * 16  # of an expert's two matrices
+    assert found["parameters"]["targeted"] == 2 * count * numbers
+    # Each expert reads half of the positions.
+    assert found["flops"]["gradient"]["float32"] == 2 * 2 * count * numbers * 64 / 2
+    assert found["bytes"]["inputs"] == 4 * 2 * count * (16 + 24) * 64 / 2
+    assert found["flops"]["eigh"]["decompositions"] == 12 * 2 * count * (
+        16**3 + 48**3 + 24**3 + 16**3
+    )
 
 
 def test_sizes_and_durations_for_a_person():

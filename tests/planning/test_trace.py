@@ -11,6 +11,7 @@ import zoo
 from helpers import LiveBytes
 from plan_models import SMALL, grouped, packed, saved, small
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from kfade.curvature.capture import capture
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal
@@ -27,6 +28,7 @@ from kfade.planning.memory import (
     Work,
     examine,
     model_bytes,
+    on_shapes,
     overhead,
     peaks,
 )
@@ -209,3 +211,36 @@ def test_peaks_are_those_of_a_real_fit(monkeypatch, dtype, kind, recompute):
         unseen = 3 * 4 * 224**2 if name == "eigh" else 0
         assert peak == pytest.approx(predicted[name] - fixed - unseen, rel=within), name
     assert set(found) == set(predicted) - {"load", "gradient", "step", "check"}
+
+
+def test_experts_cost_their_share_of_a_real_pass(tmp_path):
+    """Flops of a pass whose rows are spread over the experts, and the bytes that autograd keeps."""
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model, skeleton = MixtralForCausalLM(config).eval(), load_skeleton(saved(config, tmp_path))
+    targets, shape = find_targets(model), (2, 32)
+    with on_shapes(skeleton):
+        planned = find_targets(skeleton)
+    assert [t.name for t in planned] == [t.name for t in targets]
+    subject = examine(skeleton, planned, Work(sequence_length=33, batch_tokens=64))
+    assert subject.cost.shape == shape
+    assert all(rows == 64 * 2 / 4 for rows in subject.cost.rows.values())
+
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    seeing = capture(targets, on_gradient=lambda *seen: None)
+    with frozen(model), seeing, live, FlopCounterMode(display=False) as counter:
+        hidden_BTD = hidden_states(model, torch.arange(64).view(shape) % 50)
+        held = live.now
+        forward = counter.get_total_flops()
+        hidden_BTD.backward(hidden_BTD.detach())
+    attention = 2 * 2 * (2 * 32 * 32 * 4 * 16)  # which torch does not count on a CPU
+    assert subject.cost.forward_flops - forward in (0, 2 * attention)
+    assert subject.cost.held_bytes[targets[0].name] == pytest.approx(held, rel=0.1)

@@ -146,18 +146,18 @@ class Estimator(ABC):
         products, see ``SLAB_BYTES``), the bases, and a copy of them in the model's dtype where that
         is another.
         """
-        weight, stages = group[0].weight, {}
-        size = sum_dtype(weight.dtype).itemsize
+        dtype, device, stages = group[0].dtype, group[0].device, {}
+        size = sum_dtype(dtype).itemsize
         grids = [size * target.shape[0] * target.shape[1] for target in group]
         bases = 0
         if self.has_eigenbases:
             factors = factor_bytes(group)
-            decomposing = factors + workspace_bytes(max(widths(group)), size, weight.device)
+            decomposing = factors + workspace_bytes(max(widths(group)), size, device)
             stages = {"covariance": factors, "eigh": max(decomposing, factors + sum(grids))}
-            is_cast = weight.dtype.itemsize != size
-            bases = factors + (factors * weight.dtype.itemsize // size if is_cast else 0)
+            is_cast = dtype.itemsize != size
+            bases = factors + (factors * dtype.itemsize // size if is_cast else 0)
         if "lambda" in self.passes:
-            products = max(*grids, SLAB_BYTES.get(weight.device.type, 0))
+            products = max(*grids, SLAB_BYTES.get(device.type, 0))
             stages["lambda"] = bases + sum(grids) + 2 * products
         return stages
 
@@ -167,7 +167,7 @@ class Estimator(ABC):
 
     def stored_bytes(self, group: Sequence[Target]) -> int:
         """Bytes of the finished curvature of ``group``: bases, shared ones once, and Λ."""
-        size = sum_dtype(group[0].weight.dtype).itemsize
+        size = sum_dtype(group[0].dtype).itemsize
         bases = factor_bytes(group) if self.has_eigenbases else 0
         return bases + size * sum(target.shape[0] * target.shape[1] for target in group)
 
@@ -190,7 +190,7 @@ class Identity(Estimator):
 
     def stored_bytes(self, group: Sequence[Target]) -> int:
         """One number a layer."""
-        return sum_dtype(group[0].weight.dtype).itemsize * len(group)
+        return sum_dtype(group[0].dtype).itemsize * len(group)
 
 
 @dataclass(frozen=True)

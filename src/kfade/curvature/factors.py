@@ -43,7 +43,7 @@ def widths(group: Sequence[Target]) -> list[int]:
 def factor_bytes(group: Sequence[Target]) -> int:
     """Bytes of the factors A and S of ``group``, and of its bases: Σ over distinct inputs I² + Σ
     over layers O²."""
-    return sum_dtype(group[0].weight.dtype).itemsize * sum(width**2 for width in widths(group))
+    return sum_dtype(group[0].dtype).itemsize * sum(width**2 for width in widths(group))
 
 
 def add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:

@@ -7,6 +7,7 @@ read the same input share its factor A, so they are never separated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kfade.errors import InputError
 from kfade.models.targets import Target
@@ -38,6 +39,8 @@ def assign_to_processes(
 
 def largest_share(group: Sequence[Target], bytes_of: BytesOf, processes: int) -> list[Target]:
     """The share of :func:`assign_to_processes` that needs most bytes."""
+    if processes == 1:
+        return list(group)
     return max(assign_to_processes(group, bytes_of, processes), key=bytes_of)
 
 
@@ -54,8 +57,8 @@ def group_targets(
     """
     if budget is None:
         return [list(targets)]
-    groups: list[list[Target]] = []
-    for unit in group_by_input(targets):
+    units = group_by_input(targets)
+    for unit in units:
         if budget < 0:
             raise InputError(
                 f"--memory: the model and a pass alone are over it by {-budget / 1e9:.2f} GB, "
@@ -67,9 +70,30 @@ def group_targets(
                 f"what shares its input needs {bytes_of(unit) / 1e9:.2f} GB: raise "
                 "it, lower --batch-tokens, give --recompute, or use --estimator diagonal"
             )
-        share = largest_share([*groups[-1], *unit], bytes_of, processes) if groups else []
-        if groups and bytes_of(share) <= budget:
-            groups[-1].extend(unit)
-        else:
-            groups.append(list(unit))
+
+    def fits(start: int, stop: int) -> bool:
+        group = [target for unit in units[start:stop] for target in unit]
+        return bytes_of(largest_share(group, bytes_of, processes)) <= budget
+
+    groups: list[list[Target]] = []
+    start = 0
+    while start < len(units):
+        stop = _last(partial(fits, start), start + 1, len(units))
+        groups.append([target for unit in units[start:stop] for target in unit])
+        start = stop
     return groups
+
+
+def _last(fits: Callable[[int], bool], known: int, end: int) -> int:
+    """The largest number up to ``end`` that fits, if all up to it do; ``known`` fits.
+
+    Steps double, then halve, so that few numbers are tried.
+    """
+    step = 1
+    while known + step <= end and fits(known + step):
+        known, step = known + step, 2 * step
+    while step > 1:
+        step //= 2
+        if known + step <= end and fits(known + step):
+            known += step
+    return known

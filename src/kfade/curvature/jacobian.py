@@ -64,8 +64,7 @@ def transpose_product(
 def sum_bytes(group: Sequence[Target]) -> int:
     """Bytes of the layers of a vector: one matrix [O, I] for each target."""
     return sum(
-        target.shape[0] * target.shape[1] * sum_dtype(target.weight.dtype).itemsize
-        for target in group
+        target.shape[0] * target.shape[1] * sum_dtype(target.dtype).itemsize for target in group
     )
 
 

@@ -43,11 +43,13 @@ class Routing:
         """Index into the N·K pairs of each row; rows without an expert come last."""
         self.position_S = self.order_S // chosen_NK.shape[1]
         """Position of each row."""
-        if isinstance(flat_S, FakeTensor):  # a plan: all experts get equally many
+        if isinstance(flat_S, FakeTensor):  # in a plan all experts get equally many
             counts = [(len(flat_S) + e) // experts for e in range(experts)]
         else:
             counts = flat_S.bincount(minlength=experts)[:experts].tolist()
         stops = list(accumulate(counts))
+        self.counts = counts
+        """Number of rows of each expert."""
         self.slices = [slice(stop - n, stop) for stop, n in zip(stops, counts, strict=True)]
         """The rows of each expert."""
         self.rows = stops[-1]
@@ -66,7 +68,7 @@ class Routing:
         sequences, length = batch.live_BT.shape
         position_S = self.position_S[: self.rows]
         live_S = batch.live_BT.flatten()[position_S]
-        sizes = torch.tensor([s.stop - s.start for s in self.slices], device=live_S.device)
+        sizes = torch.tensor(self.counts, device=live_S.device)
         expert_S = torch.arange(self._experts, device=live_S.device).repeat_interleave(sizes)
         cell_S = expert_S * sequences + position_S // length
         counts_ES = cell_S[live_S].bincount(minlength=self._experts * sequences)
@@ -89,10 +91,15 @@ class ExpertMap(nn.Module):
         return f"{self.parameter}[{self.expert}]"
 
     @property
+    def whole(self) -> Tensor:
+        """The layer's parameter that W is a part of, [E, O, I] or [E, I, O]."""
+        parameter: Tensor = getattr(self.layer.module, self.parameter)
+        return parameter
+
+    @property
     def weight(self) -> Tensor:
         """W as the layer stores it, [O, I] or [I, O]."""
-        whole: Tensor = getattr(self.layer.module, self.parameter)
-        return whole[self.expert]
+        return self.whole[self.expert]
 
     @property
     def bias(self) -> Tensor | None:
@@ -141,6 +148,11 @@ def is_expert_layer(module: Any) -> bool:
         isinstance(w, nn.Parameter) and w.ndim == 3 and len(w) == module.num_experts
         for w in weights
     )
+
+
+def expert_layers(model: nn.Module) -> list[ExpertLayer]:
+    """All layers of experts of ``model`` that can run through maps."""
+    return [ExpertLayer(module) for module in model.modules() if is_expert_layer(module)]
 
 
 @contextlib.contextmanager
@@ -205,9 +217,9 @@ def _run(
 def _through(maps: list[ExpertMap], routing: Routing, rows_SI: Tensor) -> Tensor:
     """The rows of each expert through its map; also where an expert has none."""
     outputs = []
-    for map_, own in zip(maps, routing.slices, strict=True):
+    for map_, rows_RI in zip(maps, rows_SI.split(routing.counts), strict=True):
         map_.routing = routing
-        outputs.append(map_(rows_SI[own]))
+        outputs.append(map_(rows_RI))
     return torch.cat(outputs)
 
 

@@ -38,6 +38,21 @@ class Target:
         return cast(Tensor, self.module.weight)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight."""
+        return self._parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the weight."""
+        return self._parameter.device
+
+    @property
+    def _parameter(self) -> Tensor:
+        """The weight, or the whole of which it is a part: a part of a tensor takes time to make."""
+        return self.module.whole if isinstance(self.module, ExpertMap) else self.weight
+
+    @property
     def is_routed(self) -> bool:
         """Whether it belongs to an expert, which reads some of the positions only."""
         return isinstance(self.module, ExpertMap)

@@ -97,33 +97,46 @@ def symmetric_flops(width: int) -> int:
     return sum(2 * (width - start) * min(PANEL, width - start) for start in starts)
 
 
-def lambda_flops(group: Sequence[Target], work: Work) -> tuple[float, float]:
+def _whole(target: Target) -> float:
+    return 1.0
+
+
+def lambda_flops(
+    group: Sequence[Target], work: Work, share: Callable[[Target], float] = _whole
+) -> tuple[float, float]:
     """(flops of products, flops of squares) of Λ over the retain tokens.
 
     Λ = Σ_sequences (Q_Oᵀ (Σ_t g_t a_tᵀ) Q_I)∘². For each sequence, each side (of width D = O or I)
     is rotated either in its rows (2·T·D², once for all targets with the same input) or in the
     product (2·O·I·D), as ``rows_first`` decides. The product costs 2·T·O·I, and its squares 2·O·I.
+
+    Args:
+        share: of the positions that a target reads. T counts those of a sequence that has any.
     """
-    length = work.length
-    sequences = work.retain_tokens / work.sequence_length
     readers = Counter(target.input_of for target in group)
+    sequences = work.retain_tokens / work.sequence_length
     rotated: dict[str, bool] = {}
     products = squares = 0.0
     for target in group:
         outputs, inputs = target.shape
+        rows = work.length * share(target)
+        length = max(1.0, rows)
+        own = 0.0
         if work.estimator.has_eigenbases:
             first = target.input_of not in rotated
             if first:
                 by_rows = rows_first(length, outputs, readers[target.input_of])
                 rotated[target.input_of] = by_rows
             if not rotated[target.input_of]:
-                products += 2 * outputs * inputs * inputs
+                own += 2 * outputs * inputs * inputs
             elif first:
-                products += 2 * length * inputs**2
+                own += 2 * length * inputs**2
             by_rows = rows_first(length, inputs)
-            products += 2 * (length if by_rows else inputs) * outputs**2
-        products += 2 * outputs * inputs * length
-        squares += 2 * outputs * inputs
+            own += 2 * (length if by_rows else inputs) * outputs**2
+        own += 2 * outputs * inputs * length
+        with_rows = rows / length  # share of the sequences
+        products += own * with_rows
+        squares += 2 * outputs * inputs * with_rows
     return products * sequences, squares * sequences
 
 
@@ -136,10 +149,11 @@ def flops(
     lowest target), head (2·D·V per token forward, as much backward), products (in the model's
     dtype), float32 (products in float32), squares, decompositions, rotations (of the direction).
 
-    Each group of layers has its own passes. The exact quadratic form costs three forward passes
-    over the held-out tokens. Each trial of a step's size costs a forward pass over them and one
-    over the measured forget sequences. A refined direction has its own trials, and an exact
-    product with the Gauss-Newton matrix costs four forward passes and a backward pass.
+    An expert counts by the rows that it reads. Each group of layers has its own passes. The exact
+    quadratic form costs three forward passes over the held-out tokens. Each trial of a step's size
+    costs a forward pass over them and one over the measured forget sequences. A refined direction
+    has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
+    and a backward pass.
     """
     cost, (vocabulary, width) = subject.cost, subject.head
     forward = cost.forward_flops / cost.positions
@@ -167,14 +181,15 @@ def flops(
     for group in groups:
         if "covariance" in passes:
             one_pass("covariance", group, retain)
-            add("covariance", products=retain * sum(map(symmetric_flops, widths(group))))
+            add("covariance", products=retain * _by_rows(subject, group, symmetric_flops))
             add("eigh", decompositions=sum(_decompositions(group)))
         if "lambda" in passes:
             one_pass("lambda", group, retain)
-            products, squares = lambda_flops(group, work)
+            products, squares = lambda_flops(group, work, subject.share)
             add("lambda", products=products, squares=squares)
     one_pass("gradient", subject.targets, forget)
-    add("gradient", float32=2 * subject.targeted * forget)
+    outer = 2 * sum(subject.share(t) * t.shape[0] * t.shape[1] for t in subject.targets)
+    add("gradient", float32=outer * forget)
     per_solve = 4 if work.estimator.has_eigenbases else 0
     rotations = sum(per_solve * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
     held_out = float(HELD_OUT * work.length)
@@ -186,7 +201,7 @@ def flops(
         positions = directions * sequences * work.length
         one_pass("refine", subject.targets, positions)
         add("refine", forward=3 * forward * positions, head=2 * head * positions)
-        add("refine", float32=2 * subject.targeted * positions)
+        add("refine", float32=outer * positions)
         add("refine", rotations=1.5 * work.refine * rotations)  # one solve and one norm
     trials = TRIALS * directions
     tokens = (1 + trials) * (held_out + measured)
@@ -234,7 +249,7 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
     """
     vector = subject.size * subject.targeted
     if subject.shards > 1:
-        row = subject.targets[0].weight.dtype.itemsize * sum(widths(subject.targets))
+        row = subject.targets[0].dtype.itemsize * _by_rows(subject, subject.targets, lambda d: d)
         passes = len(work.estimator.passes) * work.positions(work.retain_tokens) / subject.shards
         return round(passes * row * (1 - 1 / subject.shards)) + 2 * vector
     factors = factor_bytes(subject.targets) if work.estimator.has_eigenbases else 0
@@ -254,6 +269,13 @@ def _slowest(
     for owner, cost in zip(assign_by_cost(costs, devices), costs, strict=True):
         load[owner] += cost
     return max(load)
+
+
+def _by_rows(subject: Workload, group: Sequence[Target], amount: Callable[[int], int]) -> float:
+    """Σ over the factors of ``group`` of ``amount(width)``, each times its rows per position."""
+    inputs = {target.input_of: target for target in group}.values()
+    of_a = sum(subject.share(target) * amount(target.shape[1]) for target in inputs)
+    return of_a + sum(subject.share(target) * amount(target.shape[0]) for target in group)
 
 
 def _decompositions(group: Sequence[Target]) -> list[float]:

@@ -22,6 +22,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import largest_share
 from kfade.curvature.jacobian import sum_bytes
 from kfade.errors import InputError
+from kfade.models.experts import expert_layers, routed
 from kfade.models.head import chunk_positions
 from kfade.models.interface import check_length
 from kfade.models.layers import decoder_blocks
@@ -89,7 +90,7 @@ class Workload:
     @property
     def size(self) -> int:
         """Bytes of one entry of sums, gradients and updates."""
-        return sum_dtype(self.targets[0].weight.dtype).itemsize
+        return sum_dtype(self.targets[0].dtype).itemsize
 
     @property
     def targeted(self) -> int:
@@ -111,17 +112,22 @@ class Workload:
     def replaced_bytes(self) -> int:
         """Bytes of the targeted weights, which are kept while an update replaces them, in a
         process."""
-        return self.targeted * self.targets[0].weight.dtype.itemsize // self.shards
+        return self.targeted * self.targets[0].dtype.itemsize // self.shards
 
     def input_bytes(self, group: Sequence[Target]) -> int:
         """Bytes of the targets' inputs that are kept until their gradients are computed.
 
         These are the inputs of all targets; if blocks run again, those of one block.
         """
-        widths: Counter[int] = Counter()
+        numbers: Counter[int] = Counter()
         for target in {target.input_of: target for target in group}.values():
-            widths[target.block if self.cost.recompute else 0] += target.shape[1]
-        return self.cost.positions * max(widths.values()) * group[0].weight.dtype.itemsize
+            block = target.block if self.cost.recompute else 0
+            numbers[block] += self.cost.rows[target.input_of] * target.shape[1]
+        return max(numbers.values()) * group[0].dtype.itemsize
+
+    def share(self, target: Target) -> float:
+        """Share of the positions that a target reads: less than 1 for an expert."""
+        return self.cost.rows[target.input_of] / self.cost.positions
 
     def head_bytes(self, stage: str) -> int:
         """Peak bytes at the head, which handles a chunk of positions at a time."""
@@ -170,16 +176,21 @@ def examine(
         check_length(model, work.length)
         cost = trace_pass(model, targets, work.shape, recompute=work.recompute)
     vocabulary, width = model.get_output_embeddings().weight.shape
-    device = device or targets[0].weight.device
+    device = device or targets[0].device
     return Workload(targets, cost, model_bytes(model, shards), (vocabulary, width), device, shards)
 
 
 @contextlib.contextmanager
 def on_shapes(model: Any) -> Iterator[None]:
-    """Within the ``with``, an operation that needs values, not shapes alone, raises InputError."""
+    """Within the ``with``, passes on fake tensors give all experts of a layer equally many rows.
+
+    Raises:
+        InputError: an operation needs values, not shapes alone.
+    """
     try:
-        yield
-    except RuntimeError as error:  # routed experts: the number of rows of each depends on values
+        with routed(expert_layers(model)):
+            yield
+    except RuntimeError as error:  # experts of another kind: rows depend on values
         raise InputError(
             f"{type(model).__name__} cannot be planned: its passes depend on its weights "
             f"({str(error).splitlines()[0]}): fit it without --memory"

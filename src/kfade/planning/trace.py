@@ -2,7 +2,7 @@
 
 The model runs on fake tensors, which have shapes, dtypes and a device but no values. The operations
 are those of the real pass, including its attention kernels, and autograd keeps the same tensors. So
-no formula for each model family is needed.
+no formula for each model family is needed. Experts of a layer get equally many rows (``experts``).
 
 Shapes: B sequences, T positions of each.
 """
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ class PassCost:
     """Flops of the backward pass from the final hidden states, with activation gradients only."""
     held_bytes: dict[str, int]
     """Bytes that the forward pass keeps for the backward pass."""
+    rows: dict[str, int]
+    """Rows of this input: B · T, or those of an expert."""
     forward_bytes: int
     """Peak bytes of a forward pass without gradients."""
     surplus_bytes: int
@@ -76,7 +80,7 @@ def trace_pass(
         recompute: see :func:`~kfade.curvature.recompute.recomputing`.
     """
     fakes = _fakes(model.base_model)
-    input_BT = _tokens(shape, targets[0].weight.device)
+    input_BT = _tokens(shape, targets[0].device)
     trace = _Trace(model, targets, input_BT, list(fakes.values()), recompute)
     with frozen(model), recomputing(model, targets, recompute):
         cost: PassCost = _with_weights(model.base_model, fakes, trace.cost)
@@ -167,6 +171,7 @@ class _Trace:
         flops, live = _Flops(), _Live(self.weights)
         before: dict[str, tuple[int, int]] = {}
         backward_flops: dict[str, float] = {}
+        rows: dict[str, int] = {}
         repeated = {t.input_of: above[t.block] * self.recompute for t in self.targets}
 
         def about_to_run(target: Target) -> Hook:
@@ -180,6 +185,7 @@ class _Trace:
             # The pass can end at the first gradient of the targets with this input.
             done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
             backward_flops.setdefault(target.input_of, done)
+            rows[target.input_of] = g_BTO.shape[:-1].numel()
 
         _, blocks = decoder_blocks(self.model)
         with contextlib.ExitStack() as entered:
@@ -192,7 +198,8 @@ class _Trace:
             entered.enter_context(live)
             with torch.enable_grad():
                 hidden_BTD = hidden_states(self.model, self.input_BT)
-            held = {name: live.made_since(number) + own for name, (number, own) in before.items()}
+            made_since = live.made_since()
+            held = {name: made_since(number) + own for name, (number, own) in before.items()}
             hidden_BTD.backward(torch.empty_like(hidden_BTD))
         surplus = live.peak - max(held.values())
         sequences, positions = self.input_BT.shape
@@ -203,6 +210,7 @@ class _Trace:
             repeated,
             backward_flops,
             held,
+            rows,
             forward_bytes,
             surplus,
         )
@@ -286,11 +294,16 @@ class _Live(TorchDispatchMode):
         self._alive: dict[int, tuple[int, int]] = {}
         """{id of a storage: (number of storages created before it, its bytes)}."""
 
-    def made_since(self, number: int) -> int:
-        """Bytes of the live storages, without the first ``number`` that were created."""
-        return sum(size for order, size in self._alive.values() if order >= number)
+    def made_since(self) -> Callable[[int], int]:
+        """number -> bytes of the storages alive now, without the first ``number`` ever created."""
+        alive = sorted(self._alive.values(), reverse=True)
+        orders = [-order for order, _ in alive]
+        sums = [0, *accumulate(size for _, size in alive)]
+        return lambda number: sums[bisect_right(orders, -number)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # autograd asks often; this is the fastest answer
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, FakeTensor):
