@@ -41,6 +41,7 @@ from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.models.layers import choose_targets
 from kfade.models.load import frozen
+from kfade.models.targets import Target
 from kfade.runtime.provenance import versions
 
 FILE, PAGE = RESULTS / "families.jsonl", DOCS / "models.md"
@@ -108,7 +109,7 @@ LEFT_OUT = {
 
 NUMBERS = {  # a field's name, which many families share -> its tiny value
     "hidden_size d_model n_embd embedding_dim word_embed_proj_dim lru_width attention_hidden_size "
-    "embedding_size hidden_size_per_layer_input ple_embed_dim router_hidden_size "
+    "embedding_size adapter_in_dim hidden_size_per_layer_input ple_embed_dim router_hidden_size "
     "dim_model_base": 32,
     "intermediate_size ffn_dim n_inner dff dim_ff ffn_hidden_size moe_intermediate_size "
     "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
@@ -162,7 +163,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "inkling_text": {"unpadded_vocab_size": VOCABULARY},
     "qwen4_exp_text": INDEXER,
-    "qwen4_exp": {"text_config": INDEXER},
     "dots3_note_text": {"num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {
@@ -184,7 +184,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24},
     },
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [24] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zamba2": {"kv_channels": 16, "attention_head_dim": 16, "attention_hidden_size": 64},
@@ -237,6 +243,10 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
     for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.std() == 0:
             nn.init.normal_(parameter, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):  # the experts of each token
+            numbers = torch.arange(buffer.numel()) % model.config.n_routed_experts
+            buffer.copy_(numbers.view(buffer.shape))
     return model.eval()
 
 
@@ -331,12 +341,18 @@ def unlearned(model: nn.Module) -> dict[str, Any]:
     return {
         "asked_kl": kl,
         "targets": len(chosen.targets),
-        "weights": sorted({t.name.split(f".{t.block}.", 1)[-1] for t in chosen.targets}),
+        "weights": sorted({weight_of(target) for target in chosen.targets}),
         "left_out": chosen.summary,
         "kl": step["measured_kl"] / step["exact_kl"],
         "objective": objective,
         "rises": step["measured_objective_change"] > 0,
     }
+
+
+def weight_of(target: Target) -> str:
+    """A target's name within its block; one name for all experts of a layer."""
+    name = target.name.split(f".{target.block}.", 1)[-1]
+    return f"{name.partition('[')[0]}[e]" if target.is_routed else name
 
 
 def applied(model: Any) -> bool:
@@ -418,7 +434,7 @@ def page(results: dict[str, Record]) -> str:
     experts = [row for row in tried.values() if row.get("experts")]
     summary = [
         ["dense and hybrid", *counts(dense)],
-        ["mixtures of experts: attention and dense layers only", *counts(experts)],
+        ["mixtures of experts", *counts(experts)],
         ["all", *counts(list(tried.values()))],
     ]
     order = sorted(tried, key=lambda name: (tried[name]["outcome"], name))

@@ -17,14 +17,16 @@ from kfade.cli import app, main
 LISTED = Path(__file__).with_name("options.txt")
 ADDED = {
     # One class of settings is read by several commands.
-    "check": {"--recompute", "--no-recompute", "--shard"},
+    "check": {"--recompute", "--no-recompute", "--shard", "--experts"},
     # Fine-tuning of models that are larger than a device.
     "baseline": {"--shard"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload"},
+    "plan": {"--offload", "--experts"},
     "sweep": {"--offload", "--memory"},
-    "unlearn": {"--offload"},
+    "unlearn": {"--offload", "--experts"},
+    # Experts of a mixture are targets.
+    "fit": {"--experts"},
     # Evaluations run in several processes.
     **{f"eval {n}": {"--shard"} for n in ("choice", "kl", "memorisation", "mt-bench", "tofu")},
 }

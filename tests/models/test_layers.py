@@ -251,28 +251,88 @@ def qwen3_moe():
     ).eval()
 
 
+class OwnWay(nn.Module):
+    """Experts whose class transformers cannot run in another way."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+        self.experts = [experts]  # not a child, so that each weight has one name
+
+    def forward(self, *given):
+        return self.experts[0](*given)
+
+
+def own_way(build):
+    model = build()
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = OwnWay(layer.mlp.experts)
+    return model
+
+
 @pytest.mark.parametrize(("build", "block"), [(mixtral, 0), (qwen3_moe, 1)])
 @pytest.mark.parametrize("pattern", ["*.mlp.*", "*.experts.gate_up_proj"])
-def test_fused_experts(build, block, pattern):
+def test_fused_experts_that_run_in_one_way_only(build, block, pattern):
     with pytest.raises(
         InputError,
         match=rf"layers\.{block}\.mlp\.experts\.gate_up_proj is a fused mixture-of-experts weight "
-        r"of shape \(2, \d+, 16\): kfade changes plain linear maps",
+        r"of shape \(2, \d+, 16\), and OwnWay is not a layer of experts that transformers can run "
+        "in another way",
     ):
-        find_targets(build(), pattern=pattern)
+        find_targets(own_way(build), pattern=pattern)
+
+
+ATTENTION = [f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")]
+DENSE = [f"0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 
 
 @pytest.mark.parametrize("build", [mixtral, qwen3_moe])
-def test_the_default_leaves_fused_experts_out(build):
-    chosen = choose_targets(build())
+def test_the_default_leaves_out_fused_experts_that_run_in_one_way_only(build):
+    chosen = choose_targets(own_way(build))
     found = [target.name.removeprefix("model.layers.") for target in chosen.targets]
     if build is qwen3_moe:  # what is dense is taken
-        assert found == [f"0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        assert found == DENSE
     else:  # nothing is: attention
-        maps = ("q_proj", "k_proj", "v_proj", "o_proj")
-        assert found == [f"{block}.self_attn.{name}.weight" for block in (0, 1) for name in maps]
+        assert found == [f"{block}.{name}" for block in (0, 1) for name in ATTENTION]
     count = 2 if build is qwen3_moe else 4
     assert f"{count} fused expert weights (model.layers." in chosen.summary
+
+
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+@pytest.mark.parametrize("experts", ["all", "1", "none"])
+def test_the_default_takes_the_chosen_experts(build, experts):
+    chosen = choose_targets(build(), experts=experts)
+    found = [target.name.removeprefix("model.layers.") for target in chosen.targets]
+    numbers = {"all": (0, 1), "1": (1,), "none": ()}[experts]
+    blocks = (0, 1) if build is mixtral else (1,)
+    routed = [
+        f"{block}.mlp.experts.{name}_proj[{e}]"
+        for block in blocks
+        for name in ("gate_up", "down")
+        for e in numbers
+    ]
+    if build is mixtral and not routed:
+        routed = [f"{block}.{name}" for block in (0, 1) for name in ATTENTION]
+    assert found == (routed if build is mixtral else DENSE + routed)
+    assert chosen.summary is None
+
+
+@pytest.mark.parametrize(("build", "block"), [(mixtral, 0), (qwen3_moe, 1)])
+def test_experts_by_a_glob(build, block):
+    found = names(build(), pattern="*.experts.gate_up_proj", layers=str(block))
+    assert found == [f"{block}.mlp.experts.gate_up_proj[{e}]" for e in (0, 1)]
+
+
+def test_quantised_experts():
+    model = mixtral()
+    experts = model.model.layers[1].mlp.experts
+    low = experts.down_proj.detach().to(torch.float8_e4m3fn)
+    experts.down_proj = nn.Parameter(low, requires_grad=False)
+    with pytest.raises(
+        InputError, match=r"1\.mlp\.experts\.down_proj is quantised \(torch\.float8"
+    ):
+        find_targets(model)
 
 
 def test_what_is_not_fused_in_a_mixture_can_be_targeted():
@@ -281,6 +341,28 @@ def test_what_is_not_fused_in_a_mixture_can_be_targeted():
         "1.self_attn.o_proj.weight",
     ]
     assert len(names(qwen3_moe(), layers="0")) == 3
+
+
+class AttentionDecoderLayer(nn.Module):
+    """A block whose class is named after its attention, as Jamba's and OLMo hybrid's are."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.self_attn, self.mlp = block.self_attn, block.mlp
+        self.input_layernorm = block.input_layernorm
+        self.post_attention_layernorm = block.post_attention_layernorm
+
+    def forward(self, x_BTD, **given):
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), **given)[0]
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+def test_a_block_whose_class_is_named_after_its_attention():
+    model = zoo.tiny("llama", torch.float32)
+    model.model.layers[1] = AttentionDecoderLayer(model.model.layers[1])
+    assert names(model) == [
+        f"{block}.mlp.{name}_proj.weight" for block in (0, 1) for name in ("gate", "up", "down")
+    ]
 
 
 class Routed(nn.Module):
@@ -402,7 +484,7 @@ def recurrent_gemma():
     [
         (rwkv, "parameters that no linear map holds", "time_mix_key"),
         (recurrent_gemma, "parameters that no linear map holds", "rg_lru.input_gate_weight"),
-        (mixtral, "fused expert weights", "mlp.experts.gate_up_proj"),
+        (lambda: own_way(mixtral), "fused expert weights", "mlp.experts.gate_up_proj"),
     ],
 )
 def test_what_is_left_out_is_called_what_it_is(build, kind, name):

@@ -252,33 +252,42 @@ def _matches(module_name: str, module: nn.Module, pattern: str) -> bool:
 
 
 def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
-    """A module's own parameters of three dimensions that cannot be changed: convolutions, some
-    experts, others."""
+    """A module's own parameters that cannot be changed: convolutions, experts that transformers
+    runs in one way only, other parameters of three dimensions."""
     found: list[LeftOut] = []
     if is_expert_layer(module):
         return found
+    in_rows = (
+        "expert" in type(module).__name__.lower()
+    )  # matrices of all experts, one below another
     for own_name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 3:
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                kind, what = "convolutions", "a convolution's weight"
-            elif "expert" in f"{name}.{own_name} {type(module).__name__}".lower():
-                kind, what = "fused expert weights", "a fused mixture-of-experts weight"
-            else:
-                kind = "parameters that no linear map holds"
-                what = "a parameter that no linear map holds,"
-            shape = tuple(parameter.shape)
-            reason = f"is {what} of shape {shape}: kfade changes plain linear maps [O, I]"
-            found.append(LeftOut(f"{name}.{own_name}", kind, reason))
+        if parameter.ndim < (2 if in_rows else 3):
+            continue
+        shape = f"of shape {tuple(parameter.shape)}"
+        plain = "kfade changes plain linear maps [O, I]"
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            kind, reason = "convolutions", f"is a convolution's weight {shape}: {plain}"
+        elif in_rows or "expert" in f"{name}.{own_name}".lower():
+            kind = "fused expert weights"
+            reason = (
+                f"is a fused mixture-of-experts weight {shape}, and {type(module).__name__} is not "
+                "a layer of experts that transformers can run in another way, as kfade needs"
+            )
+        else:
+            kind = "parameters that no linear map holds"
+            reason = f"is a parameter that no linear map holds, {shape}: {plain}"
+        found.append(LeftOut(f"{name}.{own_name}", kind, reason))
     return found
 
 
 def _refuse_quantised(name: str, module: nn.Module) -> None:
+    fused = [(n, p) for n, p in module.named_parameters(recurse=False) if p.ndim >= 3]
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for tensor_name, tensor in tensors:
-        quantised = tensor_name in ("qweight", "weight") and (
-            not tensor.is_floating_point() or tensor.element_size() < 2
-        )
-        if quantised:
+    for tensor_name, tensor in [
+        *fused,
+        *((n, t) for n, t in tensors if n in ("qweight", "weight")),
+    ]:
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise InputError(
                 f"{name}.{tensor_name} is quantised ({tensor.dtype}): load the model in bfloat16 "
                 "or float32 and quantise the edited model afterwards"
