@@ -257,9 +257,8 @@ def _not_linear(name: str, module: nn.Module) -> list[LeftOut]:
     found: list[LeftOut] = []
     if is_expert_layer(module):
         return found
-    in_rows = (
-        "expert" in type(module).__name__.lower()
-    )  # matrices of all experts, one below another
+    # Matrices of all experts, one below another:
+    in_rows = "expert" in type(module).__name__.lower()
     for own_name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim < (2 if in_rows else 3):
             continue
