@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.routing import chosen_experts
-from kfade.models.experts import ExpertMap
+from kfade.models.experts import ExpertMap, is_expert_layer
 from kfade.models.lengths import batches_for
 from kfade.models.targets import Target, named
 from kfade.runs.config import EstimatorConfig
@@ -65,11 +66,13 @@ def leave_out_rare(
 
 def expert_rows(model: Any, batches: Sequence[Batch]) -> dict[int, Tensor]:
     """Number of live positions that go to each expert [E], by the ``id`` of its layer's module."""
-    rows: dict[int, Tensor] = {}
+    # All layers, since a process may have no batch.
+    layers = [module for module in model.modules() if is_expert_layer(module)]
+    rows = {id(m): torch.zeros(m.num_experts, dtype=torch.float64) for m in layers}
     for module, chosen_RK in chosen_experts(model, batches):
-        experts: int = module.num_experts  # type: ignore[assignment]
-        count_E = chosen_RK.flatten().bincount(minlength=experts)[:experts]
-        rows[id(module)] = rows.get(id(module), 0) + count_E.double().cpu()
+        count_E = rows[id(module)]
+        found_E = chosen_RK.flatten().bincount(minlength=len(count_E))[: len(count_E)]
+        count_E += found_E.double().cpu()
     return {layer: distributed.all_reduce(count_E) for layer, count_E in rows.items()}
 
 
