@@ -28,7 +28,7 @@ from kfade.planning.memory import (
 from kfade.runs import options as o
 from kfade.runs.choices import bytes_of, estimator_of, offload_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
-from kfade.runs.session import selection
+from kfade.runs.session import refuse_routed, selection
 
 
 @o.settings(o.DATA)
@@ -134,6 +134,8 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     work = replace(work, sequence_length=length)
     with on_shapes(skeleton):
         targets = find_targets(skeleton, **selection(fit))
+    if request.device.shard:
+        refuse_routed(targets)
     shards = devices.count if request.device.shard else 1
     arranger = Arranger(
         skeleton,

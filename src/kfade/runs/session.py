@@ -54,11 +54,8 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
     with stage("load"):
         model, tokenizer = open_model(config, divide=divide)
         chosen = choose_targets(model, **selection(fit))
-        if shard and any(target.is_routed for target in chosen.targets):
-            raise InputError(
-                "--shard: routed experts cannot be changed in a model that is spread over "
-                "processes: give --experts none, or leave --shard out"
-            )
+        if shard:
+            refuse_routed(chosen.targets)
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
     progress.say(f"{counted(len(chosen.targets), 'weight')} targeted, {rounded(count)} parameters")
     if chosen.summary:
@@ -104,6 +101,15 @@ def division(config: ModelConfig, shard: bool) -> Divide | None:
             "or leave --shard out"
         )
     return partial(_divide, config.device or default_device()) if shard else None
+
+
+def refuse_routed(targets: Sequence[Target]) -> None:
+    """Raises InputError where targets of a model that is to be sharded are routed experts."""
+    if any(target.is_routed for target in targets):
+        raise InputError(
+            "--shard: routed experts cannot be changed in a model that is spread over processes: "
+            "give --experts none, or leave --shard out"
+        )
 
 
 def refuse_sharded_experts(model: nn.Module) -> None:
