@@ -64,7 +64,7 @@ def of_the_pass(compare: Callable[..., None], model: Any, batch: Any) -> None:
     def pass_over(some: Any, weight_gradients: bool = False) -> None:
         for target in some:
             target.weight.requires_grad_(weight_gradients)
-        with capture(some, on_gradient=lambda target, gradient: None), torch.enable_grad():
+        with capture(some, on_gradient=lambda *seen: None), torch.enable_grad():
             hidden_BTD = hidden_states(model, batch.input_BT)
             hidden_BTD.backward(hidden_BTD.detach())
         for target in some:

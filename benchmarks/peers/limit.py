@@ -52,7 +52,7 @@ def main() -> None:
     count = input_BT.numel()
 
     def there_and_back() -> None:
-        with capture(targets, on_gradient=lambda target, gradient: None):
+        with capture(targets, on_gradient=lambda *seen: None):
             with torch.enable_grad():
                 hidden_BTD = hidden_states(model, input_BT)
             hidden_BTD.backward(hidden_BTD.detach())

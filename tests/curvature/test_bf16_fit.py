@@ -22,7 +22,7 @@ from helpers import random_sequences, relative_error, tiny_llama
 from kfade import EKFAC, KFAC, find_targets, make_batches, margin, square_root_draw
 from kfade.curvature.factors import PANEL, CovarianceSum, sum_dtype
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM, pseudo_gradients
-from kfade.curvature.passes import live_rows, run_pass
+from kfade.curvature.passes import run_pass
 from kfade.method.gradient import forget_gradient
 
 U = 2.0**-8
@@ -110,16 +110,16 @@ class RowsOfAll:
         self.lengths: list[list[int]] = []
 
     def begin(self, batch, together):
-        self._batch = batch
         self.lengths.append(batch.live_BT.sum(dim=1).tolist())
 
-    def on_input(self, target, a_BTI):
-        rows = live_rows(a_BTI, self._batch)
+    def on_input(self, target, live):
+        rows, lengths = live
+        assert lengths == self.lengths[-1]
         assert rows.dtype == BF16
         self.inputs.setdefault(target.input_of, []).append(rows.double())
 
-    def on_gradient(self, target, g_BTO):
-        rows = live_rows(g_BTO, self._batch)
+    def on_gradient(self, target, live):
+        rows, _ = live
         assert rows.dtype == BF16
         self.gradients.setdefault(target.name, []).append(rows.double())
 
