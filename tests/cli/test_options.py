@@ -17,16 +17,16 @@ from kfade.cli import app, main
 LISTED = Path(__file__).with_name("options.txt")
 ADDED = {
     # One class of settings is read by several commands.
-    "check": {"--recompute", "--no-recompute", "--shard", "--experts"},
+    "check": {"--recompute", "--no-recompute", "--shard", "--experts", "--expert-rows"},
     # Fine-tuning of models that are larger than a device.
     "baseline": {"--shard"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload", "--experts"},
+    "plan": {"--offload", "--experts", "--expert-rows"},
     "sweep": {"--offload", "--memory"},
-    "unlearn": {"--offload", "--experts"},
+    "unlearn": {"--offload", "--experts", "--expert-rows"},
     # Experts of a mixture are targets.
-    "fit": {"--experts"},
+    "fit": {"--experts", "--expert-rows"},
     # Evaluations run in several processes.
     **{f"eval {n}": {"--shard"} for n in ("choice", "kl", "memorisation", "mt-bench", "tofu")},
 }

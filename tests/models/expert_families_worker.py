@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from families import sequences, tiny_model
+from families import sequences, tiny_config, tiny_model
 
 import kfade
 from kfade import EKFAC, find_targets, make_batches, margin
@@ -23,6 +23,13 @@ FAMILIES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "glm4_moe"),
     *("granitemoe", "ernie4_5_moe", "qwen3_next", "lfm2_moe", "phimoe", "dots1", "nemotron_h"),
 )
+
+
+def muse_spark():
+    """The configuration of a family whose text tower has a norm after each expert."""
+    config = tiny_config("muse_spark_text")
+    config._experts_implementation = "eager"
+    return config
 
 
 def mixture(family: str):

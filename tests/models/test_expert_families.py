@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_families_worker import FAMILIES, found_in, gradient_of, mixture, retain, step_of
+from expert_families_worker import (
+    FAMILIES,
+    found_in,
+    gradient_of,
+    mixture,
+    muse_spark,
+    retain,
+    step_of,
+)
 from helpers import relative_error, same_bits
 from processes import run_together
 
 from kfade import Update, find_targets
-from kfade.models.experts import is_expert_layer
+from kfade.models.experts import ExpertLayer, is_expert_layer, routed
 
 KLS = (1e-8, 1e-9)  # a larger step changes which experts run, and outputs jump
 
@@ -22,8 +30,30 @@ def model(request):
 def test_all_experts_are_targets(model):
     layers = [module for module in model.modules() if is_expert_layer(module)]
     assert layers
-    routed = [target for target in find_targets(model) if target.is_routed]
-    assert len(routed) == sum(2 * layer.num_experts for layer in layers)
+    found = [target for target in find_targets(model) if target.is_routed]
+    assert len(found) == sum(2 * layer.num_experts for layer in layers)
+
+
+def test_a_norm_after_each_expert_and_choices_of_no_expert():
+    family = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    experts = family.MuseSparkExperts(muse_spark())
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    assert is_expert_layer(experts)
+    assert experts.has_post_expert_norm
+    hidden_ND, weights_NK = torch.randn(20, experts.down_proj.shape[1]), torch.rand(20, 2)
+    numbers = torch.arange(experts.num_experts + 1)  # the last one means none
+    chosen_NK = torch.stack([numbers.roll(n)[:2] for n in range(20)])
+    layer, rows = ExpertLayer(experts), []
+    for map_ in layer.first:
+        map_.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    with torch.no_grad():
+        expected = experts(hidden_ND, chosen_NK, weights_NK)
+        with routed([layer]):
+            found = experts(hidden_ND, chosen_NK, weights_NK)
+    assert sum(rows) == (chosen_NK < experts.num_experts).sum() < chosen_NK.numel()
+    assert relative_error(found, expected) < 1e-6
 
 
 def test_predictions_hold_as_the_step_becomes_small(model):
