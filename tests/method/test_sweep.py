@@ -253,9 +253,9 @@ def test_gradients_and_directions_are_shared(model, targets, sets, curvature, mo
     solves, gradients = [], []
     real = kfade.method.refine.gauss_newton_step
 
-    def counted_step(curvature, gradient, damping, storage):
+    def counted_step(curvature, gradient, damping, storage, **options):
         solves.append(damping)
-        return real(curvature, gradient, damping, storage)
+        return real(curvature, gradient, damping, storage, **options)
 
     def counted_gradient(model, batches, targets, objective, **options):
         gradients.append(objective)

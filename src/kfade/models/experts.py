@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from kfade.data.batches import Batch
 
@@ -159,6 +158,9 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
 def routed(layers: Iterable[ExpertLayer]) -> Iterator[None]:
     """Within the ``with``, these layers of experts run through their maps."""
     before: list[tuple[Any, Any, ExpertLayer | None]] = []
+    layers = list(layers)
+    if layers:
+        _register()
     try:
         for layer in layers:
             module: Any = layer.module
@@ -193,6 +195,14 @@ def choices(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
             handle.remove()
 
 
+def _register() -> None:
+    """Make the implementation known to the library."""
+    # The import takes long, and most models have no experts.
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run)
+
+
 def _run(
     module: Any, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, *rest: Any
 ) -> Tensor:
@@ -221,6 +231,3 @@ def _through(maps: list[ExpertMap], routing: Routing, rows_SI: Tensor) -> Tensor
         map_.routing = routing
         outputs.append(map_(rows_RI))
     return torch.cat(outputs)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run)
