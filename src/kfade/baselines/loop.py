@@ -25,8 +25,9 @@ from kfade.baselines.checkpoint import Checkpoint, Row, keep
 from kfade.baselines.gauge import DriftGauge
 from kfade.baselines.losses import Net, Rows, Term
 from kfade.baselines.references import Drawn, References
-from kfade.baselines.weights import Trainable, own_parts
-from kfade.curvature.vectors import Vector
+from kfade.baselines.weights import Trainable
+from kfade.curvature.vectors import Divided, InHostMemory, Vector
+from kfade.curvature.vectors import keep as keep_vector
 from kfade.data.batches import Batch, draw_without_replacement
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
@@ -137,7 +138,9 @@ def train(
         else:
             start.restore(trainable, run.optimizer)
             curve += start.curve
-            kept = own_parts(start.kept, trainable.parameters) if start.kept else trainable.deltas()
+            kept = trainable.deltas()
+            if start.kept:
+                kept = keep_vector(start.kept, Divided(InHostMemory()))
         losses: list[float] = []
         for step in track(range(int(curve[-1]["step"]), settings.steps), "training"):
             losses.append(run.step(step))

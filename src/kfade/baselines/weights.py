@@ -187,15 +187,3 @@ class LowRank:
 def gathered(parts: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Vector:
     """The whole tensors of which this process has ``parts``, each gathered when it is read."""
     return Layerwise(parts, lambda name: distributed.gather_like(like[name], parts[name]).cpu())
-
-
-def own_parts(vector: Vector, like: Mapping[str, Tensor]) -> Vector:
-    """A vector of which this process keeps its part, divided as ``like``; read like ``vector``.
-
-    A layer that ``like`` does not name is kept whole.
-    """
-    parts = {}
-    for name in vector:
-        whole = vector[name]
-        parts[name] = distributed.part_like(like.get(name, whole), whole).to("cpu", copy=True)
-    return gathered(parts, {**parts, **like})

@@ -110,6 +110,16 @@ def _zeros(target: Target) -> Tensor:
     return torch.zeros(target.shape, dtype=sum_dtype(weight.dtype), device=weight.device)
 
 
+def ones(targets: Sequence[Target]) -> Vector:
+    """The vector of ones, each layer made when it is read."""
+    of = {target.name: target for target in targets}
+
+    def layer(name: str) -> Tensor:
+        return torch.ones(of[name].shape, dtype=of[name].dtype, device=of[name].device)
+
+    return Layerwise(of, layer)
+
+
 Tangents = Callable[[nn.Module, Batch, Sequence[Target], Vector], tuple[Tensor, Tensor]]
 """(model, batch, targets, δ) -> (h, J δ): final hidden states [N, D] at the loss positions, and
 their derivative along δ."""
@@ -118,14 +128,9 @@ their derivative along δ."""
 def tangents_of(model: nn.Module, targets: Sequence[Target]) -> Tangents:
     """:func:`tangents` if forward mode works in ``model``, tested on two tokens; else
     :func:`differences`."""
-    weight = targets[0].weight
-    tokens_BT = torch.arange(2, device=weight.device)[None]
-    shapes = {target.name: target.shape for target in targets}
-    along = Layerwise(
-        shapes, lambda name: torch.ones(shapes[name], dtype=weight.dtype).to(weight.device)
-    )
+    tokens_BT = torch.arange(2, device=targets[0].device)[None]
     try:
-        _, tangent_BTD = _dual_states(model, tokens_BT, targets, along)
+        _, tangent_BTD = _dual_states(model, tokens_BT, targets, ones(targets))
     except NotImplementedError:
         return differences
     except RuntimeError as error:

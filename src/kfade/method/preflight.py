@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kfade.curvature.capture import capture
+from kfade.curvature.jacobian import ones
 from kfade.curvature.passes import backward, refuse_float16, refuse_unreached
 from kfade.curvature.product import quadratic_form
 from kfade.curvature.recompute import recomputing, uneven_like
-from kfade.curvature.vectors import Layerwise
 from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError, first_line
@@ -61,11 +61,7 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
             head = read_head(model)
             with capture(targets, on_gradient=on_gradient):
                 backward(model, head, batches[0], through_head)
-        kinds = {t.name: (t.shape, t.weight.dtype) for t in targets}
-        along = Layerwise(
-            kinds, lambda name: torch.ones(kinds[name][0], dtype=kinds[name][1], device=device)
-        )
-        quadratic_form(model, batches, targets, along, head=head)
+        quadratic_form(model, batches, targets, ones(targets), head=head)
         with recomputing(model, targets, recompute):
             pass  # checks on entering
     except InputError:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,24 +45,22 @@ class Routing:
             counts = [(len(flat_S) + e) // experts for e in range(experts)]
         else:
             counts = flat_S.bincount(minlength=experts)[:experts].tolist()
-        stops = list(accumulate(counts))
         self.counts = counts
         """Number of rows of each expert."""
-        self.slices = [slice(stop - n, stop) for stop, n in zip(stops, counts, strict=True)]
-        """The rows of each expert."""
-        self.rows = stops[-1]
+        self.rows = sum(counts)
         """Number of rows that have an expert."""
-        self._live: tuple[Batch, Tensor, list[list[int]]] | None = None
+        self._live: tuple[Batch, Sequence[Tensor], list[list[int]]] | None = None
 
     def live(self, batch: Batch, expert: int) -> tuple[Tensor, list[int]]:
         """(whether each row of ``expert`` is a live position of ``batch``, the number of live rows
         of each sequence that has any)."""
         if self._live is None or self._live[0] is not batch:
             self._live = (batch, *self._count(batch))
-        _, live_S, counts = self._live
-        return live_S[self.slices[expert]], counts[expert]
+        _, live, lengths = self._live
+        return live[expert], lengths[expert]
 
-    def _count(self, batch: Batch) -> tuple[Tensor, list[list[int]]]:
+    def _count(self, batch: Batch) -> tuple[Sequence[Tensor], list[list[int]]]:
+        """What :meth:`live` returns, for each expert."""
         sequences, length = batch.live_BT.shape
         position_S = self.position_S[: self.rows]
         live_S = batch.live_BT.flatten()[position_S]
@@ -71,8 +68,8 @@ class Routing:
         expert_S = torch.arange(self._experts, device=live_S.device).repeat_interleave(sizes)
         cell_S = expert_S * sequences + position_S // length
         counts_ES = cell_S[live_S].bincount(minlength=self._experts * sequences)
-        counts = counts_ES.view(self._experts, sequences).tolist()
-        return live_S, [[n for n in own if n] for own in counts]
+        lengths = counts_ES.view(self._experts, sequences).tolist()
+        return live_S.split(self.counts), [[n for n in own if n] for own in lengths]
 
 
 class ExpertMap(nn.Module):
@@ -149,9 +146,9 @@ def is_expert_layer(module: Any) -> bool:
     )
 
 
-def expert_layers(model: nn.Module) -> list[ExpertLayer]:
-    """All layers of experts of ``model`` that can run through maps."""
-    return [ExpertLayer(module) for module in model.modules() if is_expert_layer(module)]
+def expert_modules(model: nn.Module) -> list[Any]:
+    """All modules of ``model`` of which :func:`is_expert_layer` is true."""
+    return [module for module in model.modules() if is_expert_layer(module)]
 
 
 @contextlib.contextmanager
@@ -187,7 +184,7 @@ def choices(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
         if len(args) > 1:  # (hidden states, experts of each position, their weights)
             chosen.append((module, args[1].flatten(0, -2)))
 
-    handles = [m.register_forward_pre_hook(note) for m in model.modules() if is_expert_layer(m)]
+    handles = [m.register_forward_pre_hook(note) for m in expert_modules(model)]
     try:
         yield chosen
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
-from kfade.models.experts import ExpertLayer, ExpertMap, is_expert_layer
+from kfade.models.experts import ExpertLayer, ExpertMap, expert_modules, is_expert_layer
 from kfade.models.interface import check_interface
 from kfade.models.probe import Seen, probe
 from kfade.models.targets import Choice, LeftOut, Target, memory_of, refuse_compiled
@@ -346,7 +346,7 @@ def has_experts(model: nn.Module) -> bool:
     blocks = decoder_blocks(model)[1]
     others = [weight for module in blocks.modules() for weight in _not_linear("", module)]
     fused = any(weight.kind == "fused expert weights" for weight in others)
-    fused = fused or any(is_expert_layer(module) for module in blocks.modules())
+    fused = fused or bool(expert_modules(blocks))
     return fused or any(_routers(block) for block in blocks)
 
 

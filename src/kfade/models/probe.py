@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kfade.models.experts import ExpertMap
 from kfade.models.head import refuse_looking_ahead, run_on_tokens
 from kfade.models.load import frozen
-from kfade.models.targets import ForwardHook, LeftOut, Target, hooked
+from kfade.models.targets import ForwardHook, LeftOut, Target, expert_layers_of, hooked
 
 PROBE = (2, 3)  # sequences and positions of the trial: different, so that axes can be told apart
 
@@ -31,11 +31,9 @@ class Seen:
         self.linear: dict[str, bool] = {}
         """Whether the output is W a + b; no entry for fake tensors, which have no values."""
         self._entering: dict[int, Tensor] = {}
-        maps = [target.module for target in targets if isinstance(target.module, ExpertMap)]
-        layers = {id(map_.layer): map_.layer.module for map_ in maps}
         handles = [
-            module.register_forward_pre_hook(partial(self._enter, layer))
-            for layer, module in layers.items()
+            layer.module.register_forward_pre_hook(partial(self._enter, id(layer)))
+            for layer in expert_layers_of(targets)
         ]
         try:
             with hooked(targets, self._note, every=False, with_kwargs=True), torch.no_grad():

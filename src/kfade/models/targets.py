@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfade.errors import InputError
-from kfade.models.experts import ExpertMap, Routing, routed
+from kfade.models.experts import ExpertLayer, ExpertMap, Routing, routed
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,8 @@ def hooked(
         return forward_hook
 
     handles = [target.module.register_forward_hook(noting(target), **options) for target in targets]
-    maps = [target.module for target in targets if isinstance(target.module, ExpertMap)]
-    layers = {id(map_.layer): map_.layer for map_ in maps}
     try:
-        with routed(layers.values()):
+        with routed(expert_layers_of(targets)):
             yield
     finally:
         for handle in handles:
@@ -128,6 +126,12 @@ def hooked(
                 "targets in this very model, as it is now, or leave it out with --target or "
                 "--layers"
             )
+
+
+def expert_layers_of(targets: Iterable[Target]) -> list[ExpertLayer]:
+    """The layers of experts that targets belong to, each once."""
+    maps = [target.module for target in targets if isinstance(target.module, ExpertMap)]
+    return list({id(map_.layer): map_.layer for map_ in maps}.values())
 
 
 def named(names: Iterable[str]) -> str:

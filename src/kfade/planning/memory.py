@@ -22,7 +22,7 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import largest_share
 from kfade.curvature.jacobian import sum_bytes
 from kfade.errors import InputError
-from kfade.models.experts import expert_layers, routed
+from kfade.models.experts import ExpertLayer, expert_modules, routed
 from kfade.models.head import chunk_positions
 from kfade.models.interface import check_length
 from kfade.models.layers import decoder_blocks
@@ -131,9 +131,13 @@ class Workload:
 
     def head_bytes(self, stage: str) -> int:
         """Peak bytes at the head, which handles a chunk of positions at a time."""
-        vocabulary = self.head[0]
-        chunk = min(chunk_positions(vocabulary, self.size, self.device), self.cost.positions)
-        return HEAD_COPIES[stage] * chunk * vocabulary * self.size
+        return head_bytes(stage, self.cost.positions, self.head[0], self.size, self.device)
+
+
+def head_bytes(stage: str, positions: int, vocabulary: int, size: int, device: torch.device) -> int:
+    """Peak bytes at the head of a stage, for logits of ``size`` bytes each."""
+    chunk = min(chunk_positions(vocabulary, size, device), positions)
+    return HEAD_COPIES[stage] * chunk * vocabulary * size
 
 
 def model_bytes(model: Any, shards: int = 1) -> int:
@@ -188,7 +192,7 @@ def on_shapes(model: Any) -> Iterator[None]:
         InputError: an operation needs values, not shapes alone.
     """
     try:
-        with routed(expert_layers(model)):
+        with routed(ExpertLayer(module) for module in expert_modules(model)):
             yield
     except RuntimeError as error:  # experts of another kind: rows depend on values
         raise InputError(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kfade.models.head import chunk_positions
 from kfade.models.masters import master_dtype
-from kfade.planning.memory import HEAD_COPIES, RUNTIME_BYTES, model_bytes, on_shapes
+from kfade.planning.memory import RUNTIME_BYTES, head_bytes, model_bytes, on_shapes
 from kfade.planning.trace import training_pass_bytes
 
 OPTIMIZER_COPIES = 3
@@ -41,8 +40,7 @@ def training_bytes(
     else:
         held = factors * (2 + OPTIMIZER_COPIES)  # they, their gradients and the optimiser's state
     weight_VD = model.get_output_embeddings().weight
-    chunk = min(chunk_positions(len(weight_VD), 4, weight_VD.device), shape[0] * shape[1])
-    head = HEAD_COPIES["gradient"] * chunk * len(weight_VD) * 4
+    head = head_bytes("gradient", shape[0] * shape[1], len(weight_VD), 4, weight_VD.device)
     return RUNTIME_BYTES + model_bytes(model, shards) + held + passing + head
 
 

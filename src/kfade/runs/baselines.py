@@ -41,6 +41,7 @@ from kfade.runs.session import (
     read_retain,
     read_source,
     refuse_sharded_experts,
+    refuse_sharded_export,
     say_sets,
     source_of,
     to_tokens,
@@ -224,10 +225,7 @@ def _refuse_sharded(request: BaselineRequest) -> None:
             "by token, but a sharded model needs all processes in every pass; leave --shard out"
         )
     if request.export_model:
-        raise InputError(
-            "--export-model does not work with --shard: leave it out, and add the update to the "
-            "model with kfade apply"
-        )
+        refuse_sharded_export(request.shard)
 
 
 def _given(config: LossConfig | TrainingConfig | WeightsConfig) -> dict[str, Any]:

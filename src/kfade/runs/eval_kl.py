@@ -52,7 +52,7 @@ from kfade.runs.evaluation import (
 )
 from kfade.runs.template import rendering_of
 from kfade.runtime import distributed
-from kfade.runtime.files import write_file, writing
+from kfade.runtime.files import writing
 from kfade.runtime.stages import stage
 
 COMPLETIONS = "completions.jsonl"
@@ -188,7 +188,7 @@ def _streamed(
     Outputs that an interrupted run has written are used again if their ``key`` is the same, which
     stands for the model, the texts and the batches, and the number of processes is the same.
     """
-    state, part = run.folder.state, run.folder.part
+    state = run.folder.state
     several = distributed.count() > 1
     own = f"-{distributed.rank()}-of-{distributed.count()}" if several else ""
 
@@ -200,7 +200,7 @@ def _streamed(
         for number, batches in enumerate(groups):
             if distributed.any_of(not (state / name(number)).is_file()):
                 computed = outputs(base.model, batches, "base model")
-                write_file(state / name(number), computed.save, part / f"{name(number)}.writing")
+                run.folder.keep(name(number), computed.save, in_each=True)
     return lambda number: Outputs.load(state / name(number), head, groups[number])
 
 

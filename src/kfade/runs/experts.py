@@ -13,7 +13,7 @@ from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.routing import chosen_experts
-from kfade.models.experts import ExpertMap, is_expert_layer
+from kfade.models.experts import ExpertMap, expert_modules
 from kfade.models.lengths import batches_for
 from kfade.models.targets import Target, named
 from kfade.runs.config import EstimatorConfig
@@ -24,28 +24,29 @@ from kfade.runtime.counts import counted
 from kfade.runtime.stages import stage
 
 
+def leave_out_unfitted(loaded: Loaded, saved: SavedFit) -> Loaded:
+    """The model with the experts among its targets that a saved curvature has."""
+    fitted = saved.curvature.blocks
+    kept = [target for target in loaded.targets if not target.is_routed or target.name in fitted]
+    return replace(loaded, targets=kept)
+
+
 def leave_out_rare(
     loaded: Loaded,
     retain: Sequence[TokenSequence],
     config: EstimatorConfig,
     batch_tokens: int,
-    saved: SavedFit | None = None,
 ) -> Loaded:
     """The model with the experts among its targets that at least ``config.expert_rows`` retain
     tokens reach.
 
-    The retain set goes through the model once. With a saved curvature the experts are those that
-    it has.
+    The retain set goes through the model once.
 
     Raises:
         InputError: nothing is left.
     """
     if not any(target.is_routed for target in loaded.targets):
         return loaded
-    if saved is not None:
-        fitted = saved.curvature.blocks
-        kept = [t for t in loaded.targets if not t.is_routed or t.name in fitted]
-        return replace(loaded, targets=kept)
     least = config.expert_rows
     with stage("load"):
         rows = expert_rows(loaded.model, batches_for(loaded.model, retain, batch_tokens))
@@ -67,7 +68,7 @@ def leave_out_rare(
 def expert_rows(model: Any, batches: Sequence[Batch]) -> dict[int, Tensor]:
     """Number of live positions that go to each expert [E], by the ``id`` of its layer's module."""
     # All layers, since a process may have no batch.
-    layers = [module for module in model.modules() if is_expert_layer(module)]
+    layers = expert_modules(model)
     rows = {id(m): torch.zeros(m.num_experts, dtype=torch.float64) for m in layers}
     for module, chosen_RK in chosen_experts(model, batches):
         count_E = rows[id(module)]

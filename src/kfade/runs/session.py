@@ -112,6 +112,15 @@ def refuse_routed(targets: Sequence[Target]) -> None:
         )
 
 
+def refuse_sharded_export(shard: bool) -> None:
+    """Raises InputError where a model that is to be exported is to be sharded."""
+    if shard:
+        raise InputError(
+            "--export-model does not work with --shard: leave it out, and add the update to the "
+            "model with kfade apply"
+        )
+
+
 def refuse_sharded_experts(model: nn.Module) -> None:
     """Raises InputError where a sharded model, whose weights are to be trained, has experts.
 

@@ -34,7 +34,7 @@ from kfade.runs.config import (
     write_config,
 )
 from kfade.runs.evaluation import item_log
-from kfade.runs.experts import leave_out_rare
+from kfade.runs.experts import leave_out_unfitted
 from kfade.runs.inputs import SavedFit, input_digests
 from kfade.runs.memory import Room, make_room
 from kfade.runs.session import (
@@ -101,8 +101,7 @@ def sweep(request: SweepRequest, out: Path, *, resume: bool = False) -> dict[str
     }
     clock = Clock()
     with timing(clock), RunDir(out, asked, resume=resume) as folder:
-        loaded = load(run.model, run.fit)
-        loaded = leave_out_rare(loaded, [], run.fit, run.data.batch_tokens, saved)
+        loaded = leave_out_unfitted(load(run.model, run.fit), saved)
         run = replace(run, data=complete_data(run.data, loaded))
         asked = {**asked, "data": result_settings(run)["data"]}
         sets = (forget_examples, fit_examples, held_examples)

@@ -24,7 +24,7 @@ from kfade.method.step import StepSize
 from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
-from kfade.models.experts import is_expert_layer
+from kfade.models.experts import expert_modules
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.targets import Target
 from kfade.models.weights import digest_weights, parameter_names, weight_digests
@@ -36,7 +36,7 @@ from kfade.runs.choices import (
     until_of,
 )
 from kfade.runs.config import RunConfig, result_settings, write_config
-from kfade.runs.experts import leave_out_rare
+from kfade.runs.experts import leave_out_rare, leave_out_unfitted
 from kfade.runs.inputs import SavedFit, input_digests
 from kfade.runs.memory import make_room
 from kfade.runs.session import (
@@ -45,6 +45,7 @@ from kfade.runs.session import (
     load,
     read_retain,
     read_source,
+    refuse_sharded_export,
     say_sets,
     source_of,
     to_tokens,
@@ -82,11 +83,8 @@ def unlearn(
     """
     if saved is not None:
         saved.check(run)
-    if export_model and run.shard:
-        raise InputError(
-            "--export-model does not work with --shard: leave it out, and add the update to the "
-            "model with kfade apply"
-        )
+    if export_model:
+        refuse_sharded_export(run.shard)
     run = replace(run, data=with_date(run.data, out, resume=resume))
     source = source_of(run.model)
     estimator = estimator_of(run.fit.estimator, draw_of(run.fit.labels))
@@ -110,7 +108,10 @@ def unlearn(
             to_tokens(examples, loaded, run.data)
             for examples in (forget_examples, fit_examples, held_examples)
         )
-        loaded = leave_out_rare(loaded, retain, run.fit, run.data.batch_tokens, saved)
+        if saved is not None:
+            loaded = leave_out_unfitted(loaded, saved)
+        else:
+            loaded = leave_out_rare(loaded, retain, run.fit, run.data.batch_tokens)
         if export_model:
             check_writable(loaded.model, source)
         digests = weight_digests(loaded.model, "model")
@@ -195,7 +196,7 @@ def _routing(
     """``rerouted``: the share of positions that the update sends to other experts, on held-out
     retain data and on the forget set. Empty for a model without routed experts."""
     model = loaded.model
-    if not any(is_expert_layer(module) for module in model.modules()):
+    if not expert_modules(model):
         return {}  # before any pass
     sampler = Sampler(model, loaded.targets, batch_tokens=run.data.batch_tokens, seed=run.seed)
     sets = {"held_out": sampler.all(held_out), "forget": sampler.draw(forget, MEASURED_SEQUENCES)}

@@ -229,7 +229,7 @@ def gather_slices(own: Tensor, length: int) -> Tensor:
     if not _grouped():
         return own
     each = -(-length // count())
-    padded = torch.nn.functional.pad(own, (0, each - len(own)))
+    padded = nn.functional.pad(own, (0, each - len(own)))
     whole = own.new_empty(each * count())
     dist.all_gather_into_tensor(whole, padded, group=_own_group())
     return whole[:length]

@@ -199,14 +199,20 @@ class RunDir:
         return number
 
     def keep(
-        self, name: str, write: Callable[[Path], None], attend: Callable[[], None] | None = None
+        self,
+        name: str,
+        write: Callable[[Path], None],
+        attend: Callable[[], None] | None = None,
+        *,
+        in_each: bool = False,
     ) -> None:
         """Have ``write`` make a file of the state, a finished piece; see :func:`write_file`.
 
         Args:
             attend: runs in the other processes, where ``write`` needs them.
+            in_each: each process writes, a file with a name of its own.
         """
-        if self._writes:
+        if self._writes or in_each:
             write_file(self.state / name, write, self.part / f"{name}.writing")
         elif attend is not None:
             attend()
