@@ -120,10 +120,25 @@ def test_the_experts_that_carry_most(desk, tmp_path, capsys):
 
 
 def test_an_adapter_of_experts_is_refused(desk, tmp_path, capsys):
-    assert main(words(desk, "unlearn", tmp_path / "out", "--experts", "1", *ALL)) == 0
-    given = [str(desk / "model"), "--update", str(tmp_path / "out"), "--rank", "2"]
-    assert main(["export-lora", *given, "--out", str(tmp_path / "lora")]) == 2
-    assert "experts" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert main(words(desk, "unlearn", out, "--experts", "1", *ALL)) == 0
+    capsys.readouterr()
+    given = [str(out), "--rank", "2", "--out", str(tmp_path / "lora")]
+    assert main(["export-lora", *given]) == 2
+    said = capsys.readouterr().err
+    assert "mlp.experts.gate_up_proj[1], which is not the weight of a linear layer" in said
+    assert "with --experts none" in said
+    assert not (tmp_path / "lora").exists()
+
+
+def test_experts_of_a_model_without_any_are_refused(desk, tmp_path, capsys):
+    zoo.save(tmp_path / "dense", zoo.tiny("llama", dtype=torch.float32))
+    for experts in ("3", "top:2"):
+        given = words(desk, "unlearn", tmp_path / "out", "--experts", experts)
+        assert main(["unlearn", str(tmp_path / "dense"), *given[2:]]) == 2
+        said = capsys.readouterr().err
+        assert f"--experts {experts}: no weight that is to be changed belongs to a routed" in said
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_check_of_a_mixture(desk, capsys):

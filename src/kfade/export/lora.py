@@ -110,7 +110,7 @@ def _linear(model: nn.Module, name: str, delta: Tensor) -> nn.Module:
         raise InputError(
             f"the update changes {name}, which is not the weight of a linear layer of "
             f"{type(model).__name__}, and an adapter can change nothing else; unlearn without "
-            "--joint-bias, or give the --model that the update was computed on"
+            "--joint-bias, with --experts none, or give the --model that the update was computed on"
         )
     if module.weight.shape != delta.shape:
         raise InputError(

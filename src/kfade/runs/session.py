@@ -15,7 +15,7 @@ from kfade.errors import InputError
 from kfade.method.update import OTHER, ROUNDED, Update
 from kfade.models.head import body_of
 from kfade.models.interface import check_readable
-from kfade.models.layers import ALL, choose_targets, decoder_blocks, has_experts
+from kfade.models.layers import ALL, NONE, choose_targets, decoder_blocks, has_experts
 from kfade.models.lengths import model_window
 from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
@@ -56,6 +56,12 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
         chosen = choose_targets(model, **selection(fit))
         if shard:
             refuse_routed(chosen.targets)
+        chosen_experts = fit.experts not in (None, ALL, NONE)
+        if chosen_experts and not any(target.is_routed for target in chosen.targets):
+            raise InputError(
+                f"--experts {fit.experts}: no weight that is to be changed belongs to a routed "
+                "expert; leave it out, or give other --layers or --target"
+            )
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
     progress.say(f"{counted(len(chosen.targets), 'weight')} targeted, {rounded(count)} parameters")
     if chosen.summary:
