@@ -28,6 +28,7 @@ from transformers import (
 
 import kfade
 from kfade import EKFAC, KFAC, InputError, Update, find_targets, make_batches, margin
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
 from kfade.curvature.product import gauss_newton_product, quadratic_form
@@ -374,7 +375,9 @@ def test_a_step_may_take_the_experts_that_carry_most(model):
     sets = {"forget": SEQUENCES[:5], "retain": SEQUENCES[5:], "held_out": SEQUENCES[5:30]}
     curvature = EKFAC().fit(model, make_batches(SEQUENCES[5:], budget=60), targets)
     gradient = forget_gradient(model, make_batches(SEQUENCES[:5]), targets, margin)
-    solved = curvature.solve(gradient, kfade.Damping())
+    # Relative damping would differ below, where fewer experts are fitted.
+    damping = kfade.Damping(0.1 * curvature.ridge(targets[0].name, kfade.Damping(1.0)), False)
+    solved = curvature.solve(gradient, damping)
     best = set()
     for block in (0, 1):
         carried = {}
@@ -384,18 +387,42 @@ def test_a_step_may_take_the_experts_that_carry_most(model):
                 expert = target.module.expert
                 carried[expert] = carried.get(expert, 0.0) + share
         best |= {(block, e) for e in sorted(carried, key=carried.get)[-2:]}
-    direction = kfade.Direction(top_experts=2)
+    direction = kfade.Direction(damping=damping, top_experts=2)
     update = kfade.unlearn(model, **sets, **{**options, "direction": direction})
     chosen = [t for t in targets if not t.is_routed or (t.block, t.module.expert) in best]
     assert set(update.deltas) == {target.name for target in chosen}
     assert len(update.deltas) == 2 * 4 + 2
     # The step is that of the chosen weights: the curvature is block-diagonal.
-    alone = kfade.unlearn(model, **sets, **{**options, **flat(
-        targets=chosen, alpha=0.01, batch_tokens=60)})  # fmt: skip
+    own = flat(targets=chosen, alpha=0.01, batch_tokens=60, damping=damping)
+    alone = kfade.unlearn(model, **sets, **{**options, **own})
     for name, delta in alone.deltas.items():
         assert relative_error(update.deltas[name], delta) < 1e-6
     with pytest.raises(InputError, match="--experts top:N does not work with --refine"):
         kfade.Direction(top_experts=2, refine=1)
+
+
+def test_experts_of_a_parameter_have_one_damping(model, tmp_path):
+    """A multiple of the mean eigenvalue over all of them; in memory and from files."""
+    targets = [*find_targets(model), *find_targets(model, pattern="*.o_proj.weight")]
+    store = Store(tmp_path)
+    batches = make_batches(SEQUENCES, budget=60)
+    fitted = EKFAC().fit(model, batches, targets)
+    on_disk = EKFAC().fit(model, batches, targets, store=store, memory=20_000)
+    assert len(list(tmp_path.glob("curvature-*"))) > 1  # groups divide a parameter's experts
+    means: dict[str, list[float]] = {}
+    for target in targets:
+        mean = fitted.blocks[target.name].eigenvalues.mean().item()
+        means.setdefault(target.name.partition("[")[0], []).append(mean)
+    for target in targets:
+        own = means[target.name.partition("[")[0]]
+        right = 0.3 * sum(own) / len(own)
+        for curvature in (fitted, on_disk, Curvature.load(tmp_path)):
+            ridge = curvature.ridge(target.name, kfade.Damping(0.3))
+            assert ridge == pytest.approx(right, rel=1e-6)  # sums over groups in another order
+            assert curvature.ridge(target.name, kfade.Damping(0.3, relative=False)) == 0.3
+        if target.is_routed:
+            alone = fitted.only([target.name], "cpu").ridge(target.name, kfade.Damping(0.3))
+            assert alone != pytest.approx(right, rel=1e-3)
 
 
 def test_blocks_that_run_again_and_groups_of_layers_give_the_same(model, tmp_path):

@@ -25,6 +25,11 @@ class EigenBlock:
     q_in: Tensor | None
     eigenvalues: Tensor
 
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean of Λ."""
+        return self.eigenvalues.mean().item()
+
     def rotate(self, x: Tensor) -> Tensor:
         """X̃ = Q_Oᵀ X Q_I."""
         if self.q_out is not None:

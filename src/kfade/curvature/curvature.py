@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kfade.curvature.owners import OwnedBlocks
 from kfade.curvature.store import StoredBlocks, write_blocks
 from kfade.curvature.vectors import OnDevice, Storage, Vector
 from kfade.errors import InputError
+from kfade.models.weights import parameter_of
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,38 @@ class Curvature:
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was fitted: estimator, labels, seed, tokens, digests of weights and data."""
 
+    def ridge(self, name: str, damping: Damping) -> float:
+        """λ of the weight ``name``.
+
+        If relative, it is a multiple of the mean eigenvalue of the weight; of an expert, of the
+        mean over all experts of its parameter. An expert that few retain tokens reach has small
+        eigenvalues, which are known badly. A multiple of its own mean would allow the longest
+        changes there.
+        """
+        if not damping.relative:
+            return damping.value
+        whole = parameter_of(name)
+        if whole == name:
+            return damping.of(mean_eigenvalue(self.blocks, name))
+        return damping.of(self._means_of_experts[whole])
+
+    @cached_property
+    def _means_of_experts(self) -> dict[str, float]:
+        """Mean eigenvalue of all experts of each fused parameter."""
+        means: dict[str, list[float]] = {}
+        for name in self.blocks:
+            whole = parameter_of(name)
+            if whole != name:
+                means.setdefault(whole, []).append(mean_eigenvalue(self.blocks, name))
+        return {whole: sum(found) / len(found) for whole, found in means.items()}
+
     def solve(
         self, x: Vector, damping: Damping, storage: Storage = OnDevice()
     ) -> MutableMapping[str, Tensor]:
         """(G̃ + λI)⁻¹ x, kept in ``storage``."""
         solution = storage.vector()
         for name, block in self.blocks.items():
-            solution[name] = block.solve(x[name], damping.of(block))
+            solution[name] = block.solve(x[name], self.ridge(name, damping))
         return solution
 
     def matvec(self, x: Vector) -> dict[str, Tensor]:
@@ -72,6 +99,13 @@ class Curvature:
         for file in curvature_files(path):
             provenance = blocks.include(file)
         return cls(blocks, provenance)
+
+
+def mean_eigenvalue(blocks: Mapping[str, EigenBlock], name: str) -> float:
+    """Mean of Λ of one weight, without reading its block from disk or from another process."""
+    if isinstance(blocks, StoredBlocks | OwnedBlocks):
+        return blocks.mean_eigenvalue(name)
+    return blocks[name].mean_eigenvalue
 
 
 def curvature_files(path: Path) -> list[Path]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kfade.curvature.block import EigenBlock
 from kfade.errors import InputError
 
 
 @dataclass(frozen=True)
 class Damping:
     """λ of each layer in (G̃ + λI)⁻¹: a number, or a multiple of the layer's mean eigenvalue.
+
+    Experts of one parameter have one λ, see :meth:`~kfade.curvature.curvature.Curvature.ridge`.
 
     Raises:
         InputError: ``value`` is negative or not finite.
@@ -27,6 +28,6 @@ class Damping:
             option = "--relative-damping" if self.relative else "--damping"
             raise InputError(f"{option} {self.value}: give a finite number, 0 or more")
 
-    def of(self, block: EigenBlock) -> float:
-        """λ of one layer."""
-        return self.value * block.eigenvalues.mean().item() if self.relative else self.value
+    def of(self, mean: float) -> float:
+        """λ of a layer with that mean eigenvalue."""
+        return self.value * mean if self.relative else self.value

@@ -84,6 +84,7 @@ class _Place:
     """Of Q_O, Q_I and Λ; (0, 0) where there is none."""
     dtype: torch.dtype
     device: torch.device
+    mean_eigenvalue: float
 
 
 class OwnedBlocks(Mapping[str, EigenBlock]):
@@ -101,9 +102,11 @@ class OwnedBlocks(Mapping[str, EigenBlock]):
         """Add the blocks of a group, of which each process gives those of its own layers."""
         self._own |= blocks
         shapes = _shapes(blocks, owners.group)
-        for target, found in zip(owners.group, shapes, strict=True):
-            weight = target.weight
-            place = _Place(owners.owner(target), found, sum_dtype(weight.dtype), weight.device)
+        own = [blocks[t.name].mean_eigenvalue if t.name in blocks else 0.0 for t in owners.group]
+        means = distributed.all_reduce_numbers(own)
+        for target, found, mean in zip(owners.group, shapes, means, strict=True):
+            weight, owner = target.weight, owners.owner(target)
+            place = _Place(owner, found, sum_dtype(weight.dtype), weight.device, mean)
             self._places[target.name] = place
 
     def only(self, names: Iterable[str], device: torch.device | str) -> OwnedBlocks:
@@ -114,6 +117,10 @@ class OwnedBlocks(Mapping[str, EigenBlock]):
             if name in self._own:
                 some._own[name] = self._own[name].to(device)
         return some
+
+    def mean_eigenvalue(self, name: str) -> float:
+        """Mean of Λ of one weight."""
+        return self._places[name].mean_eigenvalue
 
     def __getitem__(self, name: str) -> EigenBlock:
         place = self._places[name]

@@ -35,6 +35,7 @@ class StoredBlocks(Mapping[str, EigenBlock]):
     def __init__(self, device: torch.device | str) -> None:
         self._device = str(device)
         self._where: dict[str, tuple[Path, dict[str, str]]] = {}
+        self._means: dict[str, float] = {}
 
     def include(self, path: Path) -> dict[str, Any]:
         """Add the blocks of a file and return its provenance.
@@ -51,6 +52,7 @@ class StoredBlocks(Mapping[str, EigenBlock]):
             raise InputError(f"{path}: not a curvature file of this version of kfade")
         for name, parts in metadata["layout"].items():
             self._where[name] = (path, parts)
+        self._means |= metadata.get("mean_eigenvalues", {})  # older files have none
         provenance: dict[str, Any] = metadata["provenance"]
         return provenance
 
@@ -58,7 +60,13 @@ class StoredBlocks(Mapping[str, EigenBlock]):
         """The blocks of the weights ``names``, read to ``device``."""
         some = StoredBlocks(device)
         some._where = {name: self._where[name] for name in names}
+        some._means = {name: self._means[name] for name in some._where if name in self._means}
         return some
+
+    def mean_eigenvalue(self, name: str) -> float:
+        """Mean of Λ of one weight, which its file notes."""
+        noted = self._means.get(name)
+        return self[name].mean_eigenvalue if noted is None else noted
 
     def __getitem__(self, name: str) -> EigenBlock:
         path, parts = self._where[name]
@@ -93,7 +101,13 @@ def write_blocks(
             key = stored.setdefault(id(tensor), f"{name}/{part}")
             layout[name][part] = key
             tensors[key] = tensor  # a reference, so that no id is reused
-    metadata = {"format": FORMAT, "layout": layout, "provenance": provenance}
+    means = {name: block.mean_eigenvalue for name, block in blocks.items()}
+    metadata = {
+        "format": FORMAT,
+        "layout": layout,
+        "mean_eigenvalues": means,
+        "provenance": provenance,
+    }
     write_tensors(path, tensors, {"kfade": json.dumps(metadata)})
 
 

@@ -121,8 +121,7 @@ class _System:
     ) -> None:
         self._curvature, self._product, self._damping = curvature, product, damping
         self._storage = storage
-        blocks = curvature.blocks.items()
-        self._ridge = {name: damping.of(block) for name, block in blocks}
+        self._ridge = {name: curvature.ridge(name, damping) for name in curvature.blocks}
         self._g = Layerwise(self._ridge, lambda name: gradient[name])
         self._r = storage.vector()
         self._s = storage.vector()

@@ -65,7 +65,7 @@ def gauss_newton_step(
     found: dict[str, list[Tensor]] = {}
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
-        r = block.divide(g, damping.of(block))
+        r = block.divide(g, curvature.ridge(name, damping))
         sums = ((block.eigenvalues * r.square()).sum(), (g * r).sum(), g.square().sum())
         found[name] = [sum_.double() for sum_ in sums]
         direction[name] = block.rotate_back(r)

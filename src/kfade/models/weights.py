@@ -22,9 +22,10 @@ class Weights(Mapping[str, Tensor]):
         self._whole = dict(model.named_parameters(remove_duplicate=False))
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._whole or not name.endswith("]"):
+        whole = parameter_of(name)
+        if name in self._whole or whole == name:
             return self._whole[name]
-        whole, _, number = name.removesuffix("]").rpartition("[")
+        number = name.removeprefix(whole)[1:-1]
         parameter = self._whole[whole]
         if not number.isdecimal() or parameter.ndim < 2 or int(number) >= len(parameter):
             raise KeyError(name)
@@ -35,6 +36,11 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._whole)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a weight is part of: that of ``name[e]``, or ``name`` itself."""
+    return name.rpartition("[")[0] if name.endswith("]") else name
 
 
 def parameter_names(targets: Iterable[Target]) -> list[str]:
