@@ -42,7 +42,8 @@ from kfade.models.targets import Target
 
 FILE = RESULTS / "mixture.jsonl"
 TARGET = 0.1  # forget probability
-STEPS = (1, 3)  # from one fit
+STEPS = {"1": (1, False), "3": (3, False), "3, refitted": (3, True)}
+"""(number of steps, whether each has a fit of its own)"""
 FEW = 2  # experts of each layer that are changed in the row of a few experts
 PARAGRAPHS, PARAGRAPH_TOKENS = 40, 128
 ATTENTION = "*.self_attn.*_proj.weight"
@@ -76,10 +77,10 @@ class Trained:
             found[role] = losses.mean_probability(batches)
         return found
 
-    def unlearnt(self, choose: Callable[[Trained], list[Target]], steps: int) -> Record:
+    def unlearnt(self, choose: Callable[[Trained], list[Target]], steps: str) -> Record:
         """Unlearn with the chosen weights, to the target; what it did."""
         start = time.perf_counter()
-        targets = choose(self)
+        targets, (count, refit) = choose(self), STEPS[steps]
         try:
             update = kfade.unlearn(
                 self.model,
@@ -87,7 +88,7 @@ class Trained:
                 retain=self.sets["fit"],
                 held_out=self.sets["held_out"],
                 size=StepSize(until_probability=TARGET),
-                run=Run(targets=targets, steps=steps, refit=False, batch_tokens=BUDGET),
+                run=Run(targets=targets, steps=count, refit=refit, batch_tokens=BUDGET),
             )
         except kfade.InputError as error:
             return {"failure": str(error)}
@@ -154,7 +155,7 @@ ROWS = {
 
 
 def ratios(results: Mapping[str, Record]) -> Record:
-    """KL of the mixture's other rows over that of its experts, paired by question."""
+    """KL of the mixture's other rows over that of its experts by as many steps, paired by question."""
     found: Record = {}
     for steps in STEPS:
         experts = results.get(f"{MIXTURE} experts and dense, steps {steps}", {})
