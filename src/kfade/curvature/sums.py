@@ -12,7 +12,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kfade.curvature.eigh import at_once, eigendecompose, side_by_side
+from kfade.curvature.eigh import (
+    at_once,
+    eigendecompose,
+    eigendecompose_batch,
+    side_by_side,
+    takes_batches,
+)
 from kfade.curvature.factors import (
     CovarianceSum,
     add_sequence_squares,
@@ -184,6 +190,12 @@ def decompose(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
         values, vectors = eigendecompose(total.mean(count), name)
         return values, total.sum_.copy_(vectors)
 
+    def decompose_batch(pieces: Sequence[Factor]) -> Iterator[tuple[Tensor, Tensor]]:
+        means_BDD = torch.stack([total.mean(count) for _, total, count in pieces])
+        pairs = eigendecompose_batch(means_BDD, [name for name, _, _ in pieces])
+        for (_, total, _), (values, vectors) in zip(pieces, pairs, strict=True):
+            yield values, total.sum_.copy_(vectors)
+
     def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
         # Grouped by width: how many run at a time, and so how many threads each has, must not
         # depend on what else is fitted.
@@ -191,7 +203,11 @@ def decompose(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
             pieces = list(alike)
             sum_ = pieces[0][1].sum_
             count = at_once(width, sum_.element_size(), sum_.device)
-            yield from side_by_side(decompose_one, pieces, count)
+            if count > 1 and takes_batches(sum_.device):
+                for start in range(0, len(pieces), count):
+                    yield from decompose_batch(pieces[start : start + count])
+            else:
+                yield from side_by_side(decompose_one, pieces, count)
 
     pieces = track(work, "eigendecompositions", lambda piece: piece[1].width ** 3)
     return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}
