@@ -50,6 +50,16 @@ def test_decompositions_are_accurate_and_a_power_step_is_not(suite, capsys):
         assert f"| {name} | " in printed
 
 
+def test_batches_of_decompositions_are_accurate(suite):
+    found = suite("batches")
+    del found["machine"]
+    ways = {name.partition(", ")[2] for name in found}
+    assert ways == {"one by one", "side by side", "batch"}
+    for name, told in found.items():
+        assert max(told["residual"], told["orthogonality"]) < ROUNDING["float32"], name
+        assert told["seconds"] > 0
+
+
 def test_what_is_measured_is_not_measured_again(suite, tmp_path, capsys):
     first = suite("eigh")
     assert suite("eigh") == first  # its seconds, too

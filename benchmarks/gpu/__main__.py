@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python -m benchmarks.gpu PIECE [--device cuda] [--tiny] [--out DIR] [--minutes 8]
 
-PIECE is tests, fit, peers, eigh, tofu or topic. Every finished measurement is a line of
+PIECE is tests, fit, peers, eigh, batches, tofu or topic. Every finished measurement is a line of
 ``DIR/PIECE.jsonl`` and is not made again: call a piece until it says nothing is left. ``--tiny``
 makes the same measurements at sizes that a CPU computes in seconds.
 """
@@ -18,6 +18,7 @@ PIECES = {
     "fit": "llama_fit",
     "peers": "peer_fits",
     "eigh": "decompositions",
+    "batches": "decompositions",
     "tofu": "experiments",
     "topic": "experiments",
 }

@@ -9,6 +9,11 @@ such covariance, weighted 1 − share and share. Ways to decompose A', given A =
   sooner on nearly diagonal matrices. On a CPU the default method stands in.
 - ``power step``: Q' = qr(A'Q), Λ' = diag(Q'ᵀA'Q'), which only comes near eigenvectors.
 
+The piece ``batches`` is about many small matrices of one width, as the experts of a mixture have
+them, in float32 and by kfade's functions: ``one by one``, ``side by side`` (several at a time, a
+thread each) and as a ``batch``. Its seconds are the least of three runs, its errors the largest of
+the matrices.
+
 Of each: seconds, residual ‖A'Q' − Q'Λ'‖ / ‖A'‖ and orthogonality ‖Q'ᵀQ' − I‖ / √D, computed in
 float64 (Frobenius norms).
 """
@@ -26,12 +31,15 @@ from torch import Tensor
 from benchmarks.experiments.lab.pieces import Piece
 from benchmarks.experiments.lab.records import Record, number, table
 from benchmarks.gpu.measure import measure, synchronise
-from kfade.curvature.eigh import eigendecompose
+from kfade.curvature.eigh import eigendecompose, eigendecompose_batch, side_by_side
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 DECAY = 0.7  # of the rows' standard deviations: the i-th is i^−0.7
 SHARES = (0.01, 0.1)
 MOST_JACOBI = 4096  # the widest matrix for it
+REPEATS = 3
+BATCHES = ((64, 32), (256, 32), (768, 8), (1024, 8))
+"""(width, number of matrices)."""
 Pair = tuple[Tensor, Tensor]
 """(eigenvalues [D], eigenvectors [D, D] in columns)."""
 
@@ -41,6 +49,10 @@ def main(given: argparse.Namespace) -> str:
 
 
 def pieces(given: argparse.Namespace) -> Iterator[Piece]:
+    if given.piece == "batches":
+        for width, count in ((48, 4),) if given.tiny else BATCHES:
+            yield from of_batch(Batch(width, count, given.device))
+        return
     cases: list[Case] = []
     for width in (48, 96) if given.tiny else (4096, 14336):
         for dtype in DTYPES:
@@ -59,6 +71,48 @@ def of_case(case: Case) -> Iterator[Piece]:
             yield f"{prefix} jacobi {share:g}", partial(case.timed, share, case.jacobi)
     if case.device.startswith("cuda"):
         yield f"{prefix} cold, magma", partial(case.by_library, "magma")
+
+
+def of_batch(batch: Batch) -> Iterator[Piece]:
+    def alone(matrix: Tensor) -> Pair:
+        return eigendecompose(matrix, "A")
+
+    ways: dict[str, Callable[[Tensor], Iterator[Pair]]] = {
+        "one by one": partial(map, alone),
+        "side by side": lambda a: side_by_side(alone, list(a), torch.get_num_threads()),
+        "batch": lambda a: eigendecompose_batch(a, ["A"] * len(a)),
+    }
+    for name, decompose in ways.items():
+        if name != "side by side" or batch.device == "cpu":
+            yield f"float32 {batch.width} x {batch.count}, {name}", partial(batch.timed, decompose)
+
+
+class Batch:
+    """Covariances of one width in float32."""
+
+    def __init__(self, width: int, count: int, device: str) -> None:
+        self.width, self.count, self.device = width, count, device
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        found = [
+            covariance(self.width, torch.float32, self.device, seed) for seed in range(self.count)
+        ]
+        return torch.stack(found)
+
+    def timed(self, decompose: Callable[[Tensor], Iterator[Pair]]) -> Record:
+        """Least seconds and largest errors."""
+        seconds = []
+        matrices, found = self.matrices, list(decompose(self.matrices[:2]))
+        for _ in range(REPEATS):
+            synchronise(self.device)
+            start = time.perf_counter()
+            found = list(decompose(matrices))
+            synchronise(self.device)
+            seconds.append(time.perf_counter() - start)
+        each = [errors(matrix, *pair) for matrix, pair in zip(matrices, found, strict=True)]
+        worst = {name: max(told[name] for told in each) for name in each[0]}
+        return {"seconds": min(seconds), **worst}
 
 
 class Case:

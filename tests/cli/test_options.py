@@ -15,18 +15,19 @@ from cyclopts import App
 from kfade.cli import app, main
 
 LISTED = Path(__file__).with_name("options.txt")
+EXPERTS = {"--experts", "--expert-rows", "--expert-inputs"}
 ADDED = {
     # One class of settings is read by several commands.
-    "check": {"--recompute", "--no-recompute", "--shard", "--experts", "--expert-rows"},
+    "check": {"--recompute", "--no-recompute", "--shard", *EXPERTS},
     # Fine-tuning of models that are larger than a device.
     "baseline": {"--shard"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload", "--experts", "--expert-rows"},
+    "plan": {"--offload", *EXPERTS},
     "sweep": {"--offload", "--memory"},
-    "unlearn": {"--offload", "--experts", "--expert-rows"},
+    "unlearn": {"--offload", *EXPERTS},
     # Experts of a mixture are targets.
-    "fit": {"--experts", "--expert-rows"},
+    "fit": EXPERTS,
     # Evaluations run in several processes.
     **{f"eval {n}": {"--shard"} for n in ("choice", "kl", "memorisation", "mt-bench", "tofu")},
 }

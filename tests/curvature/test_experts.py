@@ -31,6 +31,7 @@ from kfade import EKFAC, KFAC, InputError, Update, find_targets, make_batches, m
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
+from kfade.curvature.groups import group_by_input, group_targets
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence
@@ -294,9 +295,104 @@ def test_kfac_is_exact_where_each_expert_sees_one_input():
         assert relative_error(over_all, exact) > PLAIN
 
 
-@pytest.mark.parametrize("fit", [KFAC, EKFAC, kfade.Diagonal])
-def test_fit_does_not_depend_on_batches_and_padding(model, fit):
-    targets = find_targets(model)
+# --- one input factor for the experts of a layer --------------------------------------------------
+
+
+def test_shared_inputs_equal_a_loop_over_rows(biased):
+    """A over the rows of all experts: a position counts once for each of its two experts."""
+    model, own = biased
+    targets = find_targets(model, joint_bias=own[0].bias is not None, shared_inputs=True)
+    batches = make_batches(SEQUENCES, budget=60)
+    curvature = KFAC().fit(model, batches, targets, seed=3)
+    loss_tokens = sum(s.loss_tokens for s in SEQUENCES)
+    positions = sum(s.live for s in SEQUENCES)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    looped = looped_factors(model, targets, COVARIANCE_STREAM)
+    units = group_by_input(targets)
+    assert [len(unit) for unit in units] == [4] * 4
+    for unit in units:
+        a_sum = sum(looped[t.name][1] for t in unit)
+        rows = sum(looped[t.name][2] for t in unit)
+        assert rows == 2 * positions
+        each = [looped[t.name][1] / looped[t.name][2] for t in unit]
+        for t, own_a in zip(unit, each, strict=True):
+            s = looped[t.name][0] / loss_tokens
+            ours = loops.block_matrix(curvature.blocks[t.name], t.shape)
+            assert relative_error(ours, torch.kron(s, a_sum / rows)) < 1e-9
+            # Not over positions or loss tokens, not the mean over experts, not the expert's own.
+            for wrong in (a_sum / positions, a_sum / loss_tokens, sum(each) / len(unit), own_a):
+                assert relative_error(ours, torch.kron(s, wrong)) > PLAIN
+            assert curvature.blocks[t.name].q_in is curvature.blocks[unit[0].name].q_in
+
+
+def test_eigenvalues_of_shared_inputs_are_those_of_each_expert(model):
+    targets = find_targets(model, layers="1", shared_inputs=True)
+    curvature = EKFAC().fit(model, make_batches(SEQUENCES, budget=60), targets, seed=3)
+    loss_tokens = sum(s.loss_tokens for s in SEQUENCES)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    gradients = weight_gradients(model, targets, EIGENVALUE_STREAM)
+    for t, other in zip(targets, [*targets[1:], targets[0]], strict=True):
+        block = curvature.blocks[t.name]
+        looped = loops.eigenvalues(gradients, loss_tokens, t.name, block)
+        assert relative_error(block.eigenvalues, looped) < 1e-9
+        if other.shape == t.shape:
+            wrong = loops.eigenvalues(gradients, loss_tokens, other.name, block)
+            assert relative_error(block.eigenvalues, wrong) > PLAIN
+
+
+def test_shared_inputs_keep_the_trace_where_inputs_are_of_one_length():
+    """tr(S ⊗ A) = tr(S) tr(A), and tr(A) is the mean of |a|². Where all rows have the same |a|, as
+    after a norm, and each sequence one row, it is the exact trace (1/N) Σ |g|² |a|² for every
+    expert: the predicted KL, in nats per loss token, is right on average over directions."""
+    model = mixture("mixtral")
+    norm = model.model.layers[0].post_attention_layernorm
+    torch.nn.init.ones_(norm.weight)
+    norm.variance_epsilon = 0.0
+    sequences = [TokenSequence((token, 1), (False, True)) for token in range(8)]
+    batches = make_batches(sequences)
+    targets = find_targets(model, pattern="*.0.*.gate_up_proj", shared_inputs=True)
+    traces = dict.fromkeys([t.name for t in targets], 0.0)
+    for k in range(VOCABULARY):
+        curvature = KFAC(one_of_all_draws(k)).fit(model, batches, targets)
+        for t in targets:
+            traces[t.name] += curvature.blocks[t.name].eigenvalues.sum().item()
+    for t in targets:
+        exact = gauss_newton_matrix(model, batches, [t]).trace().item()
+        assert traces[t.name] == pytest.approx(exact, rel=SINGLE)
+        over_positions = 2 * traces[t.name]  # each position goes to two experts
+        assert abs(over_positions / exact - 1) > PLAIN
+
+
+@pytest.mark.parametrize("fit", [KFAC, EKFAC])
+def test_experts_with_the_same_rows_have_the_curvature_of_their_own(fit):
+    """Two experts, and every position goes to both."""
+    model, batches = mixture("mixtral", experts=2), make_batches(SEQUENCES, budget=60)
+
+    def errors():
+        own, shared = find_targets(model), find_targets(model, shared_inputs=True)
+        one, other = (fit().fit(model, batches, targets).blocks for targets in (own, shared))
+        found = {"gate_up": [], "down": []}
+        for t in own:
+            pair = (loops.block_matrix(blocks[t.name], t.shape) for blocks in (one, other))
+            found["down" if "down" in t.name else "gate_up"].append(relative_error(*pair))
+        return found
+
+    before = errors()
+    assert max(before["gate_up"]) < 1e-8  # eigenvectors
+    assert min(before["down"]) > PLAIN  # their inner activations differ
+    for layer in model.model.layers:
+        layer.mlp.experts.gate_up_proj.data[1] = layer.mlp.experts.gate_up_proj.data[0]
+    after = errors()
+    assert max(*after["gate_up"], *after["down"]) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("fit", "shared"), [(KFAC, False), (EKFAC, False), (EKFAC, True), (kfade.Diagonal, False)]
+)
+def test_fit_does_not_depend_on_batches_and_padding(model, fit, shared):
+    targets = find_targets(model, shared_inputs=shared)
     one, other = (
         fit().fit(model, make_batches(SEQUENCES, budget=budget), targets) for budget in (9, 90)
     )
@@ -305,10 +401,12 @@ def test_fit_does_not_depend_on_batches_and_padding(model, fit):
         assert relative_error(ours, theirs) < 1e-8  # eigenvectors
 
 
-def test_an_expert_without_rows_is_refused():
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_an_expert_without_rows_is_refused(shared):
     model = mixture("mixtral", experts=8, each=1)
+    targets = find_targets(model, shared_inputs=shared)
     with pytest.raises(InputError, match=r"no retain text reaches .*experts.*\[\d\]"):
-        EKFAC().fit(model, make_batches(SEQUENCES[:1]), find_targets(model))
+        EKFAC().fit(model, make_batches(SEQUENCES[:1]), targets)
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -425,23 +523,32 @@ def test_experts_of_a_parameter_have_one_damping(model, tmp_path):
             assert alone != pytest.approx(right, rel=1e-3)
 
 
-def test_blocks_that_run_again_and_groups_of_layers_give_the_same(model, tmp_path):
-    targets, batches = find_targets(model), make_batches(SEQUENCES, budget=60)
+@pytest.mark.parametrize(
+    ("model", "shared"),
+    [("mixtral", False), ("gpt_oss", False), ("qwen3_moe", False), ("mixtral", True)],
+    indirect=["model"],
+)
+def test_blocks_that_run_again_and_groups_of_layers_give_the_same(model, shared):
+    targets = find_targets(model, shared_inputs=shared)
+    batches = make_batches(SEQUENCES, budget=60)
     plain, again = (
         forget_gradient(model, batches, targets, margin, recompute=twice) for twice in (False, True)
     )
     assert all(same_bits(plain[name], again[name]) for name in plain)
     whole = KFAC().fit(model, batches, targets)
-    memory = KFAC().peak_bytes(targets[:3])
+    memory = max(KFAC().peak_bytes(unit) for unit in group_by_input(targets))
+    assert len(group_targets(targets, KFAC().peak_bytes, memory)) > 1
     groups = KFAC().fit(model, batches, targets, memory=memory, recompute=True)
     for name, block in whole.blocks.items():
         assert same_bits(groups.blocks[name].eigenvalues, block.eigenvalues)
 
 
-def test_an_interrupted_fit_of_experts_goes_on(tmp_path):
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_an_interrupted_fit_of_experts_goes_on(tmp_path, shared):
     """With the numbers of rows that were counted before."""
     model = mixture("mixtral")
-    targets, batches = find_targets(model), make_batches(SEQUENCES, budget=60)
+    targets = find_targets(model, shared_inputs=shared)
+    batches = make_batches(SEQUENCES, budget=60)
     store = Store(tmp_path, seconds=0.0)
     with pytest.raises(RuntimeError):
         KFAC(Counted(fail_at=3)).fit(model, batches, targets, store=store)

@@ -79,7 +79,7 @@ def test_bytes_by_hand(targets):
     gate_up, down, eight = targets[0:2], targets[2:3], 8  # bytes of a float64
     assert Identity().peak_bytes(gate_up) == 0
     assert Diagonal().peak_bytes(gate_up) == eight * (2 * GRID + 2 * GRID)
-    decomposing = workspace_bytes(12, eight, torch.device("cpu"))
+    decomposing = workspace_bytes([12], eight, torch.device("cpu"))
     assert KFAC().peak_bytes(gate_up) == eight * GATE_UP + decomposing
     both = eight * (GATE_UP + DOWN) + decomposing
     assert KFAC().peak_bytes(targets[:3]) == both
@@ -117,7 +117,7 @@ def test_bytes_are_those_of_the_sums_and_of_the_blocks(dtype, monkeypatch):
     # In float64 the bases are used as they are; for bfloat16 there is a copy of half the size.
     cast = bases // 2 if dtype == torch.bfloat16 else 0
     assert held["eigenvalues"] == grids + (cast or bases)
-    decomposing = bases + workspace_bytes(12, size, torch.device("cpu"))
+    decomposing = bases + workspace_bytes([12], size, torch.device("cpu"))
     assert KFAC().peak_bytes(targets) == max(decomposing, bases + grids)
     in_pass = bases + grids + 2 * GRID * size + cast
     assert EKFAC().peak_bytes(targets) == max(decomposing, in_pass)

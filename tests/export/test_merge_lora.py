@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kfade.method.gauge import parameter_changes
 from kfade.method.update import Update
 from kfade.models.layers import find_targets
 from kfade.models.load import load_skeleton
-from kfade.models.weights import digest_weights
+from kfade.models.weights import digest_weights, weight_digests
 
 
 def random_update(model, seed: int = 0, rank: int | None = None, layers: str | None = None):
@@ -72,6 +73,37 @@ def test_a_sum_of_one_base_still_knows_it(tmp_path):
     assert main(["merge", *paths, "--out", str(tmp_path / "sum")]) == 0
     assert Update.load(tmp_path / "sum").fits_base(model)
     assert not Update.load(tmp_path / "sum").fits_base(zoo.tiny("llama", torch.float32, seed=1))
+
+
+def test_a_sum_of_other_weights_of_one_base_still_knows_it(tmp_path, capsys):
+    model = zoo.tiny("llama", torch.float32)
+    updates = [random_update(model, number, layers=str(number)) for number in (0, 1)]
+    assert updates[0].deltas.keys().isdisjoint(updates[1].deltas)
+    digests = weight_digests(model, "model")
+    paths = [
+        save(Update(update.deltas, {**update.provenance, **digests}), tmp_path / f"u{number}")
+        for number, update in enumerate(updates)
+    ]
+    assert main(["merge", *paths, "--out", str(tmp_path / "sum")]) == 0
+    merged = Update.load(tmp_path / "sum")
+    assert merged.compare_base(model) == "same"
+    assert merged.is_in(model) is False
+    assert merged.compare_base(copy.deepcopy(model).to(torch.bfloat16)) == "rounded"
+    assert merged.compare_base(copy.deepcopy(model).to(torch.float64)) == "equal"
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data[0, 0] += 1.0  # a weight that no part changes
+    assert merged.compare_base(other) == "other"
+    folders = {"base": model, "other": other}
+    for name, its in folders.items():
+        zoo.save(tmp_path / name, its)
+        capsys.readouterr()
+        edit = [str(tmp_path / name), "--update", str(tmp_path / "sum")]
+        assert main(["apply", *edit, "--out", str(tmp_path / f"{name}-edited")]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("these are not the weights" in said) == (name == "other")
+    # Without digests of the model nothing can be shown.
+    assert updates[0].plus(updates[1].deltas).compare_base(model) == "other"
+    assert (updates[0] + updates[1]).compare_base(model) == "other"
 
 
 def test_other_bases_are_said(tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_bytes_of_a_fit_by_hand(monkeypatch):
     grids, largest = 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
     assert EKFAC().fit_bytes(targets) == {
         "covariance": factors,
-        "eigh": factors + workspace_bytes(224, 4, CPU),
+        "eigh": factors + workspace_bytes([224], 4, CPU),
         "lambda": factors + factors // 2 + grids + 2 * largest,  # a copy of the bases in bfloat16
     }
     assert EKFAC().fit_bytes(find_targets(small()))["lambda"] == factors + grids + 2 * largest
@@ -188,7 +188,7 @@ def test_peaks_by_hand(tmp_path):
     found = peaks(subject, [targets], work)
     assert found["load"] == fixed
     assert found["covariance"] == fixed + factors + held + surplus
-    assert found["eigh"] == fixed + factors + workspace_bytes(224, 4, CPU)
+    assert found["eigh"] == fixed + factors + workspace_bytes([224], 4, CPU)
     lambda_ = fixed + factors + grids + 2 * largest + held + surplus + inputs
     assert found["lambda"] == lambda_
     assert overhead(subject, EKFAC.passes) == lambda_ - factors - grids - 2 * largest

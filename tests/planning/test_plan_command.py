@@ -223,6 +223,16 @@ def test_routed_experts_are_planned_by_their_rows(tmp_path, capsys, experts):
     assert found["flops"]["eigh"]["decompositions"] == 12 * 2 * count * (
         16**3 + 48**3 + 24**3 + 16**3
     )
+    assert found["bytes"]["factors"] == 4 * 2 * count * (16**2 + 48**2 + 24**2 + 16**2)
+    shared = planned(capsys, str(tmp_path), *given, "--expert-inputs", "shared")
+    assert shared["bytes"]["factors"] == 4 * 2 * (16**2 + 24**2 + count * (48**2 + 16**2))
+    assert shared["flops"]["eigh"]["decompositions"] == 12 * 2 * (
+        16**3 + 24**3 + count * (48**3 + 16**3)
+    )
+    # The passes are the same.
+    assert shared["flops"]["covariance"] == found["flops"]["covariance"]
+    assert shared["flops"]["lambda"] == found["flops"]["lambda"]
+    assert shared["bytes"]["inputs"] == found["bytes"]["inputs"]
 
 
 def test_sizes_and_durations_for_a_person():

@@ -107,6 +107,32 @@ def test_a_saved_curvature_says_which_experts_there_are(desk, tmp_path):
     assert changed(tmp_path / "out") == changed(tmp_path / "own")
 
 
+def test_experts_of_a_layer_may_share_their_input_factor(desk, tmp_path, capsys):
+    shared, sizes = ["--expert-inputs", "shared"], {}
+    for name, more in (("own", []), ("shared", shared)):
+        assert main(words(desk, "fit", tmp_path / name, *ALL, *more)) == 0
+        sizes[name] = json.loads((tmp_path / name / "metrics.json").read_text())["curvature_bytes"]
+    # Q_I of 3 of 4 experts in each of 2 layers, inputs of width 32 and 24, in float32.
+    saved = 4 * 2 * 3 * (32**2 + 24**2)
+    assert sizes["own"] - sizes["shared"] == pytest.approx(saved, rel=0.1)  # and in headers
+    manifest = json.loads((tmp_path / "shared" / "manifest.json").read_text())
+    assert manifest["settings"]["expert_inputs"] == "shared"
+    curvature = ["--curvature", str(tmp_path / "shared")]
+    assert main(words(desk, "unlearn", tmp_path / "out", *ALL, *shared)) == 0
+    assert main(words(desk, "unlearn", tmp_path / "again", *curvature)) == 0
+    one, other = (load_file(tmp_path / name / "update.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    capsys.readouterr()
+    for given, word in (("own", "shared"), ("shared", "own")):
+        refused = ["--curvature", str(tmp_path / word), "--expert-inputs", given]
+        assert main(words(desk, "unlearn", tmp_path / "bad", *refused)) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"with --expert-inputs {word}, this run is with --expert-inputs {given}" in said
+    assert main(words(desk, "fit", tmp_path / "bad", "--expert-inputs", "all")) == 2
+    assert "--expert-inputs all: give own (one for each expert)" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
 def test_the_experts_that_carry_most(desk, tmp_path, capsys):
     more = [*ALL, "--experts", "top:1"]
     assert main(words(desk, "unlearn", tmp_path / "top", *more)) == 0
@@ -133,12 +159,25 @@ def test_an_adapter_of_experts_is_refused(desk, tmp_path, capsys):
 
 def test_experts_of_a_model_without_any_are_refused(desk, tmp_path, capsys):
     zoo.save(tmp_path / "dense", zoo.tiny("llama", dtype=torch.float32))
-    for experts in ("3", "top:2"):
-        given = words(desk, "unlearn", tmp_path / "out", "--experts", experts)
+    for option in ("--experts 3", "--experts top:2", "--expert-inputs shared"):
+        given = words(desk, "unlearn", tmp_path / "out", *option.split())
         assert main(["unlearn", str(tmp_path / "dense"), *given[2:]]) == 2
         said = capsys.readouterr().err
-        assert f"--experts {experts}: no weight that is to be changed belongs to a routed" in said
+        assert f"{option}: no weight that is to be changed belongs to a routed" in said
         assert not (tmp_path / "out").exists()
+
+
+def test_a_glob_of_experts_that_are_left_out_is_refused(desk, tmp_path, capsys):
+    glob = "*.experts.down_proj"
+    given = words(desk, "unlearn", tmp_path / "out", "--target", glob, "--experts", "none")
+    assert main(given) == 2
+    assert (
+        f"--target {glob} matches routed experts only, and --experts none leaves these out"
+        in " ".join(capsys.readouterr().err.split())
+    )
+    missing = words(desk, "unlearn", tmp_path / "out", "--target", "*.x", "--experts", "none")
+    assert main(missing) == 2
+    assert "no weight matches '*.x'" in capsys.readouterr().err
 
 
 def test_a_check_of_a_mixture(desk, capsys):

@@ -43,7 +43,7 @@ def capture(
 
     first: dict[str, Target] = {}
     for target in targets:
-        first.setdefault(target.input_of, target)
+        first.setdefault(target.tensor_of, target)
 
     def hook(target: Target) -> ForwardHook:
         def forward_hook(
@@ -52,7 +52,7 @@ def capture(
             if on_gradient is not None and not torch.is_grad_enabled():
                 return None
             routing = target.routing  # of this call: a gradient may come after others
-            if on_input is not None and target is first[target.input_of]:
+            if on_input is not None and target is first[target.tensor_of]:
                 on_input(target, target.inputs(args[0].detach()), routing)
             if on_gradient is None:
                 return None

@@ -152,7 +152,7 @@ class Estimator(ABC):
         bases = 0
         if self.has_eigenbases:
             factors = factor_bytes(group)
-            decomposing = factors + workspace_bytes(max(widths(group)), size, device)
+            decomposing = factors + workspace_bytes(widths(group), size, device)
             stages = {"covariance": factors, "eigh": max(decomposing, factors + sum(grids))}
             is_cast = dtype.itemsize != size
             bases = factors + (factors * dtype.itemsize // size if is_cast else 0)

@@ -35,13 +35,13 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def widths(group: Sequence[Target]) -> list[int]:
-    """Widths of the factors of ``group``: I of each distinct input, O of each layer."""
+    """Widths of the factors of ``group``: I of each input factor, O of each layer."""
     inputs = {target.input_of: target.shape[1] for target in group}
     return [*inputs.values(), *(target.shape[0] for target in group)]
 
 
 def factor_bytes(group: Sequence[Target]) -> int:
-    """Bytes of the factors A and S of ``group``, and of its bases: Σ over distinct inputs I² + Σ
+    """Bytes of the factors A and S of ``group``, and of its bases: Σ over input factors I² + Σ
     over layers O²."""
     return sum_dtype(group[0].dtype).itemsize * sum(width**2 for width in widths(group))
 

@@ -1,7 +1,7 @@
 """Layers in groups that fit a memory budget: each group is fitted from its passes to its end.
 
 ``bytes_of`` is an estimator's ``peak_bytes``: what fitting some layers together takes. Layers that
-read the same input share its factor A, so they are never separated.
+share a factor A are never separated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BytesOf = Callable[[Sequence[Target]], int]
 
 
 def group_by_input(targets: Sequence[Target]) -> list[list[Target]]:
-    """Targets by the input that they read: the smallest groups."""
+    """Targets by their input factor: the smallest groups."""
     units: dict[str, list[Target]] = {}
     for target in targets:
         units.setdefault(target.input_of, []).append(target)

@@ -70,19 +70,19 @@ class PendingInputs(Generic[T]):
     gradient."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        self.readers = Counter(target.input_of for target in targets)
-        """Number of targets that read each input."""
+        self.readers = Counter(target.tensor_of for target in targets)
+        """Number of targets that read each input tensor."""
         self._kept: dict[str, tuple[T, int]] = {}
 
     def put(self, target: Target, value: T) -> None:
         """Keep ``value`` for every target that reads this target's input."""
-        self._kept[target.input_of] = (value, self.readers[target.input_of])
+        self._kept[target.tensor_of] = (value, self.readers[target.tensor_of])
 
     def take(self, target: Target) -> T:
         """The value for one of them; the last to take it removes it."""
-        value, left = self._kept.pop(target.input_of)
+        value, left = self._kept.pop(target.tensor_of)
         if left > 1:
-            self._kept[target.input_of] = (value, left - 1)
+            self._kept[target.tensor_of] = (value, left - 1)
         return value
 
 

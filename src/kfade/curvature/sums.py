@@ -5,13 +5,20 @@ Shapes: R live rows of a batch, D width of a factor, I inputs, O outputs of a la
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from kfade.curvature.eigh import at_once, eigendecompose, side_by_side
+from kfade.curvature.eigh import (
+    at_once,
+    eigendecompose,
+    eigendecompose_batch,
+    side_by_side,
+    takes_batches,
+)
 from kfade.curvature.factors import (
     CovarianceSum,
     add_sequence_squares,
@@ -33,19 +40,19 @@ Factor = tuple[str, CovarianceSum, int]
 
 
 class Covariances:
-    """Σ a aᵀ for each distinct input, Σ g gᵀ for each layer."""
+    """Σ a aᵀ for each input factor, Σ g gᵀ for each layer."""
 
     def __init__(self, owners: Owners) -> None:
         self.a: dict[str, CovarianceSum] = {}
         self.s: dict[str, CovarianceSum] = {}
-        self._routed: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}  # of each routed target
         self._owners = owners
         for target in owners.own:
             dtype, device = sum_dtype(target.weight.dtype), target.weight.device
             if target.input_of not in self.a:
                 self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
-                if target.is_routed:
-                    self._routed[target.input_of] = torch.zeros((), dtype=torch.int64)
+            if target.is_routed:
+                self._rows[target.name] = torch.zeros((), dtype=torch.int64)
             self.s[target.name] = CovarianceSum(target.shape[0], dtype, device)
 
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
@@ -57,7 +64,7 @@ class Covariances:
         for a_RI, lengths in self._owners.rows(target, live):
             self.a[target.input_of].add(a_RI)
             if target.is_routed:
-                self._routed[target.input_of] += sum(lengths)
+                self._rows[target.name] += sum(lengths)
 
     def on_gradient(self, target: Target, live: LiveRows) -> None:
         """Add the rows of an output gradient, in the owner of its layer."""
@@ -68,22 +75,27 @@ class Covariances:
         """The sums so far, by name."""
         both = {"A": self.a, "S": self.s}
         found = {f"{k}/{name}": s.sum_ for k, sums in both.items() for name, s in sums.items()}
-        return found | {f"M/{name}": count for name, count in self._routed.items()}
+        return found | {f"M/{name}": count for name, count in self._rows.items()}
 
     def routed_rows(self) -> dict[str, int]:
-        """Number of rows of each routed input, over all processes.
+        """Number of rows in each A of experts, over all processes: a position counts for each of
+        its experts.
 
         Raises:
-            InputError: an input has none.
+            InputError: an expert has none.
         """
-        counts = distributed.all_reduce_numbers([int(count) for count in self._routed.values()])
-        found = {name: int(count) for name, count in zip(self._routed, counts, strict=True)}
-        for name, count in found.items():
-            if count == 0:
+        counts = distributed.all_reduce_numbers([int(count) for count in self._rows.values()])
+        rows = dict(zip(self._rows, counts, strict=True))
+        found: Counter[str] = Counter()
+        for target in self._owners.own:
+            if not target.is_routed:
+                continue
+            if rows[target.name] == 0:
                 raise InputError(
-                    f"no retain text reaches {name}: give more of it, or leave the expert out with "
-                    "--experts"
+                    f"no retain text reaches {target.name}: give more of it, or leave the expert "
+                    "out with --experts"
                 )
+            found[target.input_of] += int(rows[target.name])
         return found
 
 
@@ -118,7 +130,7 @@ class Eigenvalues:
         if target.name not in self.grids:
             return
         q_in = self._bases[target.name][1]
-        width, readers = target.shape[0], self._inputs.readers[target.input_of]
+        width, readers = target.shape[0], self._inputs.readers[target.tensor_of]
         rotated = [_rotate_rows(a_RI, lengths, q_in, width, readers) for a_RI, lengths in rows]
         self._inputs.put(target, rotated)
 
@@ -178,6 +190,12 @@ def decompose(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
         values, vectors = eigendecompose(total.mean(count), name)
         return values, total.sum_.copy_(vectors)
 
+    def decompose_batch(pieces: Sequence[Factor]) -> Iterator[tuple[Tensor, Tensor]]:
+        means_BDD = torch.stack([total.mean(count) for _, total, count in pieces])
+        pairs = eigendecompose_batch(means_BDD, [name for name, _, _ in pieces])
+        for (_, total, _), (values, vectors) in zip(pieces, pairs, strict=True):
+            yield values, total.sum_.copy_(vectors)
+
     def decompositions() -> Iterator[tuple[Tensor, Tensor]]:
         # Grouped by width: how many run at a time, and so how many threads each has, must not
         # depend on what else is fitted.
@@ -185,7 +203,11 @@ def decompose(work: Sequence[Factor]) -> dict[str, tuple[Tensor, Tensor]]:
             pieces = list(alike)
             sum_ = pieces[0][1].sum_
             count = at_once(width, sum_.element_size(), sum_.device)
-            yield from side_by_side(decompose_one, pieces, count)
+            if count > 1 and takes_batches(sum_.device):
+                for start in range(0, len(pieces), count):
+                    yield from decompose_batch(pieces[start : start + count])
+            else:
+                yield from side_by_side(decompose_one, pieces, count)
 
     pieces = track(work, "eigendecompositions", lambda piece: piece[1].width ** 3)
     return {piece[0]: pair for piece, pair in zip(pieces, decompositions(), strict=True)}

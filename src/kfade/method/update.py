@@ -128,17 +128,24 @@ class Update:
         return found if is_copy(self.provenance, model, "model") else OTHER
 
     def compare_weights(self, model: nn.Module) -> str:
-        """Like :meth:`compare_base`, but only for the weights that this update changes."""
+        """Like :meth:`compare_base`, but only for the weights that this update changes.
+
+        A sum of updates that change different weights has digests of the whole model alone; then
+        all weights are compared.
+        """
         parameters = self._parameters(model)
-        recorded = self.provenance.get("weights_sha256")
-        if digest_weights(model, self.deltas) == recorded:
+        names, kind = self.deltas.keys(), "weights"
+        if digest_names(kind)[0] not in self.provenance:
+            names, kind = parameters.keys(), "model"
+        recorded = self.provenance.get(digest_names(kind)[0])
+        if digest_weights(model, names) == recorded:
             return SAME
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            if digest_weights(model, self.deltas, dtype) == recorded:
-                tensors = [parameters[name].detach() for name in self.deltas]
+            if digest_weights(model, names, dtype) == recorded:
+                tensors = [parameters[name].detach() for name in names]
                 exact = all(torch.equal(t.to(dtype).to(t.dtype), t) for t in tensors)
                 return EQUAL if exact else ROUNDED
-        return ROUNDED if is_copy(self.provenance, model, "weights", self.deltas) else OTHER
+        return ROUNDED if is_copy(self.provenance, model, kind, names) else OTHER
 
     def edited_digest(self, model: nn.Module, storage: Storage = OnDevice()) -> dict[str, str]:
         """Digest of the changed weights after :meth:`apply`, for the provenance; ``storage`` as in

@@ -151,6 +151,29 @@ def expert_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_expert_layer(module)]
 
 
+def routers(block: nn.Module) -> set[int]:
+    """Ids of the linear maps that choose experts.
+
+    They lie in a module whose name has "router" in it, or beside experts, with an output for each.
+    """
+    linear = [(name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+    found = {id(module) for name, module in linear if "router" in name.lower()}
+    for parent in block.modules():
+        counts = set()
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList):
+                if len(child) > 1 and any(isinstance(m, nn.Linear) for m in child.modules()):
+                    counts.add(len(child))
+            elif not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                own = child.parameters(recurse=False)
+                counts.update(p.shape[0] for p in own if p.ndim == 3 and p.shape[0] > 1)
+        for child in parent.children():
+            for module in () if isinstance(child, nn.ModuleList) else child.modules():
+                if isinstance(module, nn.Linear) and module.out_features in counts:
+                    found.add(id(module))
+    return found
+
+
 @contextlib.contextmanager
 def routed(layers: Iterable[ExpertLayer]) -> Iterator[None]:
     """Within the ``with``, these layers of experts run through their maps."""

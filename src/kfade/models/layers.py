@@ -9,7 +9,6 @@ can be changed is seen in a forward pass over a few tokens.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -17,9 +16,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kfade.errors import InputError
-from kfade.models.experts import ExpertLayer, ExpertMap, expert_modules, is_expert_layer
+from kfade.models.experts import (
+    ExpertLayer,
+    ExpertMap,
+    expert_modules,
+    is_expert_layer,
+    routers,
+)
 from kfade.models.interface import check_interface
-from kfade.models.probe import Seen, probe
+from kfade.models.probe import probe, share_inputs
 from kfade.models.targets import Choice, LeftOut, Target, memory_of, refuse_compiled
 
 ALL, NONE = "all", "none"
@@ -33,10 +38,16 @@ def find_targets(
     pattern: str | None = None,
     joint_bias: bool = False,
     experts: str = ALL,
+    shared_inputs: bool = False,
 ) -> list[Target]:
     """The weights to change, in the order of the forward pass; see :func:`choose_targets`."""
     return choose_targets(
-        model, layers=layers, pattern=pattern, joint_bias=joint_bias, experts=experts
+        model,
+        layers=layers,
+        pattern=pattern,
+        joint_bias=joint_bias,
+        experts=experts,
+        shared_inputs=shared_inputs,
     ).targets
 
 
@@ -47,6 +58,7 @@ def choose_targets(
     pattern: str | None = None,
     joint_bias: bool = False,
     experts: str = ALL,
+    shared_inputs: bool = False,
     attention: bool = False,
 ) -> Choice:
     """The weights to change, and those of the default that cannot be changed.
@@ -66,6 +78,8 @@ def choose_targets(
         joint_bias: treat a layer's bias as one more column of its weight.
         experts: numbers of the routed experts of each layer, as in ``3,7,20-30``; ``all`` or
             ``none``.
+        shared_inputs: give the chosen experts of a layer one input factor A for each of their two
+            matrices, instead of one for each expert.
         attention: take attention's maps too where there is no ``pattern``.
 
     Raises:
@@ -89,6 +103,8 @@ def choose_targets(
     if pattern is not None:
         _refuse_outside(model, pattern, blocks_name, sharers)
         _refuse(left_out)
+    if not found and pattern is not None and experts == NONE:
+        _refuse_experts_only(model, layers, pattern)
     _refuse_if_none(model, found, left_out, layers, pattern)
     seen, unfit = probe(model, found)
     left_out += unfit
@@ -97,7 +113,7 @@ def choose_targets(
     found = [by_name[name] for name in seen.inputs if name in by_name]
     if pattern is not None:
         _refuse(unfit)
-        return Choice(_share_inputs(found, seen), [])
+        return Choice(share_inputs(found, seen, shared_inputs), [])
 
     def feed_forward(weight: Target | LeftOut) -> bool:
         block, _, path = weight.name.removeprefix(f"{blocks_name}.").partition(".")
@@ -107,7 +123,7 @@ def choose_targets(
         found = [target for target in found if feed_forward(target)]
         left_out = [weight for weight in left_out if feed_forward(weight)]
     _refuse_if_none(model, found, left_out, layers, pattern)
-    return Choice(_share_inputs(found, seen), left_out)
+    return Choice(share_inputs(found, seen, shared_inputs), left_out)
 
 
 def _names_by_memory(model: nn.Module) -> dict[Hashable, list[str]]:
@@ -127,7 +143,7 @@ def _linear_maps(
     """
     found: list[tuple[str, nn.Module]] = []
     left_out: list[LeftOut] = []
-    routers = _routers(block)
+    choosing = routers(block)
     for name, module in block.named_modules(prefix=prefix):
         if pattern is not None and not _matches(name, module, pattern):
             continue
@@ -138,7 +154,7 @@ def _linear_maps(
             left_out += _not_linear(name, module)
         if not is_linear:
             continue
-        unfit = _unfit(f"{name}.weight", module, routers, sharers)
+        unfit = _unfit(f"{name}.weight", module, choosing, sharers)
         if unfit is None:
             found.append((f"{name}.weight", module))
         else:
@@ -165,10 +181,10 @@ def _expert_maps(
 
 
 def _unfit(
-    name: str, module: Any, routers: Collection[int], sharers: Mapping[Hashable, list[str]]
+    name: str, module: Any, choosing: Collection[int], sharers: Mapping[Hashable, list[str]]
 ) -> LeftOut | None:
     """Why the weight of a linear map cannot be changed, as far as is known before it is run."""
-    if id(module) in routers:
+    if id(module) in choosing:
         reason = "is a router: which experts run depends on it, not only what they give"
         return LeftOut(name, "routers", reason)
     tied = sharers.get(memory_of(module.weight))
@@ -318,27 +334,15 @@ def _refuse_if_none(
     )
 
 
-def _routers(block: nn.Module) -> set[int]:
-    """Ids of the linear maps that choose experts.
-
-    They lie in a module whose name has "router" in it, or beside experts, with an output for each.
-    """
-    linear = [(name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
-    found = {id(module) for name, module in linear if "router" in name.lower()}
-    for parent in block.modules():
-        counts = set()
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList):
-                if len(child) > 1 and any(isinstance(m, nn.Linear) for m in child.modules()):
-                    counts.add(len(child))
-            elif not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                own = child.parameters(recurse=False)
-                counts.update(p.shape[0] for p in own if p.ndim == 3 and p.shape[0] > 1)
-        for child in parent.children():
-            for module in () if isinstance(child, nn.ModuleList) else child.modules():
-                if isinstance(module, nn.Linear) and module.out_features in counts:
-                    found.add(id(module))
-    return found
+def _refuse_experts_only(model: nn.Module, layers: str | None, pattern: str) -> None:
+    """Raises InputError where ``pattern`` matches routed experts, which are to be left out."""
+    prefix, blocks = decoder_blocks(model)
+    for index in parse_layers(layers, len(blocks)):
+        if _expert_maps(f"{prefix}.{index}", blocks[index], pattern, ALL):
+            raise InputError(
+                f"--target {pattern} matches routed experts only, and --experts none leaves these "
+                "out: leave one of the two options out"
+            )
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -347,7 +351,7 @@ def has_experts(model: nn.Module) -> bool:
     others = [weight for module in blocks.modules() for weight in _not_linear("", module)]
     fused = any(weight.kind == "fused expert weights" for weight in others)
     fused = fused or bool(expert_modules(blocks))
-    return fused or any(_routers(block) for block in blocks)
+    return fused or any(routers(block) for block in blocks)
 
 
 def _refuse_outside(
@@ -380,17 +384,3 @@ def _target(name: str, module: nn.Module, block: int, joint_bias: bool) -> Targe
     bias = bias_name if joint_bias and module.bias is not None else None
     shape = (outputs, inputs + (bias is not None))
     return Target(name, module, block, shape, transposed, bias, input_of=name)
-
-
-def _share_inputs(targets: list[Target], seen: Seen) -> list[Target]:
-    """The targets, each with the name of the first one that reads the same input tensor."""
-    first: dict[tuple[int, bool], str] = {}
-    shared = []
-    for target in targets:
-        if target.is_routed:
-            shared.append(target)
-            continue
-        # An input with a column of ones has another second moment A.
-        key = (id(seen.inputs[target.name]), target.bias is not None)
-        shared.append(replace(target, input_of=first.setdefault(key, target.name)))
-    return shared

@@ -5,7 +5,8 @@ Shapes: B sequences, T positions of each, R = B·T rows, I inputs, O outputs of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -134,3 +135,19 @@ def _in_order(a_RI: Tensor, moved_RI: Tensor) -> bool:
     moved_R = (a_RI - moved_RI).abs().amax(dim=1) > 1e-3 * a_RI.abs().max()
     moved_R[PROBE[1] - 1] = False
     return not moved_R.any()
+
+
+def share_inputs(targets: Sequence[Target], seen: Seen, experts: bool) -> list[Target]:
+    """The targets, each with the name of its input factor; ``experts``: whether those of a layer
+    share theirs."""
+    first: dict[tuple[int, bool], str] = {}
+    shared = []
+    for target in targets:
+        if not target.is_routed:
+            # An input with a column of ones has another second moment A.
+            key = (id(seen.inputs[target.name]), target.bias is not None)
+            target = replace(target, input_of=first.setdefault(key, target.name))
+        elif experts:
+            target = replace(target, input_of=target.name.rpartition("[")[0])
+        shared.append(target)
+    return shared

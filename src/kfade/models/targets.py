@@ -30,7 +30,8 @@ class Target:
     bias: str | None
     """Parameter name of the bias that is treated as one more column of W, if any."""
     input_of: str
-    """Name of the first target that reads the same input tensor; such targets share one A."""
+    """Name of its input factor A. Targets that read the same input tensor share one, named after
+    the first of them. Experts of a layer may share one, named after their whole parameter."""
 
     @property
     def weight(self) -> Tensor:
@@ -56,6 +57,12 @@ class Target:
     def is_routed(self) -> bool:
         """Whether it belongs to an expert, which reads some of the positions only."""
         return isinstance(self.module, ExpertMap)
+
+    @property
+    def tensor_of(self) -> str:
+        """Name of its input tensor: that of A, or its own for an expert, whose rows no other
+        target reads."""
+        return self.name if self.is_routed else self.input_of
 
     @property
     def routing(self) -> Routing | None:

@@ -113,7 +113,7 @@ def lambda_flops(
     Args:
         share: of the positions that a target reads. T counts those of a sequence that has any.
     """
-    readers = Counter(target.input_of for target in group)
+    readers = Counter(target.tensor_of for target in group)
     sequences = work.retain_tokens / work.sequence_length
     rotated: dict[str, bool] = {}
     products = squares = 0.0
@@ -123,11 +123,11 @@ def lambda_flops(
         length = max(1.0, rows)
         own = 0.0
         if work.estimator.has_eigenbases:
-            first = target.input_of not in rotated
+            first = target.tensor_of not in rotated
             if first:
-                by_rows = rows_first(length, outputs, readers[target.input_of])
-                rotated[target.input_of] = by_rows
-            if not rotated[target.input_of]:
+                by_rows = rows_first(length, outputs, readers[target.tensor_of])
+                rotated[target.tensor_of] = by_rows
+            if not rotated[target.tensor_of]:
                 own += 2 * outputs * inputs * inputs
             elif first:
                 own += 2 * length * inputs**2
@@ -169,8 +169,8 @@ def flops(
             row[kind] = row.get(kind, 0.0) + amount
 
     def one_pass(stage: str, group: Sequence[Target], positions: float) -> None:
-        backward = cost.backward_flops[group[0].input_of] / cost.positions
-        repeated = cost.repeated_flops[group[0].input_of] / cost.positions
+        backward = cost.backward_flops[group[0].tensor_of] / cost.positions
+        repeated = cost.repeated_flops[group[0].tensor_of] / cost.positions
         add(
             stage,
             forward=(forward + repeated) * positions,
@@ -273,7 +273,7 @@ def _slowest(
 
 def _by_rows(subject: Workload, group: Sequence[Target], amount: Callable[[int], int]) -> float:
     """Σ over the factors of ``group`` of ``amount(width)``, each times its rows per position."""
-    inputs = {target.input_of: target for target in group}.values()
+    inputs = {target.tensor_of: target for target in group}.values()
     of_a = sum(subject.share(target) * amount(target.shape[1]) for target in inputs)
     return of_a + sum(subject.share(target) * amount(target.shape[0]) for target in group)
 

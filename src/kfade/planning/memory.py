@@ -120,14 +120,14 @@ class Workload:
         These are the inputs of all targets; if blocks run again, those of one block.
         """
         numbers: Counter[int] = Counter()
-        for target in {target.input_of: target for target in group}.values():
+        for target in {target.tensor_of: target for target in group}.values():
             block = target.block if self.cost.recompute else 0
-            numbers[block] += self.cost.rows[target.input_of] * target.shape[1]
+            numbers[block] += self.cost.rows[target.tensor_of] * target.shape[1]
         return max(numbers.values()) * group[0].dtype.itemsize
 
     def share(self, target: Target) -> float:
         """Share of the positions that a target reads: less than 1 for an expert."""
-        return self.cost.rows[target.input_of] / self.cost.positions
+        return self.cost.rows[target.tensor_of] / self.cost.positions
 
     def head_bytes(self, stage: str) -> int:
         """Peak bytes at the head, which handles a chunk of positions at a time."""
@@ -268,4 +268,4 @@ def _pass_bytes(subject: Workload, stage: str, group: Sequence[Target]) -> int:
         most = max(cost.surplus_bytes + inputs, head)
     else:
         most = max(cost.surplus_bytes, head) + inputs
-    return cost.held_bytes[group[0].input_of] + most
+    return cost.held_bytes[group[0].tensor_of] + most

@@ -40,7 +40,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 class PassCost:
     """Flops and bytes of one batch [B, T] through the blocks of a model, without its head.
 
-    The keys of the dictionaries are ``Target.input_of``. Each value is for a pass whose backward
+    The keys of the dictionaries are ``Target.tensor_of``. Each value is for a pass whose backward
     pass ends at the outputs of the targets with this input.
     """
 
@@ -172,20 +172,20 @@ class _Trace:
         before: dict[str, tuple[int, int]] = {}
         backward_flops: dict[str, float] = {}
         rows: dict[str, int] = {}
-        repeated = {t.input_of: above[t.block] * self.recompute for t in self.targets}
+        repeated = {t.tensor_of: above[t.block] * self.recompute for t in self.targets}
 
         def about_to_run(target: Target) -> Hook:
             def note(module: nn.Module, args: tuple[Any, ...]) -> None:
                 own = sum(x.untyped_storage().nbytes() for x in args[:1] if self.recompute)
-                before.setdefault(target.input_of, (live.made, own))
+                before.setdefault(target.tensor_of, (live.made, own))
 
             return note
 
         def on_gradient(target: Target, g_BTO: Tensor, routing: Routing | None) -> None:
             # The pass can end at the first gradient of the targets with this input.
-            done = flops.get_total_flops() - forward_flops - repeated[target.input_of]
-            backward_flops.setdefault(target.input_of, done)
-            rows[target.input_of] = g_BTO.shape[:-1].numel()
+            done = flops.get_total_flops() - forward_flops - repeated[target.tensor_of]
+            backward_flops.setdefault(target.tensor_of, done)
+            rows[target.tensor_of] = g_BTO.shape[:-1].numel()
 
         _, blocks = decoder_blocks(self.model)
         with contextlib.ExitStack() as entered:

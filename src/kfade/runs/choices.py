@@ -11,6 +11,10 @@ from kfade.method.objectives import Objective, cross_entropy, margin
 
 ESTIMATORS = "ekfac, kfac, diagonal or identity"
 LABELS = "sqrt (square-root draw) or sampled (from the model's distribution)"
+EXPERT_INPUTS = (
+    "own (one for each expert) or shared (one for the experts of a layer: less memory, fewer "
+    "eigendecompositions)"
+)
 OBJECTIVES = "margin or ce (cross-entropy)"
 
 
@@ -92,6 +96,16 @@ def top_of(experts: str | None) -> int | None:
     if not number.isdecimal() or int(number) < 1:
         raise InputError(f"--experts {experts}: write top:N, a number of experts, as in top:8")
     return int(number)
+
+
+def shares_inputs(word: str) -> bool:
+    """Whether experts of a layer share their input factors, for ``--expert-inputs``."""
+    match word:
+        case "own":
+            return False
+        case "shared":
+            return True
+    raise InputError(f"--expert-inputs {word}: give {EXPERT_INPUTS}")
 
 
 def offload_of(word: str | None) -> str | None:

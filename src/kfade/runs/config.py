@@ -160,6 +160,10 @@ class EstimatorConfig:
     or top:8 for the eight that carry most of the forget gradient. Unset: all."""
     expert_rows: int = 32
     """Least number of retain tokens that must reach an expert; others are left alone."""
+    expert_inputs: Annotated[
+        str, Parameter(help=f"Input factors A of experts: {choices.EXPERT_INPUTS}.")
+    ] = "own"
+    """Input factors A of experts."""
     joint_bias: bool = False
     """Change biases too: the bias of a layer is treated as one more column of its weight."""
     recompute: bool = False

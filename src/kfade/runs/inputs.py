@@ -37,7 +37,7 @@ def input_digests(
     return {"the weights of MODEL": model_digest, **data, **curvature}
 
 
-MADE_WITH = ("estimator", "labels", "joint_bias", "memory")
+MADE_WITH = ("estimator", "labels", "expert_inputs", "joint_bias", "memory")
 """Settings of a fit that a run with a saved curvature must share."""
 
 

@@ -260,7 +260,7 @@ def _sizes(subject: Workload, estimator: Estimator) -> dict[str, int]:
         "eigenvalues": stored - factors,
         "curvature": stored,
         "vector": subject.vector_bytes,
-        "activations": subject.cost.held_bytes[targets[0].input_of],
+        "activations": subject.cost.held_bytes[targets[0].tensor_of],
         "inputs": subject.input_bytes(targets),
         "head": subject.head_bytes("fit"),
         "runtime": RUNTIME_BYTES,

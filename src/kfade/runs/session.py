@@ -21,7 +21,7 @@ from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
 from kfade.models.sources import Source
 from kfade.models.targets import Target
-from kfade.runs.choices import top_of
+from kfade.runs.choices import shares_inputs, top_of
 from kfade.runs.config import EstimatorConfig, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
 from kfade.runtime import distributed, progress
@@ -50,23 +50,33 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
         InputError: the model cannot be loaded, nothing matches the targets, or ``shard`` is set
             with one process.
     """
-    divide = division(config, shard)
+    divide, wanted = division(config, shard), selection(fit)
     with stage("load"):
         model, tokenizer = open_model(config, divide=divide)
-        chosen = choose_targets(model, **selection(fit))
+        chosen = choose_targets(model, **wanted)
         if shard:
             refuse_routed(chosen.targets)
-        chosen_experts = fit.experts not in (None, ALL, NONE)
-        if chosen_experts and not any(target.is_routed for target in chosen.targets):
-            raise InputError(
-                f"--experts {fit.experts}: no weight that is to be changed belongs to a routed "
-                "expert; leave it out, or give other --layers or --target"
-            )
+        if not any(target.is_routed for target in chosen.targets):
+            _refuse_options_of_experts(fit)
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
     progress.say(f"{counted(len(chosen.targets), 'weight')} targeted, {rounded(count)} parameters")
     if chosen.summary:
         progress.say(chosen.summary)
     return Loaded(model, tokenizer, chosen.targets)
+
+
+def _refuse_options_of_experts(fit: EstimatorConfig) -> None:
+    """Raises InputError where an option is about routed experts, none of which is a target."""
+    options = {
+        f"--experts {fit.experts}": fit.experts not in (None, ALL, NONE),
+        f"--expert-inputs {fit.expert_inputs}": shares_inputs(fit.expert_inputs),
+    }
+    for option, is_given in options.items():
+        if is_given:
+            raise InputError(
+                f"{option}: no weight that is to be changed belongs to a routed expert; leave it "
+                "out, or give other --layers or --target"
+            )
 
 
 def selection(fit: EstimatorConfig) -> dict[str, Any]:
@@ -75,6 +85,7 @@ def selection(fit: EstimatorConfig) -> dict[str, Any]:
         "layers": fit.layers,
         "pattern": fit.target,
         "joint_bias": fit.joint_bias,
+        "shared_inputs": shares_inputs(fit.expert_inputs),
         "experts": ALL if fit.experts is None or top_of(fit.experts) else fit.experts,
     }
 
