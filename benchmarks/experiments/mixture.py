@@ -125,6 +125,11 @@ def all_feed_forward(trained: Trained) -> list[Target]:
     return kfade.find_targets(trained.model)
 
 
+def with_shared_inputs(trained: Trained) -> list[Target]:
+    """The same, but the experts of a layer share their input factors."""
+    return kfade.find_targets(trained.model, shared_inputs=True)
+
+
 def attention(trained: Trained) -> list[Target]:
     """The maps of attention."""
     return kfade.find_targets(trained.model, pattern=ATTENTION)
@@ -147,6 +152,7 @@ def few_experts(trained: Trained) -> list[Target]:
 ROWS = {
     MIXTURE: {
         "experts and dense": all_feed_forward,
+        "experts and dense, shared inputs": with_shared_inputs,
         "attention": attention,
         "few experts": few_experts,
     },
@@ -155,7 +161,7 @@ ROWS = {
 
 
 def ratios(results: Mapping[str, Record]) -> Record:
-    """KL of the mixture's other rows over that of its experts by as many steps, paired by question."""
+    """KL of other rows over that of the mixture's experts by as many steps, by question."""
     found: Record = {}
     for steps in STEPS:
         experts = results.get(f"{MIXTURE} experts and dense, steps {steps}", {})
