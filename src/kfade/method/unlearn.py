@@ -84,9 +84,7 @@ def unlearn(
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(device).kept(run.storage)  # it may be in a file
-    curvature = run.curvature
-    if curvature is not None:
-        curvature = curvature.only([target.name for target in targets], device)
+    curvature = run.curvature and run.curvature.only([t.name for t in targets], device)
     corrector = Corrector(gauge, targets, sampler, retain, size, run)
     for index in range(len(update.provenance["steps"]), run.steps):
         aim, exact_norm = direction.objective_of(index), direction.exact_norm
