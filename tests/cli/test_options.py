@@ -22,9 +22,12 @@ ADDED = {
     "baseline": {"--shard"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload", "--experts", "--expert-rows"},
+    "plan": {"--offload", "--experts", "--expert-rows", "--correct", "--correct-sequences"},
     "sweep": {"--offload", "--memory"},
-    "unlearn": {"--offload", "--experts", "--expert-rows"},
+    "unlearn": {
+        *("--offload", "--experts", "--expert-rows"),
+        *("--correct", "--correct-damping", "--correct-sequences"),
+    },
     # Experts of a mixture are targets.
     "fit": {"--experts", "--expert-rows"},
     # Evaluations run in several processes.
