@@ -10,9 +10,11 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from helpers import (
     Snapshot,
     flat,
@@ -23,6 +25,9 @@ from helpers import (
     tiny_llama,
 )
 from oracles import loops
+from safetensors.torch import load_file
+from zoo.rows import FORGET as FORGET_ROWS
+from zoo.rows import RETAIN as RETAIN_ROWS
 
 import kfade
 from kfade import (
@@ -37,6 +42,7 @@ from kfade import (
     find_targets,
     make_batches,
 )
+from kfade.cli import main
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.vectors import OnDisk
 from kfade.method.correct import Ascent, Merit, ascent, best_length, descent
@@ -422,3 +428,77 @@ def test_settings_of_a_correction_check_themselves(make, message):
     with pytest.raises(InputError, match=message):
         make()
     assert make.func() == Correction(0, Damping(1.0), None, cross_entropy, 0.01)
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path) -> list[str]:
+    zoo.save(tmp_path / "model")
+    arguments = ["unlearn", str(tmp_path / "model"), "--sequence-length", "8"]
+    for name, rows in (("forget", FORGET_ROWS), ("retain", RETAIN_ROWS)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments += [f"--{name}", str(path)]
+    return [*arguments, "--kl", "0.01", "--holdout", "3"]
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "update.safetensors")
+
+
+def test_a_corrected_run_is_told_and_replayed(command, tmp_path, capsys):
+    out, again = tmp_path / "out", tmp_path / "again"
+    more = ["--correct", "2", "--correct-damping", "0.5", "--correct-sequences", "9"]
+    assert main([*command, *more, "--out", str(out), "--json"]) == 0
+    output = capsys.readouterr()
+    metrics = json.loads(output.out)
+    [step] = metrics["steps"]
+    first = step["corrections"][0]
+    said = " ".join(output.err.split())
+    assert f"retain KL {first['retain_kl_before']:.2e} -> {first['retain_kl_after']:.2e}" in said
+    assert ("dropped" in said) == any(not c["accepted"] for c in step["corrections"])
+    assert metrics["retain_kl"] == step["retain_kl"]
+    assert metrics["seconds"]["correct"] >= sum(c["seconds"] for c in step["corrections"]) > 0
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["corrections"] for row in logged if "corrections" in row] == [step["corrections"]]
+    config = ["--config", str(out / "config.yaml")]
+    assert main([*command, *config, "--out", str(again)]) == 0
+    assert all(torch.equal(d, deltas(again)[name]) for name, d in deltas(out).items())
+
+
+def test_a_run_that_is_killed_in_a_correction_repeats_the_step(command, tmp_path, monkeypatch):
+    more = [*command, "--steps", "2", "--correct", "1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([*more, "--out", str(whole)]) == 0
+    calls = []
+
+    def killed(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return kl_gradient(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kfade.method.correct.kl_gradient", killed)
+        assert main([*more, "--out", str(out)]) == 130
+    assert len(list((tmp_path / "out.part").rglob("update-*.safetensors"))) == 1
+    assert main([*more, "--correct", "2", "--out", str(out), "--resume"]) == 2
+    assert main([*more, "--out", str(out), "--resume"]) == 0
+    assert all(torch.equal(d, deltas(out)[name]) for name, d in deltas(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--correct", "-1"), "--correct -1: give 0 or more"),
+        (("--correct-sequences", "0"), "--correct-sequences 0: give 1 or more"),
+        (("--correct-damping", "-1"), "--correct-damping -1.0: give a finite number, 0 or more"),
+        (("--correct-damping", "nan"), "--correct-damping nan: give a finite number, 0 or more"),
+    ],
+)
+def test_bad_options(command, tmp_path, capsys, more, message):
+    assert main([*command, *more, "--out", str(tmp_path / "out")]) == 2
+    assert f"kfade: {message}" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("out*"))
