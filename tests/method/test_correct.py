@@ -50,7 +50,8 @@ from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
 from kfade.method.refine import inner
-from kfade.method.step import Probe, falls_short
+from kfade.method.sampling import Sampler
+from kfade.method.step import Probe, choose_alpha, falls_short
 
 RETAIN, FORGET = random_sequences(12), random_sequences(3, seed=7)
 
@@ -378,13 +379,43 @@ def test_a_cap_holds_after_a_correction(model):
     assert 0.007 < last(update)["retain_kl"] <= 0.008
 
 
-def test_a_correction_that_gains_too_little_is_dropped(model):
-    plain = run(model, kl=0.01)
-    dropped = run(model, kl=0.01, correction=Correction(count=2, least_gain=0.9))
+@pytest.mark.parametrize("size", [{"kl": 0.01}, {"alpha": 0.1}], ids=str)
+def test_a_correction_that_gains_too_little_is_dropped(model, size):
+    plain = run(model, **size)
+    dropped = run(model, **size, correction=Correction(count=2, least_gain=0.9))
     [correction] = last(dropped)["corrections"]  # no second one
     assert not correction["accepted"]
     assert {**last(dropped), "corrections": []} == last(plain)
     assert all(same_bits(d, dropped.deltas[name]) for name, d in plain.deltas.items())
+
+
+def test_the_search_along_r_counts_from_where_it_begins():
+    """A measure that is linear from an offset takes few trials; as a power of α it takes more."""
+    size = StepSize(kl=0.02)
+
+    def trials(**options) -> int:
+        def probe(alpha: float) -> Probe:
+            return replace(BEFORE, alpha=alpha, retain_kl=0.015 + alpha)
+
+        return len(choose_alpha(probe, size, share=1.0, start=FIRST, guess=1e-4, **options))
+
+    assert trials(origin=replace(BEFORE, retain_kl=0.015)) == 3
+    assert trials() > 3
+
+
+def test_each_correction_draws_other_retain_sequences(model, monkeypatch):
+    drawn = []
+    real = Sampler.draw
+
+    def draw(self, sequences, count, step=0):
+        if count == 10:
+            drawn.append(step)
+        return real(self, sequences, count, step)
+
+    monkeypatch.setattr(Sampler, "draw", draw)
+    run(model, alpha=0.1, steps=2, correction=Correction(count=2, sequences=10))
+    assert {0, 2} <= set(drawn)  # the first of each step
+    assert drawn == sorted(set(drawn))
 
 
 def test_a_later_step_starts_from_the_corrected_one(model):
