@@ -17,7 +17,7 @@ from kfade.data.examples import load_examples
 from kfade.data.sequences import encode
 from kfade.errors import InputError
 from kfade.method.objectives import cross_entropy, margin
-from kfade.method.settings import Direction, Run
+from kfade.method.settings import Correction, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
@@ -33,6 +33,6 @@ __all__ = [
     "EKFAC", "KFAC", "Diagonal", "Identity", "fit_kfac", "Curvature",
     "sampled_labels", "square_root_draw",
     # unlearning
-    "unlearn", "Direction", "Damping", "StepSize", "Run", "margin", "cross_entropy", "Update",
-    "InputError",
+    "unlearn", "Direction", "Damping", "StepSize", "Run", "Correction", "margin", "cross_entropy",
+    "Update", "InputError",
 ]  # fmt: skip

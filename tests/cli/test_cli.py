@@ -211,7 +211,9 @@ def test_a_refused_size_keeps_the_fit_and_other_settings_go_on_from_it(
     assert "--kl 1e+06 cannot be reached in one step" in said
     assert "ask for less, or take more --steps" in said
     kept = f"what was finished is kept in {setup['out']}.part: --resume continues from it, also"
-    assert f"{kept} with other settings of size, step, refinement; for a new run" in said
+    assert (
+        f"{kept} with other settings of size, step, refinement, correction; for a new run" in said
+    )
     assert unlearn(setup, *again) == 2  # not without being told to
     assert unlearn(setup, *again, "--seed", "1", "--resume") == 2  # nor another fit
 

@@ -23,9 +23,12 @@ ADDED = {
     "baseline": {"--shard"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload", *EXPERTS},
+    "plan": {"--offload", *EXPERTS, "--correct", "--correct-sequences"},
     "sweep": {"--offload", "--memory"},
-    "unlearn": {"--offload", *EXPERTS},
+    "unlearn": {
+        *("--offload", *EXPERTS),
+        *("--correct", "--correct-damping", "--correct-sequences"),
+    },
     # Experts of a mixture are targets.
     "fit": EXPERTS,
     # Evaluations run in several processes.

@@ -99,6 +99,38 @@ def test_command_plans_refinements(tmp_path, capsys):
     assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
 
 
+def test_command_plans_corrections(tmp_path, capsys):
+    """Each costs two gradients, two directions, and its measurements."""
+    arguments = ["--speed", "400", "--sequence-length", "64", "--tokens", "640000"]
+    folder = saved(SMALL, tmp_path)
+    plain, one, three, few = (
+        planned(capsys, folder, *arguments, *more)
+        for more in (
+            [],
+            ["--correct", "1"],
+            ["--correct", "3"],
+            ["--correct", "1", "--correct-sequences", "100"],
+        )
+    )
+    assert "correct" not in plain["flops"]
+    assert {k: v for k, v in one["flops"].items() if k != "correct"} == plain["flops"]
+    for kind, amount in one["flops"]["correct"].items():
+        assert three["flops"]["correct"][kind] == pytest.approx(3 * amount)
+    assert one["flops"]["correct"]["rotations"] == 2 * plain["flops"]["step"]["rotations"]
+    # The gradient of the forget set, and that of the KL in proportion to its positions.
+    gradient, positions = plain["flops"]["gradient"], 2500 * 512 * 63 / 64
+    for sequences, found in ((10_000, one), (100, few)):
+        expected = gradient["backward"] * (1 + sequences * 63 / positions)
+        assert found["flops"]["correct"]["backward"] == pytest.approx(expected)
+    vector = plain["bytes"]["vector"]
+    peaks = [p["peak_bytes"]["planned"] for p in (plain, one, few)]
+    assert "correct" not in peaks[0]
+    hidden = 9_900 * 63 * SMALL.hidden_size * 4  # float32
+    assert peaks[1]["correct"] - peaks[2]["correct"] == hidden
+    assert peaks[2]["correct"] > peaks[2]["check"] + 2 * vector
+    assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
+
+
 def test_command_plans_blocks_that_run_again(tmp_path, capsys):
     four = LlamaConfig(**{**LLAMA_7B.to_dict(), "num_hidden_layers": 4})
     folder = saved(four, tmp_path)
@@ -183,6 +215,8 @@ def test_command_shows_a_page(tmp_path, capsys, monkeypatch):
         (["--tokens", "0"], "--tokens"),
         (["--refine", "-1"], "--refine must be 0 or more"),
         (["--refine-sequences", "0"], "--refine-sequences 1 or more"),
+        (["--correct", "-1"], "--correct must be 0 or more"),
+        (["--correct-sequences", "0"], "--correct-sequences 1 or more"),
         (["--sequence-length", "1"], "2 or more"),
         (["--estimator", "best"], "ekfac, kfac"),
         (["--layers", "9"], "blocks 0 to 2"),

@@ -252,6 +252,9 @@ def test_names():
     config["step"] = {"objective": "ce", "later_objective": None}
     config["refinement"] = {"refine": 2}
     assert method_of(made) == "K-FADE, kfac, ce, refined 2"
+    config["correction"] = {"correct": 1}
+    assert method_of(made) == "K-FADE, kfac, ce, refined 2, corrected 1"
+    config["correction"] = {"correct": 0}
     config["refinement"] = {"refine": 0}
     assert method_of(made) == "K-FADE, kfac, ce"
     assert (

@@ -18,6 +18,7 @@ import kfade
 from kfade import (
     EKFAC,
     KFAC,
+    Correction,
     Diagonal,
     find_targets,
     make_batches,
@@ -29,7 +30,7 @@ from kfade.curvature.passes import run_pass
 from kfade.curvature.product import gauss_newton_product, quadratic_form
 from kfade.curvature.store import Store
 from kfade.curvature.vectors import Divided, OnDevice
-from kfade.method.gradient import forget_gradient
+from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import TokenLosses, hidden_reference, mean_divergence, mean_objectives
 from kfade.models.head import body_of, read_head
 from kfade.models.layers import decoder_blocks
@@ -138,18 +139,21 @@ def compute(folder: Path, sharded: bool) -> dict:
     measured = batches_of(HELD_OUT)
     found["quadratic form"] = quadratic_form(model, measured, targets, gradient)
     found["product"] = gauss_newton_product(model, measured, targets, gradient)
+    corrected = Correction(count=1, sequences=20)
+    options = {"kl": 0.02, "steps": 2, "refine": 1, "refine_sequences": 9, "correction": corrected}
     update = kfade.unlearn(
         model,
         forget=FORGET,
         retain=RETAIN,
-        held_out=HELD_OUT,
-        **flat(targets=targets, kl=0.02, steps=2, batch_tokens=20, refine=1, refine_sequences=9),
+        held_out=[*HELD_OUT, *RETAIN[:8]],
+        **flat(targets=targets, batch_tokens=20, **options),
     )
     # Of a sharded model it is divided over the processes, and read by all of them together.
     found["update"], found["provenance"] = dict(update.deltas), update.provenance
     base = hidden_reference(model, measured, "base")
     found["references"] = len(base.hidden)
     with update.applied_to(model):
+        found["gradient of the KL"] = kl_gradient(model, base, targets)
         after = hidden_reference(model, measured, "after")
         found["objective"] = mean_objectives(model, batches_of(FORGET), [margin])
         losses = TokenLosses()

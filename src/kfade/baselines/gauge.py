@@ -41,7 +41,8 @@ class DriftGauge:
         kl: Tensor | float = 0.0
         own = distributed.share(now.batches, lambda batch: batch.positions)
         with torch.no_grad():
-            for batch, base_ND, hidden_ND in zip(own, self._base.hidden, now.hidden, strict=True):
+            hidden = (one.hidden.values() for one in (self._base, now))
+            for batch, base_ND, hidden_ND in zip(own, *hidden, strict=True):
                 target_N = batch.at_loss(batch.target_BT)
                 for part in head.chunks(hidden_ND):
                     logits_NV = head(hidden_ND[part])

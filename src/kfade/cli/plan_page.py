@@ -31,6 +31,7 @@ STAGES = {
     "step": "direction and its exact G-norm",
     "refine": "refinement of the direction by exact products",
     "check": "search for the step's size",
+    "correct": "corrections after the step",
     "exchange": "sums and bases between devices",
 }
 FITTED = ("load", *FIT_STAGES)

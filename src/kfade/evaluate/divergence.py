@@ -51,14 +51,14 @@ class Outputs:
 
     def save(self, path: Path) -> None:
         """Write the hidden states, without the head."""
-        write_tensors(path, {str(i): h_ND for i, h_ND in enumerate(self.reference.hidden)})
+        write_tensors(path, self.reference.hidden)
 
     @classmethod
     def load(cls, path: Path, head: Head, batches: Sequence[Batch]) -> Outputs:
         """Read what :meth:`save` wrote for the same batches."""
         with reading_kept(path):
             saved = load_file(path, str(batches[0].input_BT.device))
-        return cls(head, Reference(batches, [saved[str(i)] for i in range(len(saved))]))
+        return cls(head, Reference(batches, {str(i): saved[str(i)] for i in range(len(saved))}))
 
 
 def outputs(model: nn.Module, batches: Sequence[Batch], name: str) -> Outputs:
@@ -113,7 +113,8 @@ def divergences(
             own = distributed.share(
                 list(enumerate(batches)), lambda numbered: numbered[1].positions
             )
-            hidden = zip(before.reference.hidden, after.reference.hidden, strict=True)
+            references = (before.reference, after.reference)
+            hidden = zip(*(one.hidden.values() for one in references), strict=True)
             found = {
                 i: attempt(list, by_sequence(batch, _divergence(before.head, p, after.head, q)))
                 for (i, batch), (p, q) in zip(own, hidden, strict=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kfade.curvature.vectors import Layerwise, Vector
+from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head, hidden_states, read_head
@@ -34,8 +34,8 @@ class Reference:
 
     batches: Sequence[Batch]
     """All batches, of all processes."""
-    hidden: Sequence[Tensor]
-    """Hidden states of this process's share of the batches."""
+    hidden: Vector
+    """Hidden states of this process's share of the batches, by number and in their order."""
 
     @property
     def loss_tokens(self) -> int:
@@ -43,16 +43,21 @@ class Reference:
         return sum(batch.loss_tokens for batch in self.batches)
 
 
-def hidden_reference(model: nn.Module, batches: Sequence[Batch], name: str) -> Reference:
-    """Hidden states of ``model`` at its present weights, to compare an edited model with."""
+def hidden_reference(
+    model: nn.Module, batches: Sequence[Batch], name: str, storage: Storage = OnDevice()
+) -> Reference:
+    """Hidden states of ``model`` at its present weights, to compare an edited model with.
+
+    Args:
+        storage: keeps the hidden states of this process's share.
+    """
     check_lengths(model, batches)
+    hidden = storage.vector()
     with frozen(model), torch.no_grad():
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
-        hidden = [
-            batch.at_loss(hidden_states(model, batch.input_BT))
-            for batch in track(own, name, lambda b: b.positions)
-        ]
+        for number, batch in enumerate(track(own, name, lambda b: b.positions)):
+            hidden[str(number)] = batch.at_loss(hidden_states(model, batch.input_BT))
         for _ in range(missing):
             hidden_states(model, batches[-1].input_BT)
     return Reference(batches, hidden)
@@ -118,7 +123,8 @@ def mean_divergence(head: Head, base: Reference, edited: Reference) -> float:
     """Mean KL(base ‖ edited) in nats per loss token, over the full vocabulary."""
     total: Tensor | float = 0.0
     with torch.no_grad():
-        for base_ND, edited_ND in zip(base.hidden, edited.hidden, strict=True):
+        pairs = zip(base.hidden.values(), edited.hidden.values(), strict=True)
+        for base_ND, edited_ND in pairs:
             for part in head.chunks(base_ND):
                 kl_N = divergence(head(base_ND[part]), head(edited_ND[part]))
                 total += kl_N.double().sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kfade.curvature.vectors import Vector
 
@@ -38,6 +39,9 @@ class StepRecord:
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)
     """If directions were refined: the measurements of each, see :attr:`measured`."""
+    corrections: list[dict[str, Any]] = field(default_factory=list)
+    """The :class:`CorrectionRecord` of each correction. After those that were accepted,
+    ``retain_kl`` and what the forget set has ``after`` the step are their result."""
 
     @property
     def measured(self) -> dict[str, float]:
@@ -53,6 +57,34 @@ class StepRecord:
         """
         rise, their_rise = (r.forget_loss_after - first_loss for r in (self, other))
         return rise * math.sqrt(other.retain_kl) > their_rise * math.sqrt(self.retain_kl)
+
+
+@dataclass(frozen=True)
+class CorrectionRecord:
+    """Predicted and measured effects of one correction. KL and losses are in nats per loss token.
+
+    If it was not accepted, what is measured ``after`` it is that of the best trial.
+    """
+
+    accepted: bool
+    length: float
+    """t in t d⊥; 0 if no t was better than none."""
+    forget_length: float
+    """s in s r, the change along r that followed to meet the step's size again; else 0."""
+    slope: float
+    """g_Kᵀd⊥: predicted change of K per unit of t, on the retain data of the gradient."""
+    exact: float
+    """d⊥ᵀGd⊥ with the exact G of held-out retain data."""
+    retain_kl_before: float
+    """KL(base ‖ before) on held-out retain data."""
+    retain_kl_after: float
+    forget_loss_before: float
+    forget_loss_after: float
+    forget_probability_before: float
+    forget_probability_after: float
+    seconds: float
+    probes: list[dict[str, float]] = field(default_factory=list)
+    """Trials of t, then of s, each as its ``alpha``."""
 
 
 Candidate = tuple[StepRecord, Vector]

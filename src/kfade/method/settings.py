@@ -16,11 +16,17 @@ from kfade.curvature.damping import Damping
 from kfade.curvature.store import Store
 from kfade.curvature.vectors import OnDevice, Storage
 from kfade.errors import InputError
-from kfade.method.objectives import Objective, margin
+from kfade.method.objectives import Objective, cross_entropy, margin
 from kfade.method.update import Update
 from kfade.models.targets import Target
 
 DEFAULT_KL = 0.01  # nats per token: the default size, and where a search begins
+
+
+def at_least(flag: str, value: int, least: int) -> None:
+    """Raises InputError where the option ``flag`` has a ``value`` below ``least``."""
+    if value < least:
+        raise InputError(f"{flag} {value}: give {least} or more")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,35 @@ class Direction:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """Corrections after each step, see :mod:`kfade.method.correct`.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    count: int = 0
+    """Corrections after each step; the first one that is not accepted is the last."""
+    damping: Damping = Damping(1.0)
+    """λ of each layer in a correction."""
+    sequences: int | None = None
+    """Retain sequences in the gradient of the KL, drawn again for each correction; all when
+    None."""
+    objective: Objective = cross_entropy
+    """Its mean over the forget set stays unchanged to first order."""
+    least_gain: float = 0.01
+    """Least relative decrease of the held-out KL, at equal forgetting, with which a correction is
+    accepted."""
+
+    def __post_init__(self) -> None:
+        at_least("--correct", self.count, 0)
+        if self.sequences is not None:
+            at_least("--correct-sequences", self.sequences, 1)
+        if not 0 <= self.least_gain < 1:
+            raise InputError(f"least_gain {self.least_gain}: give a number from 0 to below 1")
+
+
+@dataclass(frozen=True)
 class Run:
     """How a run is carried out.
 
@@ -85,6 +120,8 @@ class Run:
     """Forget sequences in each step, drawn without replacement; all when None."""
     refit: bool = True
     """Fit the curvature again at each step."""
+    correction: Correction = Correction()
+    """Corrections after each step."""
     batch_tokens: int = 4096
     """Positions in one forward pass."""
     recompute: bool = False
@@ -111,9 +148,3 @@ class Run:
 
     def __post_init__(self) -> None:
         at_least("--steps", self.steps, 1)
-
-
-def at_least(flag: str, value: int, least: int) -> None:
-    """Raises InputError where the option ``flag`` has a ``value`` below ``least``."""
-    if value < least:
-        raise InputError(f"{flag} {value}: give {least} or more")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -183,6 +183,16 @@ class _Aim:
     name: str
     """What is measured, for messages."""
 
+    def after(self, origin: Probe) -> _Aim:
+        """The same aim, with the measure counted from its value at ``origin``."""
+        reached = self.measure(origin)
+        return replace(
+            self,
+            measure=lambda p: self.measure(p) - reached,
+            value=self.value - reached,
+            accept=(self.accept[0] - reached, self.accept[1] - reached),
+        )
+
 
 def choose_alpha(
     probe: Callable[[float], Probe],
@@ -191,6 +201,7 @@ def choose_alpha(
     share: float,
     start: Probe,
     guess: float,
+    origin: Probe | None = None,
 ) -> list[Probe]:
     """Search the α that meets ``size``; returns all probes, the chosen one last.
 
@@ -201,6 +212,7 @@ def choose_alpha(
             gone ``share`` of its way to ``until``.
         start: the measurements before this step, α = 0.
         guess: the α to begin the search at.
+        origin: the measurements at α = 0, if other changes of this step were made already.
 
     Raises:
         InputError: the target cannot be reached along this direction, or no step is below the cap.
@@ -215,6 +227,7 @@ def choose_alpha(
         chosen = seen(size.alpha)
     else:
         aim = _aim(size, share, start)
+        aim = aim.after(origin) if origin is not None else aim
         found = _search(seen, aim, guess)
         if found is None:
             raise InputError(_unreached(aim, probes))
@@ -223,6 +236,19 @@ def choose_alpha(
         chosen = _capped(seen, probes, chosen, size.max_kl)
     assert probes[-1] is chosen
     return probes
+
+
+def falls_short(size: StepSize, start: Probe, now: Probe) -> bool:
+    """Whether ``now``, after the last step, is below the size that was asked for, by more than its
+    tolerance.
+
+    Args:
+        start: the measurements before that step.
+    """
+    if size.alpha is not None:
+        return False
+    aim = _aim(size, 1.0, start)
+    return aim.measure(now) < aim.accept[0]
 
 
 def _aim(size: StepSize, share: float, start: Probe) -> _Aim:

@@ -15,6 +15,7 @@ from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
+from kfade.method.correct import Corrector
 from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.gradient import forget_gradient
@@ -83,9 +84,8 @@ def unlearn(
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(device).kept(run.storage)  # it may be in a file
-    curvature = run.curvature
-    if curvature is not None:
-        curvature = curvature.only([target.name for target in targets], device)
+    curvature = run.curvature and run.curvature.only([t.name for t in targets], device)
+    corrector = Corrector(gauge, targets, sampler, retain, size, run)
     for index in range(len(update.provenance["steps"]), run.steps):
         aim, exact_norm = direction.objective_of(index), direction.exact_norm
         trial = Trial(gauge, targets, update, aim, size, run.steps, exact_norm=exact_norm)
@@ -111,7 +111,8 @@ def unlearn(
         del gradient  # the directions let it go when they need it no longer
         record, changes = trial.best(directions)
         update = _after(update, record, changes).kept(run.storage)
-        del trial, directions, changes  # before a later fit
+        del trial, directions, changes  # before a correction or a later fit
+        update = corrector.correct(update, curvature, drawn)
         if run.on_step is not None:
             run.on_step(update)
     return update

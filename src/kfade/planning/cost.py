@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,8 @@ from kfade.runtime.distributed import assign_by_cost
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
 """In the search for a step's size: held-out sequences, forget sequences, trials."""
+LENGTHS = 4
+"""Trials of a correction's length, and of the size after it."""
 EIGH_FLOPS = 12
 """Flops of an eigendecomposition of width d, divided by d³. Measured as the time of LAPACK's
 ``syevd`` in float32 times the speed of matrix products (0.22 s for d = 1536, 0.014 s for d = 576 at
@@ -153,31 +155,14 @@ def flops(
     quadratic form costs three forward passes over the held-out tokens. Each trial of a step's size
     costs a forward pass over them and one over the measured forget sequences. A refined direction
     has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
-    and a backward pass.
+    and a backward pass. A correction costs a gradient on the forget set, one on retain data with a
+    forward pass of the original model more, two directions, and the measurements of one step.
     """
-    cost, (vocabulary, width) = subject.cost, subject.head
-    forward = cost.forward_flops / cost.positions
-    head = 2.0 * vocabulary * width
+    tally = _Tally(subject)
+    add, one_pass, forward, head = tally.add, tally.one_pass, tally.forward, tally.head
     retain, forget = work.positions(work.retain_tokens), work.positions(work.forget_tokens)
     measured = min(float(MEASURED * work.length), forget)
     passes = work.estimator.passes
-    found: dict[str, dict[str, float]] = {}
-
-    def add(stage: str, **kinds: float) -> None:
-        row = found.setdefault(stage, {})
-        for kind, amount in kinds.items():
-            row[kind] = row.get(kind, 0.0) + amount
-
-    def one_pass(stage: str, group: Sequence[Target], positions: float) -> None:
-        backward = cost.backward_flops[group[0].tensor_of] / cost.positions
-        repeated = cost.repeated_flops[group[0].tensor_of] / cost.positions
-        add(
-            stage,
-            forward=(forward + repeated) * positions,
-            backward=backward * positions,
-            head=2 * head * positions,
-        )
-
     for group in groups:
         if "covariance" in passes:
             one_pass("covariance", group, retain)
@@ -188,7 +173,7 @@ def flops(
             products, squares = lambda_flops(group, work, subject.share)
             add("lambda", products=products, squares=squares)
     one_pass("gradient", subject.targets, forget)
-    outer = 2 * sum(subject.share(t) * t.shape[0] * t.shape[1] for t in subject.targets)
+    outer = tally.outer
     add("gradient", float32=outer * forget)
     per_solve = 4 if work.estimator.has_eigenbases else 0
     rotations = sum(per_solve * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
@@ -206,7 +191,71 @@ def flops(
     trials = TRIALS * directions
     tokens = (1 + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
-    return found
+    if work.correct:
+        _add_corrections(tally, work, held_out + measured, rotations)
+    return tally.found
+
+
+@dataclass
+class _Tally:
+    """Flops by stage and by kind of work."""
+
+    subject: Workload
+    found: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> float:
+        """Flops of a forward pass per position."""
+        return self.subject.cost.forward_flops / self.subject.cost.positions
+
+    @property
+    def head(self) -> float:
+        """Flops of the head per position."""
+        vocabulary, width = self.subject.head
+        return 2.0 * vocabulary * width
+
+    @property
+    def outer(self) -> float:
+        """Flops of a gradient's sums per position."""
+        targets = self.subject.targets
+        return 2 * sum(self.subject.share(t) * t.shape[0] * t.shape[1] for t in targets)
+
+    def add(self, stage: str, **kinds: float) -> None:
+        """Add flops of some kinds to a stage."""
+        row = self.found.setdefault(stage, {})
+        for kind, amount in kinds.items():
+            row[kind] = row.get(kind, 0.0) + amount
+
+    def one_pass(self, stage: str, group: Sequence[Target], positions: float) -> None:
+        """Add a forward and a backward pass down to the lowest target of ``group``."""
+        cost = self.subject.cost
+        backward = cost.backward_flops[group[0].tensor_of] / cost.positions
+        repeated = cost.repeated_flops[group[0].tensor_of] / cost.positions
+        self.add(
+            stage,
+            forward=(self.forward + repeated) * positions,
+            backward=backward * positions,
+            head=2 * self.head * positions,
+        )
+
+
+def _add_corrections(tally: _Tally, work: Work, tried: float, rotations: float) -> None:
+    """Add the corrections after a step.
+
+    Args:
+        tried: positions of a trial, on held-out and on forget sequences.
+        rotations: flops of one direction.
+    """
+    held_out, retain = float(HELD_OUT * work.length), work.correct_positions
+    for _ in range(work.correct):
+        for positions in (work.positions(work.forget_tokens), retain):
+            tally.one_pass("correct", tally.subject.targets, positions)
+            tally.add("correct", float32=tally.outer * positions)
+        # The original model's outputs, the exact quadratic form, and the trials.
+        forward = retain + 3 * held_out + LENGTHS * tried
+        heads = retain + 2 * held_out + LENGTHS * (tried + held_out)
+        tally.add("correct", forward=tally.forward * forward, head=tally.head * heads)
+        tally.add("correct", rotations=2 * rotations)
 
 
 def seconds(
@@ -248,13 +297,14 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
     unless the device that owns the layer has computed them.
     """
     vector = subject.size * subject.targeted
+    gradients = 1 + 2 * work.correct
     if subject.shards > 1:
         row = subject.targets[0].dtype.itemsize * _by_rows(subject, subject.targets, lambda d: d)
         passes = len(work.estimator.passes) * work.positions(work.retain_tokens) / subject.shards
-        return round(passes * row * (1 - 1 / subject.shards)) + 2 * vector
+        return round(passes * row * (1 - 1 / subject.shards)) + 2 * gradients * vector
     factors = factor_bytes(subject.targets) if work.estimator.has_eigenbases else 0
     grids = vector if "lambda" in work.estimator.passes else 0
-    return 2 * factors + 2 * grids + 2 * vector
+    return 2 * factors + 2 * grids + 2 * gradients * vector
 
 
 def _slowest(

@@ -57,6 +57,10 @@ class Work:
     """Iterations of conjugate gradients that improve the direction."""
     refine_sequences: int = 64
     """Retain sequences in each product with the Gauss-Newton matrix of these iterations."""
+    correct: int = 0
+    """Corrections after the step."""
+    correct_sequences: int | None = None
+    """Retain sequences in the KL's gradient for each of them; None: all."""
 
     @property
     def length(self) -> int:
@@ -71,6 +75,14 @@ class Work:
     def positions(self, tokens: int) -> float:
         """Number of positions in sequences with ``tokens`` tokens in total."""
         return tokens * self.length / self.sequence_length
+
+    @property
+    def correct_positions(self) -> float:
+        """Positions in the KL's gradient for a correction."""
+        retain = self.positions(self.retain_tokens)
+        if self.correct_sequences is None:
+            return retain
+        return min(retain, float(self.correct_sequences * self.length))
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,14 @@ class Workload:
         """Bytes of the targeted weights, which are kept while an update replaces them, in a
         process."""
         return self.targeted * self.targets[0].dtype.itemsize // self.shards
+
+    def reference_bytes(self, work: Work) -> int:
+        """Bytes of the original model's hidden states that a correction's gradient compares with,
+        in a process."""
+        if not work.correct:
+            return 0
+        itemsize = self.targets[0].dtype.itemsize
+        return round(work.correct_positions * self.head[1] * itemsize / self.shards)
 
     def input_bytes(self, group: Sequence[Target]) -> int:
         """Bytes of the targets' inputs that are kept until their gradients are computed.
@@ -222,6 +242,10 @@ def peaks(
     taken. The search for the step's size adds the weights that are replaced. Refinement adds five
     vectors and the best direction so far; its solves add one more. With ``offload`` all of these
     are elsewhere, and a pass for the gradient holds one of ``gradient_groups``.
+
+    A correction begins with the update. The first gradient becomes a direction r; with r and the
+    hidden states of the original model the second is computed, and becomes a direction d. Update, r
+    and d are there in the search for its length, then the new update beside the old one.
     """
     estimator, refine = work.estimator, work.refine > 0
     fixed = RUNTIME_BYTES + subject.model_bytes
@@ -252,6 +276,11 @@ def peaks(
     replaced = 0 if work.offload else subject.replaced_bytes
     trial = cost.forward_bytes + subject.head_bytes("check")
     found["check"] = fixed + vector + held + replaced + 3 * largest + trial
+    if work.correct:
+        kept = 0 if work.offload else subject.reference_bytes(work)
+        second = summed + 2 * vector + replaced + kept + largest
+        lengths = 3 * vector + replaced + 3 * largest + max(trial, exact - vector - 2 * largest)
+        found["correct"] = fixed + max(second, read + 4 * vector + 4 * largest, lengths)
     return found
 
 

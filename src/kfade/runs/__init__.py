@@ -22,10 +22,7 @@ from kfade.runs.config import (
     FitConfig,
     FitRequest,
     ModelConfig,
-    RefinementConfig,
     RunConfig,
-    SizeConfig,
-    StepConfig,
     TemplateConfig,
     read_config,
 )
@@ -41,6 +38,7 @@ from kfade.runs.evaluation import Subject
 from kfade.runs.fitting import fit
 from kfade.runs.planning import PlanRequest, plan
 from kfade.runs.reporting import report
+from kfade.runs.step_config import CorrectionConfig, RefinementConfig, SizeConfig, StepConfig
 from kfade.runs.sweep_config import SweepRequest
 from kfade.runs.sweeping import sweep
 from kfade.runs.unlearning import unlearn
@@ -56,5 +54,5 @@ __all__ = [
     "evaluate_memorisation", "MemorisationRequest", "evaluate_quantisation",
     "Subject", "TemplateConfig",
     "RunConfig", "ModelConfig", "DataConfig", "FitConfig", "StepConfig", "RefinementConfig",
-    "SizeConfig", "read_config",
+    "CorrectionConfig", "SizeConfig", "read_config",
 ]  # fmt: skip

@@ -9,8 +9,9 @@ from typing import Any
 from kfade.demo.data import data_file
 from kfade.demo.run import demo_model, examine
 from kfade.method.update import Update
-from kfade.runs.config import DataConfig, ModelConfig, RunConfig, SizeConfig, StepConfig
+from kfade.runs.config import DataConfig, ModelConfig, RunConfig
 from kfade.runs.session import load
+from kfade.runs.step_config import SizeConfig, StepConfig
 from kfade.runs.unlearning import unlearn
 from kfade.runtime.files import write_text
 from kfade.runtime.run_dir import check_free

@@ -155,8 +155,14 @@ def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
     )
     if not isinstance(run, RunConfig):
         return work
-    some = run.refinement
-    return replace(work, refine=some.refine, refine_sequences=some.refine_sequences)
+    some, more = run.refinement, run.correction
+    return replace(
+        work,
+        refine=some.refine,
+        refine_sequences=some.refine_sequences,
+        correct=more.correct,
+        correct_sequences=more.correct_sequences,
+    )
 
 
 def _refuse_too_large(arranger: Arranger, device: torch.device) -> None:
@@ -190,8 +196,9 @@ def _too_little(arranger: Arranger, total: int) -> str:
 
 def _place(way: Arrangement, device: torch.device) -> str:
     """Where vectors go: host memory if that is not the device's and has room, else disk."""
-    vectors = 9 if way.work.refine else 3
+    vectors = max(3, 9 * bool(way.work.refine), 4 * bool(way.work.correct))
     needed = vectors * way.subject.vector_bytes + way.subject.replaced_bytes
+    needed += way.subject.reference_bytes(way.work)
     if device.type == "cpu" or needed > _free(torch.device("cpu")):
         return "disk"
     return "cpu"

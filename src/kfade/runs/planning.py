@@ -27,8 +27,9 @@ from kfade.planning.memory import (
 )
 from kfade.runs import options as o
 from kfade.runs.choices import bytes_of, estimator_of, offload_of
-from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
+from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource
 from kfade.runs.session import refuse_routed, selection
+from kfade.runs.step_config import CorrectionAmount, RefinementConfig
 
 
 @o.settings(o.DATA)
@@ -82,6 +83,8 @@ class PlanRequest:
     """The estimator, and the weights to change."""
     refinement: RefinementConfig = field(default_factory=RefinementConfig, kw_only=True)
     """Refinement of each direction."""
+    correction: CorrectionAmount = field(default_factory=CorrectionAmount, kw_only=True)
+    """Corrections after each step."""
     device: DeviceConfig = field(default_factory=DeviceConfig, kw_only=True)
     """The devices."""
 
@@ -99,6 +102,9 @@ class PlanRequest:
             raise InputError("--tokens and --forget-tokens must be 1 or more")
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
+        correct, sequences = self.correction.correct, self.correction.correct_sequences
+        if correct < 0 or (sequences is not None and sequences < 1):
+            raise InputError("--correct must be 0 or more, --correct-sequences 1 or more")
         length = self.data.sequence_length
         return Work(
             estimator=estimator,
@@ -109,6 +115,8 @@ class PlanRequest:
             forget_tokens=self.data.forget_tokens,
             refine=self.refinement.refine,
             refine_sequences=self.refinement.refine_sequences,
+            correct=correct,
+            correct_sequences=sequences,
             offload=offload_of(self.device.offload) in ("cpu", "disk"),
         )
 

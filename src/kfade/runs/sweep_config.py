@@ -14,14 +14,8 @@ from kfade.method.grid import ALL, Point, grid
 from kfade.method.step import StepSize
 from kfade.runs import options as o
 from kfade.runs.choices import OBJECTIVES
-from kfade.runs.config import (
-    DataConfig,
-    FitConfig,
-    ModelConfig,
-    RefinementConfig,
-    RunConfig,
-    StepConfig,
-)
+from kfade.runs.config import DataConfig, FitConfig, ModelConfig, RunConfig
+from kfade.runs.step_config import RefinementConfig, StepConfig
 
 DEFAULT_KLS = (0.001, 0.003, 0.01, 0.03)
 DEFAULT_MAX_KL = 0.02  # twice DEFAULT_KL, the default size of unlearn

@@ -27,12 +27,7 @@ from kfade.models.load import provenance
 from kfade.models.targets import Target
 from kfade.models.weights import digest_weights, parameter_names, weight_digests
 from kfade.runs.choices import estimator_of, objective_of
-from kfade.runs.config import (
-    RunConfig,
-    SizeConfig,
-    result_settings,
-    write_config,
-)
+from kfade.runs.config import RunConfig, result_settings, write_config
 from kfade.runs.evaluation import item_log
 from kfade.runs.experts import leave_out_unfitted
 from kfade.runs.inputs import SavedFit, input_digests
@@ -47,6 +42,7 @@ from kfade.runs.session import (
     source_of,
     to_tokens,
 )
+from kfade.runs.step_config import SizeConfig
 from kfade.runs.sweep_config import SweepRequest
 from kfade.runs.template import with_date
 from kfade.runs.unlearning import run_metrics

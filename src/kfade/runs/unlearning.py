@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from kfade.errors import InputError
 from kfade.evaluate.routing import rerouted_share, routing_line
 from kfade.method.objectives import Objective
 from kfade.method.sampling import Sampler
-from kfade.method.settings import DEFAULT_KL, Direction, Run
+from kfade.method.settings import DEFAULT_KL, Correction, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.unlearn import unlearn as unlearn_model
@@ -95,7 +96,7 @@ def unlearn(
     clock = Clock()
     asked = {**result_settings(run), **given}
     # The first fit depends on none of these, except that --memory is shared out by --steps.
-    free = ("size",) if run.fit.memory else ("size", "step", "refinement")
+    free = ("size",) if run.fit.memory else ("size", "step", "refinement", "correction")
     with (
         timing(clock),
         RunDir(out, asked, resume=resume, free=dict.fromkeys(free, "update-*")) as folder,
@@ -183,6 +184,8 @@ def _keep_step(folder: RunDir, total: int, update: Update) -> None:
     folder.keep(f"update-{len(steps):03}.safetensors", update.save, update.read)
     folder.log("step", **{k: v for k, v in steps[-1].items() if k not in _UNLOGGED})
     progress.say(step_line(len(steps), total, steps[-1]))
+    for number, record in enumerate(steps[-1]["corrections"], 1):
+        progress.say(correction_line(number, record))
 
 
 def _routing(
@@ -220,6 +223,16 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
         f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl']:.2e} nats/token "
         f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
         f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined})"
+    )
+
+
+def correction_line(number: int, record: dict[str, Any]) -> str:
+    """One line of text about a correction."""
+    what = f"correction {number}" if record["accepted"] else f"correction {number}, dropped"
+    return (
+        f"{what}: forget loss {record['forget_loss_before']:.3f} -> "
+        f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl_before']:.2e} -> "
+        f"{record['retain_kl_after']:.2e} nats/token"
     )
 
 
@@ -264,6 +277,8 @@ def run_metrics(
     stages = ["load", "fit", "gradient", "step", "check"]
     if "refine" in clock.seconds:
         stages.insert(4, "refine")
+    if "correct" in clock.seconds:
+        stages.append("correct")
     seconds = {name: clock.seconds.get(name, 0.0) for name in stages}
     sets = {"forget": forget, "retain": retain, "held_out": held_out}
     return {
@@ -304,6 +319,14 @@ def _damping_of(run: RunConfig) -> Damping:
     return Damping() if relative is None else Damping(relative)
 
 
+def _correction_damping_of(run: RunConfig) -> Damping:
+    """The damping of each layer in a correction."""
+    value = run.correction.correct_damping
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"--correct-damping {value}: give a finite number, 0 or more")
+    return Damping(value)
+
+
 def _direction_of(run: RunConfig) -> Direction:
     """The settings of each step's direction.
 
@@ -327,6 +350,11 @@ def _run_of(run: RunConfig) -> Run:
         steps=run.step.steps,
         forget_batch=run.step.forget_batch,
         refit=run.step.refit,
+        correction=Correction(
+            run.correction.correct,
+            _correction_damping_of(run),
+            run.correction.correct_sequences,
+        ),
         batch_tokens=run.data.batch_tokens,
         recompute=run.fit.recompute,
         seed=run.seed,

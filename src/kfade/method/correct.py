@@ -1,0 +1,334 @@
+"""A correction after a step: less KL on the retain data, with the forgetting as it is.
+
+The first step begins where ∇K = 0, K = KL(p_θ₀ ‖ p_θ), and ends where it is not. With the fit G̃ at
+hand, M = G̃ + λ_K I, g_K = ∇K and g_F the gradient of the forget loss at the present weights,
+
+    d = −M⁻¹g_K,   r = M⁻¹g_F,   d⊥ = d − (g_Fᵀd / g_Fᵀr) r
+
+minimises ½δᵀMδ + g_Kᵀδ subject to g_Fᵀδ = 0 (docs/mathematics.md). The weights change by t d⊥. G̃ is
+an estimate, so t is found by forward passes on held-out data: a first t from the exact quadratic
+form, then halved or doubled while that lowers the KL.
+
+After the last step the size that was asked for is met again by a change s r: a ``kl`` that is left
+is spent on forgetting, and forgetting that a target lacks is restored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kfade.curvature.curvature import Curvature
+from kfade.curvature.damping import Damping
+from kfade.curvature.product import quadratic_form
+from kfade.curvature.vectors import Divided, OnDevice, Storage, Vector
+from kfade.data.batches import Batch
+from kfade.data.sequences import TokenSequence
+from kfade.errors import InputError
+from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.gradient import forget_gradient, kl_gradient
+from kfade.method.measure import hidden_reference
+from kfade.method.record import CorrectionRecord
+from kfade.method.refine import inner
+from kfade.method.sampling import Sampler
+from kfade.method.settings import Run
+from kfade.method.step import LOSS_TOLERANCE, Probe, StepSize, choose_alpha, falls_short
+from kfade.method.update import Update
+from kfade.models.targets import Target
+from kfade.runtime.stages import stage
+
+TRIALS = 5  # times that the first t is doubled or halved, at most
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The direction of more forgetting."""
+
+    direction: Vector
+    """r = M⁻¹g_F."""
+    slope: float
+    """g_Fᵀr: change of the forget loss per unit of s."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The direction of less KL that leaves the forgetting as it is to first order."""
+
+    direction: Vector
+    """d⊥."""
+    slope: float
+    """g_Kᵀd⊥ ≤ 0: change of K per unit of t."""
+    ascent_slope: float
+    """g_Kᵀr: change of K per unit of s."""
+
+
+def ascent(
+    curvature: Curvature, forget: Vector, damping: Damping, storage: Storage = OnDevice()
+) -> Ascent:
+    """r = (G̃ + λI)⁻¹ g_F, kept in ``storage``."""
+    direction = curvature.solve(forget, damping, storage)
+    return Ascent(direction, inner(direction, forget))
+
+
+def descent(
+    curvature: Curvature,
+    kl: Vector,
+    up: Ascent,
+    damping: Damping,
+    storage: Storage = OnDevice(),
+) -> Descent:
+    """d⊥ = −M⁻¹g_K + (g_Kᵀr / g_Fᵀr) r, kept in ``storage``.
+
+    This is d − (g_Fᵀd / g_Fᵀr) r, since g_Fᵀd = −g_FᵀM⁻¹g_K = −g_Kᵀr. So g_F is needed no longer.
+    """
+    r, ascent_slope = up.direction, inner(up.direction, kl)
+    along = ascent_slope / up.slope if up.slope else 0.0
+    direction = curvature.solve(kl, damping, storage)
+    for name in direction:
+        direction[name] = along * r[name] - direction[name]
+    return Descent(direction, inner(direction, kl), ascent_slope)
+
+
+def best_length(
+    measure: Callable[[float], Probe], first: float, before: Probe, merit: Callable[[Probe], float]
+) -> Probe:
+    """The probe of the best of ``first``, its doubles and its halves; ``before`` if none is better.
+
+    ``first`` is doubled while that lowers ``merit``. If the first doubling does not, or ``first``
+    is no better than ``before``, it is halved until a length is better, and on while that lowers
+    ``merit``.
+    """
+    best = min(before, measure(first), key=merit)
+    for factor in (2.0, 0.5) if best is not before else (0.5,):
+        for power in range(1, TRIALS + 1):
+            trial = measure(first * factor**power)
+            if merit(trial) < merit(best):
+                best = trial
+            elif best is not before:
+                break
+        if best.alpha > first:
+            break
+    return best
+
+
+@dataclass(frozen=True)
+class Merit:
+    """The KL at equal forgetting: KL · (rise before / rise)², since along a step the KL grows about
+    as the square of the rise of the forget loss. Infinite if a part of more than
+    ``LOSS_TOLERANCE`` of the rise is lost, or if there was none."""
+
+    size: StepSize
+    first: Probe
+    """The measurements at the start of the run."""
+    before: Probe
+    """The measurements before the correction."""
+
+    def __call__(self, probe: Probe) -> float:
+        """In nats per loss token; lower is better."""
+        start = self.size.forgotten(self.first)
+        had = self.size.forgotten(self.before) - start
+        rise = self.size.forgotten(probe) - start
+        if not rise >= (1 - LOSS_TOLERANCE) * had > 0:
+            return float("inf")
+        return probe.retain_kl * (had / rise) ** 2
+
+
+class Corrector:
+    """Corrects the last step of an update.
+
+    Args:
+        retain: the retain sequences of the fit.
+        size: the size of the run's steps.
+    """
+
+    def __init__(
+        self,
+        gauge: Gauge,
+        targets: Sequence[Target],
+        sampler: Sampler,
+        retain: Sequence[TokenSequence],
+        size: StepSize,
+        run: Run,
+    ) -> None:
+        self._gauge, self._targets, self._sampler = gauge, targets, sampler
+        self._retain, self._size, self._run = retain, size, run
+
+    def correct(self, update: Update, curvature: Curvature, forget: Sequence[Batch]) -> Update:
+        """The update with its last step corrected ``Run.correction.count`` times, and a record of
+        each. Only weights that the update changes already take part.
+
+        Args:
+            forget: data of g_F.
+        """
+        count, step = self._run.correction.count, len(update.provenance["steps"]) - 1
+        changed = [target for target in self._targets if target.name in update.deltas]
+        one = _Correction(self._gauge, changed, self._size, self._run)
+        for number in range(count):
+            draw = self._sampler.draw(
+                self._retain, self._run.correction.sequences, step * count + number
+            )
+            with stage("correct"):
+                update = one.made(update, curvature, draw, forget)
+            if not update.provenance["steps"][-1]["corrections"][-1]["accepted"]:
+                break
+        return update
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """One correction of the weights of ``targets``."""
+
+    gauge: Gauge
+    targets: Sequence[Target]
+    size: StepSize
+    run: Run
+
+    def made(
+        self,
+        update: Update,
+        curvature: Curvature,
+        retain: Sequence[Batch],
+        forget: Sequence[Batch],
+    ) -> Update:
+        """The update with the correction, if it is accepted, and its record."""
+        began, steps = time.perf_counter(), update.provenance["steps"]
+        up, down = self._directions(update, curvature, retain, forget)
+        exact = self._exact(update, down)
+        before = _probe(steps[-1], "after")
+        merit = Merit(self.size, _probe(steps[0], "before"), before)
+        enough = (1 - self.run.correction.least_gain) * merit(before)
+        trials: list[Probe] = []
+        after = before
+        if down.slope < 0 < exact:
+            measure = self._measure(update, down.direction, trials)
+            after = best_length(measure, -down.slope / exact, before, merit)
+        length, accepted = after.alpha, merit(after) < enough
+        corrected, again = self._moved(update, down.direction, length), 0.0
+        if accepted and self._is_short(steps, after):
+            measure = self._measure(corrected, up.direction, trials)
+            met = self._met(measure, steps[-1], after, (up, down))
+            accepted = met is not None and merit(met) < enough
+            if met is not None:
+                after, again = met, met.alpha
+        if accepted:
+            moved = self._moved(corrected, up.direction, again) if again else corrected
+            update = moved.kept(self.run.storage)
+        record = CorrectionRecord(
+            accepted=accepted,
+            length=length,
+            forget_length=again,
+            slope=down.slope,
+            exact=exact,
+            retain_kl_before=before.retain_kl,
+            retain_kl_after=after.retain_kl,
+            forget_loss_before=before.forget_loss,
+            forget_loss_after=after.forget_loss,
+            forget_probability_before=before.forget_probability,
+            forget_probability_after=after.forget_probability,
+            seconds=time.perf_counter() - began,
+            probes=[asdict(trial) for trial in trials],
+        )
+        return _with(update, record)
+
+    def _directions(
+        self,
+        update: Update,
+        curvature: Curvature,
+        retain: Sequence[Batch],
+        forget: Sequence[Batch],
+    ) -> tuple[Ascent, Descent]:
+        """r and d⊥ at the weights that ``update`` makes."""
+        gauge, settings, storage = self.gauge, self.run.correction, self.run.storage
+        damping, passes = settings.damping, {**self.run.passes, "head": gauge.head}
+        names = [target.name for target in self.targets]
+        curvature = curvature.only(names, self.targets[0].weight.device)
+        with gauge.applied(update) as model:
+            g_F = forget_gradient(model, forget, self.targets, settings.objective, **passes)
+        up = ascent(curvature, g_F, damping, storage)
+        del g_F
+        # Each process keeps the hidden states of its own batches.
+        own = storage.storage if isinstance(storage, Divided) else storage
+        base = hidden_reference(gauge.model, retain, "base of the gradient", own)
+        with gauge.applied(update) as model:
+            g_K = kl_gradient(model, base, self.targets, **passes)
+        del base
+        return up, descent(curvature, g_K, up, damping, storage)
+
+    def _exact(self, update: Update, down: Descent) -> float:
+        """d⊥ᵀGd⊥ with the exact G of held-out retain data."""
+        gauge = self.gauge
+        with gauge.applied(update) as model:
+            return quadratic_form(
+                model, gauge.base.batches, self.targets, down.direction, head=gauge.head
+            )
+
+    def _moved(self, update: Update, direction: Vector, length: float) -> Update:
+        return update.plus(parameter_changes(self.targets, direction), length)
+
+    def _measure(
+        self, update: Update, direction: Vector, trials: list[Probe]
+    ) -> Callable[[float], Probe]:
+        """Measures the update with ``length`` times the direction, and notes it in ``trials``."""
+
+        def measure(length: float) -> Probe:
+            moved = self._moved(update, direction, length)
+            trials.append(self.gauge.measure(moved, self.run.correction.objective, length))
+            return trials[-1]
+
+        return measure
+
+    def _is_short(self, steps: Sequence[dict[str, Any]], after: Probe) -> bool:
+        """Whether this is the last step, and its size is not met any more."""
+        last = len(steps) == self.run.steps
+        return last and falls_short(self.size, _probe(steps[-1], "before"), after)
+
+    def _met(
+        self,
+        measure: Callable[[float], Probe],
+        step: dict[str, Any],
+        after: Probe,
+        directions: tuple[Ascent, Descent],
+    ) -> Probe | None:
+        """The probe along r that meets the size again; None if there is none.
+
+        Args:
+            after: the measurements after the correction, where r begins.
+        """
+        size, (up, down) = self.size, directions
+        if size.goal is not None:
+            lacking, slope = size.goal - size.forgotten(after), up.slope
+        else:
+            assert size.kl is not None
+            lacking, slope = size.kl - after.retain_kl, down.ascent_slope
+        try:
+            return choose_alpha(
+                measure,
+                size,
+                share=1.0,
+                start=_probe(step, "before"),
+                guess=lacking / abs(slope) if slope else 1.0,
+                origin=after,
+            )[-1]
+        except InputError:
+            return None
+
+
+def _probe(step: dict[str, Any], when: str) -> Probe:
+    """The measurements of forgetting ``before`` or ``after`` a step, and of the KL after it."""
+    loss, probability = step[f"forget_loss_{when}"], step[f"forget_probability_{when}"]
+    return Probe(0.0, step["retain_kl"], loss, probability, 0.0)
+
+
+def _with(update: Update, record: CorrectionRecord) -> Update:
+    """The update with the record of one more correction."""
+    *steps, step = update.provenance["steps"]
+    step = {**step, "corrections": [*step["corrections"], asdict(record)]}
+    if record.accepted:
+        step |= {
+            "retain_kl": record.retain_kl_after,
+            "forget_loss_after": record.forget_loss_after,
+            "forget_probability_after": record.forget_probability_after,
+        }
+    return Update(update.deltas, {**update.provenance, "steps": [*steps, step]})

@@ -1,0 +1,94 @@
+"""The settings of a run's steps: direction, refinement, corrections and size; see ``config``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from kfade.runs import choices
+from kfade.runs import options as o
+
+
+@o.settings(o.STEP)
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """The direction of each step."""
+
+    objective: Annotated[str, Parameter(help=f"Forgetting objective: {choices.OBJECTIVES}.")] = (
+        "margin"
+    )
+    """Forgetting objective."""
+    later_objective: str | None = None
+    """Objective of all steps after the first, for example ce when the first step of the margin has
+    made the text unlikely. Unset: as --objective."""
+    steps: int = 1
+    """Number of Gauss-Newton steps."""
+    forget_batch: int | None = None
+    """Number of forget sequences in each step, drawn without replacement. Unset: all."""
+    refit: bool = True
+    """Fit the curvature again at each step. With --no-refit all steps use the first fit."""
+    damping: float | None = None
+    """Absolute damping λ, as in the paper. Unset: see --relative-damping."""
+    relative_damping: float | None = None
+    """Damping λ as a multiple of each layer's mean eigenvalue. If neither this nor --damping is
+    set: 0.1."""
+    exact_norm: Annotated[bool, Parameter(negative="--fitted-norm")] = False
+    """Compute a step's G-norm with the exact Gauss-Newton matrix instead of the fitted
+    curvature."""
+    offload: str | None = None
+    """Where the gradient, the direction, the update and the weights that it replaces are kept:
+    device, cpu (host memory), disk, or auto. Unset: auto, which means outside the device only as
+    far as --memory makes it necessary."""
+
+
+@o.settings(o.STEP)
+@dataclass(frozen=True, kw_only=True)
+class RefinementConfig:
+    """Refinement of each step's direction by exact Gauss-Newton products."""
+
+    refine: int = 0
+    """Number of conjugate-gradient iterations with exact Gauss-Newton products for each direction.
+    Of all iterates, the best direction on held-out retain data is used."""
+    refine_sequences: int = 64
+    """Number of retain sequences in each exact product of --refine, drawn again for each step."""
+
+
+@o.settings(o.STEP)
+@dataclass(frozen=True, kw_only=True)
+class CorrectionAmount:
+    """Amount of corrections after each step."""
+
+    correct: int = 0
+    """Number of corrections after each step. A correction lowers the KL on the retain set and
+    leaves the forget loss as it is. With --kl the KL is then spent on forgetting."""
+    correct_sequences: int | None = None
+    """Number of retain sequences in the KL's gradient for each correction. Unset: all."""
+
+
+@o.settings(o.STEP)
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig(CorrectionAmount):
+    """Corrections after each step."""
+
+    correct_damping: float = 1.0
+    """Damping λ of --correct, as a multiple of each layer's mean eigenvalue."""
+
+
+@o.settings(o.SIZE)
+@dataclass(frozen=True, kw_only=True)
+class SizeConfig:
+    """The size of a step: one of alpha, kl and until. If none is set, a measured KL of 0.01."""
+
+    alpha: float | None = None
+    """G-norm α of each step, which predicts a KL of ½α² nats per token. Unset: see --kl."""
+    kl: float | None = None
+    """Measured KL of the complete run on held-out retain data, in nats per token. If neither this
+    nor --alpha nor --until is set: 0.01."""
+    until: str | None = None
+    """Forgetting target: forget_loss=2.7 (nats per token) or forget_probability=0.1 (mean over the
+    forget texts). Unset: see --kl."""
+    max_kl: float | None = None
+    """Upper limit of the measured KL of the complete run, in nats per token, in addition to the
+    option that sets the size. Unset: no limit."""
