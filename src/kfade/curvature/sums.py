@@ -41,7 +41,7 @@ class Covariances:
         self._routed: dict[str, Tensor] = {}
         self._owners = owners
         for target in owners.own:
-            dtype, device = sum_dtype(target.weight.dtype), target.weight.device
+            dtype, device = sum_dtype(target.dtype), target.device
             if target.input_of not in self.a:
                 self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
                 if target.is_routed:
@@ -76,8 +76,11 @@ class Covariances:
         Raises:
             InputError: an input has none.
         """
-        counts = distributed.all_reduce_numbers([int(count) for count in self._routed.values()])
-        found = {name: int(count) for name, count in zip(self._routed, counts, strict=True)}
+        # A process knows those of its own layers; where layers have owners, the others have zeros.
+        names = list(dict.fromkeys(t.input_of for t in self._owners.group if t.is_routed))
+        own = [int(self._routed.get(name, 0)) for name in names]
+        counts = distributed.all_reduce_numbers(own)
+        found = {name: int(count) for name, count in zip(names, counts, strict=True)}
         for name, count in found.items():
             if count == 0:
                 raise InputError(
@@ -97,13 +100,12 @@ class Eigenvalues:
         cast_of: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
         self._inputs: PendingInputs[list[tuple[Tensor, Tensor | None]]] = PendingInputs(owners.own)
         for target in owners.own:
-            weight = target.weight
             self.grids[target.name] = torch.zeros(
-                target.shape, dtype=sum_dtype(weight.dtype), device=weight.device
+                target.shape, dtype=sum_dtype(target.dtype), device=target.device
             )
             q_out, q_in = bases[target.name]
             cast = [
-                q if q is None else cast_of.setdefault(id(q), q.to(weight.dtype))
+                q if q is None else cast_of.setdefault(id(q), q.to(target.dtype))
                 for q in (q_out, q_in)
             ]
             self._bases[target.name] = (cast[0], cast[1])

@@ -28,7 +28,7 @@ from kfade.planning.memory import (
 from kfade.runs import options as o
 from kfade.runs.choices import bytes_of, estimator_of, offload_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource, RefinementConfig
-from kfade.runs.session import refuse_routed, selection
+from kfade.runs.session import check_divides, selection
 
 
 @o.settings(o.DATA)
@@ -134,9 +134,8 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     work = replace(work, sequence_length=length)
     with on_shapes(skeleton):
         targets = find_targets(skeleton, **selection(fit))
-    if request.device.shard:
-        refuse_routed(targets)
     shards = devices.count if request.device.shard else 1
+    check_divides(skeleton, targets, shards)
     arranger = Arranger(
         skeleton,
         targets,
@@ -148,7 +147,7 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     )
     if request.device.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rates = measure_speed(device, targets[0].weight.dtype)
+        rates = measure_speed(device, targets[0].dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     return _result(source.model, parameters, arranger, devices, rates)
 
@@ -222,7 +221,7 @@ def _result(
     over = [stage for stage, peak in planned.items() if memory and peak > usable(subject, memory)]
     return {
         "model": name,
-        "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
+        "dtype": str(subject.targets[0].dtype).removeprefix("torch."),
         "work": {**asdict(work), "estimator": work.estimator.name},
         "batch": work.shape,
         "parameters": {"all": parameters, "targeted": subject.targeted},
