@@ -14,12 +14,14 @@ from transformers import (
 )
 
 
-def mixture(family: str, experts: int = 4, each: int = 2, vocabulary: int = 17) -> nn.Module:
+def mixture(family: str, experts: int = 4, each: int = 2, inner: int = 5) -> nn.Module:
     """A mixture whose router is undecided enough to use every expert.
 
-    One process, two and three can divide the matrices of its experts; five cannot.
+    Args:
+        each: experts of a position.
+        inner: inner width of each expert.
     """
-    sizes = {"hidden_size": 6, "num_hidden_layers": 2, "vocab_size": vocabulary}
+    sizes = {"hidden_size": 6, "num_hidden_layers": 2, "vocab_size": 17}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
     build, config = {
         "mixtral": (MixtralForCausalLM, MixtralConfig),
@@ -27,8 +29,9 @@ def mixture(family: str, experts: int = 4, each: int = 2, vocabulary: int = 17) 
         "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
     }[family]
     counts = {"num_experts": experts} if family == "qwen3_moe" else {"num_local_experts": experts}
-    inner = {"moe_intermediate_size": 5} if family == "qwen3_moe" else {"intermediate_size": 5}
-    model = build(config(**sizes, **heads, **counts, **inner, num_experts_per_tok=each))
+    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    settings = {**sizes, **heads, **counts, width: inner, "num_experts_per_tok": each}
+    model = build(config(**settings))
     model = model.double().eval()
     model.set_experts_implementation("eager")  # the library's other ones have no float64
     torch.manual_seed(0)
