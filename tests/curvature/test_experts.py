@@ -17,14 +17,7 @@ from helpers import (
 from oracles import loops
 from oracles.dense import flatten, gauss_newton_matrix
 from torch import Tensor
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from zoo.mixtures import mixture
 
 import kfade
 from kfade import EKFAC, KFAC, InputError, Update, find_targets, make_batches, margin
@@ -44,26 +37,6 @@ SEQUENCES = random_sequences(60)
 EXACT, PLAIN = 1e-11, 1e-2
 # The models themselves compute rotary angles, the norms and the softmax of routers in float32.
 SINGLE = 1e-6
-
-
-def mixture(family: str, experts: int = 4, each: int = 2):
-    """A tiny mixture in float64, whose router is undecided enough to use every expert."""
-    sizes = {"hidden_size": 6, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-    build, config = {
-        "mixtral": (MixtralForCausalLM, MixtralConfig),
-        "gpt_oss": (GptOssForCausalLM, GptOssConfig),
-        "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
-    }[family]
-    counts = {"num_experts": experts} if family == "qwen3_moe" else {"num_local_experts": experts}
-    inner = {"moe_intermediate_size": 5} if family == "qwen3_moe" else {"intermediate_size": 5}
-    model = build(config(**sizes, **heads, **counts, **inner, num_experts_per_tok=each))
-    model = model.double().eval()
-    model.set_experts_implementation("eager")  # the library's other ones have no float64
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.01 if "router.bias" in name else 0.5)
-    return model
 
 
 @pytest.fixture(params=["mixtral", "gpt_oss", "qwen3_moe"])

@@ -203,7 +203,8 @@ def test_direction_solves_the_damped_problem_over_all_layers(edited, damping):
     applied = edited.curvature.matvec(down.direction)
     c = down.ascent_slope / up.slope
     for name, block in edited.curvature.blocks.items():
-        left = applied[name] + damping.of(block.mean_eigenvalue) * down.direction[name] + edited.kl[name]
+        ridge = damping.of(block.mean_eigenvalue)
+        left = applied[name] + ridge * down.direction[name] + edited.kl[name]
         assert relative_error(left, c * edited.forget[name]) < 1e-8  # condition of G̃ + λI
         assert relative_error(left, 0.9 * c * edited.forget[name]) > 0.05
     size = math.sqrt(inner(edited.forget, edited.forget) * inner(down.direction, down.direction))

@@ -183,8 +183,7 @@ class Identity(Estimator):
         """Λ = 1, one number for all entries of a layer."""
         blocks = {}
         for target in group.owners.own:
-            weight = target.weight
-            one = torch.ones(1, 1, dtype=sum_dtype(weight.dtype), device=weight.device)
+            one = torch.ones(1, 1, dtype=sum_dtype(target.dtype), device=target.device)
             blocks[target.name] = EigenBlock(None, None, one)
         return blocks
 

@@ -106,8 +106,7 @@ class _Products:
 
 def _zeros(target: Target) -> Tensor:
     """A layer [O, I] of a vector."""
-    weight = target.weight
-    return torch.zeros(target.shape, dtype=sum_dtype(weight.dtype), device=weight.device)
+    return torch.zeros(target.shape, dtype=sum_dtype(target.dtype), device=target.device)
 
 
 def ones(targets: Sequence[Target]) -> Vector:
@@ -163,7 +162,7 @@ def differences(
     error eps/η are then of the same order: 2e-5 of J δ in float32, apart from rounding within the
     model, and 4 % in bfloat16. Costs four forward passes.
     """
-    aim = torch.finfo(targets[0].weight.dtype).eps ** (1 / 3)
+    aim = torch.finfo(targets[0].dtype).eps ** (1 / 3)
     moved: list[Tensor] = []
 
     def at(step: float) -> Tensor:

@@ -22,11 +22,13 @@ from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import BytesOf, assign_to_processes
 from kfade.curvature.passes import LiveRows
 from kfade.data.batches import Batch
+from kfade.models.experts import ExpertMap
 from kfade.models.targets import Target
 from kfade.runtime import distributed
 
-Rows = list[LiveRows]
-"""Those of each process that has any."""
+Rows = list[tuple[Tensor, list[int]]]
+"""(rows [R, width], the number of them in each sequence that has any), of each process that has
+any."""
 Blocks = dict[str, EigenBlock]
 
 
@@ -42,6 +44,7 @@ class Owners:
         self.group = group
         shares = assign_to_processes(group, bytes_of, distributed.count()) if spread else []
         self._owner = {t.name: process for process, own in enumerate(shares) for t in own}
+        self._batch: Batch | None = None
         self._lengths: list[list[int]] = []
 
     @property
@@ -59,6 +62,7 @@ class Owners:
 
     def begin(self, batch: Batch, together: Sequence[Batch]) -> None:
         """Called before each batch, in all processes; ``together``: see ``passes.rounds``."""
+        self._batch = batch
         self._lengths = [other.lengths for other in together]
 
     def rows(self, target: Target, live: LiveRows) -> Rows:
@@ -68,11 +72,16 @@ class Owners:
         in the others.
         """
         if not self.spread:
-            return [live] if live[1] else []
-        own_R, _ = live
-        counts = [sum(lengths) for lengths in self._lengths]
-        parts = distributed.gather_rows(self.owner(target), own_R, counts)
-        return [(part, own) for part, own in zip(parts, self._lengths, strict=False) if sum(own)]
+            return [(live.rows_RD, live.lengths)] if live.lengths else []
+        everywhere = self._lengths
+        if live.routing is not None and isinstance(target.module, ExpertMap):
+            assert self._batch is not None
+            everywhere = live.routing.lengths(self._batch, target.module.expert)
+        counts = [sum(lengths) for lengths in everywhere]
+        if not any(counts):  # an expert that no process has rows of
+            return []
+        parts = distributed.gather_rows(self.owner(target), live.rows_RD, counts)
+        return [(part, own) for part, own in zip(parts, everywhere, strict=False) if sum(own)]
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ class OwnedBlocks(Mapping[str, EigenBlock]):
         own = [blocks[t.name].mean_eigenvalue if t.name in blocks else 0.0 for t in owners.group]
         means = distributed.all_reduce_numbers(own)
         for target, found, mean in zip(owners.group, shapes, means, strict=True):
-            weight, owner = target.weight, owners.owner(target)
-            place = _Place(owner, found, sum_dtype(weight.dtype), weight.device, mean)
+            dtype = sum_dtype(target.dtype)
+            place = _Place(owners.owner(target), found, dtype, target.device, mean)
             self._places[target.name] = place
 
     def only(self, names: Iterable[str], device: torch.device | str) -> OwnedBlocks:

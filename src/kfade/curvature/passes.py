@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import zip_longest
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,19 @@ from kfade.runtime import distributed
 from kfade.runtime.progress import track
 
 T = TypeVar("T")
-LiveRows = tuple[Tensor, list[int]]
-"""(rows [R, width] at live positions, the number of them in each sequence that has any)."""
 FromOutputs = Callable[[Head, Batch, Tensor], Tensor]
 """(head, batch, hidden [N, D] at the loss positions) -> the gradient u [N, D] to propagate back
 from there."""
+
+
+class LiveRows(NamedTuple):
+    """Rows of a batch at live positions."""
+
+    rows_RD: Tensor
+    lengths: list[int]
+    """The number of them in each sequence that has any."""
+    routing: Routing | None = None
+    """Which positions they are; None: all, in their order."""
 
 
 class Sums(Protocol):
@@ -173,7 +181,7 @@ def refuse_float16(targets: Sequence[Target]) -> None:
         InputError: a target has weights in float16.
     """
     for target in targets:
-        if target.weight.dtype == torch.float16:
+        if target.dtype == torch.float16:
             raise InputError(
                 f"{target.name} is float16, whose range is too small for gradients and sums of "
                 "squares: load the model with --dtype bfloat16 or --dtype float32"
@@ -213,7 +221,7 @@ def live_rows(
     """
     if routing is not None and isinstance(target.module, ExpertMap):
         live_R, lengths = routing.live(batch, target.module.expert)
-        return (x_BT if batch.full else x_BT[live_R]), lengths
+        return LiveRows(x_BT if batch.full else x_BT[live_R], lengths, routing)
     shape = batch.live_BT.shape
     if x_BT.shape[:2] == shape:
         x_BT = x_BT.flatten(0, 1)
@@ -222,7 +230,7 @@ def live_rows(
             f"a target reads or writes {list(x_BT.shape)}, not one row for each position of "
             f"{list(shape)} (routed experts?): leave it out with --target"
         )
-    return (x_BT if batch.full else x_BT[batch.live_index]), batch.lengths
+    return LiveRows(x_BT if batch.full else x_BT[batch.live_index], batch.lengths)
 
 
 class _Watch:

@@ -46,7 +46,7 @@ def recomputing(model: nn.Module, targets: Sequence[Target], wanted: bool = True
         InputError: gradients with and without recomputing differ on a few tokens, or blocks cannot
             run twice.
     """
-    if wanted and not isinstance(targets[0].weight, FakeTensor):
+    if wanted and not isinstance(targets[0].parameter, FakeTensor):
         _refuse_other_gradients(model, targets)
     with _running_twice(model, targets, wanted):
         yield

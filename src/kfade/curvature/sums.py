@@ -48,7 +48,7 @@ class Covariances:
         self._rows: dict[str, Tensor] = {}  # of each routed target
         self._owners = owners
         for target in owners.own:
-            dtype, device = sum_dtype(target.weight.dtype), target.weight.device
+            dtype, device = sum_dtype(target.dtype), target.device
             if target.input_of not in self.a:
                 self.a[target.input_of] = CovarianceSum(target.shape[1], dtype, device)
             if target.is_routed:
@@ -84,18 +84,17 @@ class Covariances:
         Raises:
             InputError: an expert has none.
         """
-        counts = distributed.all_reduce_numbers([int(count) for count in self._rows.values()])
-        rows = dict(zip(self._rows, counts, strict=True))
+        routed = [target for target in self._owners.group if target.is_routed]
+        # A process knows those of its own layers; where layers have owners, the others have zeros.
+        own = [int(self._rows.get(target.name, 0)) for target in routed]
         found: Counter[str] = Counter()
-        for target in self._owners.own:
-            if not target.is_routed:
-                continue
-            if rows[target.name] == 0:
+        for target, count in zip(routed, distributed.all_reduce_numbers(own), strict=True):
+            if count == 0:
                 raise InputError(
                     f"no retain text reaches {target.name}: give more of it, or leave the expert "
                     "out with --experts"
                 )
-            found[target.input_of] += int(rows[target.name])
+            found[target.input_of] += int(count)
         return found
 
 
@@ -109,13 +108,12 @@ class Eigenvalues:
         cast_of: dict[int, Tensor] = {}  # one copy of a shared basis in the model's dtype
         self._inputs: PendingInputs[list[tuple[Tensor, Tensor | None]]] = PendingInputs(owners.own)
         for target in owners.own:
-            weight = target.weight
             self.grids[target.name] = torch.zeros(
-                target.shape, dtype=sum_dtype(weight.dtype), device=weight.device
+                target.shape, dtype=sum_dtype(target.dtype), device=target.device
             )
             q_out, q_in = bases[target.name]
             cast = [
-                q if q is None else cast_of.setdefault(id(q), q.to(weight.dtype))
+                q if q is None else cast_of.setdefault(id(q), q.to(target.dtype))
                 for q in (q_out, q_in)
             ]
             self._bases[target.name] = (cast[0], cast[1])

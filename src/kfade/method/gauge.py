@@ -78,7 +78,7 @@ class Gauge:
             asked: the least KL that is aimed at. In float32 rounding gave 3e-11 on a real model, so
                 for ``FLOAT32_SAFE`` and more it is taken as 0 without a pass.
         """
-        if targets[0].weight.dtype.itemsize >= 4 and asked >= FLOAT32_SAFE:
+        if targets[0].dtype.itemsize >= 4 and asked >= FLOAT32_SAFE:
             return 0.0
         changes = rounding_changes(self.model, parameter_names(targets))
         with self.applied(Update(changes)) as model:
@@ -99,13 +99,12 @@ def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps:
     """
     if least_kl(size, steps) >= floor:
         return
-    weight = targets[0].weight
-    dtype = str(weight.dtype).removeprefix("torch.")
+    dtype = str(targets[0].dtype).removeprefix("torch.")
     means = (
         f"rounding to {dtype} alone measures as {floor:.1e} nats per token on the held-out "
         "retain data"
     )
-    finer = ", or use --dtype float32" if weight.dtype.itemsize < 4 else ""
+    finer = ", or use --dtype float32" if targets[0].dtype.itemsize < 4 else ""
     for flag, asked in (("--kl", size.kl), ("--max-kl", size.max_kl)):
         if asked is not None and asked < floor:
             raise InputError(f"{flag} {asked:g}: {means}; ask for more{finer}")

@@ -39,7 +39,7 @@ def preflight(model: nn.Module, targets: Sequence[Target], *, recompute: bool = 
     """
     refuse_float16(targets)
     refuse_compiled(model)
-    device = targets[0].weight.device
+    device = targets[0].device
     batches = make_batches([TokenSequence((0, 1, 2), (False, True, True))], device=device)
     reached: dict[str, bool] = {}
     head_passes = True

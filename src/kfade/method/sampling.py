@@ -23,7 +23,7 @@ class Sampler:
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], *, batch_tokens: int, seed: int
     ) -> None:
-        self._device, self._group = targets[0].weight.device, length_class(model)
+        self._device, self._group = targets[0].device, length_class(model)
         self._budget, self._seed = batch_tokens, seed
 
     def all(self, sequences: Sequence[TokenSequence]) -> list[Batch]:

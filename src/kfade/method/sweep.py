@@ -190,7 +190,7 @@ def targets_within(targets: Sequence[Target], layers: str) -> list[Target]:
 
 def cut(curvature: Curvature, targets: Sequence[Target]) -> Curvature:
     """The part of a curvature that covers these targets."""
-    return curvature.only([t.name for t in targets], targets[0].weight.device)
+    return curvature.only([t.name for t in targets], targets[0].device)
 
 
 def _grouped(points: Sequence[Point], key: Callable[[Point], Any]) -> list[tuple[Any, list[Point]]]:

@@ -71,7 +71,7 @@ def unlearn(
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
-    device = targets[0].weight.device
+    device = targets[0].device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     retain_batches = sampler.all(retain)
     with stage("check"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kfade.data.batches import Batch
+from kfade.runtime import distributed
 
 IMPLEMENTATION = "kfade"
 _MAPS = "_kfade_maps"
@@ -50,6 +51,7 @@ class Routing:
         self.rows = sum(counts)
         """Number of rows that have an expert."""
         self._live: tuple[Batch, Sequence[Tensor], list[list[int]]] | None = None
+        self._lengths: tuple[Batch, list[list[list[int]]]] | None = None
 
     def live(self, batch: Batch, expert: int) -> tuple[Tensor, list[int]]:
         """(whether each row of ``expert`` is a live position of ``batch``, the number of live rows
@@ -58,6 +60,17 @@ class Routing:
             self._live = (batch, *self._count(batch))
         _, live, lengths = self._live
         return live[expert], lengths[expert]
+
+    def lengths(self, batch: Batch, expert: int) -> list[list[int]]:
+        """The lengths of :meth:`live` in each process, each with a batch of its own.
+
+        The first call is collective: the processes exchange what they have, of all experts.
+        """
+        if self._lengths is None or self._lengths[0] is not batch:
+            self.live(batch, expert)
+            assert self._live is not None
+            self._lengths = (batch, distributed.gather_objects(self._live[2]))
+        return [own[expert] for own in self._lengths[1]]
 
     def _count(self, batch: Batch) -> tuple[Sequence[Tensor], list[list[int]]]:
         """What :meth:`live` returns, for each expert."""
@@ -95,7 +108,7 @@ class ExpertMap(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W as the layer stores it, [O, I] or [I, O]."""
-        return self.whole[self.expert]
+        return distributed.entry(self.whole, self.expert)
 
     @property
     def bias(self) -> Tensor | None:

@@ -76,10 +76,9 @@ def probe(model: nn.Module, targets: list[Target]) -> tuple[Seen, list[LeftOut]]
     A target may read its input as [B, T, I] or as rows [B·T, I], where row b·T + t is position t of
     sequence b. The order of rows is tested with a second pass, in which one token differs.
     """
-    weight = targets[0].weight
-    fake = isinstance(weight, FakeTensor)
+    fake = isinstance(targets[0].parameter, FakeTensor)
     vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
-    input_R = (torch.arange(PROBE[0] * PROBE[1], device=weight.device) + 3) % vocabulary
+    input_R = (torch.arange(PROBE[0] * PROBE[1], device=targets[0].device) + 3) % vocabulary
     input_BT = input_R.view(PROBE)
     moved: dict[str, Tensor] = {}
     with frozen(model):

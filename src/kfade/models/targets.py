@@ -41,15 +41,15 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         """That of the weight."""
-        return self._parameter.dtype
+        return self.parameter.dtype
 
     @property
     def device(self) -> torch.device:
         """That of the weight."""
-        return self._parameter.device
+        return self.parameter.device
 
     @property
-    def _parameter(self) -> Tensor:
+    def parameter(self) -> Tensor:
         """The weight, or the whole of which it is a part: a part of a tensor takes time to make."""
         return self.module.whole if isinstance(self.module, ExpertMap) else self.weight
 

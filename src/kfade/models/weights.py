@@ -16,7 +16,10 @@ ROUNDINGS = (None, torch.bfloat16, torch.float16)  # digests are kept of weights
 
 
 class Weights(Mapping[str, Tensor]):
-    """A model's parameters by name; ``name[e]`` is expert e of a fused one, a view."""
+    """A model's parameters by name; ``name[e]`` is expert e of a fused one, a view.
+
+    Reading that raises InputError where :func:`~kfade.runtime.distributed.entry` does.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._whole = dict(model.named_parameters(remove_duplicate=False))
@@ -29,7 +32,7 @@ class Weights(Mapping[str, Tensor]):
         parameter = self._whole[whole]
         if not number.isdecimal() or parameter.ndim < 2 or int(number) >= len(parameter):
             raise KeyError(name)
-        return parameter[int(number)]
+        return distributed.entry(parameter, int(number))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._whole)

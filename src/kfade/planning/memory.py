@@ -164,14 +164,16 @@ def model_bytes(model: Any, shards: int = 1) -> int:
     """Bytes of a model's parameters and buffers in one process; tied ones count once.
 
     If the weights of the blocks are sharded over processes (``distributed.shard``), a process holds
-    its shards, two complete blocks (the current and the next one), and all other weights.
+    its shards, two complete blocks (the current and the next one), and all other weights. Experts
+    are gathered through one more copy, since FSDP puts together parts of every matrix.
     """
     all_bytes = _bytes_of(model)
     if shards == 1:
         return all_bytes
     _, blocks = decoder_blocks(model)
     sizes = [_bytes_of(block) for block in blocks]
-    return all_bytes - sum(sizes) + sum(sizes) // shards + 2 * max(sizes)
+    copies = [sum(_bytes_of(module) for module in expert_modules(block)) for block in blocks]
+    return all_bytes - sum(sizes) + sum(sizes) // shards + 2 * max(sizes) + max(copies)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -121,7 +121,7 @@ def _targets(loaded: Loaded) -> Finding:
 def _padding(loaded: Loaded, tokens: list[TokenSequence]) -> Finding:
     """Compare the gradient of one padded batch with that of one sequence at a time."""
     cut = _unequal(tokens, model_window(loaded.model))
-    device = loaded.targets[0].weight.device
+    device = loaded.targets[0].device
     results = []
     for budget in (1, 10**9):
         group = length_class(loaded.model)
@@ -165,7 +165,7 @@ def _rounding(loaded: Loaded) -> float:
     Rounding errors grow with depth, to about a thousand units in the last place. The error of a
     wrong mask is of order 1.
     """
-    return max(1e-3, 16 * torch.finfo(loaded.targets[0].weight.dtype).eps)
+    return max(1e-3, 16 * torch.finfo(loaded.targets[0].dtype).eps)
 
 
 def _lengths(loaded: Loaded, tokens: list[TokenSequence]) -> list[Finding]:
@@ -295,7 +295,7 @@ def _small_step(
     """
     model, targets = few.model, few.targets
     group = length_class(model)
-    batches = make_batches(tokens, device=targets[0].weight.device, group=group)
+    batches = make_batches(tokens, device=targets[0].device, group=group)
     gauge = Gauge(model, batches, batches[-1:])
     head = gauge.head
     with stage("fit"):

@@ -63,11 +63,10 @@ def fit(run: FitRequest, out: Path, *, resume: bool = False) -> dict[str, Any]:
         digests = weight_digests(loaded.model, "model")
         say_sets({"retain": sequences}, [examples], run.data)
         folder.reads(input_digests(digests["model_sha256"], {"retain": sequences}))
-        weight = loaded.targets[0].weight
         batches = make_batches(
             sequences,
             budget=run.data.batch_tokens,
-            device=weight.device,
+            device=loaded.targets[0].device,
             group=length_class(loaded.model),
         )
         with stage("fit"):
@@ -103,7 +102,7 @@ def _made_for(
     return {
         "model": run.model.model,
         **provenance(source_of(run.model)),
-        "dtype": str(loaded.targets[0].weight.dtype).removeprefix("torch."),
+        "dtype": str(loaded.targets[0].dtype).removeprefix("torch."),
         "settings": result_settings(run)["fit"],
         "weights_sha256": {
             t.name: digest_weights(loaded.model, parameter_names([t])) for t in loaded.targets

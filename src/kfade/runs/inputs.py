@@ -129,7 +129,7 @@ class SavedFit:
             )
         if recorded["model_sha256"] != model_digest:
             raise InputError(self._other_model(loaded))
-        return self.curvature.only(names, loaded.targets[0].weight.device)
+        return self.curvature.only(names, loaded.targets[0].device)
 
     def _other_model(self, loaded: Loaded) -> str:
         """The error message for a model that differs from the fit's."""
@@ -137,7 +137,7 @@ class SavedFit:
         if is_copy(recorded, loaded.model, "model"):
             dtype = recorded["dtype"]
             remedy = f"give --dtype {dtype}, or fit" if dtype in DTYPES else "fit"
-            here = str(loaded.targets[0].weight.dtype).removeprefix("torch.")
+            here = str(loaded.targets[0].dtype).removeprefix("torch.")
             return (
                 f"--curvature was fitted on this model in {dtype}, here it is in {here}; {remedy} "
                 "it again with kfade fit"

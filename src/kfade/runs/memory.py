@@ -54,7 +54,7 @@ def make_room(
     """
     limit = run.fit.memory
     word = offload_of(run.step.offload) if isinstance(run, RunConfig) else None
-    device = loaded.targets[0].weight.device
+    device = loaded.targets[0].device
     if word == "cpu" and device.type == "cpu":
         raise InputError("--offload cpu: the model is on the CPU; give --offload disk")
     model, targets = loaded.model, loaded.targets

@@ -28,7 +28,7 @@ from kfade.planning.memory import (
 from kfade.runs import options as o
 from kfade.runs.choices import bytes_of, estimator_of, offload_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource
-from kfade.runs.session import refuse_routed, selection
+from kfade.runs.session import check_divides, selection
 from kfade.runs.step_config import CorrectionAmount, RefinementConfig
 
 
@@ -142,9 +142,8 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     work = replace(work, sequence_length=length)
     with on_shapes(skeleton):
         targets = find_targets(skeleton, **selection(fit))
-    if request.device.shard:
-        refuse_routed(targets)
     shards = devices.count if request.device.shard else 1
+    check_divides(skeleton, targets, shards)
     arranger = Arranger(
         skeleton,
         targets,
@@ -156,7 +155,7 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     )
     if request.device.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rates = measure_speed(device, targets[0].weight.dtype)
+        rates = measure_speed(device, targets[0].dtype)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     return _result(source.model, parameters, arranger, devices, rates)
 
@@ -230,7 +229,7 @@ def _result(
     over = [stage for stage, peak in planned.items() if memory and peak > usable(subject, memory)]
     return {
         "model": name,
-        "dtype": str(subject.targets[0].weight.dtype).removeprefix("torch."),
+        "dtype": str(subject.targets[0].dtype).removeprefix("torch."),
         "work": {**asdict(work), "estimator": work.estimator.name},
         "batch": work.shape,
         "parameters": {"all": parameters, "targeted": subject.targeted},

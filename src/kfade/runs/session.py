@@ -21,6 +21,7 @@ from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
 from kfade.models.sources import Source
 from kfade.models.targets import Target
+from kfade.models.weights import parameter_names
 from kfade.runs.choices import shares_inputs, top_of
 from kfade.runs.config import EstimatorConfig, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
@@ -47,15 +48,15 @@ def load(config: ModelConfig, fit: EstimatorConfig, *, shard: bool = False) -> L
         shard: whether to shard the model's blocks over the processes.
 
     Raises:
-        InputError: the model cannot be loaded, nothing matches the targets, or ``shard`` is set
-            with one process.
+        InputError: the model cannot be loaded, nothing matches the targets, ``shard`` is set with
+            one process, or the processes cannot divide the matrices of experts evenly.
     """
     divide, wanted = division(config, shard), selection(fit)
     with stage("load"):
         model, tokenizer = open_model(config, divide=divide)
         chosen = choose_targets(model, **wanted)
         if shard:
-            refuse_routed(chosen.targets)
+            check_divides(model, chosen.targets, distributed.count())
         if not any(target.is_routed for target in chosen.targets):
             _refuse_options_of_experts(fit)
     count = sum(target.shape[0] * target.shape[1] for target in chosen.targets)
@@ -120,13 +121,15 @@ def division(config: ModelConfig, shard: bool) -> Divide | None:
     return partial(_divide, config.device or default_device()) if shard else None
 
 
-def refuse_routed(targets: Sequence[Target]) -> None:
-    """Raises InputError where targets of a model that is to be sharded are routed experts."""
-    if any(target.is_routed for target in targets):
-        raise InputError(
-            "--shard: routed experts cannot be changed in a model that is spread over processes: "
-            "give --experts none, or leave --shard out"
-        )
+def check_divides(model: nn.Module, targets: Sequence[Target], processes: int) -> None:
+    """Raises InputError where processes cannot divide each expert among ``targets`` evenly.
+
+    Args:
+        model: sharded, or still to be.
+    """
+    whole = dict(model.named_parameters())
+    for name in parameter_names(target for target in targets if target.is_routed):
+        distributed.check_entries(whole[name.rpartition("[")[0]].shape, processes)
 
 
 def refuse_sharded_export(shard: bool) -> None:

@@ -198,7 +198,7 @@ def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[...,
         if (folder.state / name).is_file():
             with reading_kept(folder.state / name):
                 kept = FileVector(folder.state / name)
-                return keep(on_device(kept, targets[0].weight.device), storage)
+                return keep(on_device(kept, targets[0].device), storage)
         found = forget_gradient(model, batches, targets, objective, storage=storage, **options)
         folder.keep(name, lambda path: write_tensors(path, found))
         return found

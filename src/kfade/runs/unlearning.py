@@ -251,7 +251,7 @@ def _store(
                 shutil.rmtree(old)
         place.mkdir(exist_ok=True)
     distributed.barrier()
-    return Store(place, {"weights_sha256": digest, **made_for}, device=targets[0].weight.device)
+    return Store(place, {"weights_sha256": digest, **made_for}, device=targets[0].device)
 
 
 def _resume_from(folder: RunDir) -> Update | None:

@@ -265,6 +265,9 @@ def shard(body: nn.Module, blocks: Iterable[nn.Module], device: torch.device | s
     is applied in chunks outside of any forward pass, where nothing would gather its weights, and
     the embeddings may be tied to it.
 
+    Of experts, whose matrices are one parameter of three dimensions, every matrix is divided
+    (:func:`side_to_divide`), so that each process has a part of every :func:`entry`.
+
     A backward pass gives each process the gradient of its part, summed over the processes in
     float32 or better.
 
@@ -275,12 +278,29 @@ def shard(body: nn.Module, blocks: Iterable[nn.Module], device: torch.device | s
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    of_experts = set()
+    for module in body.modules():
+        own = list(module.parameters(recurse=False))
+        if any(parameter.ndim == 3 for parameter in own):
+            of_experts.update(own)
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        even = parameter in of_experts
+        return Shard(side_to_divide(parameter.shape, count())) if even else None
 
     mesh = init_device_mesh(torch.device(device).type, (count(),))
     for block in blocks:
         dtype = torch.promote_types(next(block.parameters()).dtype, torch.float32)
         policy = MixedPrecisionPolicy(reduce_dtype=dtype)
-        divided = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        divided = fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=True,
+            shard_placement_fn=placement,
+            mp_policy=policy,
+        )
         divided.set_gradient_divide_factor(1.0)  # a sum; FSDP's own default is the mean
         divided.set_force_sum_reduction_for_comms(True)  # gloo knows nothing else
     fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not _is_shard(p)})
@@ -304,6 +324,39 @@ def extra_passes(model: nn.Module, passes: int) -> int:
 def gather_full(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this process may hold a part; every process must call it."""
     return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def entry(tensor: Tensor, index: int) -> Tensor:
+    """``tensor[index]``, a view; divided over the processes where ``tensor`` is.
+
+    Raises:
+        InputError: see :func:`check_entries`.
+    """
+    if _is_shard(tensor):
+        check_entries(tensor.shape, count())
+    return tensor[index]
+
+
+def check_entries(shape: Sequence[int], processes: int) -> None:
+    """Raises InputError where entries of a parameter of experts would not be divided.
+
+    Args:
+        shape: [E, O, I], or [E, O] of biases.
+    """
+    if side_to_divide(shape, processes) == 0:
+        sides = " x ".join(str(size) for size in shape[1:])
+        raise InputError(
+            f"--shard: {processes} processes cannot divide each expert's {sides} numbers evenly: "
+            "start as many as divide a side, give --experts none, or leave --shard out"
+        )
+
+
+def side_to_divide(shape: Sequence[int], processes: int) -> int:
+    """The dimension along which :func:`shard` divides a parameter of experts, [E, O, I] or [E, O].
+
+    The first after that of the experts that divides evenly, as FSDP needs it; 0 if none does.
+    """
+    return next((i for i in range(1, len(shape)) if shape[i] % processes == 0), 0)
 
 
 def own_part(tensor: Tensor) -> Tensor:
