@@ -113,13 +113,13 @@ class RowsOfAll:
         self.lengths.append(batch.live_BT.sum(dim=1).tolist())
 
     def on_input(self, target, live):
-        rows, lengths = live
-        assert lengths == self.lengths[-1]
+        rows = live.rows_RD
+        assert live.lengths == self.lengths[-1]
         assert rows.dtype == BF16
         self.inputs.setdefault(target.input_of, []).append(rows.double())
 
     def on_gradient(self, target, live):
-        rows, _ = live
+        rows = live.rows_RD
         assert rows.dtype == BF16
         self.gradients.setdefault(target.name, []).append(rows.double())
 
