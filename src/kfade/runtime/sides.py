@@ -22,8 +22,11 @@ def check_entries(shape: Sequence[int], processes: int) -> None:
 
 
 def side_to_divide(shape: Sequence[int], processes: int) -> int:
-    """The dimension along which :func:`~kfade.runtime.distributed.shard` divides a parameter of experts, [E, O, I] or [E, O].
+    """The dimension along which ``distributed.shard`` divides a parameter of experts.
 
     The first after that of the experts that divides evenly, as FSDP needs it; 0 if none does.
+
+    Args:
+        shape: [E, O, I], or [E, O] of biases.
     """
     return next((i for i in range(1, len(shape)) if shape[i] % processes == 0), 0)
