@@ -244,9 +244,11 @@ def test_routed_experts_are_planned_by_their_rows(tmp_path, capsys, experts):
     found = planned(capsys, saved(config, tmp_path), *given, "--forget-tokens", "66")
     if experts == "none":
         return
-    spread = ["--experts", experts, "--devices", "2", "--shard"]
-    assert main(["plan", str(tmp_path), *spread]) == 2
-    assert "--shard: routed experts cannot be changed" in capsys.readouterr().err
+    spread = [*given, "--shard", "--devices"]
+    half = planned(capsys, str(tmp_path), *spread, "2")
+    assert half["bytes"]["vector"] == found["bytes"]["vector"] // 2
+    assert main(["plan", str(tmp_path), *spread, "5"]) == 2
+    assert "5 processes cannot divide each expert's 48 x 16 numbers" in capsys.readouterr().err
     count = {"all": 4, "1": 1}[experts]
     assert found["weights"] == 2 * 2 * count
     numbers = 16 * 48 + 24 * 16  # of an expert's two matrices

@@ -69,7 +69,7 @@ class Routing:
         if self._lengths is None or self._lengths[0] is not batch:
             self.live(batch, expert)
             assert self._live is not None
-            self._lengths = (batch, distributed.gather_objects(self._live[2]))
+            self._lengths = (batch, _everywhere(self._live[2]))
         return [own[expert] for own in self._lengths[1]]
 
     def _count(self, batch: Batch) -> tuple[Sequence[Tensor], list[list[int]]]:
@@ -83,6 +83,16 @@ class Routing:
         counts_ES = cell_S[live_S].bincount(minlength=self._experts * sequences)
         lengths = counts_ES.view(self._experts, sequences).tolist()
         return live_S.split(self.counts), [[n for n in own if n] for own in lengths]
+
+
+def _everywhere(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """Numbers above 0, some for each expert, of each process."""
+    most = int(distributed.maximum(max(map(len, lengths), default=0)))
+    flat = [n for own in lengths for n in (*own, *[0] * (most - len(own)))]
+    return [
+        [[int(n) for n in part[e * most : (e + 1) * most] if n] for e in range(len(lengths))]
+        for part in distributed.gather_numbers(flat)
+    ]
 
 
 class ExpertMap(nn.Module):

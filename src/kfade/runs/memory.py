@@ -12,6 +12,7 @@ import torch
 from kfade.curvature.estimators import Estimator
 from kfade.curvature.vectors import InHostMemory, OnDevice, OnDisk, Storage
 from kfade.errors import InputError
+from kfade.models.experts import ExpertLayer, is_expert_layer
 from kfade.models.load import load_skeleton
 from kfade.models.targets import Target
 from kfade.planning.arrange import Arrangement, Arranger, Kind
@@ -127,10 +128,19 @@ def refuse_untrainable(
 def _skeleton(run: FitRequest, targets: Sequence[Target]) -> tuple[Any, list[Target]]:
     """The run's model without weights, and the same targets in it."""
     model = _skeleton_of(run.model)
-    modules = [model.get_submodule(target.name.rpartition(".")[0]) for target in targets]
-    return model, [
-        replace(target, module=module) for target, module in zip(targets, modules, strict=True)
-    ]
+    maps = {
+        f"{name}.{map_.name}": map_
+        for name, module in model.named_modules()
+        if is_expert_layer(module)
+        for map_ in ExpertLayer(module).maps
+    }
+
+    def same(target: Target) -> Target:
+        path = target.name.rpartition(".")[0]
+        module = maps[target.name] if target.is_routed else model.get_submodule(path)
+        return replace(target, module=module)
+
+    return model, [same(target) for target in targets]
 
 
 def _skeleton_of(config: ModelConfig) -> Any:

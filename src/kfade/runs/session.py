@@ -27,6 +27,7 @@ from kfade.runs.config import EstimatorConfig, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
 from kfade.runtime import distributed, progress
 from kfade.runtime.counts import counted, rounded
+from kfade.runtime.sides import check_entries
 from kfade.runtime.stages import stage
 
 DataSettings = TypeVar("DataSettings", bound=RetainConfig)
@@ -129,7 +130,7 @@ def check_divides(model: nn.Module, targets: Sequence[Target], processes: int) -
     """
     whole = dict(model.named_parameters())
     for name in parameter_names(target for target in targets if target.is_routed):
-        distributed.check_entries(whole[name.rpartition("[")[0]].shape, processes)
+        check_entries(whole[name.rpartition("[")[0]].shape, processes)
 
 
 def refuse_sharded_export(shard: bool) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfade.errors import InputError
+from kfade.runtime.sides import check_entries, side_to_divide
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)
@@ -135,6 +136,15 @@ def all_reduce_numbers(numbers: Sequence[float]) -> list[float]:
     if not _grouped():
         return list(numbers)
     return all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def gather_numbers(numbers: Sequence[float]) -> list[list[float]]:
+    """The numbers of each process, equally many in each, in all of them; in float64."""
+    if not _grouped():
+        return [list(numbers)]
+    before, after = ([0.0] * len(numbers) * n for n in (rank(), count() - rank() - 1))
+    table = torch.tensor([*before, *numbers, *after], dtype=torch.float64)
+    return all_reduce(table).view(count(), len(numbers)).tolist()
 
 
 def sum_gradients(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
@@ -266,7 +276,7 @@ def shard(body: nn.Module, blocks: Iterable[nn.Module], device: torch.device | s
     the embeddings may be tied to it.
 
     Of experts, whose matrices are one parameter of three dimensions, every matrix is divided
-    (:func:`side_to_divide`), so that each process has a part of every :func:`entry`.
+    (``sides``), so that each process has a part of every :func:`entry`.
 
     A backward pass gives each process the gradient of its part, summed over the processes in
     float32 or better.
@@ -330,33 +340,11 @@ def entry(tensor: Tensor, index: int) -> Tensor:
     """``tensor[index]``, a view; divided over the processes where ``tensor`` is.
 
     Raises:
-        InputError: see :func:`check_entries`.
+        InputError: see :func:`~kfade.runtime.sides.check_entries`.
     """
     if _is_shard(tensor):
         check_entries(tensor.shape, count())
     return tensor[index]
-
-
-def check_entries(shape: Sequence[int], processes: int) -> None:
-    """Raises InputError where entries of a parameter of experts would not be divided.
-
-    Args:
-        shape: [E, O, I], or [E, O] of biases.
-    """
-    if side_to_divide(shape, processes) == 0:
-        sides = " x ".join(str(size) for size in shape[1:])
-        raise InputError(
-            f"--shard: {processes} processes cannot divide each expert's {sides} numbers evenly: "
-            "start as many as divide a side, give --experts none, or leave --shard out"
-        )
-
-
-def side_to_divide(shape: Sequence[int], processes: int) -> int:
-    """The dimension along which :func:`shard` divides a parameter of experts, [E, O, I] or [E, O].
-
-    The first after that of the experts that divides evenly, as FSDP needs it; 0 if none does.
-    """
-    return next((i for i in range(1, len(shape)) if shape[i] % processes == 0), 0)
 
 
 def own_part(tensor: Tensor) -> Tensor:
