@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 # Two processes; one that has done its tests takes over some of the other's.
-TWO := --numprocesses 2 --dist worksteal
+TWO := --numprocesses 2 --dist worksteal --durations 20
 
 .PHONY: help demo test test-oldest lint docs results clean
 .DEFAULT_GOAL := help
