@@ -182,16 +182,20 @@ def looped_factors(model, targets, stream) -> dict[str, tuple[Tensor, Tensor, in
     return found
 
 
-def test_factors_equal_a_loop_over_rows(biased):
-    """S over all loss tokens, A over the rows of the expert."""
-    model, targets = biased
-    batches = make_batches(SEQUENCES, budget=60)
-    curvature = KFAC().fit(model, batches, targets, seed=3)
-    loss_tokens = sum(s.loss_tokens for s in SEQUENCES)
-    positions = sum(s.live for s in SEQUENCES)
+def fitted_and_looped(model, targets):
+    """(K-FAC's fit, what :func:`looped_factors` sums, loss tokens, live positions)."""
+    curvature = KFAC().fit(model, make_batches(SEQUENCES, budget=60), targets, seed=3)
     for parameter in model.parameters():
         parameter.requires_grad_()
     looped = looped_factors(model, targets, COVARIANCE_STREAM)
+    loss_tokens = sum(s.loss_tokens for s in SEQUENCES)
+    return curvature, looped, loss_tokens, sum(s.live for s in SEQUENCES)
+
+
+def test_factors_equal_a_loop_over_rows(biased):
+    """S over all loss tokens, A over the rows of the expert."""
+    model, targets = biased
+    curvature, looped, loss_tokens, positions = fitted_and_looped(model, targets)
     for t in targets:
         s_sum, a_sum, rows = looped[t.name]
         assert 0 < rows < positions
@@ -275,13 +279,7 @@ def test_shared_inputs_equal_a_loop_over_rows(biased):
     """A over the rows of all experts: a position counts once for each of its two experts."""
     model, own = biased
     targets = find_targets(model, joint_bias=own[0].bias is not None, shared_inputs=True)
-    batches = make_batches(SEQUENCES, budget=60)
-    curvature = KFAC().fit(model, batches, targets, seed=3)
-    loss_tokens = sum(s.loss_tokens for s in SEQUENCES)
-    positions = sum(s.live for s in SEQUENCES)
-    for parameter in model.parameters():
-        parameter.requires_grad_()
-    looped = looped_factors(model, targets, COVARIANCE_STREAM)
+    curvature, looped, loss_tokens, positions = fitted_and_looped(model, targets)
     units = group_by_input(targets)
     assert [len(unit) for unit in units] == [4] * 4
     for unit in units:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from kfade.errors import InputError
 
 
+def check_damping(option: str, value: float) -> None:
+    """Raises InputError where an option has a ``value`` that is negative or not finite."""
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{option} {value}: give a finite number, 0 or more")
+
+
 @dataclass(frozen=True)
 class Damping:
     """λ of each layer in (G̃ + λI)⁻¹: a number, or a multiple of the layer's mean eigenvalue.
@@ -24,9 +30,7 @@ class Damping:
     """Whether ``value`` is a multiple of the mean eigenvalue."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.value) and self.value >= 0):
-            option = "--relative-damping" if self.relative else "--damping"
-            raise InputError(f"{option} {self.value}: give a finite number, 0 or more")
+        check_damping("--relative-damping" if self.relative else "--damping", self.value)
 
     def of(self, mean: float) -> float:
         """λ of a layer with that mean eigenvalue."""

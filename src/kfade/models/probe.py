@@ -18,6 +18,7 @@ from kfade.models.experts import ExpertMap
 from kfade.models.head import refuse_looking_ahead, run_on_tokens
 from kfade.models.load import frozen
 from kfade.models.targets import ForwardHook, LeftOut, Target, expert_layers_of, hooked
+from kfade.models.weights import parameter_of
 
 PROBE = (2, 3)  # sequences and positions of the trial: different, so that axes can be told apart
 
@@ -147,6 +148,6 @@ def share_inputs(targets: Sequence[Target], seen: Seen, experts: bool) -> list[T
             key = (id(seen.inputs[target.name]), target.bias is not None)
             target = replace(target, input_of=first.setdefault(key, target.name))
         elif experts:
-            target = replace(target, input_of=target.name.rpartition("[")[0])
+            target = replace(target, input_of=parameter_of(target.name))
         shared.append(target)
     return shared

@@ -21,7 +21,7 @@ from kfade.models.load import default_device, load_model
 from kfade.models.parts import Divide
 from kfade.models.sources import Source
 from kfade.models.targets import Target
-from kfade.models.weights import parameter_names
+from kfade.models.weights import parameter_names, parameter_of
 from kfade.runs.choices import shares_inputs, top_of
 from kfade.runs.config import EstimatorConfig, ModelConfig, RetainConfig
 from kfade.runs.template import template_of, without_unused_date
@@ -129,8 +129,9 @@ def check_divides(model: nn.Module, targets: Sequence[Target], processes: int) -
         model: sharded, or still to be.
     """
     whole = dict(model.named_parameters())
-    for name in parameter_names(target for target in targets if target.is_routed):
-        check_entries(whole[name.rpartition("[")[0]].shape, processes)
+    names = parameter_names(target for target in targets if target.is_routed)
+    for name in dict.fromkeys(map(parameter_of, names)):
+        check_entries(whole[name].shape, processes)
 
 
 def refuse_sharded_export(shard: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from kfade.curvature.damping import Damping
+from kfade.curvature.damping import Damping, check_damping
 from kfade.curvature.store import Store
 from kfade.curvature.vectors import Storage
 from kfade.data.sequences import TokenSequence, digest_sequences
@@ -322,8 +321,7 @@ def _damping_of(run: RunConfig) -> Damping:
 def _correction_damping_of(run: RunConfig) -> Damping:
     """The damping of each layer in a correction."""
     value = run.correction.correct_damping
-    if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"--correct-damping {value}: give a finite number, 0 or more")
+    check_damping("--correct-damping", value)
     return Damping(value)
 
 
