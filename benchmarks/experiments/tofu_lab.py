@@ -304,12 +304,20 @@ def rounded(value: Any) -> Any:
 
 
 def run_pieces(
-    description: str | None, pieces: Callable[[TofuLab, Results], Iterator[Piece]]
+    description: str | None,
+    pieces: Callable[[Any, Results], Iterator[Piece]],
+    kind: type[TofuLab] = TofuLab,
+    file: Path = FILE,
 ) -> None:
-    """Run one of TOFU-small's scripts. All of them share their options and the file of results."""
-    given, sizes, results = read_options(options_of(description, FILE), Sizes())
+    """Run one of TOFU-small's scripts. All of them share their options.
+
+    Args:
+        kind: the laboratory that ``pieces`` works in.
+        file: of the results.
+    """
+    given, sizes, results = read_options(options_of(description, file), Sizes())
     trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
     cache = given.cache / f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
     data = Data(given.data, sizes)
-    lab = TofuLab(data, given.model, sizes, cache, results, given.device)
+    lab = kind(data, given.model, sizes, cache, results, given.device)
     run(pieces(lab, results), results, given)

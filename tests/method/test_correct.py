@@ -51,7 +51,7 @@ from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
-from kfade.method.step import Probe, choose_alpha, falls_short
+from kfade.method.step import Probe, choose_alpha, shortfall
 
 RETAIN, FORGET = random_sequences(12), random_sequences(3, seed=7)
 
@@ -285,18 +285,27 @@ def test_merit_compares_at_equal_forgetting():
 
 
 @pytest.mark.parametrize(
-    ("size", "short"),
+    ("size", "share", "lacks"),
     [
-        (StepSize(kl=1.05), False),
-        (StepSize(kl=1.2), True),
-        (StepSize(until=3.05), False),
-        (StepSize(until=3.2), True),
-        (StepSize(alpha=9.0), False),
+        (StepSize(kl=1.05), 1.0, 0.0),
+        (StepSize(kl=1.2), 1.0, 0.2),
+        (StepSize(kl=0.8), 1.0, -0.2),
+        (StepSize(until=3.05), 1.0, 0.0),
+        (StepSize(until=3.2), 1.0, 0.2),
+        (StepSize(until=2.5), 1.0, -0.5),
+        (StepSize(until_probability=math.exp(-3)), 1.0, 3 - math.log(10)),
+        # Midway half of the target is tolerance: 1 of 2, and 4 / 4 of a KL.
+        (StepSize(until=5.2), 0.5, 0.0),
+        (StepSize(until=3.0), 0.5, -1.0),
+        (StepSize(kl=3.0), 0.5, 0.0),
+        (StepSize(kl=2.0), 0.5, -0.5),
+        (StepSize(alpha=9.0), 1.0, 0.0),
     ],
     ids=str,
 )
-def test_a_size_may_fall_short_within_its_tolerance(size, short):
-    assert falls_short(size, FIRST, BEFORE) == short
+def test_what_a_step_lacks_of_its_size(size, share, lacks):
+    first = replace(FIRST, forget_probability=1.0)
+    assert shortfall(size, share, first, BEFORE) == pytest.approx(lacks)
 
 
 # --- A run --------------------------------------------------------------------------------------
@@ -366,6 +375,36 @@ def test_a_forgetting_target_is_met_after_a_correction(model):
     assert start - math.log(taken["forget_probability"]) < 0.97 * way
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("size", [{"until": 3.8}, {"kl": 0.02}], ids=str)
+def test_a_correction_that_goes_beyond_the_size_goes_back(model, monkeypatch, size, steps):
+    """A direction that also forgets, as d⊥ does far from where it is computed."""
+    real = descent
+
+    def forgetting(curvature, kl, up, *rest):
+        down = real(curvature, kl, up, *rest)
+        more = 20 * abs(down.slope / down.ascent_slope)
+        direction = {n: down.direction[n] + more * up.direction[n] for n in down.direction}
+        return replace(down, direction=direction)
+
+    monkeypatch.setattr("kfade.method.correct.descent", forgetting)
+    monkeypatch.setattr("kfade.method.step.MIDWAY_TOLERANCE", 0.02)
+    update = run(model, **size, steps=steps, correction=Correction(count=1))
+    [correction] = last(update)["corrections"]
+    assert correction["accepted"]
+    assert correction["forget_length"] < 0
+    [taken] = [p for p in correction["probes"] if p["alpha"] == correction["length"]]
+    if "kl" in size:
+        assert last(update)["retain_kl"] == pytest.approx(0.02, rel=0.1)
+        assert taken["retain_kl"] > 0.022
+    else:
+        begin = last(update)["forget_loss_before"]
+        assert last(update)["forget_loss_after"] - begin == pytest.approx(3.8 - begin, rel=0.03)
+        assert taken["forget_loss"] - begin > 1.03 * (3.8 - begin)
+    first = update.provenance["steps"][0]
+    assert first["corrections"][0]["forget_length"] < 0  # also midway
+
+
 def test_a_size_by_alpha_is_not_searched_again(model):
     update = run(model, alpha=0.2, correction=Correction(count=1))
     [correction] = last(update)["corrections"]
@@ -402,6 +441,20 @@ def test_the_search_along_r_counts_from_where_it_begins():
 
     assert trials(origin=replace(BEFORE, retain_kl=0.015)) == 3
     assert trials() > 3
+
+
+def test_the_search_along_r_goes_back_where_it_begins_beyond_the_target():
+    def probe(alpha: float) -> Probe:
+        return replace(BEFORE, alpha=-alpha, retain_kl=0.03 - alpha)
+
+    origin = replace(BEFORE, retain_kl=0.03)
+    options = {"share": 1.0, "start": FIRST, "guess": 1e-3, "origin": origin}
+    *_, found = choose_alpha(probe, StepSize(kl=0.02), **options)
+    assert found.retain_kl == pytest.approx(0.02, rel=0.1)
+    with pytest.raises(InputError):  # onward the KL only grows
+        choose_alpha(
+            lambda alpha: replace(BEFORE, retain_kl=0.03 + alpha), StepSize(kl=0.02), **options
+        )
 
 
 def test_each_correction_draws_other_retain_sequences(model, monkeypatch):

@@ -9,15 +9,17 @@ minimises ½δᵀMδ + g_Kᵀδ subject to g_Fᵀδ = 0 (docs/mathematics.md). T
 an estimate, so t is found by forward passes on held-out data: a first t from the exact quadratic
 form, then halved or doubled while that lowers the KL.
 
-After the last step the size that was asked for is met again by a change s r: a ``kl`` that is left
-is spent on forgetting, and forgetting that a target lacks is restored.
+The size that was asked for is then met again by a change s r. Where a correction has gone beyond it,
+s < 0. After the last step a ``kl`` that is left is spent on forgetting, and forgetting that a target
+lacks is restored.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kfade.curvature.curvature import Curvature
@@ -34,7 +36,7 @@ from kfade.method.record import CorrectionRecord
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
-from kfade.method.step import LOSS_TOLERANCE, Probe, StepSize, choose_alpha, falls_short
+from kfade.method.step import LOSS_TOLERANCE, Probe, StepSize, choose_alpha, shortfall
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.stages import stage
@@ -132,6 +134,8 @@ class Merit:
         rise = self.size.forgotten(probe) - start
         if not rise >= (1 - LOSS_TOLERANCE) * had > 0:
             return float("inf")
+        if self.size.max_kl is not None and not probe.retain_kl <= self.size.max_kl:
+            return float("inf")
         return probe.retain_kl * (had / rise) ** 2
 
 
@@ -206,9 +210,10 @@ class _Correction:
             after = best_length(measure, -down.slope / exact, before, merit)
         length, accepted = after.alpha, merit(after) < enough
         corrected, again = self._moved(update, down.direction, length), 0.0
-        if accepted and self._is_short(steps, after):
+        lacking = self._lacking(steps, after) if accepted else 0.0
+        if lacking:
             measure = self._measure(corrected, up.direction, trials)
-            met = self._met(measure, steps[-1], after, (up, down))
+            met = self._met(measure, lacking, steps, after, (up, down))
             accepted = met is not None and merit(met) < enough
             if met is not None:
                 after, again = met, met.alpha
@@ -279,36 +284,42 @@ class _Correction:
 
         return measure
 
-    def _is_short(self, steps: Sequence[dict[str, Any]], after: Probe) -> bool:
-        """Whether this is the last step, and its size is not met any more."""
-        last = len(steps) == self.run.steps
-        return last and falls_short(self.size, _probe(steps[-1], "before"), after)
+    def _share(self, steps: Sequence[dict[str, Any]]) -> float:
+        """The fraction of the run that is done."""
+        return len(steps) / self.run.steps
+
+    def _lacking(self, steps: Sequence[dict[str, Any]], after: Probe) -> float:
+        """What the step lacks of its size; below 0 beyond it. The next step makes up for what is
+        lacking, so only the last step lacks anything."""
+        share = self._share(steps)
+        lacking = shortfall(self.size, share, _probe(steps[-1], "before"), after)
+        return lacking if share == 1 else min(lacking, 0.0)
 
     def _met(
         self,
         measure: Callable[[float], Probe],
-        step: dict[str, Any],
+        lacking: float,
+        steps: Sequence[dict[str, Any]],
         after: Probe,
         directions: tuple[Ascent, Descent],
     ) -> Probe | None:
         """The probe along r that meets the size again; None if there is none.
 
         Args:
+            lacking: as from :meth:`_lacking`; where it is below 0 the way is back.
             after: the measurements after the correction, where r begins.
         """
         size, (up, down) = self.size, directions
-        if size.goal is not None:
-            lacking, slope = size.goal - size.forgotten(after), up.slope
-        else:
-            assert size.kl is not None
-            lacking, slope = size.kl - after.retain_kl, down.ascent_slope
+        slope = up.slope if size.kl is None else down.ascent_slope
+        toward = math.copysign(1.0, lacking)
         try:
             return choose_alpha(
-                measure,
-                size,
-                share=1.0,
-                start=_probe(step, "before"),
-                guess=lacking / abs(slope) if slope else 1.0,
+                lambda length: measure(toward * length),
+                # Going back lowers the KL, and the merit knows the cap.
+                size if lacking > 0 else replace(size, max_kl=None),
+                share=self._share(steps),
+                start=_probe(steps[-1], "before"),
+                guess=abs(lacking / slope) if slope else 1.0,
                 origin=after,
             )[-1]
         except InputError:

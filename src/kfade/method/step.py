@@ -184,13 +184,15 @@ class _Aim:
     """What is measured, for messages."""
 
     def after(self, origin: Probe) -> _Aim:
-        """The same aim, with the measure counted from its value at ``origin``."""
+        """The same aim, with the measure counted from its value at ``origin`` toward the target."""
         reached = self.measure(origin)
+        sign = 1.0 if self.value >= reached else -1.0
+        low, high = sorted(sign * (bound - reached) for bound in self.accept)
         return replace(
             self,
-            measure=lambda p: self.measure(p) - reached,
-            value=self.value - reached,
-            accept=(self.accept[0] - reached, self.accept[1] - reached),
+            measure=lambda p: sign * (self.measure(p) - reached),
+            value=sign * (self.value - reached),
+            accept=(low, high),
         )
 
 
@@ -212,7 +214,8 @@ def choose_alpha(
             gone ``share`` of its way to ``until``.
         start: the measurements before this step, α = 0.
         guess: the α to begin the search at.
-        origin: the measurements at α = 0, if other changes of this step were made already.
+        origin: the measurements at α = 0, if other changes of this step were made already. They
+            may lie beyond the target; then ``probe`` is to go back as α grows.
 
     Raises:
         InputError: the target cannot be reached along this direction, or no step is below the cap.
@@ -238,17 +241,19 @@ def choose_alpha(
     return probes
 
 
-def falls_short(size: StepSize, start: Probe, now: Probe) -> bool:
-    """Whether ``now``, after the last step, is below the size that was asked for, by more than its
-    tolerance.
+def shortfall(size: StepSize, share: float, start: Probe, now: Probe) -> float:
+    """What a step lacks of its size, in nats: below 0 beyond it, 0 within its tolerance.
 
     Args:
-        start: the measurements before that step.
+        share: as in :func:`choose_alpha`.
+        start: the measurements before the step.
+        now: those after it.
     """
     if size.alpha is not None:
-        return False
-    aim = _aim(size, 1.0, start)
-    return aim.measure(now) < aim.accept[0]
+        return 0.0
+    aim = _aim(size, share, start)
+    reached, (low, high) = aim.measure(now), aim.accept
+    return 0.0 if low <= reached <= high else aim.value - reached
 
 
 def _aim(size: StepSize, share: float, start: Probe) -> _Aim:
