@@ -27,7 +27,7 @@ ADDED = {
     "sweep": {"--offload", "--memory"},
     "unlearn": {
         *("--offload", *EXPERTS),
-        *("--correct", "--correct-damping", "--correct-sequences"),
+        *("--correct", "--correct-damping", "--correct-sequences", "--quality"),
     },
     # Experts of a mixture are targets.
     "fit": EXPERTS,

@@ -285,27 +285,22 @@ def test_merit_compares_at_equal_forgetting():
 
 
 @pytest.mark.parametrize(
-    ("size", "share", "lacks"),
+    ("size", "lacks"),
     [
-        (StepSize(kl=1.05), 1.0, 0.0),
-        (StepSize(kl=1.2), 1.0, 0.2),
-        (StepSize(kl=0.8), 1.0, -0.2),
-        (StepSize(until=3.05), 1.0, 0.0),
-        (StepSize(until=3.2), 1.0, 0.2),
-        (StepSize(until=2.5), 1.0, -0.5),
-        (StepSize(until_probability=math.exp(-3)), 1.0, 3 - math.log(10)),
-        # Midway half of the target is tolerance: 1 of 2, and 4 / 4 of a KL.
-        (StepSize(until=5.2), 0.5, 0.0),
-        (StepSize(until=3.0), 0.5, -1.0),
-        (StepSize(kl=3.0), 0.5, 0.0),
-        (StepSize(kl=2.0), 0.5, -0.5),
-        (StepSize(alpha=9.0), 1.0, 0.0),
+        (StepSize(kl=1.05), 0.0),
+        (StepSize(kl=1.2), 0.2),
+        (StepSize(kl=0.8), -0.2),
+        (StepSize(until=3.05), 0.0),
+        (StepSize(until=3.2), 0.2),
+        (StepSize(until=2.5), -0.5),
+        (StepSize(until_probability=math.exp(-3)), 3 - math.log(10)),
+        (StepSize(alpha=9.0), 0.0),
     ],
     ids=str,
 )
-def test_what_a_step_lacks_of_its_size(size, share, lacks):
+def test_what_a_step_lacks_of_its_size(size, lacks):
     first = replace(FIRST, forget_probability=1.0)
-    assert shortfall(size, share, first, BEFORE) == pytest.approx(lacks)
+    assert shortfall(size, first, BEFORE) == pytest.approx(lacks)
 
 
 # --- A run --------------------------------------------------------------------------------------
@@ -375,9 +370,8 @@ def test_a_forgetting_target_is_met_after_a_correction(model):
     assert start - math.log(taken["forget_probability"]) < 0.97 * way
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("size", [{"until": 3.8}, {"kl": 0.02}], ids=str)
-def test_a_correction_that_goes_beyond_the_size_goes_back(model, monkeypatch, size, steps):
+def test_a_correction_that_goes_beyond_the_size_goes_back(model, monkeypatch, size):
     """A direction that also forgets, as d⊥ does far from where it is computed."""
     real = descent
 
@@ -388,8 +382,7 @@ def test_a_correction_that_goes_beyond_the_size_goes_back(model, monkeypatch, si
         return replace(down, direction=direction)
 
     monkeypatch.setattr("kfade.method.correct.descent", forgetting)
-    monkeypatch.setattr("kfade.method.step.MIDWAY_TOLERANCE", 0.02)
-    update = run(model, **size, steps=steps, correction=Correction(count=1))
+    update = run(model, **size, correction=Correction(count=1))
     [correction] = last(update)["corrections"]
     assert correction["accepted"]
     assert correction["forget_length"] < 0
@@ -401,8 +394,6 @@ def test_a_correction_that_goes_beyond_the_size_goes_back(model, monkeypatch, si
         begin = last(update)["forget_loss_before"]
         assert last(update)["forget_loss_after"] - begin == pytest.approx(3.8 - begin, rel=0.03)
         assert taken["forget_loss"] - begin > 1.03 * (3.8 - begin)
-    first = update.provenance["steps"][0]
-    assert first["corrections"][0]["forget_length"] < 0  # also midway
 
 
 def test_a_size_by_alpha_is_not_searched_again(model):
@@ -437,10 +428,10 @@ def test_the_search_along_r_counts_from_where_it_begins():
         def probe(alpha: float) -> Probe:
             return replace(BEFORE, alpha=alpha, retain_kl=0.015 + alpha)
 
-        return len(choose_alpha(probe, size, share=1.0, start=FIRST, guess=1e-4, **options))
+        return len(choose_alpha(probe, size, share=1.0, guess=1e-4, **options))
 
-    assert trials(origin=replace(BEFORE, retain_kl=0.015)) == 3
-    assert trials() > 3
+    assert trials(start=replace(BEFORE, retain_kl=0.015)) == 3
+    assert trials(start=FIRST) > 3
 
 
 def test_the_search_along_r_goes_back_where_it_begins_beyond_the_target():
@@ -448,7 +439,7 @@ def test_the_search_along_r_goes_back_where_it_begins_beyond_the_target():
         return replace(BEFORE, alpha=-alpha, retain_kl=0.03 - alpha)
 
     origin = replace(BEFORE, retain_kl=0.03)
-    options = {"share": 1.0, "start": FIRST, "guess": 1e-3, "origin": origin}
+    options = {"share": 1.0, "guess": 1e-3, "start": origin}
     *_, found = choose_alpha(probe, StepSize(kl=0.02), **options)
     assert found.retain_kl == pytest.approx(0.02, rel=0.1)
     with pytest.raises(InputError):  # onward the KL only grows
@@ -468,17 +459,39 @@ def test_each_correction_draws_other_retain_sequences(model, monkeypatch):
 
     monkeypatch.setattr(Sampler, "draw", draw)
     run(model, alpha=0.1, steps=2, correction=Correction(count=2, sequences=10))
-    assert {0, 2} <= set(drawn)  # the first of each step
-    assert drawn == sorted(set(drawn))
+    assert drawn == [0, 1]
 
 
-def test_a_later_step_starts_from_the_corrected_one(model):
+def test_only_the_last_step_is_corrected(model):
     update = run(model, until=3.8, steps=2, correction=Correction(count=1, sequences=10))
     first, second = update.provenance["steps"]
-    assert first["corrections"][0]["accepted"]
-    assert first["corrections"][0]["forget_length"] == 0  # the second step compensates
-    assert second["forget_loss_before"] == pytest.approx(first["forget_loss_after"], abs=1e-12)
-    assert second["forget_loss_before"] != first["probes"][-1]["forget_loss"]
+    assert first["corrections"] == []
+    assert second["corrections"][0]["accepted"]
+    assert second["probes"][-1]["retain_kl"] == second["corrections"][0]["retain_kl_before"]
+
+
+def test_a_run_that_reaches_its_target_early_is_corrected_there(model, monkeypatch):
+    """Half of the way within its tolerance of half is all of it."""
+    monkeypatch.setattr("kfade.method.trial.choose_alpha", far := Far())
+    kept = []
+    options = {"until": 3.8, "steps": 3, "correction": Correction(count=1)}
+    update = run(model, on_step=kept.append, **options)
+    assert far.shares == [1 / 3]
+    assert len(update.provenance["steps"]) == len(kept) == 1
+    assert last(update)["corrections"][0]["accepted"]
+    again = run(model, start=kept[0], **options)  # nothing is left to do
+    assert all(same_bits(d, again.deltas[name]) for name, d in update.deltas.items())
+
+
+class Far:
+    """A search for a step's size that goes all the way at once."""
+
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def __call__(self, probe, size, *, share, **options):
+        self.shares.append(share)
+        return choose_alpha(probe, size, share=1.0, **options)
 
 
 def test_an_interrupted_run_is_continued_to_the_same_update(model):
@@ -487,7 +500,7 @@ def test_an_interrupted_run_is_continued_to_the_same_update(model):
     whole = run(model, on_step=kept.append, **options)
     again = run(model, start=kept[0], **options)
     assert all(same_bits(d, again.deltas[name]) for name, d in whole.deltas.items())
-    assert last(kept[0])["corrections"][0]["accepted"]
+    assert last(kept[0])["corrections"] == []
     assert last(whole)["corrections"][0]["accepted"]
     elsewhere = run(model, start=kept[0], **{**options, "correction": Correction(count=0)})
     assert not all(same_bits(d, elsewhere.deltas[name]) for name, d in whole.deltas.items())
@@ -512,7 +525,7 @@ def test_a_correction_is_the_same_with_vectors_on_disk(model, tmp_path):
 def test_settings_of_a_correction_check_themselves(make, message):
     with pytest.raises(InputError, match=message):
         make()
-    assert make.func() == Correction(0, Damping(1.0), None, cross_entropy, 0.01)
+    assert make.func() == Correction(1, Damping(1.0), None, cross_entropy, 0.01)
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -535,7 +548,16 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_corrected_run_is_told_and_replayed(command, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
-    more = ["--correct", "2", "--correct-damping", "0.5", "--correct-sequences", "9"]
+    more = [
+        "--steps",
+        "1",
+        "--correct",
+        "2",
+        "--correct-damping",
+        "0.5",
+        "--correct-sequences",
+        "9",
+    ]
     assert main([*command, *more, "--out", str(out), "--json"]) == 0
     output = capsys.readouterr()
     metrics = json.loads(output.out)
@@ -561,7 +583,7 @@ def test_a_run_that_is_killed_in_a_correction_repeats_the_step(command, tmp_path
 
     def killed(*arguments, **options):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == 1:
             raise KeyboardInterrupt
         return kl_gradient(*arguments, **options)
 

@@ -1,17 +1,17 @@
-"""A correction after a step: less KL on the retain data, with the forgetting as it is.
+"""A correction after the last step: less KL on the retain data, with the forgetting as it is.
 
-The first step begins where ∇K = 0, K = KL(p_θ₀ ‖ p_θ), and ends where it is not. With the fit G̃ at
-hand, M = G̃ + λ_K I, g_K = ∇K and g_F the gradient of the forget loss at the present weights,
+A run begins where ∇K = 0, K = KL(p_θ₀ ‖ p_θ), and ends where it is not. With the fit G̃ at hand,
+M = G̃ + λ_K I, g_K = ∇K and g_F the gradient of the forget loss at the present weights,
 
     d = −M⁻¹g_K,   r = M⁻¹g_F,   d⊥ = d − (g_Fᵀd / g_Fᵀr) r
 
 minimises ½δᵀMδ + g_Kᵀδ subject to g_Fᵀδ = 0 (docs/mathematics.md). The weights change by t d⊥. G̃ is
-an estimate, so t is found by forward passes on held-out data: a first t from the exact quadratic
-form, then halved or doubled while that lowers the KL.
+an estimate and g_K fits its own data, so held-out data decide t: a first t by Newton's method, from
+their own slope hᵀd⊥ and exact form d⊥ᵀGd⊥, then halved or doubled while that lowers their KL.
 
-The size that was asked for is then met again by a change s r. Where a correction has gone beyond it,
-s < 0. After the last step a ``kl`` that is left is spent on forgetting, and forgetting that a target
-lacks is restored.
+The size that was asked for is then met again by a change s r: a ``kl`` that is left is spent on
+forgetting, and forgetting that a target lacks is restored. Where a correction has gone beyond the
+size, s < 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
@@ -32,7 +31,7 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
-from kfade.method.record import CorrectionRecord
+from kfade.method.record import CorrectionRecord, probe_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
@@ -140,7 +139,7 @@ class Merit:
 
 
 class Corrector:
-    """Corrects the last step of an update.
+    """Corrects an update after the last step of its run.
 
     Args:
         retain: the retain sequences of the fit.
@@ -160,19 +159,16 @@ class Corrector:
         self._retain, self._size, self._run = retain, size, run
 
     def correct(self, update: Update, curvature: Curvature, forget: Sequence[Batch]) -> Update:
-        """The update with its last step corrected ``Run.correction.count`` times, and a record of
-        each. Only weights that the update changes already take part.
+        """The update with ``Run.correction.count`` corrections, and a record of each in that of its
+        last step. Only weights that the update changes already take part.
 
         Args:
             forget: data of g_F.
         """
-        count, step = self._run.correction.count, len(update.provenance["steps"]) - 1
         changed = [target for target in self._targets if target.name in update.deltas]
         one = _Correction(self._gauge, changed, self._size, self._run)
-        for number in range(count):
-            draw = self._sampler.draw(
-                self._retain, self._run.correction.sequences, step * count + number
-            )
+        for number in range(self._run.correction.count):
+            draw = self._sampler.draw(self._retain, self._run.correction.sequences, number)
             with stage("correct"):
                 update = one.made(update, curvature, draw, forget)
             if not update.provenance["steps"][-1]["corrections"][-1]["accepted"]:
@@ -199,21 +195,22 @@ class _Correction:
         """The update with the correction, if it is accepted, and its record."""
         began, steps = time.perf_counter(), update.provenance["steps"]
         up, down = self._directions(update, curvature, retain, forget)
-        exact = self._exact(update, down)
-        before = _probe(steps[-1], "after")
-        merit = Merit(self.size, _probe(steps[0], "before"), before)
+        slope, exact = self._along(update, down)
+        before = probe_of(steps[-1], "after")
+        first = probe_of(steps[0], "before")
+        merit = Merit(self.size, first, before)
         enough = (1 - self.run.correction.least_gain) * merit(before)
         trials: list[Probe] = []
         after = before
-        if down.slope < 0 < exact:
+        if slope < 0 < exact:
             measure = self._measure(update, down.direction, trials)
-            after = best_length(measure, -down.slope / exact, before, merit)
+            after = best_length(measure, -slope / exact, before, merit)
         length, accepted = after.alpha, merit(after) < enough
         corrected, again = self._moved(update, down.direction, length), 0.0
-        lacking = self._lacking(steps, after) if accepted else 0.0
+        lacking = shortfall(self.size, first, after) if accepted else 0.0
         if lacking:
             measure = self._measure(corrected, up.direction, trials)
-            met = self._met(measure, lacking, steps, after, (up, down))
+            met = self._met(measure, lacking, (first, after), (up, down))
             accepted = met is not None and merit(met) < enough
             if met is not None:
                 after, again = met, met.alpha
@@ -225,6 +222,7 @@ class _Correction:
             length=length,
             forget_length=again,
             slope=down.slope,
+            held_out_slope=slope,
             exact=exact,
             retain_kl_before=before.retain_kl,
             retain_kl_after=after.retain_kl,
@@ -261,13 +259,20 @@ class _Correction:
         del base
         return up, descent(curvature, g_K, up, damping, storage)
 
-    def _exact(self, update: Update, down: Descent) -> float:
-        """d⊥ᵀGd⊥ with the exact G of held-out retain data."""
-        gauge = self.gauge
+    def _along(self, update: Update, down: Descent) -> tuple[float, float]:
+        """(hᵀd⊥, d⊥ᵀGd⊥) with the gradient h of the KL and the exact G of held-out retain data.
+
+        On the data of g_K both are larger in size, the form by orders of magnitude: d⊥ lies where
+        these data have more curvature than others.
+        """
+        gauge, passes = self.gauge, {**self.run.passes, "head": self.gauge.head}
+        base = gauge.base
         with gauge.applied(update) as model:
-            return quadratic_form(
-                model, gauge.base.batches, self.targets, down.direction, head=gauge.head
+            slope = inner(down.direction, kl_gradient(model, base, self.targets, **passes))
+            exact = quadratic_form(
+                model, base.batches, self.targets, down.direction, head=gauge.head
             )
+        return slope, exact
 
     def _moved(self, update: Update, direction: Vector, length: float) -> Update:
         return update.plus(parameter_changes(self.targets, direction), length)
@@ -284,32 +289,20 @@ class _Correction:
 
         return measure
 
-    def _share(self, steps: Sequence[dict[str, Any]]) -> float:
-        """The fraction of the run that is done."""
-        return len(steps) / self.run.steps
-
-    def _lacking(self, steps: Sequence[dict[str, Any]], after: Probe) -> float:
-        """What the step lacks of its size; below 0 beyond it. The next step makes up for what is
-        lacking, so only the last step lacks anything."""
-        share = self._share(steps)
-        lacking = shortfall(self.size, share, _probe(steps[-1], "before"), after)
-        return lacking if share == 1 else min(lacking, 0.0)
-
     def _met(
         self,
         measure: Callable[[float], Probe],
         lacking: float,
-        steps: Sequence[dict[str, Any]],
-        after: Probe,
+        probes: tuple[Probe, Probe],
         directions: tuple[Ascent, Descent],
     ) -> Probe | None:
         """The probe along r that meets the size again; None if there is none.
 
         Args:
-            lacking: as from :meth:`_lacking`; where it is below 0 the way is back.
-            after: the measurements after the correction, where r begins.
+            lacking: of the size; where it is below 0 the way is back.
+            probes: the measurements at the start of the run, and those where r begins.
         """
-        size, (up, down) = self.size, directions
+        size, (first, origin), (up, down) = self.size, probes, directions
         slope = up.slope if size.kl is None else down.ascent_slope
         toward = math.copysign(1.0, lacking)
         try:
@@ -317,19 +310,13 @@ class _Correction:
                 lambda length: measure(toward * length),
                 # Going back lowers the KL, and the merit knows the cap.
                 size if lacking > 0 else replace(size, max_kl=None),
-                share=self._share(steps),
-                start=_probe(steps[-1], "before"),
+                share=1.0,
+                start=origin,
                 guess=abs(lacking / slope) if slope else 1.0,
-                origin=after,
+                first=first,
             )[-1]
         except InputError:
             return None
-
-
-def _probe(step: dict[str, Any], when: str) -> Probe:
-    """The measurements of forgetting ``before`` or ``after`` a step, and of the KL after it."""
-    loss, probability = step[f"forget_loss_{when}"], step[f"forget_probability_{when}"]
-    return Probe(0.0, step["retain_kl"], loss, probability, 0.0)
 
 
 def _with(update: Update, record: CorrectionRecord) -> Update:

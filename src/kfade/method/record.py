@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kfade.curvature.vectors import Vector
+from kfade.method.step import Probe
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class CorrectionRecord:
     """s in s r, the change along r that followed to meet the step's size again; else 0."""
     slope: float
     """g_Kᵀd⊥: predicted change of K per unit of t, on the retain data of the gradient."""
+    held_out_slope: float
+    """hᵀd⊥: the same on held-out retain data."""
     exact: float
     """d⊥ᵀGd⊥ with the exact G of held-out retain data."""
     retain_kl_before: float
@@ -85,6 +89,13 @@ class CorrectionRecord:
     seconds: float
     probes: list[dict[str, float]] = field(default_factory=list)
     """Trials of t, then of s, each as its ``alpha``."""
+
+
+def probe_of(step: Mapping[str, Any], when: str) -> Probe:
+    """What the record of a step says of forgetting ``before`` or ``after`` it, and of the KL after
+    it."""
+    loss, probability = step[f"forget_loss_{when}"], step[f"forget_probability_{when}"]
+    return Probe(0.0, step["retain_kl"], loss, probability, 0.0)
 
 
 Candidate = tuple[StepRecord, Vector]

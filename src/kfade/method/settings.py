@@ -81,7 +81,7 @@ class Correction:
         InputError: a number out of its range.
     """
 
-    count: int = 0
+    count: int = 1
     """Corrections after each step; the first one that is not accepted is the last."""
     damping: Damping = Damping(1.0)
     """λ of each layer in a correction."""
@@ -114,11 +114,11 @@ class Run:
     """Weights to change; every feed-forward weight when None."""
     curvature: Curvature | None = None
     """A finished fit to use for the first step (for all steps if not ``refit``)."""
-    steps: int = 1
+    steps: int = 3
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
     """Forget sequences in each step, drawn without replacement; all when None."""
-    refit: bool = True
+    refit: bool = False
     """Fit the curvature again at each step."""
     correction: Correction = Correction()
     """Corrections after each step."""

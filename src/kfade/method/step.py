@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from kfade.models.targets import named
 
 KL_TOLERANCE = 0.1  # relative error of a measured KL; a held-out sample is no more accurate
 LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
-MIDWAY_TOLERANCE = 0.5  # of either, if more steps follow, which compensate
+MIDWAY_TOLERANCE = 0.2  # of either, if more steps follow, which compensate
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,17 @@ class StepSize:
             return probe.forget_loss
         return -math.log(max(probe.forget_probability, 1e-300))  # finite where it underflows
 
+    def is_reached(self, first: Probe, now: Probe) -> bool:
+        """Whether a forgetting target is set and reached, within its tolerance.
+
+        Args:
+            first: the measurements at the start of the run.
+        """
+        if self.goal is None:
+            return False
+        way = self.goal - self.forgotten(first)
+        return self.goal - self.forgotten(now) <= LOSS_TOLERANCE * way
+
     @property
     def target(self) -> str:
         """The forgetting target as the command line says it."""
@@ -183,18 +194,6 @@ class _Aim:
     name: str
     """What is measured, for messages."""
 
-    def after(self, origin: Probe) -> _Aim:
-        """The same aim, with the measure counted from its value at ``origin`` toward the target."""
-        reached = self.measure(origin)
-        sign = 1.0 if self.value >= reached else -1.0
-        low, high = sorted(sign * (bound - reached) for bound in self.accept)
-        return replace(
-            self,
-            measure=lambda p: sign * (self.measure(p) - reached),
-            value=sign * (self.value - reached),
-            accept=(low, high),
-        )
-
 
 def choose_alpha(
     probe: Callable[[float], Probe],
@@ -203,7 +202,7 @@ def choose_alpha(
     share: float,
     start: Probe,
     guess: float,
-    origin: Probe | None = None,
+    first: Probe | None = None,
 ) -> list[Probe]:
     """Search the α that meets ``size``; returns all probes, the chosen one last.
 
@@ -212,10 +211,10 @@ def choose_alpha(
         share: fraction of the run that is done after this step, in (0, 1]. The KL after it is to be
             ``kl · share²`` (steps of equal length in one direction); the forget loss is to have
             gone ``share`` of its way to ``until``.
-        start: the measurements before this step, α = 0.
+        start: the measurements at α = 0. They may lie beyond the target; then ``probe`` is to go
+            back as α grows.
         guess: the α to begin the search at.
-        origin: the measurements at α = 0, if other changes of this step were made already. They
-            may lie beyond the target; then ``probe`` is to go back as α grows.
+        first: the measurements at the start of the run; ``start`` when None.
 
     Raises:
         InputError: the target cannot be reached along this direction, or no step is below the cap.
@@ -229,8 +228,7 @@ def choose_alpha(
     if size.alpha is not None:
         chosen = seen(size.alpha)
     else:
-        aim = _aim(size, share, start)
-        aim = aim.after(origin) if origin is not None else aim
+        aim = _aim(size, share, first or start, start)
         found = _search(seen, aim, guess)
         if found is None:
             raise InputError(_unreached(aim, probes))
@@ -241,41 +239,46 @@ def choose_alpha(
     return probes
 
 
-def shortfall(size: StepSize, share: float, start: Probe, now: Probe) -> float:
-    """What a step lacks of its size, in nats: below 0 beyond it, 0 within its tolerance.
+def shortfall(size: StepSize, first: Probe, now: Probe) -> float:
+    """What a run lacks of its size, in nats: below 0 beyond it, 0 within its tolerance.
 
     Args:
-        share: as in :func:`choose_alpha`.
-        start: the measurements before the step.
-        now: those after it.
+        first: the measurements at the start of the run.
     """
     if size.alpha is not None:
         return 0.0
-    aim = _aim(size, share, start)
+    aim = _aim(size, 1.0, first, first)
     reached, (low, high) = aim.measure(now), aim.accept
     return 0.0 if low <= reached <= high else aim.value - reached
 
 
-def _aim(size: StepSize, share: float, start: Probe) -> _Aim:
-    """The target of a step after which ``share`` of the run is done."""
+def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> _Aim:
+    """The target of a step that begins at ``start`` and after which ``share`` of the run is done.
 
-    def around(value: float, tolerance: float) -> tuple[float, float]:
-        within = tolerance if share == 1 else MIDWAY_TOLERANCE
-        return value * (1 - within), value * (1 + within)
-
+    What is measured is the change since ``start``, toward the target.
+    """
     if size.kl is not None:
-        value = size.kl * share**2
+        value, least = size.kl * share**2, KL_TOLERANCE * size.kl
+        begin = start.retain_kl
+        name = "added KL" if begin else "KL"
         asked = f"--kl {size.kl:.4g}"
         if share < 1:
             asked += f" ({value:.4g} nats after this step)"
-        accept = around(value, KL_TOLERANCE)
-        return _Aim(lambda p: p.retain_kl, value, accept, asked, "KL")
-    assert size.goal is not None
-    begin = size.forgotten(start)
-    value = (size.goal - begin) * share
-    asked = f"{size.target} (a rise of {value:.4g} nats in this step)"
-    accept = around(value, LOSS_TOLERANCE)
-    return _Aim(lambda p: size.forgotten(p) - begin, value, accept, asked, "rise")
+    else:
+        assert size.goal is not None
+        way = size.goal - size.forgotten(first)
+        value, least = size.forgotten(first) + share * way, LOSS_TOLERANCE * way
+        begin, name = size.forgotten(start), "rise"
+        asked = f"{size.target} (a rise of {value - begin:.4g} nats in this step)"
+    sign = 1.0 if value >= begin else -1.0
+    value = abs(value - begin)
+    within = least if share == 1 else MIDWAY_TOLERANCE * value
+
+    def measure(probe: Probe) -> float:
+        now = probe.retain_kl if size.kl is not None else size.forgotten(probe)
+        return sign * (now - begin)
+
+    return _Aim(measure, value, (value - within, value + within), asked, name)
 
 
 def _capped(

@@ -14,10 +14,10 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
-from kfade.method.record import Best, Candidate, StepRecord
+from kfade.method.record import Best, Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.settings import DEFAULT_KL
-from kfade.method.step import Step, StepSize, choose_alpha
+from kfade.method.step import Probe, Step, StepSize, choose_alpha
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.models.weights import Weights
@@ -32,7 +32,11 @@ class Trial:
         update: the sum of all previous steps.
         objective: objective of this step.
         steps: number of steps of the whole run.
+        begin: the measurements before this step, if :meth:`ended` has told them.
         exact_norm: see :class:`~kfade.method.settings.Direction`.
+
+    Raises:
+        InputError: the forgetting target is reached before the first step.
     """
 
     def __init__(
@@ -43,13 +47,15 @@ class Trial:
         objective: Objective,
         size: StepSize,
         steps: int,
+        begin: Probe | None = None,
         *,
         exact_norm: bool,
     ) -> None:
         self._gauge, self._targets, self._update = gauge, targets, update
         self._objective, self._size, self._exact_norm = objective, size, exact_norm
+        self._last: Probe | None = None
         with stage("check"):
-            self._before = gauge.measure(update, objective)
+            self._before = begin or gauge.measure(update, objective)
         self._hidden = gauge.latest
         records = update.provenance["steps"]
         self._is_first, self._share = not records, (len(records) + 1) / steps
@@ -57,25 +63,9 @@ class Trial:
         # for.
         near = (size.kl or DEFAULT_KL) / steps**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
-        first = self._before.forget_loss
-        self._first_loss = first if self._is_first else records[0]["forget_loss_before"]
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether the forgetting target is reached already.
-
-        Raises:
-            InputError: it is reached before the first step.
-        """
-        size, probe = self._size, self._before
-        if size.goal is None or size.goal > size.forgotten(probe):
-            return False
-        if self._is_first:
-            known = f"loss is {probe.forget_loss:.4g}"
-            if size.until_probability is not None:
-                known = f"probability is {probe.forget_probability:.4g}"
-            raise InputError(f"{size.target}: the {known} already; ask for more")
-        return True
+        self._first = self._before if self._is_first else probe_of(records[0], "before")
+        if self._is_first and size.is_reached(self._before, self._before):
+            raise InputError(_known_already(size, self._before))
 
     def best(self, directions: Directions) -> Candidate:
         """Tries each direction at the size asked for and returns the best.
@@ -87,14 +77,21 @@ class Trial:
         Raises:
             InputError: a direction that changes nothing, or along which the size cannot be reached.
         """
-        best = Best(self._first_loss)
+        best = Best(self._first.forget_loss)
         step = directions.last() if self._size.alpha is not None else directions.next()
         while step is not None:
             step, exact = self._measured(step)
             best.add(*self._along(step, exact, directions.refined))
             del step  # free it before the next direction is computed
             step = directions.next()
-        return best.result
+        record, changes = best.result
+        if self._last is not None and record.probes[-1] != asdict(self._last):
+            self._last = None
+        return record, changes
+
+    def ended(self, objective: Objective) -> Probe | None:
+        """The measurements after this step, if those were the last ones and of ``objective``."""
+        return self._last if objective is self._objective else None
 
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step, scaled to exact unit length if ``exact_norm``, and its squared length rᵀGr with
@@ -127,6 +124,7 @@ class Trial:
                 self._size,
                 share=self._share,
                 start=before,
+                first=self._first,
                 guess=math.sqrt(2 * self._near / exact),
             )
             after = probes[-1]
@@ -146,8 +144,15 @@ class Trial:
                 probes=[asdict(p) for p in probes],
                 refined=refined,
             )
-        self._near = record.exact_kl
+        self._near, self._last = record.exact_kl, after
         return record, changes
+
+
+def _known_already(size: StepSize, probe: Probe) -> str:
+    known = f"loss is {probe.forget_loss:.4g}"
+    if size.until_probability is not None:
+        known = f"probability is {probe.forget_probability:.4g}"
+    return f"{size.target}: the {known} already; ask for more"
 
 
 def _relative_change(model: nn.Module, changes: Vector, alpha: float) -> dict[str, float]:

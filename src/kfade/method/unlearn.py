@@ -20,11 +20,11 @@ from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.gradient import forget_gradient
 from kfade.method.preflight import preflight
-from kfade.method.record import StepRecord
+from kfade.method.record import StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.step import StepSize
+from kfade.method.step import Probe, StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
@@ -86,11 +86,11 @@ def unlearn(
     update = update.to(device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], device)
     corrector = Corrector(gauge, targets, sampler, retain, size, run)
-    for index in range(len(update.provenance["steps"]), run.steps):
+    begin: Probe | None = None
+    while not _is_finished(update, size, run):
+        index = len(update.provenance["steps"])
         aim, exact_norm = direction.objective_of(index), direction.exact_norm
-        trial = Trial(gauge, targets, update, aim, size, run.steps, exact_norm=exact_norm)
-        if trial.is_reached:
-            break
+        trial = Trial(gauge, targets, update, aim, size, run.steps, begin, exact_norm=exact_norm)
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), gauge.applied(at):
@@ -111,11 +111,22 @@ def unlearn(
         del gradient  # the directions let it go when they need it no longer
         record, changes = trial.best(directions)
         update = _after(update, record, changes).kept(run.storage)
+        begin = trial.ended(direction.objective_of(index + 1))
         del trial, directions, changes  # before a correction or a later fit
-        update = corrector.correct(update, curvature, drawn)
+        if _is_finished(update, size, run):
+            update = corrector.correct(update, curvature, drawn)
         if run.on_step is not None:
             run.on_step(update)
     return update
+
+
+def _is_finished(update: Update, size: StepSize, run: Run) -> bool:
+    """Whether all steps are done, or the forgetting target is reached before."""
+    steps = update.provenance["steps"]
+    if not steps:
+        return False
+    first, now = probe_of(steps[0], "before"), probe_of(steps[-1], "after")
+    return len(steps) == run.steps or size.is_reached(first, now)
 
 
 def _divided(run: Run, model: nn.Module) -> Run:

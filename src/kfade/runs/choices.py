@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Estimator, Identity
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
+from kfade.method.settings import Correction, Run
 
 ESTIMATORS = "ekfac, kfac, diagonal or identity"
 LABELS = "sqrt (square-root draw) or sampled (from the model's distribution)"
@@ -16,6 +18,10 @@ EXPERT_INPUTS = (
     "eigendecompositions)"
 )
 OBJECTIVES = "margin or ce (cross-entropy)"
+QUALITIES = (
+    "fast (one step), default (three steps, each with a correction) or best (five steps, each "
+    "with two corrections)"
+)
 
 
 def estimator_of(word: str, draw: Draw = square_root_draw) -> Estimator:
@@ -50,6 +56,27 @@ def objective_of(word: str, flag: str = "--objective") -> Objective:
         case "ce":
             return cross_entropy
     raise InputError(f"{flag} {word}: give {OBJECTIVES}")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Amounts of work, where the options that set them are not given."""
+
+    steps: int
+    corrections: int
+    """After each step."""
+
+
+def quality_of(word: str) -> Quality:
+    """The quality with the name ``word``."""
+    match word:
+        case "fast":
+            return Quality(1, 0)
+        case "default":
+            return Quality(Run.steps, Correction.count)
+        case "best":
+            return Quality(5, 2)
+    raise InputError(f"--quality {word}: give {QUALITIES}")
 
 
 def until_of(word: str | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ import contextlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -226,6 +226,23 @@ class RunConfig(FitRequest):
     """Corrections after each step."""
     size: SizeConfig = field(default_factory=SizeConfig, kw_only=True)
     """The size of each step."""
+
+    @property
+    def decided(self) -> RunConfig:
+        """The same settings, with what ``quality`` decides filled in.
+
+        Raises:
+            InputError: an unknown quality.
+        """
+        word = self.step.quality or ("default" if self.size.alpha is None else "fast")
+        quality, steps, correct = choices.quality_of(word), self.step.steps, self.correction.correct
+        steps = quality.steps if steps is None else steps
+        correct = quality.corrections if correct is None else correct
+        return replace(
+            self,
+            step=replace(self.step, quality=word, steps=steps),
+            correction=replace(self.correction, correct=correct),
+        )
 
 
 def read_config(path: Path) -> RunConfig:

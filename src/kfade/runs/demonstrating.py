@@ -29,7 +29,7 @@ def demo_config(model: str) -> RunConfig:
             sequence_length=128,
             holdout=50,
         ),
-        step=StepConfig(relative_damping=1.0),
+        step=StepConfig(quality="fast", relative_damping=1.0),
         size=SizeConfig(kl=0.0005, max_kl=0.00055),  # the search reaches a KL within 10 %
     )
 

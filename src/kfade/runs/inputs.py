@@ -85,10 +85,9 @@ class SavedFit:
         Raises:
             InputError: a setting is different, for example the estimator.
         """
-        refits = run.step.refit and run.step.steps > 1
         for name in MADE_WITH:
             asked, fitted = getattr(run.fit, name), getattr(self.settings, name)
-            if asked != fitted and not (name == "memory" and refits):
+            if asked != fitted and not (name == "memory" and run.step.refits):
                 raise InputError(
                     f"--curvature {self.path} was fitted {_as_option(name, fitted)}, this run is "
                     f"{_as_option(name, asked)}: use the setting of the fit, or fit again with "

@@ -66,7 +66,7 @@ def make_room(
         targets,
         _work(run, estimator, offload=word in ("cpu", "disk")),
         kind,
-        refit=isinstance(run, RunConfig) and run.step.refit and run.step.steps > 1,
+        refit=isinstance(run, RunConfig) and run.step.refits,
         shards=distributed.count() if run.shard else 1,
         device=device,
         may_recompute=limit == AUTO,
@@ -170,7 +170,7 @@ def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
         work,
         refine=some.refine,
         refine_sequences=some.refine_sequences,
-        correct=more.correct,
+        correct=more.correct or 0,
         correct_sequences=more.correct_sequences,
     )
 

@@ -26,7 +26,7 @@ from kfade.planning.memory import (
     peaks,
 )
 from kfade.runs import options as o
-from kfade.runs.choices import bytes_of, estimator_of, offload_of
+from kfade.runs.choices import bytes_of, estimator_of, offload_of, quality_of
 from kfade.runs.config import BatchConfig, EstimatorConfig, ModelSource
 from kfade.runs.session import check_divides, selection
 from kfade.runs.step_config import CorrectionAmount, RefinementConfig
@@ -103,6 +103,7 @@ class PlanRequest:
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
         correct, sequences = self.correction.correct, self.correction.correct_sequences
+        correct = quality_of("default").corrections if correct is None else correct
         if correct < 0 or (sequences is not None and sequences < 1):
             raise InputError("--correct must be 0 or more, --correct-sequences 1 or more")
         length = self.data.sequence_length

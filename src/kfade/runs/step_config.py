@@ -16,6 +16,14 @@ from kfade.runs import options as o
 class StepConfig:
     """The direction of each step."""
 
+    quality: Annotated[
+        str | None,
+        Parameter(
+            help=f"Work that a run spends on a lower KL: {choices.QUALITIES}. Unset: default; "
+            "with --alpha, fast."
+        ),
+    ] = None
+    """Work that a run spends on a lower KL."""
     objective: Annotated[str, Parameter(help=f"Forgetting objective: {choices.OBJECTIVES}.")] = (
         "margin"
     )
@@ -23,11 +31,11 @@ class StepConfig:
     later_objective: str | None = None
     """Objective of all steps after the first, for example ce when the first step of the margin has
     made the text unlikely. Unset: as --objective."""
-    steps: int = 1
-    """Number of Gauss-Newton steps."""
+    steps: int | None = None
+    """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None
     """Number of forget sequences in each step, drawn without replacement. Unset: all."""
-    refit: bool = True
+    refit: bool = False
     """Fit the curvature again at each step. With --no-refit all steps use the first fit."""
     damping: float | None = None
     """Absolute damping λ, as in the paper. Unset: see --relative-damping."""
@@ -41,6 +49,11 @@ class StepConfig:
     """Where the gradient, the direction, the update and the weights that it replaces are kept:
     device, cpu (host memory), disk, or auto. Unset: auto, which means outside the device only as
     far as --memory makes it necessary."""
+
+    @property
+    def refits(self) -> bool:
+        """Whether the curvature is fitted more than once."""
+        return self.refit and self.steps != 1
 
 
 @o.settings(o.STEP)
@@ -60,9 +73,10 @@ class RefinementConfig:
 class CorrectionAmount:
     """Amount of corrections after each step."""
 
-    correct: int = 0
+    correct: int | None = None
     """Number of corrections after each step. A correction lowers the KL on the retain set and
-    leaves the forget loss as it is. With --kl the KL is then spent on forgetting."""
+    leaves the forget loss as it is. With --kl the KL is then spent on forgetting. Unset: by
+    --quality."""
     correct_sequences: int | None = None
     """Number of retain sequences in the KL's gradient for each correction. Unset: all."""
 

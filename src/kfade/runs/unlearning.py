@@ -81,6 +81,7 @@ def unlearn(
         InputError: a setting or a file is wrong, ``saved`` was fitted with other settings, or a
             resumed run has other settings than the interrupted one in ``out``.
     """
+    run = run.decided
     if saved is not None:
         saved.check(run)
     if export_model:
@@ -102,7 +103,7 @@ def unlearn(
     ):
         loaded = loaded or load(run.model, run.fit, shard=run.shard)
         run = replace(run, data=complete_data(run.data, loaded))
-        fits = saved is None or (run.step.refit and run.step.steps > 1)
+        fits = saved is None or run.step.refits
         room = make_room(run, loaded, estimator, "unlearn" if fits else "steps", folder)
         forget, retain, held_out = (
             to_tokens(examples, loaded, run.data)
@@ -143,7 +144,7 @@ def unlearn(
                 storage=room.storage,
                 store=partial(_store, folder, made_for),
                 start=_resume_from(folder),
-                on_step=partial(_keep_step, folder, run.step.steps),
+                on_step=partial(_keep_step, folder, settings.steps),
             ),
         )
         update = Update(
@@ -344,12 +345,15 @@ def _direction_of(run: RunConfig) -> Direction:
 
 def _run_of(run: RunConfig) -> Run:
     """The settings of the steps, without those that need the model (targets, curvature)."""
+    steps, correct = run.step.steps, run.correction.correct
+    assert steps is not None, "the settings are decided"
+    assert correct is not None, "the settings are decided"
     return Run(
-        steps=run.step.steps,
+        steps=steps,
         forget_batch=run.step.forget_batch,
         refit=run.step.refit,
         correction=Correction(
-            run.correction.correct,
+            correct,
             _correction_damping_of(run),
             run.correction.correct_sequences,
         ),
