@@ -23,7 +23,10 @@ RETAIN = random_sequences(9, seed=2)
 HELD_OUT = random_sequences(4, seed=3)
 SETS = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
 STEERING = Guidance((1, 2, 3), (1, 4, 5), (6, 7), bos=None, eos=None, window=64, fluent_tokens=4)
-NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
+NAMES = (
+    *("ga", "gd", "kl-min", "npo", "npo-sam", "simnpo", "wga", "satimp", "undial", "soul", "rmu"),
+    "elm",
+)
 
 
 def method_of(name: str, model) -> methods.Method:
@@ -36,8 +39,16 @@ def method_of(name: str, model) -> methods.Method:
             return methods.kl_minimisation()
         case "npo":
             return methods.npo()
+        case "npo-sam":
+            return methods.npo_sam()
         case "simnpo":
             return methods.simnpo()
+        case "wga":
+            return methods.wga()
+        case "satimp":
+            return methods.satimp()
+        case "undial":
+            return methods.undial()
         case "soul":
             return methods.soul()
         case "rmu":
@@ -85,7 +96,7 @@ def difference(first, second) -> float:
 # --- What each of several processes computes ----------------------------------------------------
 
 SHARDED = NAMES[:-1]  # elm does not run then
-RESUMED = ("kl-min", "soul", "rmu")
+RESUMED = ("kl-min", "npo-sam", "soul", "rmu")
 
 
 def made(sharded: bool, dtype: torch.dtype = torch.float64):
@@ -152,6 +163,7 @@ def compute(folder: Path, sharded: bool) -> dict:
     return {
         **{name: alike(name, made(sharded)) for name in names},
         "low rank": alike("gd", made(sharded), low_rank=True),
+        "low rank, sharp": alike("npo-sam", made(sharded), low_rank=True),
         "few sequences": alike("ga", made(sharded), batch=1, accumulate=1),
         "bfloat16": alike("gd", made(sharded, torch.bfloat16)),
         "resumed": {name: resumed(name, folder, sharded) for name in RESUMED},

@@ -52,7 +52,9 @@ def test_a_run_changes_an_update_and_not_the_model(name):
     assert update.fits_base(model)
 
 
-@pytest.mark.parametrize("name", ["ga", "gd", "kl-min", "npo", "soul", "elm"])
+@pytest.mark.parametrize(
+    "name", ["ga", "gd", "kl-min", "npo", "npo-sam", "wga", "undial", "soul", "elm"]
+)
 def test_a_run_lowers_the_probability_of_forget_text(name):
     model = tiny_llama(layers=3)
     still, moved = (
@@ -65,13 +67,14 @@ def test_a_run_lowers_the_probability_of_forget_text(name):
     assert moved[-1]["forget_loss"] > moved[0]["forget_loss"] + 0.1
 
 
-def test_simnpo_forgets_what_is_memorised():
-    # Where answers are unlikely its gradient fades; so first learn them.
+@pytest.mark.parametrize("name", ["simnpo", "satimp"])
+def test_a_run_forgets_what_is_memorised(name):
+    # Where answers are unlikely their gradients fade; so first learn them.
     model = tiny_llama(layers=3)
     learn = [methods.likelihood("forget", 1.0)]
     plain = settings(lr=3e-2, steps=60, weight_decay=0.0)
     train(model, learn, dense(model), SETS, plain).apply(model)
-    curve = run("simnpo", model, settings=settings(steps=20)).provenance["curve"]
+    curve = run(name, model, settings=settings(steps=20)).provenance["curve"]
     assert curve[0]["forget_loss"] < 0.5
     assert curve[-1]["forget_loss"] > 2 * curve[0]["forget_loss"]
 

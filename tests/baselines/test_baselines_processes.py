@@ -42,7 +42,7 @@ def same(ours: dict, theirs: dict) -> bool:
     return same_bits(whole(ours["deltas"]), whole(theirs["deltas"]))
 
 
-WHAT = ("low rank", "few sequences", "bfloat16")
+WHAT = ("low rank", "low rank, sharp", "few sequences", "bfloat16")
 RUNS = [
     *(("whole", name) for name in (*NAMES, *WHAT)),
     *(("sharded", name) for name in (*SHARDED, *WHAT)),

@@ -17,7 +17,10 @@ from kfade.cli import main
 from kfade.method.update import Update
 from kfade.runtime.run_dir import RunDir
 
-NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
+NAMES = (
+    *("ga", "gd", "kl-min", "npo", "npo-sam", "simnpo", "wga", "satimp", "undial", "soul", "rmu"),
+    "elm",
+)
 
 
 @pytest.fixture
@@ -218,11 +221,16 @@ def test_weights_can_be_chosen(baseline, tmp_path, method, more, trained):
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
-        ("dpo", (), "METHOD dpo: give ga, gd, kl-min, npo, simnpo, rmu, elm or soul"),
+        ("dpo", (), "METHOD dpo: give ga, gd, kl-min, npo, npo-sam, simnpo, wga, satimp, undial,"),
         ("ga", ("--beta", "1"), "--beta is not an option of ga"),
         ("soul", ("--retain-weight", "1"), "--retain-weight is not an option of soul"),
         ("gd", ("--layer", "1"), "--layer is not an option of gd"),
         ("npo", ("--layer", "1"), "--layer is not an option of npo"),
+        ("npo", ("--sam-radius", "1"), "--sam-radius is not an option of npo"),
+        ("npo-sam", ("--sam-radius", "0"), "--sam-radius 0.0: give a finite number above 0"),
+        ("npo-sam", ("--dtype", "bfloat16"), "--sam-radius 0.01 moves weights by less than 16 bit"),
+        ("wga", ("--beta2", "1"), "--beta2 is not an option of wga"),
+        ("satimp", ("--beta", "1"), "--beta is not an option of satimp"),
         ("gd", ("--steps", "2", "--epochs", "2"), "give --steps or --epochs, not both"),
         ("gd", ("--batch", "0"), "--batch, --accumulate and --epochs must be above 0"),
         ("gd", ("--steps", "0"), "--steps 0: give 1 or more"),

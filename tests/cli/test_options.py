@@ -19,8 +19,8 @@ EXPERTS = {"--experts", "--expert-rows", "--expert-inputs"}
 ADDED = {
     # One class of settings is read by several commands.
     "check": {"--recompute", "--no-recompute", "--shard", *EXPERTS},
-    # Fine-tuning of models that are larger than a device.
-    "baseline": {"--shard"},
+    # Fine-tuning of models that are larger than a device; later methods.
+    "baseline": {"--shard", "--beta1", "--beta2", "--sam-radius"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
     "plan": {"--offload", *EXPERTS, "--correct", "--correct-sequences"},

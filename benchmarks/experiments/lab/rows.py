@@ -16,7 +16,11 @@ ESTIMATORS = {"ekfac": "EK-FAC", "kfac": "K-FAC", "diagonal": "diagonal", "ident
 BASELINES = {
     "gd": "gradient difference",
     "npo": "NPO",
+    "npo-sam": "NPO, sharpness-aware",
     "simnpo": "SimNPO",
+    "wga": "WGA",
+    "satimp": "SatImp",
+    "undial": "UNDIAL",
     "rmu": "RMU",
     "kl-min": "KL minimisation",
     "ga": "gradient ascent",

@@ -9,18 +9,27 @@ The mean is over the whole batch, so the pieces do not change the gradient.
     kl-min   −CE_f + KL(base ‖ current) on retain tokens
     npo      (2/β) softplus(−β (L − L_base)) + CE_r           mean over sequences
     simnpo   c (2/β) softplus(−β (L/|y| − γ)) + CE_r
+    wga      p^β log p + CE_r                                 mean over tokens
+    satimp   c p^β₁ (1 − p)^β₂ log p + CE_r
+    undial   CE(softmax(z_base − β e_y), current)
 
-L is a sequence's summed negative log-likelihood, |y| the number of its scored tokens.
+L is a sequence's summed negative log-likelihood, |y| the number of its scored tokens. p is the
+probability of a forget token y, z_base are the base model's logits before it, and e_y is the unit
+vector of y. The factors before log p have no gradient. npo-sam is npo with a sharpness-aware forget
+term, see :func:`sharpness_aware`.
+
 Sources: Maini et al. 2024 (ga, gd, kl-min), Zhang et al. 2024 (npo), Fan et al. 2024 (simnpo),
-Jia et al. 2024 (soul).
+Jia et al. 2024 (soul), Wang et al. 2025, arXiv 2502.19301 (wga), Yang et al. 2025, arXiv 2505.11953
+(satimp), Dong et al. 2024, arXiv 2402.10052 (undial), Fan et al. 2025, arXiv 2502.05374 (npo-sam).
 
 Shapes: B sequences, N scored tokens, D hidden width, V vocabulary, K whatever a mean is over.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
+from kfade.errors import InputError
 from kfade.method.objectives import cross_entropy
 from kfade.models.head import Head, hidden_states
 from kfade.models.lengths import batches_for
@@ -64,6 +74,8 @@ class Term:
     """K, known before the values are."""
     reference: Callable[[Net, TokenSequence], Row] | None = None
     """What it needs of the base model's outputs on a sequence; computed once and kept."""
+    radius: float = 0.0
+    """See :func:`sharpness_aware`."""
 
 
 def likelihood(on: Literal["forget", "retain"], weight: float) -> Term:
@@ -94,27 +106,75 @@ def simple_preference(beta: float, gamma: float, weight: float) -> Term:
     return Term("forget", weight, values, sequences)
 
 
+def weighted_ascent(beta1: float, beta2: float, weight: float) -> Term:
+    """WGA's and SatImp's forget term: mean of p^β₁ (1 − p)^β₂ log p per scored token, whose weights
+    have no gradient."""
+
+    def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
+        nll_N = token_nll(net, batch)
+        return -token_weights(nll_N.detach(), beta1, beta2) * nll_N
+
+    return Term("forget", weight, values, tokens)
+
+
 def closeness(weight: float) -> Term:
-    """Mean KL(base ‖ current) per scored retain token.
+    """Mean KL(base ‖ current) per scored retain token."""
+
+    def values(base_NV: Tensor, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        return kl_values(base_NV, logits_NV)
+
+    return _against_base("retain", weight, values)
+
+
+def distillation(beta: float, weight: float) -> Term:
+    """UNDIAL's forget term: mean cross-entropy per scored token to the base model's distribution
+    with the token's own logit lowered by β."""
+
+    def values(base_NV: Tensor, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        return undial_values(base_NV, logits_NV, target_N, beta)
+
+    return _against_base("forget", weight, values)
+
+
+def sharpness_aware(term: Term, radius: float) -> Term:
+    """The term with its gradient g taken at θ + ρ g(θ)/‖g(θ)‖, ρ being ``radius``.
+
+    θ is all that is trained, as one vector, and g the gradient of a whole step: over its batches
+    and over the processes. To first order this minimises the term's largest value within ρ of θ
+    (Foret et al. 2021). All sharpness-aware terms of a method have one radius.
+
+    Raises:
+        InputError: the radius is not above 0.
+    """
+    if not (math.isfinite(radius) and radius > 0):
+        raise InputError(f"--sam-radius {radius}: give a finite number above 0")
+    return replace(term, radius=radius)
+
+
+def _against_base(
+    on: Literal["forget", "retain"],
+    weight: float,
+    values: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Term:
+    """Mean per scored token of ``values(base logits, logits, targets)`` [N].
 
     Its reference is the base model's final hidden states; ``net`` has the base model's head.
     """
 
-    def values(net: Net, batch: Batch, rows: Rows) -> Tensor:
-        base_ND = torch.cat([row[0] for row in rows])
-
-        def of_logits(logits_NV: Tensor, base_ND: Tensor) -> Tensor:
+    def of_batch(net: Net, batch: Batch, rows: Rows) -> Tensor:
+        def of_logits(logits_NV: Tensor, base_ND: Tensor, target_N: Tensor) -> Tensor:
             with torch.no_grad():
                 base_NV = net.base_head(base_ND)
-            return kl_values(base_NV, logits_NV)
+            return values(base_NV, logits_NV, target_N)
 
-        return at_loss_tokens(net, batch, of_logits, base_ND.to(batch.input_BT.device))
+        base_ND = torch.cat([row[0] for row in rows]).to(batch.input_BT.device)
+        return at_loss_tokens(net, batch, of_logits, base_ND, batch.at_loss(batch.target_BT))
 
     def reference(net: Net, sequence: TokenSequence) -> Row:
         batch = alone(net, sequence)
         return (batch.at_loss(hidden_states(net.model, batch.input_BT)),)
 
-    return Term("retain", weight, values, tokens, reference)
+    return Term(on, weight, of_batch, tokens, reference)
 
 
 def npo_values(nll_B: Tensor, base_B: Tensor, beta: float) -> Tensor:
@@ -128,6 +188,23 @@ def npo_values(nll_B: Tensor, base_B: Tensor, beta: float) -> Tensor:
 def simnpo_values(nll_B: Tensor, count_B: Tensor, beta: float, gamma: float) -> Tensor:
     """−(2/β) log σ(β (L/|y| − γ)), [B]."""
     return (2 / beta) * softplus(-beta * (nll_B / count_B - gamma))
+
+
+def token_weights(nll_N: Tensor, beta1: float, beta2: float) -> Tensor:
+    """p^β₁ (1 − p)^β₂, [N], with p = exp(−nll); 1 − p does not cancel where p is near 1."""
+    return (-beta1 * nll_N).exp() * (-torch.expm1(-nll_N)) ** beta2
+
+
+def undial_values(base_NV: Tensor, logits_NV: Tensor, target_N: Tensor, beta: float) -> Tensor:
+    """−Σ p log q, [N], with p = softmax(z_base − β e_y); its gradient at the logits of q is q − p.
+
+    At β = 0 it is KL(base ‖ current) and the base model's entropy.
+    """
+    target_N1 = target_N[:, None]
+    lowered_NV = base_NV.scatter(1, target_N1, base_NV.gather(1, target_N1) - beta)
+    return torch.nn.functional.cross_entropy(
+        logits_NV, lowered_NV.softmax(dim=-1), reduction="none"
+    )
 
 
 def kl_values(base_NV: Tensor, logits_NV: Tensor) -> Tensor:

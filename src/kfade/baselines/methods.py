@@ -13,7 +13,16 @@ from torch.optim import AdamW, Optimizer
 
 from kfade.baselines import elm as erasing
 from kfade.baselines import rmu as representations
-from kfade.baselines.losses import Term, closeness, likelihood, preference, simple_preference
+from kfade.baselines.losses import (
+    Term,
+    closeness,
+    distillation,
+    likelihood,
+    preference,
+    sharpness_aware,
+    simple_preference,
+    weighted_ascent,
+)
 from kfade.baselines.sophia import Sophia
 from kfade.models.layers import choose_targets
 from kfade.models.targets import Target
@@ -89,6 +98,52 @@ def simnpo(
     """SimNPO: c (2/β) softplus(−β (L/|y| − γ)) + CE_r; β and c as for 5 % of TOFU."""
     terms = (simple_preference(beta, gamma, coefficient), likelihood("retain", retain_weight))
     return Method(terms, TEN_EPOCHS)
+
+
+def npo_sam(
+    *,
+    beta: float = 0.1,
+    coefficient: float = 1.0,
+    retain_weight: float = 1.0,
+    sam_radius: float = 0.01,
+) -> Method:
+    """NPO with the gradient of its forget term taken at θ + ρ g/‖g‖; trained as NPO.
+
+    ρ is that of the reference code on MUSE.
+
+    Raises:
+        InputError: the radius is not above 0.
+    """
+    forget = sharpness_aware(preference(beta, coefficient), sam_radius)
+    return Method((forget, likelihood("retain", retain_weight)), TEN_EPOCHS)
+
+
+def wga(*, beta: float = 1.0, coefficient: float = 1.0, retain_weight: float = 1.0) -> Method:
+    """WGA: c p^β log p + CE_r; defaults of OpenUnlearning."""
+    terms = (weighted_ascent(beta, 0.0, coefficient), likelihood("retain", retain_weight))
+    return Method(terms, FIVE_EPOCHS)
+
+
+def satimp(
+    *,
+    beta1: float = 5.0,
+    beta2: float = 1.0,
+    coefficient: float = 0.1,
+    retain_weight: float = 1.0,
+) -> Method:
+    """SatImp: c p^β₁ (1 − p)^β₂ log p + CE_r; defaults of OpenUnlearning."""
+    terms = (weighted_ascent(beta1, beta2, coefficient), likelihood("retain", retain_weight))
+    return Method(terms, FIVE_EPOCHS)
+
+
+def undial(*, beta: float = 10.0, coefficient: float = 1.0, retain_weight: float = 0.0) -> Method:
+    """UNDIAL: c CE(softmax(z_base − β e_y), current) + w CE_r; defaults of OpenUnlearning.
+
+    The paper and OpenUnlearning use no retain data; at w = 0 none is read in training.
+    """
+    retain = (likelihood("retain", retain_weight),) if retain_weight else ()
+    defaults = Defaults(**{**TOFU, "lr": 1e-4}, epochs=10)
+    return Method((distillation(beta, coefficient), *retain), defaults)
 
 
 def soul(*, gamma: float = 2.0) -> Method:

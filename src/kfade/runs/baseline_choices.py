@@ -18,7 +18,7 @@ from kfade.models.lengths import model_window
 from kfade.models.targets import Target
 from kfade.runs.session import Loaded
 
-METHODS = "ga, gd, kl-min, npo, simnpo, rmu, elm or soul"
+METHODS = "ga, gd, kl-min, npo, npo-sam, simnpo, wga, satimp, undial, rmu, elm or soul"
 LORA_ALPHA, LORA_DROPOUT = 16.0, 0.05
 
 
@@ -51,9 +51,21 @@ def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], M
         case "npo":
             own = only("beta", "coefficient", "retain_weight")
             return lambda loaded, seed: methods.npo(**own)
+        case "npo-sam":
+            own = only("beta", "coefficient", "retain_weight", "sam_radius")
+            return lambda loaded, seed: methods.npo_sam(**own)
         case "simnpo":
             own = only("beta", "gamma", "coefficient", "retain_weight")
             return lambda loaded, seed: methods.simnpo(**own)
+        case "wga":
+            own = only("beta", "coefficient", "retain_weight")
+            return lambda loaded, seed: methods.wga(**own)
+        case "satimp":
+            own = only("beta1", "beta2", "coefficient", "retain_weight")
+            return lambda loaded, seed: methods.satimp(**own)
+        case "undial":
+            own = only("beta", "coefficient", "retain_weight")
+            return lambda loaded, seed: methods.undial(**own)
         case "soul":
             own = only("gamma")
             return lambda loaded, seed: methods.soul(**own)
