@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding, generate
-from kfade.method.settings import Run
+from kfade.method.settings import Correction, Run
 from kfade.method.step import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.models.layers import choose_targets
@@ -333,7 +333,8 @@ def unlearned(model: nn.Module) -> dict[str, Any]:
     """One step at a KL at which predictions must hold; (measured / predicted) of both."""
     chosen = choose_targets(model)
     for kl in KL_EXPERTS if has_experts(model) else (KL,):
-        update = unlearn(model, **data(), size=StepSize(kl=kl), run=Run(targets=chosen.targets))
+        run = Run(targets=chosen.targets, steps=1, correction=Correction(count=0))
+        update = unlearn(model, **data(), size=StepSize(kl=kl), run=run)
         [step] = update.provenance["steps"]
         objective = step["measured_objective_change"] / step["predicted_objective_change"]
         if abs(objective - 1) <= TOLERANCE:

@@ -31,7 +31,8 @@ def main() -> None:
     given = options.parse_args()
     batch = ["--batch-tokens", str(given.batch_tokens)]
     tokens = ["--tokens", str(RETAIN * LENGTH), "--forget-tokens", str(FORGET * LENGTH)]
-    planned = kfade("plan", str(given.model), "--measure", *tokens, *batch)
+    one = ["--steps", "1", "--correct", "0"]
+    planned = kfade("plan", str(given.model), "--measure", *tokens, *batch, *one)
     with tempfile.TemporaryDirectory() as folder:
         forget, retain = write_examples(given.model, given.text, Path(folder))
         run = kfade(
@@ -39,6 +40,7 @@ def main() -> None:
             *("--holdout", str(HELD_OUT), "--alpha", "1e-4", "--out", str(Path(folder) / "out")),
             *("--sequence-length", str(LENGTH), "--template", "plain", "--no-pack"),
             *batch,
+            *one,
         )
     result = compared(planned, run)
     write(FILE, result)

@@ -29,6 +29,7 @@ from transformers import (
 from kfade.runs import PlanRequest, plan
 from kfade.runs.config import EstimatorConfig, ModelSource
 from kfade.runs.planning import AmountConfig, DeviceConfig
+from kfade.runs.step_config import CorrectionAmount
 
 RESULTS = Path(__file__).parent / "results" / "plan_sizes.jsonl"
 BATCHES = (4096, 2048, 1024, 512)
@@ -103,8 +104,9 @@ def fitting(folder: str, device: DeviceConfig) -> dict[str, Any]:
         for recompute in (False, True):
             request = PlanRequest(
                 ModelSource(folder),
-                data=AmountConfig(batch_tokens=batch),
+                data=AmountConfig(batch_tokens=batch, steps=1),
                 fit=EstimatorConfig(recompute=recompute),
+                correction=CorrectionAmount(correct=0),
                 device=replace(device),
             )
             found = plan(request)

@@ -35,7 +35,7 @@ import kfade
 from kfade.curvature.estimators import KFAC
 from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence
-from kfade.method.settings import Run
+from kfade.method.settings import Correction, Run
 from kfade.method.step import StepSize
 from kfade.models.head import body_of, hidden_states, trial_tokens
 from kfade.models.layers import decoder_blocks, find_targets
@@ -93,6 +93,8 @@ def unlearnt(model: Any, folder: Path, shard: bool) -> dict[str, int]:
         fit=KFAC(),
         size=StepSize(alpha=0.01),
         run=Run(
+            steps=1,
+            correction=Correction(count=0),
             batch_tokens=64,
             memory=2 * memory_of_fit,
             store=lambda model, targets: Store(folder),

@@ -34,7 +34,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.routing import rerouted_share
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, mean_objectives
-from kfade.method.settings import Run
+from kfade.method.settings import Correction, Run
 from kfade.method.step import StepSize
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for
@@ -88,7 +88,13 @@ class Trained:
                 retain=self.sets["fit"],
                 held_out=self.sets["held_out"],
                 size=StepSize(until_probability=TARGET),
-                run=Run(targets=targets, steps=count, refit=refit, batch_tokens=BUDGET),
+                run=Run(
+                    targets=targets,
+                    steps=count,
+                    refit=refit,
+                    correction=Correction(count=0),
+                    batch_tokens=BUDGET,
+                ),
             )
         except kfade.InputError as error:
             return {"failure": str(error)}

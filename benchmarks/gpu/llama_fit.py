@@ -173,7 +173,12 @@ class LlamaFit:
                         **data,
                         fit=ESTIMATOR,
                         size=kfade.StepSize(kl=kl),
-                        run=kfade.Run(targets=targets, batch_tokens=sizes.batch_tokens),
+                        run=kfade.Run(
+                            targets=targets,
+                            steps=1,
+                            correction=kfade.Correction(count=0),
+                            batch_tokens=sizes.batch_tokens,
+                        ),
                     )
             except kfade.InputError as error:
                 if kl == KLS[-1]:

@@ -23,7 +23,7 @@ ADDED = {
     "baseline": {"--shard", "--beta1", "--beta2", "--sam-radius"},
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload", *EXPERTS, "--correct", "--correct-sequences"},
+    "plan": {"--offload", *EXPERTS, "--steps", "--correct", "--correct-sequences"},
     "sweep": {"--offload", "--memory"},
     "unlearn": {
         *("--offload", *EXPERTS),

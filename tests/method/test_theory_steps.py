@@ -244,13 +244,21 @@ def test_a_run_meets_its_kl_and_records_what_it_did(model):
     assert run(model, kl=0.01, max_kl=0.005).provenance["steps"][0]["retain_kl"] <= 0.005
 
 
-def test_settings_left_out_are_a_step_by_the_margin_to_a_hundredth_of_a_nat(model):
+def test_settings_left_out_are_steps_by_the_margin_to_a_hundredth_of_a_nat(model):
     sets = {name: random_sequences(4, seed=i) for i, name in enumerate(("forget", "retain"))}
     sets["held_out"] = random_sequences(3, seed=9)
     update = kfade.unlearn(model, **sets)
-    [step] = update.provenance["steps"]
+    *_, step = update.provenance["steps"]
     assert step["retain_kl"] == pytest.approx(0.01, rel=0.1)
-    told = flat(objective=margin, damping=Damping(0.1), kl=0.01, steps=1, seed=0)
+    told = flat(
+        objective=margin,
+        damping=Damping(0.1),
+        kl=0.01,
+        steps=kfade.Run.steps,
+        refit=False,
+        correction=kfade.Correction(count=1),
+        seed=0,
+    )
     assert same_update(update, kfade.unlearn(model, **sets, **told))
     assert not same_update(update, kfade.unlearn(model, **sets, **flat(damping=0.2)))
 
@@ -270,7 +278,7 @@ def test_settings_check_themselves(make, message):
     with pytest.raises(InputError, match=re.escape(message)):
         make()
     assert (kfade.Run(), kfade.Direction()) == (
-        kfade.Run(steps=1),
+        kfade.Run(steps=6, refit=False),
         kfade.Direction(damping=Damping(0.1)),
     )
 

@@ -14,7 +14,7 @@ from families import sequences, tiny_config, tiny_model
 import kfade
 from kfade import EKFAC, find_targets, make_batches, margin
 from kfade.method.gradient import forget_gradient
-from kfade.method.settings import Run
+from kfade.method.settings import Correction, Run
 from kfade.method.step import StepSize
 from kfade.runs.experts import expert_rows
 from kfade.runtime import distributed
@@ -53,7 +53,8 @@ def seen(model):
 def step_of(model, **size):
     """One step of the targets whose experts see retain text."""
     sets = {"forget": sequences(3, 1), "retain": retain(), "held_out": sequences(4, 3)}
-    return kfade.unlearn(model, **sets, size=StepSize(**size), run=Run(targets=seen(model)))
+    run = Run(targets=seen(model), steps=1, correction=Correction(count=0))
+    return kfade.unlearn(model, **sets, size=StepSize(**size), run=run)
 
 
 def gradient_of(model, texts, budget: int):

@@ -185,7 +185,7 @@ class Lab:
                 curvature=curvature,
                 batch_tokens=BUDGET,
                 on_step=states.append,
-                **{"refit": False, **options},
+                **{"steps": 1, "correction": kfade.Correction(count=0), **options},
             ),
         )
         seconds, last = time.perf_counter() - start, update.provenance["steps"][-1]

@@ -255,7 +255,8 @@ class _Training:
         Returns the sum over the step's batches of their losses, the same in all processes. A
         sharpness-aware term's loss is taken where its gradient is.
         """
-        sharp, plain = [], []
+        sharp: list[int] = []
+        plain: list[int] = []
         for number, term in enumerate(self.terms):
             (sharp if term.radius else plain).append(number)
         loss = 0.0

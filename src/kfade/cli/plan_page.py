@@ -31,7 +31,7 @@ STAGES = {
     "step": "direction and its exact G-norm",
     "refine": "refinement of the direction by exact products",
     "check": "search for the step's size",
-    "correct": "corrections after the step",
+    "correct": "corrections after the last step",
     "exchange": "sums and bases between devices",
 }
 FITTED = ("load", *FIT_STAGES)
@@ -79,7 +79,8 @@ def _marked(peak: int, memory: int | None) -> str:
 
 
 def _work(plan: dict[str, Any]) -> Table:
-    table = Table("stage", "TFLOP", "shares", title="Work of one step")
+    steps = counted(plan["work"]["steps"], "step")
+    table = Table("stage", "TFLOP", "shares", title=f"Work of a run of {steps}")
     table.columns[1].justify = "right"
     for count in plan["seconds"]:
         table.add_column("1 device" if count == "1" else f"{count} devices", justify="right")

@@ -75,14 +75,14 @@ class Direction:
 
 @dataclass(frozen=True)
 class Correction:
-    """Corrections after each step, see :mod:`kfade.method.correct`.
+    """Corrections after the last step, see :mod:`kfade.method.correct`.
 
     Raises:
         InputError: a number out of its range.
     """
 
     count: int = 1
-    """Corrections after each step; the first one that is not accepted is the last."""
+    """Number of them; the first one that is not accepted is the last."""
     damping: Damping = Damping(1.0)
     """λ of each layer in a correction."""
     sequences: int | None = None
@@ -114,14 +114,14 @@ class Run:
     """Weights to change; every feed-forward weight when None."""
     curvature: Curvature | None = None
     """A finished fit to use for the first step (for all steps if not ``refit``)."""
-    steps: int = 3
+    steps: int = 6
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
     """Forget sequences in each step, drawn without replacement; all when None."""
     refit: bool = False
     """Fit the curvature again at each step."""
     correction: Correction = Correction()
-    """Corrections after each step."""
+    """Corrections after the last step."""
     batch_tokens: int = 4096
     """Positions in one forward pass."""
     recompute: bool = False

@@ -145,7 +145,7 @@ def lambda_flops(
 def flops(
     subject: Workload, groups: Sequence[Sequence[Target]], work: Work
 ) -> dict[str, dict[str, float]]:
-    """Flops of each stage of one step, by kind of work.
+    """Flops of each stage of a run by one fit, by kind of work.
 
     Kinds: forward (with blocks that run again), backward (activation gradients, down to a group's
     lowest target), head (2·D·V per token forward, as much backward), products (in the model's
@@ -156,7 +156,8 @@ def flops(
     costs a forward pass over them and one over the measured forget sequences. A refined direction
     has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
     and a backward pass. A correction costs a gradient on the forget set, one on retain data with a
-    forward pass of the original model more, two directions, and the measurements of one step.
+    forward pass of the original model more, one on held-out data, two directions, and the
+    measurements of one step.
     """
     tally = _Tally(subject)
     add, one_pass, forward, head = tally.add, tally.one_pass, tally.forward, tally.head
@@ -191,6 +192,8 @@ def flops(
     trials = TRIALS * directions
     tokens = (1 + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
+    for stage in ("gradient", "step", "refine", "check"):
+        tally.repeat(stage, work.steps)
     if work.correct:
         _add_corrections(tally, work, held_out + measured, rotations)
     return tally.found
@@ -226,6 +229,11 @@ class _Tally:
         for kind, amount in kinds.items():
             row[kind] = row.get(kind, 0.0) + amount
 
+    def repeat(self, stage: str, times: int) -> None:
+        """Multiply the flops of a stage, if there are any."""
+        for kind in self.found.get(stage, {}):
+            self.found[stage][kind] *= times
+
     def one_pass(self, stage: str, group: Sequence[Target], positions: float) -> None:
         """Add a forward and a backward pass down to the lowest target of ``group``."""
         cost = self.subject.cost
@@ -240,7 +248,7 @@ class _Tally:
 
 
 def _add_corrections(tally: _Tally, work: Work, tried: float, rotations: float) -> None:
-    """Add the corrections after a step.
+    """Add the corrections after the last step.
 
     Args:
         tried: positions of a trial, on held-out and on forget sequences.
@@ -248,7 +256,7 @@ def _add_corrections(tally: _Tally, work: Work, tried: float, rotations: float) 
     """
     held_out, retain = float(HELD_OUT * work.length), work.correct_positions
     for _ in range(work.correct):
-        for positions in (work.positions(work.forget_tokens), retain):
+        for positions in (work.positions(work.forget_tokens), retain, held_out):
             tally.one_pass("correct", tally.subject.targets, positions)
             tally.add("correct", float32=tally.outer * positions)
         # The original model's outputs, the exact quadratic form, and the trials.
@@ -265,7 +273,7 @@ def seconds(
     speed: Speed,
     devices: int = 1,
 ) -> dict[str, float]:
-    """Seconds of each stage of one step on ``devices`` devices.
+    """Seconds of each stage of a run by one fit on ``devices`` devices.
 
     Data are split evenly. Decompositions are assigned by cost, and the slowest device counts. Every
     device computes the complete direction. "exchange" is the communication between devices.
@@ -289,7 +297,7 @@ def seconds(
 
 
 def exchanged_bytes(subject: Workload, work: Work) -> int:
-    """Bytes that each of several devices sends in one step.
+    """Bytes that each of several devices sends in a run by one fit.
 
     A factor goes to the device that decomposes it, and its eigenbasis is sent back. Λ and the
     gradient are summed over all devices, which sends twice their size. If layers are sharded, the
@@ -297,7 +305,7 @@ def exchanged_bytes(subject: Workload, work: Work) -> int:
     unless the device that owns the layer has computed them.
     """
     vector = subject.size * subject.targeted
-    gradients = 1 + 2 * work.correct
+    gradients = work.steps + 3 * work.correct
     if subject.shards > 1:
         row = subject.targets[0].dtype.itemsize * _by_rows(subject, subject.targets, lambda d: d)
         passes = len(work.estimator.passes) * work.positions(work.retain_tokens) / subject.shards

@@ -57,8 +57,10 @@ class Work:
     """Iterations of conjugate gradients that improve the direction."""
     refine_sequences: int = 64
     """Retain sequences in each product with the Gauss-Newton matrix of these iterations."""
+    steps: int = 1
+    """Gauss-Newton steps by one fit."""
     correct: int = 0
-    """Corrections after the step."""
+    """Corrections after the last step."""
     correct_sequences: int | None = None
     """Retain sequences in the KL's gradient for each of them; None: all."""
 

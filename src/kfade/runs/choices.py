@@ -19,8 +19,8 @@ EXPERT_INPUTS = (
 )
 OBJECTIVES = "margin or ce (cross-entropy)"
 QUALITIES = (
-    "fast (one step), default (three steps, each with a correction) or best (five steps, each "
-    "with two corrections)"
+    "fast (one step), default (six steps and a correction) or best (twelve steps and three "
+    "corrections)"
 )
 
 
@@ -64,7 +64,7 @@ class Quality:
 
     steps: int
     corrections: int
-    """After each step."""
+    """After the last step."""
 
 
 def quality_of(word: str) -> Quality:
@@ -75,7 +75,7 @@ def quality_of(word: str) -> Quality:
         case "default":
             return Quality(Run.steps, Correction.count)
         case "best":
-            return Quality(5, 2)
+            return Quality(12, 3)
     raise InputError(f"--quality {word}: give {QUALITIES}")
 
 

@@ -223,7 +223,7 @@ class RunConfig(FitRequest):
     refinement: RefinementConfig = field(default_factory=RefinementConfig, kw_only=True)
     """Refinement of the direction."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig, kw_only=True)
-    """Corrections after each step."""
+    """Corrections after the last step."""
     size: SizeConfig = field(default_factory=SizeConfig, kw_only=True)
     """The size of each step."""
 

@@ -170,6 +170,7 @@ def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
         work,
         refine=some.refine,
         refine_sequences=some.refine_sequences,
+        steps=run.step.steps or 1,
         correct=more.correct or 0,
         correct_sequences=more.correct_sequences,
     )

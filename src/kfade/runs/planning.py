@@ -41,6 +41,8 @@ class AmountConfig(BatchConfig):
     """Number of retain tokens for the fit; the default is 4000 sequences of 512."""
     forget_tokens: int = Work.forget_tokens
     """Number of forget tokens in one step; the default is 2500 sequences of 512."""
+    steps: int | None = None
+    """Number of Gauss-Newton steps by one fit. Unset: as kfade unlearn takes by default."""
 
 
 @o.settings(o.DEVICE)
@@ -84,7 +86,7 @@ class PlanRequest:
     refinement: RefinementConfig = field(default_factory=RefinementConfig, kw_only=True)
     """Refinement of each direction."""
     correction: CorrectionAmount = field(default_factory=CorrectionAmount, kw_only=True)
-    """Corrections after each step."""
+    """Corrections after the last step."""
     device: DeviceConfig = field(default_factory=DeviceConfig, kw_only=True)
     """The devices."""
 
@@ -103,7 +105,13 @@ class PlanRequest:
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
         correct, sequences = self.correction.correct, self.correction.correct_sequences
-        correct = quality_of("default").corrections if correct is None else correct
+        usual, steps = quality_of("default"), self.data.steps
+        steps, correct = (
+            own if given is None else given
+            for given, own in ((steps, usual.steps), (correct, usual.corrections))
+        )
+        if steps < 1:
+            raise InputError(f"--steps {steps}: give 1 or more")
         if correct < 0 or (sequences is not None and sequences < 1):
             raise InputError("--correct must be 0 or more, --correct-sequences 1 or more")
         length = self.data.sequence_length
@@ -116,6 +124,7 @@ class PlanRequest:
             forget_tokens=self.data.forget_tokens,
             refine=self.refinement.refine,
             refine_sequences=self.refinement.refine_sequences,
+            steps=steps,
             correct=correct,
             correct_sequences=sequences,
             offload=offload_of(self.device.offload) in ("cpu", "disk"),

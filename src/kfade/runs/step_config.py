@@ -71,12 +71,12 @@ class RefinementConfig:
 @o.settings(o.STEP)
 @dataclass(frozen=True, kw_only=True)
 class CorrectionAmount:
-    """Amount of corrections after each step."""
+    """Amount of corrections after the last step."""
 
     correct: int | None = None
-    """Number of corrections after each step. A correction lowers the KL on the retain set and
-    leaves the forget loss as it is. With --kl the KL is then spent on forgetting. Unset: by
-    --quality."""
+    """Number of corrections after the last step. A correction lowers the KL on the retain set and
+    leaves the forget loss as it is. With --kl the KL is then spent on forgetting. Unset: as the
+    default quality of kfade unlearn, or by its --quality."""
     correct_sequences: int | None = None
     """Number of retain sequences in the KL's gradient for each correction. Unset: all."""
 
@@ -84,7 +84,7 @@ class CorrectionAmount:
 @o.settings(o.STEP)
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig(CorrectionAmount):
-    """Corrections after each step."""
+    """Corrections after the last step."""
 
     correct_damping: float = 1.0
     """Damping λ of --correct, as a multiple of each layer's mean eigenvalue."""
