@@ -52,9 +52,7 @@ def test_a_run_changes_an_update_and_not_the_model(name):
     assert update.fits_base(model)
 
 
-@pytest.mark.parametrize(
-    "name", ["ga", "gd", "kl-min", "npo", "npo-sam", "wga", "undial", "soul", "elm"]
-)
+@pytest.mark.parametrize("name", ["ga", "gd", "kl-min", "npo", "npo-sam", "soul", "elm"])
 def test_a_run_lowers_the_probability_of_forget_text(name):
     model = tiny_llama(layers=3)
     still, moved = (
@@ -67,9 +65,9 @@ def test_a_run_lowers_the_probability_of_forget_text(name):
     assert moved[-1]["forget_loss"] > moved[0]["forget_loss"] + 0.1
 
 
-@pytest.mark.parametrize("name", ["simnpo", "satimp"])
+@pytest.mark.parametrize("name", ["simnpo", "wga", "satimp", "undial"])
 def test_a_run_forgets_what_is_memorised(name):
-    # Where answers are unlikely their gradients fade; so first learn them.
+    # Where answers are unlikely there is little to forget for these; so first learn them.
     model = tiny_llama(layers=3)
     learn = [methods.likelihood("forget", 1.0)]
     plain = settings(lr=3e-2, steps=60, weight_decay=0.0)

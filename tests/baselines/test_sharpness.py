@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baselines_worker import FORGET, HELD_OUT, RETAIN, dense, difference, lora, run, same, settings
+from baselines_worker import FORGET, HELD_OUT, RETAIN, dense, difference, lora, run, settings
 from helpers import Snapshot, tiny_llama
 from slow_terms import slow_nll
 
@@ -137,4 +137,4 @@ def test_models_in_16_bits_are_refused_before_training(make):
     weight = torch.tensor(0.02)
     assert torch.equal(weight.bfloat16() + 1e-6, weight.bfloat16())
     assert weight + 1e-6 != weight
-    assert same(run("npo", model, make(model)), run("npo", model, make(model)))  # others run
+    assert run("npo", model, make(model)).deltas  # other methods run

@@ -255,10 +255,9 @@ class _Training:
         Returns the sum over the step's batches of their losses, the same in all processes. A
         sharpness-aware term's loss is taken where its gradient is.
         """
-        sharp: list[int] = []
-        plain: list[int] = []
-        for number, term in enumerate(self.terms):
-            (sharp if term.radius else plain).append(number)
+        numbers = range(len(self.terms))
+        sharp = [number for number in numbers if self.terms[number].radius]
+        plain = [number for number in numbers if not self.terms[number].radius]
         loss = 0.0
         if sharp:  # first: a step uphill drops the gradients found before
             with self._uphill(own, sharp):
