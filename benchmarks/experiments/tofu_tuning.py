@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +108,21 @@ def pieces(lab: TuningLab, results: Results) -> Iterator[Piece]:
     yield "full", partial(lab.train_once, "full")
     for fit in ("kfac", "ekfac"):
         yield f"fit {fit}", partial(lab.fit, fit)
-    for steps, correct, damping in product((1, 3), (0, 1), (0.001, 0.1)):
-        yield named(lab, steps, correct, damping)
-    for steps, correct in ((2, 1), (5, 1), (3, 2), (1, 3)):
+    for steps, correct in ((1, 0), (3, 0), (6, 0), (6, 1), (12, 1), (12, 3)):
         yield named(lab, steps, correct, 0.001)
-    for other in (0.1, 10.0):
-        yield named(lab, 3, 1, 0.001, other)
+    for damping in (0.01, 0.1):
+        yield named(lab, 1, 0, damping)
+        yield named(lab, 6, 1, damping)
+    for other in (1.0, 10.0, 1000.0):
+        yield named(lab, 6, 1, 0.001, other)
 
 
 def named(
-    lab: TuningLab, steps: int, correct: int, damping: float, correct_damping: float = 1.0
+    lab: TuningLab, steps: int, correct: int, damping: float, correct_damping: float = 100.0
 ) -> Piece:
     """A run by one fit with those settings."""
     name = f"steps {steps} correct {correct} damping {damping:g}"
-    if correct_damping != 1:
+    if correct_damping != 100:
         name += f", in corrections {correct_damping:g}"
     correction = Correction(correct, Damping(correct_damping))
     return name, partial(lab.run, steps, damping, correction=correction)

@@ -450,7 +450,7 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_refined_run_is_told_and_replayed(command, tmp_path, capsys):
     out = tmp_path / "out"
-    more = ["--kl", "0.01", "--refine", "2", "--refine-sequences", "6"]
+    more = ["--kl", "0.01", "--refine", "2", "--refine-sequences", "6", "--quality", "fast"]
     assert main([*command, *more, "--out", str(out), "--json"]) == 0
     output = capsys.readouterr()
     metrics = json.loads(output.out)

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 import zoo
+from helpers import command_line
 from plan_models import LLAMA_7B, LLAMA_70B, SMALL, grouped, saved
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, MixtralConfig
 
 import kfade.planning.cost
+from kfade import Correction, Run
 from kfade.cli import main
 from kfade.cli.plan_page import duration, size
 from kfade.models.load import load_skeleton
@@ -34,7 +36,9 @@ def traced_once(monkeypatch):
 
 
 def planned(capsys, *arguments: str) -> dict:
-    assert main(["plan", *arguments, "--json"]) == 0
+    """The plan of one step without corrections, unless the arguments say otherwise."""
+    one = ["--steps", "1", "--correct", "0"]
+    assert main(["plan", *command_line(one, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -117,10 +121,10 @@ def test_command_plans_corrections(tmp_path, capsys):
     for kind, amount in one["flops"]["correct"].items():
         assert three["flops"]["correct"][kind] == pytest.approx(3 * amount)
     assert one["flops"]["correct"]["rotations"] == 2 * plain["flops"]["step"]["rotations"]
-    # The gradient of the forget set, and that of the KL in proportion to its positions.
+    # The gradient of the forget set, and those of the KL, on held-out data too, by their positions.
     gradient, positions = plain["flops"]["gradient"], 2500 * 512 * 63 / 64
     for sequences, found in ((10_000, one), (100, few)):
-        expected = gradient["backward"] * (1 + sequences * 63 / positions)
+        expected = gradient["backward"] * (1 + (sequences + 64) * 63 / positions)
         assert found["flops"]["correct"]["backward"] == pytest.approx(expected)
     vector = plain["bytes"]["vector"]
     peaks = [p["peak_bytes"]["planned"] for p in (plain, one, few)]
@@ -129,6 +133,22 @@ def test_command_plans_corrections(tmp_path, capsys):
     assert peaks[1]["correct"] - peaks[2]["correct"] == hidden
     assert peaks[2]["correct"] > peaks[2]["check"] + 2 * vector
     assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
+
+
+def test_command_plans_steps(tmp_path, capsys):
+    """By default the run that kfade unlearn makes by default. More steps need no more memory."""
+    arguments = [saved(SMALL, tmp_path), "--speed", "400", "--sequence-length", "64"]
+    one, four = (planned(capsys, *arguments, "--steps", n) for n in ("1", "4"))
+    for stage, kinds in one["flops"].items():
+        times = 4 if stage in ("gradient", "step", "check") else 1
+        assert four["flops"][stage] == {kind: times * n for kind, n in kinds.items()}
+    assert four["peak_bytes"] == one["peak_bytes"]
+    usual = ["--steps", str(Run.steps), "--correct", str(Correction.count)]
+    assert main(["plan", *arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == planned(capsys, *arguments, *usual)
+    assert main(["plan", *arguments]) == 0
+    assert f"Work of a run of {Run.steps} steps" in capsys.readouterr().out
+    assert main(["plan", *arguments, "--steps", "0"]) == 2
 
 
 def test_command_plans_blocks_that_run_again(tmp_path, capsys):

@@ -206,7 +206,7 @@ def test_options_that_contradict_a_fit_are_refused(setup, capsys, more, message)
     assert not Path(setup["out"] + ".part").exists()
 
 
-@pytest.mark.parametrize("more", [(), OWN, ("--steps", "2", "--memory", "1GB")])
+@pytest.mark.parametrize("more", [(), OWN, ("--steps", "2", "--refit", "--memory", "1GB")])
 def test_a_run_tells_the_settings_of_its_fit(setup, more):
     fit(setup, *OWN)
     assert main(command(setup, "unlearn", "--curvature", setup["fit"], *more)) == 0

@@ -34,12 +34,13 @@ def desk(tmp_path_factory) -> Path:
     return root
 
 
+SIZE = ["--kl", "0.02", "--quality", "fast"]
+
+
 def unlearn(desk: Path, out: Path, *more: str) -> int:
     sets = ["--forget", str(desk / "forget.jsonl"), "--retain", str(desk / "retain.jsonl")]
     sizes = ["--sequence-length", "16", "--batch-tokens", "32", "--estimator", "diagonal"]
-    return main(
-        ["unlearn", str(desk / "model"), *sets, *sizes, "--kl", "0.02", "--out", str(out), *more]
-    )
+    return main(["unlearn", str(desk / "model"), *sets, *sizes, *SIZE, "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")

@@ -83,8 +83,9 @@ class Correction:
 
     count: int = 1
     """Number of them; the first one that is not accepted is the last."""
-    damping: Damping = Damping(1.0)
-    """λ of each layer in a correction."""
+    damping: Damping = Damping(100.0)
+    """λ of each layer in a correction. The gradient of the KL fits its own data; the more it is
+    damped, the better a correction carries over to others."""
     sequences: int | None = None
     """Retain sequences in the gradient of the KL, drawn again for each correction; all when
     None."""

@@ -86,7 +86,7 @@ class CorrectionAmount:
 class CorrectionConfig(CorrectionAmount):
     """Corrections after the last step."""
 
-    correct_damping: float = 1.0
+    correct_damping: float = 100.0
     """Damping λ of --correct, as a multiple of each layer's mean eigenvalue."""
 
 

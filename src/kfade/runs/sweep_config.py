@@ -122,7 +122,11 @@ class SweepRequest:
             self.model,
             data=self.data,
             fit=replace(fitted, recompute=self.recompute),
-            step=StepConfig(forget_batch=self.step.forget_batch, offload=self.offload),
+            step=StepConfig(
+                quality="fast",  # a point is one step
+                forget_batch=self.step.forget_batch,
+                offload=self.offload,
+            ),
             refinement=RefinementConfig(refine_sequences=self.refinement.refine_sequences),
             seed=self.seed,
         )
