@@ -147,7 +147,8 @@ def test_command_plans_steps(tmp_path, capsys):
     assert main(["plan", *arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == planned(capsys, *arguments, *usual)
     assert main(["plan", *arguments]) == 0
-    assert f"Work of a run of {Run.steps} steps" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Work of a run of {Run.steps} steps" in said
     assert main(["plan", *arguments, "--steps", "0"]) == 2
 
 

@@ -17,7 +17,7 @@ from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.method.objectives import Objective
-from kfade.method.settings import Direction, Run
+from kfade.method.settings import Correction, Direction, Run
 from kfade.method.step import StepSize
 from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
@@ -225,6 +225,8 @@ def _update(ready: _Ready, best: Outcome, run: RunConfig) -> Update:
         run=Run(
             targets=targets,
             curvature=cut(ready.curvature, targets),
+            steps=1,
+            correction=Correction(count=0),
             forget_batch=run.step.forget_batch,
             batch_tokens=run.data.batch_tokens,
             recompute=ready.room.recompute,
@@ -260,7 +262,7 @@ def _settings(run: RunConfig, best: Outcome) -> RunConfig:
         step=step,
         refinement=replace(run.refinement, refine=point.refine),
         size=SizeConfig(alpha=best.alpha),
-    )
+    ).decided
 
 
 def _aggregate(outcomes: Sequence[Outcome], max_kl: float) -> dict[str, Any]:
