@@ -61,6 +61,7 @@ def volatile(key: str) -> bool:
 BASELINES = {
     **dict.fromkeys(("ga", "gd", "kl-min", "npo", "simnpo", "soul"), ("--epochs", "1")),
     "rmu": ("--layer", "1", "--steps", "4"),
+    "repselect": ("--components", "3"),
     "elm": ("--concept", "a b", "--layers", "0-1", "--lora", "2", "--steps", "4"),
 }
 

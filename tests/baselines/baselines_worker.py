@@ -23,7 +23,7 @@ RETAIN = random_sequences(9, seed=2)
 HELD_OUT = random_sequences(4, seed=3)
 SETS = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
 STEERING = Guidance((1, 2, 3), (1, 4, 5), (6, 7), bos=None, eos=None, window=64, fluent_tokens=4)
-NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "elm")
+NAMES = ("ga", "gd", "kl-min", "npo", "simnpo", "soul", "rmu", "repselect", "elm")
 
 
 def method_of(name: str, model) -> methods.Method:
@@ -42,6 +42,8 @@ def method_of(name: str, model) -> methods.Method:
             return methods.soul()
         case "rmu":
             return methods.rmu(model, layer=1)
+        case "repselect":
+            return methods.repselect(model, components=4, adapter_lr=0.1)
     return methods.elm(STEERING)
 
 
@@ -66,7 +68,8 @@ def run(name: str, model, trainable=None, **other):
     own = settings(optimizer=method.defaults.optimizer)
     calls = {name: other.pop(name) for name in ("start", "on_evaluation") if name in other}
     sets = {**SETS, **{name: other.pop(name) for name in SETS if name in other}}
-    made = loop.replace(other.pop("settings", own), **other)
+    given = other.pop("settings", own)
+    made = loop.replace(given, **{"selection": method.defaults.selection, **other})
     return train(model, method.terms, trainable, sets, made, **calls)
 
 
@@ -84,7 +87,7 @@ def difference(first, second) -> float:
 
 # --- What each of several processes computes ----------------------------------------------------
 
-SHARDED = NAMES[:-1]  # elm does not run then
+SHARDED = tuple(name for name in NAMES if name not in ("repselect", "elm"))  # they do not run then
 RESUMED = ("kl-min", "soul", "rmu")
 
 

@@ -2,7 +2,8 @@
 
 Each step draws ``accumulate`` batches of forget and as many of retain sequences. Its loss is the
 mean over them of a method's terms (:mod:`kfade.baselines.losses`). A step depends on its number and
-the seed alone, so a run that was interrupted ends where an uninterrupted one does.
+the seed alone, so a run that was interrupted ends where an uninterrupted one does. With a selection
+(:mod:`kfade.baselines.repselect`) all steps go along one direction, found before the first.
 
 With several processes each computes the gradients of its part of a step's sequences. They are
 summed over processes, and all take the same optimiser step. Of a sharded model each process steps
@@ -18,13 +19,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from kfade.baselines.checkpoint import Checkpoint, Row, keep
 from kfade.baselines.gauge import DriftGauge
 from kfade.baselines.losses import Net, Rows, Term
 from kfade.baselines.references import Drawn, References
+from kfade.baselines.repselect import Selection, select
 from kfade.baselines.weights import Trainable
 from kfade.curvature.vectors import Divided, InHostMemory, Vector
 from kfade.curvature.vectors import keep as keep_vector
@@ -69,6 +71,8 @@ class Settings:
     clip: float | None = None
     """Largest norm of the gradient, as one vector over all that is trained."""
     optimizer: Callable[..., Optimizer] = AdamW
+    selection: Selection | None = None
+    """How one direction of all steps is found; None: each step has the gradient of its batches."""
     evaluate_every: int | None = None
     """Steps between evaluations; None for an evaluation after the last step only."""
     max_kl: float | None = None
@@ -128,6 +132,8 @@ def train(
     facts = base_facts(model, trainable.names, **sets)
     with trainable.training():
         run = _Training(_net(model, trainable), terms, trainable, sets, settings)
+        if settings.selection is not None:
+            run.selected = select(run, settings.selection)
         with stage("check"):
             gauge = run.gauge()
         curve: list[Row] = []
@@ -148,6 +154,8 @@ def train(
                 continue
             with stage("check"):
                 row = {"step": step + 1, **gauge.measure()}
+            if run.selected is not None:  # steps along a known direction measure no loss
+                _refuse_not_finite(row["forget_loss"], step)
             curve.append({**row, "loss": sum(losses) / len(losses)})
             losses = []
             deltas = trainable.deltas()
@@ -184,6 +192,10 @@ class _Training:
     trainable: Trainable
     sets: Mapping[str, Sequence[TokenSequence]]
     settings: Settings
+    rate_flag: str = "--lr"
+    """The option that sets the learning rate, for messages."""
+    selected: tuple[float, Mapping[str, Tensor]] | None = None
+    """The loss and the gradients of every step, if all have the same."""
 
     def __post_init__(self) -> None:
         self.references = References(self.net, self.terms, self.sets)
@@ -202,19 +214,17 @@ class _Training:
     def step(self, number: int) -> float:
         """Optimiser step ``number``, from 0; returns its loss."""
         settings, tensors = self.settings, self.trainable.tensors
-        self._compute_references(number)
+        if self.selected is None:
+            self._compute_references(number)
         with stage("train"):
             seed = settings.seed * 1_000_003 + number
             self.trainable.reseed(seed + distributed.rank() * 2**32)
-            loss = self._backward(self._own(number)) / settings.accumulate
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"step {number + 1}: the loss is not finite; lower --lr, or try --dtype float32"
-                )
-            distributed.sum_gradients(tensors, self.trainable.parameters)
-            for tensor in tensors.values():
-                if tensor.grad is not None:
-                    tensor.grad /= settings.accumulate
+            if self.selected is None:
+                loss = self.find_gradients([number])
+            else:
+                loss, gradients = self.selected
+                for name, gradient in gradients.items():
+                    tensors[name].grad = gradient.clone()  # clipping is in place
             if settings.clip is not None:
                 norm = distributed.gradient_norm(tensors, self.trainable.parameters)
                 nn.utils.clip_grads_with_norm_(tensors.values(), settings.clip, norm)
@@ -223,6 +233,21 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.trainable.push()
+        return loss
+
+    def find_gradients(self, steps: Sequence[int]) -> float:
+        """Sum the gradients of ``steps`` over them and over processes; returns the sum of losses.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        tensors, accumulate = self.trainable.tensors, self.settings.accumulate
+        loss = sum(self._backward(self._own(step)) for step in steps) / accumulate
+        _refuse_not_finite(loss, steps[-1], self.rate_flag)
+        distributed.sum_gradients(tensors, self.trainable.parameters)
+        for tensor in tensors.values():
+            if tensor.grad is not None:
+                tensor.grad /= accumulate
         return loss
 
     def _own(self, step: int) -> list[Drawn]:
@@ -291,6 +316,14 @@ class _Training:
         if distributed.any_of(any(map(self.references.missing, self._own(step)))):
             with stage("reference"), self.trainable.at_base():
                 self.references.compute(coming)
+
+
+def _refuse_not_finite(loss: float, step: int, flag: str = "--lr") -> None:
+    """Raises InputError for a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"step {step + 1}: the loss is not finite; lower {flag}, or try --dtype float32"
+        )
 
 
 def _draw(

@@ -7,7 +7,7 @@ from typing import Any
 
 from kfade.cli import options as o
 from kfade.cli.session import session, show
-from kfade.runs.baselines import BaselineRequest
+from kfade.runs.baseline_config import BaselineRequest
 from kfade.runs.baselines import baseline as run_baseline
 from kfade.runtime.counts import counted
 

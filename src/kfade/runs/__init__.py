@@ -9,13 +9,13 @@ metrics = kfade.runs.unlearn(config, Path("out/run"))
 """
 
 from kfade.runs.attacking import AttackRequest, attack
-from kfade.runs.baselines import (
+from kfade.runs.baseline_config import (
     BaselineRequest,
     LossConfig,
     TrainingConfig,
     WeightsConfig,
-    baseline,
 )
+from kfade.runs.baselines import baseline
 from kfade.runs.checking import CheckRequest, check
 from kfade.runs.config import (
     DataConfig,

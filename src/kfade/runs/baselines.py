@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.loop import Settings, train
@@ -21,16 +19,9 @@ from kfade.errors import InputError
 from kfade.method.update import Update
 from kfade.models.load import check_writable, provenance, save_model
 from kfade.models.weights import weight_digests
-from kfade.runs import options as o
-from kfade.runs.baseline_choices import (
-    LORA_ALPHA,
-    LORA_DROPOUT,
-    METHODS,
-    builder_of,
-    settings_of,
-    trainable_of,
-)
-from kfade.runs.config import DataConfig, ModelConfig, RunConfig, result_settings
+from kfade.runs.baseline_choices import builder_of, settings_of, trainable_of
+from kfade.runs.baseline_config import BaselineRequest, given
+from kfade.runs.config import RunConfig, result_settings
 from kfade.runs.inputs import input_digests
 from kfade.runs.memory import refuse_untrainable
 from kfade.runs.session import (
@@ -59,123 +50,6 @@ _IN_CONFIG = {"evaluate_every", "max_kl", "batch_tokens", "seed"}  # in the mani
 SAVE_SECONDS = 300.0  # between two training checkpoints, each up to four times the model's size
 
 
-@o.settings(o.LOSS)
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The loss of the method. Unset options are as in its reference code; others are refused."""
-
-    beta: float | None = None
-    """β of npo (unset: 0.1) and simnpo (unset: 2.5)."""
-    gamma: float | None = None
-    """γ of simnpo (unset: 0), or the weight of the retain loss in soul (unset: 2)."""
-    coefficient: float | None = None
-    """Weight of the forget term in npo (unset: 1) and simnpo (unset: 0.1375), or length c of the
-    control vector of rmu (unset: 6.5)."""
-    retain_weight: float | None = None
-    """Weight of the retain term. Unset: 1; for rmu 1200."""
-    layer: int | None = None
-    """Block whose output rmu changes, counted from 0. Unset: 7."""
-    concept: str | None = None
-    """Description of what elm erases, as in 'Greek mythology, its gods'. elm needs it."""
-    eta: float | None = None
-    """Strength η of the guidance in elm. Unset: 1000."""
-
-
-@o.settings(o.TRAINING)
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The training loop. Unset options are as in the method's reference code."""
-
-    lr: float | None = None
-    """Peak learning rate. Unset: that of the method's reference code."""
-    epochs: float | None = None
-    """Number of passes over the forget set. Unset: that of the method's reference code."""
-    steps: int | None = None
-    """Number of optimiser steps, instead of --epochs."""
-    batch: int | None = None
-    """Number of sequences of each set in a batch. Unset: 32; for rmu 4, for elm 1."""
-    accumulate: int | None = None
-    """Number of batches in a step; their losses are averaged. Unset: 1; for elm 4."""
-    warm_up: int | None = None
-    """Number of steps of learning-rate warm-up. Unset: one epoch; for soul a tenth of the steps;
-    for rmu and elm 0."""
-    decay: bool | None = None
-    """Decay the learning rate to 0 after the warm-up. Unset: yes; for rmu and elm no."""
-    weight_decay: float | None = None
-    """Weight decay of the optimiser. Unset: 0.01; for soul 0.1."""
-    clip: float | None = None
-    """Maximum norm of the gradient, 0 for no limit. Unset: 1; for rmu and elm no limit."""
-    evaluate_every: int | None = None
-    """Number of steps between evaluations. Unset: a tenth of the steps."""
-    max_kl: float | None = None
-    """Keep the checkpoint with the most forgetting of those up to this retain KL, in nats per
-    token. Unset: the last checkpoint."""
-
-
-@o.settings(o.WEIGHTS)
-@dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
-    """The weights to train. Unset options are as in the method's reference code."""
-
-    layers: str | None = None
-    """Transformer blocks to train, counted from 0, as in 3-6 or 0,2,8-11. Unset: those of the
-    method's reference code."""
-    target: str | None = None
-    """Glob pattern for the names of the parameters to train. Unset: those of the method's reference
-    code."""
-    lora: int | None = None
-    """Rank of the low-rank (LoRA) changes, 0 to train the weights themselves. Unset: 0; for elm
-    256."""
-    lora_alpha: float = LORA_ALPHA
-    """LoRA α: the low-rank changes are scaled by α / rank."""
-    lora_dropout: float = LORA_DROPOUT
-    """Dropout probability of the inputs of the low-rank changes."""
-
-
-@o.settings(o.RUN)
-@dataclass(frozen=True)
-class BaselineRequest:
-    """The baseline method, the model, the data and the training."""
-
-    method: Annotated[str, o.argument("method"), Parameter(help=f"Method: {METHODS}.")] = ""
-    """Name of the method."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
-    data: DataConfig = field(default_factory=DataConfig, kw_only=True)
-    """The data."""
-    loss: LossConfig = field(default_factory=LossConfig, kw_only=True)
-    """The method's loss."""
-    training: TrainingConfig = field(default_factory=TrainingConfig, kw_only=True)
-    """The training loop."""
-    weights: WeightsConfig = field(default_factory=WeightsConfig, kw_only=True)
-    """The weights to train."""
-    seed: int = field(default=0, kw_only=True)
-    """Random seed of the order of batches, of dropout and of the held-out split."""
-    checkpoints: Annotated[bool, o.FLAG, Parameter(group=o.TRAINING)] = field(
-        default=False, kw_only=True
-    )
-    """Write the update of every evaluation into checkpoints/."""
-    export_model: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
-    """Also write the edited model, as a folder that from_pretrained loads."""
-
-    shard: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
-    """Shard the weights of the model's blocks, their copies and the optimiser's state over the
-    processes of torchrun. Not for elm."""
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The settings that decide the result, as JSON values for the manifest."""
-        return {
-            "method": self.method,
-            "model": asdict(self.model),
-            "data": asdict(self.data),
-            "loss": _given(self.loss),
-            "training": _given(self.training),
-            "weights": _given(self.weights),
-            "seed": self.seed,
-        }
-
-
 @dataclass(frozen=True)
 class _Ready:
     """Everything that a baseline run needs, read and checked."""
@@ -200,7 +74,7 @@ def baseline(request: BaselineRequest, out: Path, *, resume: bool = False) -> di
     """
     _refuse_sharded(request)
     request = replace(request, data=with_date(request.data, out, resume=resume))
-    build = builder_of(request.method, _given(request.loss))
+    build = builder_of(request.method, given(request.loss))
     examples = (
         read_source(request.data.forget, "--forget"),
         *read_retain(request.data, request.seed),
@@ -224,12 +98,12 @@ def _refuse_sharded(request: BaselineRequest) -> None:
             "--shard does not work with elm: each process writes continuations of its own, token "
             "by token, but a sharded model needs all processes in every pass; leave --shard out"
         )
+    if request.method == "repselect":
+        raise InputError(
+            "--shard does not work with repselect, which decomposes whole gradients: leave it out"
+        )
     if request.export_model:
         refuse_sharded_export(request.shard)
-
-
-def _given(config: LossConfig | TrainingConfig | WeightsConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if value is not None}
 
 
 def _prepare(
@@ -249,12 +123,12 @@ def _prepare(
     data = complete_data(request.data, loaded)
     request = replace(request, data=data)
     method = build(loaded, request.seed)
-    trainable = trainable_of(method, loaded, _given(request.weights), request.seed)
+    trainable = trainable_of(method, loaded, given(request.weights), request.seed)
     if isinstance(trainable, Dense):
         refuse_sharded_experts(loaded.model)
     forget, retain, held_out = (to_tokens(some, loaded, data) for some in examples)
     settings = replace(
-        settings_of(method.defaults, _given(request.training), len(forget)),
+        settings_of(method.defaults, given(request.training), len(forget)),
         batch_tokens=data.batch_tokens,
         seed=request.seed,
     )
@@ -319,13 +193,14 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
         **_metrics(update, clock, ready.sets),
         "lost_in_dtype": update.lost_fraction(model),
     }
+    unset = set() if settings.selection else {"selection"}
     manifest = {
         "kind": "baseline",
         **{k: v for k, v in about.items() if k != "curve"},
         "seed": request.seed,
         "git_sha": git_sha(),
         "settings": {
-            **{k: v for k, v in asdict(settings).items() if k not in _IN_CONFIG},
+            **{k: v for k, v in asdict(settings).items() if k not in _IN_CONFIG | unset},
             "optimizer": settings.optimizer.__name__,
         },
         "config": request.asked,
