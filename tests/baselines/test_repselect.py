@@ -217,7 +217,7 @@ def test_small_steps_of_a_bfloat16_model_add_up():
     # None of it would have been there in bfloat16: a step is under half a unit in the last place.
     weight = model.get_parameter(name).detach()
     rounded = (weight.float() + one.deltas[name]).bfloat16()
-    assert (delta != 0).all()
+    assert (delta != 0).float().mean() > 0.9
     assert (rounded == weight).float().mean() > 0.5
 
 

@@ -10,10 +10,10 @@
     4. Each step is W ← W − lr G'. G' stays the same.
 
 The top components are shared with other text, and are what fine-tuning recovers first; the rest
-belongs to the forget set (Sondej et al. 2026, arXiv 2606.17168). There is no retain loss. Steps,
-constants and the factors of step 3 are those of the authors' released code (RepSelectSimple in
-github.com/filyp/RepSelect, soft collapse on both sides by the forget set's own gradient), which is
-the only full description that we could read.
+belongs to the forget set (Sondej et al. 2026, arXiv 2606.17168). There is no retain loss. The
+steps, their constants and the factors σ_i/σ_k are those of the authors' released code
+(RepSelectSimple in github.com/filyp/RepSelect: soft collapse on both sides, by the forget set's own
+gradient). Of the paper we could read the abstract only.
 
 Shapes: O outputs and I inputs of a weight, S its smaller side, L its larger side, K components.
 """
@@ -86,8 +86,8 @@ def select(run: _Training, selection: Selection) -> tuple[float, dict[str, Tenso
     """(−CE_f with the adapter, G' of each trained weight), at the weights that the model has now.
 
     Args:
-        run: the training run, within ``trainable.training()``. Its terms, which need
-            nothing of the base model, define G.
+        run: the training run, within ``trainable.training()``. Its terms define G; they need no
+            outputs of the base model.
 
     Raises:
         InputError: a trained weight is not a linear map or has too few components, the model is
