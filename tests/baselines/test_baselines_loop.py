@@ -52,7 +52,7 @@ def test_a_run_changes_an_update_and_not_the_model(name):
     assert update.fits_base(model)
 
 
-@pytest.mark.parametrize("name", ["ga", "gd", "kl-min", "npo", "soul", "repselect", "elm"])
+@pytest.mark.parametrize("name", ["ga", "gd", "kl-min", "npo", "soul", "elm"])
 def test_a_run_lowers_the_probability_of_forget_text(name):
     model = tiny_llama(layers=3)
     still, moved = (

@@ -112,9 +112,9 @@ def direction_of(model, *, adapter_lr: float, components: int, batch: int) -> di
         return dict(zip(own, found, strict=True))
 
     steps = len(FORGET) // batch
-    batches = [loop._draw(SETS, settings(batch=batch, accumulate=1), n) for n in range(steps)]
-    drawn_numbers = [drawn_batches[0]["forget"] for drawn_batches in batches]
-    for numbers in drawn_numbers:
+    plain = settings(batch=batch, accumulate=1)
+    batches = [loop._draw(SETS, plain, step)[0]["forget"] for step in range(steps)]
+    for numbers in batches:
         for name, g in gradients(numbers).items():
             a, b = factors[f"{name}.A"], factors[f"{name}.B"]
             # CE descends: its gradient is −g; of A it is Bᵀ(−g), of B (−g)Aᵀ.
@@ -122,7 +122,7 @@ def direction_of(model, *, adapter_lr: float, components: int, batch: int) -> di
                 a + adapter_lr * b.T @ g,
                 b + adapter_lr * g @ a.T,
             )
-    total = [gradients(numbers) for numbers in drawn_numbers]
+    total = [gradients(numbers) for numbers in batches]
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(start[name])
@@ -150,13 +150,22 @@ def test_the_direction_against_plain_autograd():
         assert difference(two_steps(model, **other), update) > 0.02
 
 
+def test_a_run_lowers_the_probability_of_forget_text():
+    model = tiny_llama(layers=3)
+    still, moved = (
+        run("repselect", model, settings=settings(**PLAIN, lr=lr, steps=4)).provenance["curve"]
+        for lr in (0.0, 0.5)
+    )
+    assert still[-1]["forget_loss"] == still[0]["forget_loss"]
+    assert moved[-1]["forget_loss"] > moved[0]["forget_loss"] + 0.1
+
+
 def test_the_adapter_is_gone_and_the_model_as_before():
     model = tiny_llama()
     before = Snapshot.of(model)
     two_steps(model, adapter_lr=0.5, components=4)
     assert not before.differences(model)
-    mlp = model.model.layers[0].mlp
-    assert not mlp.up_proj._forward_hooks
+    assert not model.model.layers[0].mlp.up_proj._forward_hooks
 
 
 def test_what_relearning_would_recover_is_not_in_the_update():
@@ -173,7 +182,7 @@ def test_what_relearning_would_recover_is_not_in_the_update():
     ours = moved(methods.repselect(model, components=6, adapter_lr=0.0))
 
     def shares(deltas) -> tuple[float, float]:
-        """(smallest share of a delta's square in relearning's top two components, cosine)."""
+        """(share of a delta's square in relearning's top two components, cosine), means."""
         inside, cosines = [], []
         for name in names:
             u, _, _ = torch.linalg.svd(ascent[name])

@@ -155,7 +155,7 @@ def train(
             with stage("check"):
                 row = {"step": step + 1, **gauge.measure()}
             if run.selected is not None:  # steps along a known direction measure no loss
-                _refuse_not_finite(row["forget_loss"], step)
+                _refuse_not_finite(row["forget_loss"], step, "--lr")
             curve.append({**row, "loss": sum(losses) / len(losses)})
             losses = []
             deltas = trainable.deltas()
@@ -192,8 +192,6 @@ class _Training:
     trainable: Trainable
     sets: Mapping[str, Sequence[TokenSequence]]
     settings: Settings
-    rate_flag: str = "--lr"
-    """The option that sets the learning rate, for messages."""
     selected: tuple[float, Mapping[str, Tensor]] | None = None
     """The loss and the gradients of every step, if all have the same."""
 
@@ -243,7 +241,9 @@ class _Training:
         """
         tensors, accumulate = self.trainable.tensors, self.settings.accumulate
         loss = sum(self._backward(self._own(step)) for step in steps) / accumulate
-        _refuse_not_finite(loss, steps[-1], self.rate_flag)
+        # With a selection this is its adapter's pass, or the pass after it.
+        flag = "--adapter-lr" if self.settings.selection else "--lr"
+        _refuse_not_finite(loss, steps[-1], flag)
         distributed.sum_gradients(tensors, self.trainable.parameters)
         for tensor in tensors.values():
             if tensor.grad is not None:
@@ -318,7 +318,7 @@ class _Training:
                 self.references.compute(coming)
 
 
-def _refuse_not_finite(loss: float, step: int, flag: str = "--lr") -> None:
+def _refuse_not_finite(loss: float, step: int, flag: str) -> None:
     """Raises InputError for a loss that is not finite."""
     if not math.isfinite(loss):
         raise InputError(

@@ -103,7 +103,6 @@ def select(run: _Training, selection: Selection) -> tuple[float, dict[str, Tenso
         terms=[likelihood("forget", 1.0)],
         trainable=adapter,
         settings=_descent(run, selection.adapter_lr, len(steps)),
-        rate_flag="--adapter-lr",
     )
     with adapter.training():
         for step in track(steps, "adapter"):
@@ -180,5 +179,4 @@ def _descent(run: _Training, lr: float, steps: int) -> Settings:
         weight_decay=0.0,
         clip=None,
         optimizer=SGD,
-        selection=None,
     )
