@@ -62,6 +62,7 @@ BASELINES = {
     **dict.fromkeys(("ga", "gd", "kl-min", "npo", "npo-sam", "simnpo"), ("--epochs", "1")),
     **dict.fromkeys(("wga", "satimp", "undial", "soul"), ("--epochs", "1")),
     "rmu": ("--layer", "1", "--steps", "4"),
+    "repselect": ("--components", "3"),
     "elm": ("--concept", "a b", "--layers", "0-1", "--lora", "2", "--steps", "4"),
 }
 

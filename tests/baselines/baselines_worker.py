@@ -3,16 +3,18 @@ test_baselines_processes.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 from helpers import random_sequences, same_bits, tiny_llama
 
-from kfade.baselines import loop, methods
+from kfade.baselines import methods, training
 from kfade.baselines.checkpoint import Checkpoint
 from kfade.baselines.elm import Guidance
-from kfade.baselines.loop import Settings, train
+from kfade.baselines.loop import train
+from kfade.baselines.settings import Settings
 from kfade.baselines.weights import Dense, LowRank
 from kfade.models.head import body_of
 from kfade.models.layers import decoder_blocks
@@ -25,7 +27,7 @@ SETS = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}
 STEERING = Guidance((1, 2, 3), (1, 4, 5), (6, 7), bos=None, eos=None, window=64, fluent_tokens=4)
 NAMES = (
     *("ga", "gd", "kl-min", "npo", "npo-sam", "simnpo", "wga", "satimp", "undial", "soul", "rmu"),
-    "elm",
+    *("repselect", "elm"),
 )
 
 
@@ -53,6 +55,8 @@ def method_of(name: str, model) -> methods.Method:
             return methods.soul()
         case "rmu":
             return methods.rmu(model, layer=1)
+        case "repselect":
+            return methods.repselect(model, components=4, adapter_lr=0.1)
     return methods.elm(STEERING)
 
 
@@ -77,7 +81,8 @@ def run(name: str, model, trainable=None, **other):
     own = settings(optimizer=method.defaults.optimizer)
     calls = {name: other.pop(name) for name in ("start", "on_evaluation") if name in other}
     sets = {**SETS, **{name: other.pop(name) for name in SETS if name in other}}
-    made = loop.replace(other.pop("settings", own), **other)
+    given = other.pop("settings", own)
+    made = replace(given, **{"selection": method.defaults.selection, **other})
     return train(model, method.terms, trainable, sets, made, **calls)
 
 
@@ -95,7 +100,7 @@ def difference(first, second) -> float:
 
 # --- What each of several processes computes ----------------------------------------------------
 
-SHARDED = NAMES[:-1]  # elm does not run then
+SHARDED = tuple(name for name in NAMES if name not in ("repselect", "elm"))  # they do not run then
 RESUMED = ("kl-min", "npo-sam", "soul", "rmu")
 
 
@@ -142,13 +147,13 @@ def resumed(name: str, folder: Path, sharded: bool) -> dict:
 def held(sharded: bool) -> dict[str, dict[str, int]]:
     """Numbers that this process has of each weight: in its master, and in the optimiser's state."""
     model, optimizers = made(sharded), []
-    trainable, make = dense(model), loop._optimizer
+    trainable, make = dense(model), training._optimizer
 
     def noting(*arguments):
         optimizers.append(make(*arguments))
         return optimizers[-1]
 
-    with mock.patch.object(loop, "_optimizer", noting):
+    with mock.patch.object(training, "_optimizer", noting):
         run("gd", model, trainable)
     (optimizer,) = optimizers
     state = {

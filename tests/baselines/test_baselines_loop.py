@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,11 +24,13 @@ from baselines_worker import (
 from helpers import Snapshot, Tripwire, tiny_llama
 from torch.nn.functional import linear
 
-from kfade.baselines import loop, methods, rmu
+from kfade.baselines import methods, rmu, training
 from kfade.baselines.checkpoint import Checkpoint, keep
-from kfade.baselines.loop import rate, steps_per_epoch, train
+from kfade.baselines.loop import _net, train
 from kfade.baselines.references import References
+from kfade.baselines.settings import rate, steps_per_epoch
 from kfade.baselines.sophia import Sophia
+from kfade.baselines.training import _draw
 from kfade.baselines.weights import LowRank
 from kfade.data.batches import make_batches
 from kfade.errors import InputError
@@ -67,7 +70,7 @@ def test_a_run_lowers_the_probability_of_forget_text(name):
 
 @pytest.mark.parametrize("name", ["simnpo", "wga", "satimp", "undial"])
 def test_a_run_forgets_what_is_memorised(name):
-    # Where answers are unlikely there is little to forget for these; so first learn them.
+    # Where answers are unlikely their gradients fade; so first learn them.
     model = tiny_llama(layers=3)
     learn = [methods.likelihood("forget", 1.0)]
     plain = settings(lr=3e-2, steps=60, weight_decay=0.0)
@@ -142,7 +145,7 @@ def test_pieces_of_a_batch_do_not_change_its_gradient(name, monkeypatch):
     plain = settings(lr=1e-4, optimizer=torch.optim.SGD, steps=3)
     whole = run(name, model, own, settings=plain)
     # And base outputs computed step by step, each forgotten at once.
-    monkeypatch.setattr(loop, "References", partial(References, ahead=1, limit=0))
+    monkeypatch.setattr(training, "References", partial(References, ahead=1, limit=0))
     pieces = run(name, model, small_own, settings=plain, batch_tokens=5)
     assert difference(pieces, whole) < 1e-8
     assert whole.deltas
@@ -154,7 +157,7 @@ def test_a_step_is_the_mean_over_its_batches():
     plain = {"lr": 1.0, "steps": 1, "warm_up": 0, "decay": False, "optimizer": torch.optim.SGD}
     sets = {"forget": forget, "retain": retain}
     two = run("npo", model, **sets, settings=settings(batch=2, weight_decay=0.0, **plain))
-    halves = [loop._draw(sets, settings(batch=2, accumulate=2), 0)[i] for i in range(2)]
+    halves = [_draw(sets, settings(batch=2, accumulate=2), 0)[i] for i in range(2)]
     assert sorted(halves[0]["forget"] + halves[1]["forget"]) == [0, 1, 2, 3]
     alone = [
         run(
@@ -322,7 +325,7 @@ def test_base_outputs_are_the_base_models_in_the_middle_of_training(monkeypatch)
             seen.append(digest_weights(model, [n for n, _ in model.named_parameters()]))
             super().compute(coming)
 
-    monkeypatch.setattr(loop, "References", partial(Watched, ahead=1, limit=0))
+    monkeypatch.setattr(training, "References", partial(Watched, ahead=1, limit=0))
     base = digest_weights(model, [n for n, _ in model.named_parameters()])
     run("npo", model)
     assert len(seen) >= 6
@@ -338,7 +341,7 @@ def test_base_outputs_are_computed_once():
         seen.append(sequence.tokens)
         return counted.reference(net, sequence)
 
-    terms = [loop.replace(counted, reference=reference), method.terms[1]]
+    terms = [replace(counted, reference=reference), method.terms[1]]
     train(model, terms, dense(model), SETS, settings(steps=12))
     assert len(seen) == len(set(seen)) == len(FORGET)
 
@@ -445,9 +448,9 @@ def test_what_is_refused(change, message):
 def test_heads_are_copied_only_where_they_change():
     model = tiny_llama()
     head = read_head(model)
-    whole = loop._net(model, dense(model))
+    whole = _net(model, dense(model))
     assert whole.base_head.linear is not head.linear
-    part = loop._net(model, dense(model, ["model.layers.0.mlp.up_proj.weight"]))
+    part = _net(model, dense(model, ["model.layers.0.mlp.up_proj.weight"]))
     assert part.base_head.linear is head.linear
     x = torch.ones(1, 8, dtype=torch.float64)
     assert torch.equal(whole.base_head(x), linear(x, model.lm_head.weight))

@@ -11,7 +11,8 @@ from helpers import Snapshot, tiny_llama
 from slow_terms import slow_nll
 
 from kfade.baselines import losses, methods
-from kfade.baselines.loop import _draw, train
+from kfade.baselines.loop import train
+from kfade.baselines.training import _draw
 from kfade.errors import InputError
 from kfade.method.update import Update
 

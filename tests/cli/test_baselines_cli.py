@@ -19,7 +19,7 @@ from kfade.runtime.run_dir import RunDir
 
 NAMES = (
     *("ga", "gd", "kl-min", "npo", "npo-sam", "simnpo", "wga", "satimp", "undial", "soul", "rmu"),
-    "elm",
+    *("repselect", "elm"),
 )
 
 
@@ -83,6 +83,8 @@ def test_a_run_writes_what_it_promises(baseline, tmp_path, capsys, method):
     trained = {name for name, delta in update.deltas.items() if delta.abs().max() > 0}
     if method == "rmu":
         assert trained == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    elif method == "repselect":
+        assert trained == {n for n in whole if "mlp" in n}
     elif method == "elm":
         assert trained == {n for n in whole if "layers" in n and "proj" in n}
     else:
@@ -96,6 +98,13 @@ def test_defaults_are_the_methods_own(baseline, tmp_path):
     assert found == {
         **{"lr": 1e-5, "steps": 10, "batch": 32, "accumulate": 1, "warm_up": 1, "decay": True},
         **{"weight_decay": 0.01, "clip": 1.0, "optimizer": "AdamW"},
+    }
+    assert baseline("repselect", "--components", "3", out="repselect") == 0
+    found = read(tmp_path / "repselect", "manifest.json")["settings"]
+    assert found == {
+        **{"lr": 0.05, "steps": 10, "batch": 8, "accumulate": 1, "warm_up": 0, "decay": False},
+        **{"weight_decay": 0.0, "clip": None, "optimizer": "SGD"},
+        "selection": {"components": 3, "adapter_lr": 0.01},
     }
     options = ("--batch", "1", "--epochs", "5", "--no-decay", "--clip", "0")
     assert baseline("soul", *options, out="soul") == 0
@@ -242,6 +251,14 @@ def test_weights_can_be_chosen(baseline, tmp_path, method, more, trained):
         ("gd", ("--lr", "1e30", "--batch", "1"), "the loss is not finite; lower --lr"),
         ("gd", ("--shard",), "--shard: there is one process; start with torchrun"),
         ("elm", ("--shard",), "--shard does not work with elm"),
+        ("repselect", ("--shard",), "--shard does not work with repselect"),
+        ("repselect", ("--lora", "2"), "--lora does not work with repselect"),
+        ("repselect", ("--components", "1"), "--components 1: give 2 or more"),
+        ("repselect", ("--components", "999"), "--components 999: model.layers.0.mlp."),
+        ("repselect", ("--adapter-lr", "-1"), "--adapter-lr -1.0: give a finite number, 0 or more"),
+        ("repselect", ("--adapter-lr", "1e30"), "the loss is not finite; lower --adapter-lr"),
+        ("repselect", ("--lr", "1e30"), "the loss is not finite; lower --lr"),
+        ("repselect", ("--beta", "1"), "--beta is not an option of repselect"),
         ("gd", ("--shard", "--export-model"), "--export-model does not work with --shard"),
     ],
 )

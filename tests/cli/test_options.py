@@ -20,7 +20,10 @@ ADDED = {
     # One class of settings is read by several commands.
     "check": {"--recompute", "--no-recompute", "--shard", *EXPERTS},
     # Fine-tuning of models that are larger than a device; later methods.
-    "baseline": {"--shard", "--beta1", "--beta2", "--sam-radius"},
+    "baseline": {
+        *("--shard", "--beta1", "--beta2", "--sam-radius"),
+        *("--components", "--adapter-lr"),
+    },
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
     "plan": {"--offload", *EXPERTS, "--steps", "--correct", "--correct-sequences"},

@@ -7,7 +7,8 @@ from helpers import flat, random_sequences, tiny_llama
 
 import kfade
 from kfade.baselines import methods
-from kfade.baselines.loop import Settings, train
+from kfade.baselines.loop import train
+from kfade.baselines.settings import Settings
 from kfade.baselines.weights import Dense
 from kfade.data.batches import make_batches
 from kfade.data.sequences import TokenSequence

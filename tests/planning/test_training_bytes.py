@@ -8,8 +8,10 @@ from helpers import LiveBytes, random_sequences
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kfade import find_targets
-from kfade.baselines.loop import Settings, _net, _Training
+from kfade.baselines.loop import _net
 from kfade.baselines.losses import likelihood
+from kfade.baselines.settings import Settings
+from kfade.baselines.training import Training
 from kfade.baselines.weights import Dense, LowRank
 from kfade.planning.memory import RUNTIME_BYTES, model_bytes
 from kfade.planning.training import training_bytes
@@ -51,7 +53,7 @@ def test_a_training_step_stays_within_its_plan(kind, dtype, length):
     planned -= RUNTIME_BYTES + model_bytes(model)
     apart = [*model.parameters(), *model.buffers()]
     with trainable.training():
-        run = _Training(
+        run = Training(
             _net(model, trainable),
             [likelihood("forget", -1.0), likelihood("retain", 1.0)],
             trainable,

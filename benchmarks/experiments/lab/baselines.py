@@ -12,8 +12,9 @@ import torch
 from torch.optim import AdamW
 
 from kfade.baselines import rmu
-from kfade.baselines.loop import Settings, train
+from kfade.baselines.loop import train
 from kfade.baselines.methods import Method
+from kfade.baselines.settings import Settings
 from kfade.baselines.weights import Dense
 from kfade.data.sequences import TokenSequence
 from kfade.method.update import Update
@@ -66,7 +67,7 @@ def train_baseline(
         sets: sequences by name: ``forget``, ``retain``, ``held_out``.
         on_evaluation: called with a checkpoint and the update; True ends the run.
         options: settings that are not the method's own: ``lr``, ``steps``, ``batch`` and others
-            of :class:`~kfade.baselines.loop.Settings`.
+            of :class:`~kfade.baselines.settings.Settings`.
 
     Raises:
         InputError: the loss is not finite.
@@ -78,6 +79,7 @@ def train_baseline(
         weight_decay=defaults.weight_decay,
         clip=defaults.clip,
         optimizer=fused if defaults.optimizer is AdamW else defaults.optimizer,
+        selection=defaults.selection,
         batch_tokens=TRAIN_BUDGET,
         **options,
     )

@@ -21,6 +21,7 @@ BASELINES = {
     "wga": "WGA",
     "satimp": "SatImp",
     "undial": "UNDIAL",
+    "repselect": "RepSelect",
     "rmu": "RMU",
     "kl-min": "KL minimisation",
     "ga": "gradient ascent",

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from kfade.baselines import elm as erasing
+from kfade.baselines import repselect as selective
 from kfade.baselines import rmu as representations
 from kfade.baselines.losses import (
     Term,
@@ -23,6 +24,7 @@ from kfade.baselines.losses import (
     simple_preference,
     weighted_ascent,
 )
+from kfade.baselines.settings import Selection
 from kfade.baselines.sophia import Sophia
 from kfade.models.layers import choose_targets
 from kfade.models.targets import Target
@@ -44,6 +46,8 @@ class Defaults:
     weight_decay: float = 0.01
     clip: float | None = None
     optimizer: type[Optimizer] = AdamW
+    selection: Selection | None = None
+    """How the one direction of all steps is found, if there is one."""
     lora: int = 0
     """Rank of low-rank changes; 0 trains the weights themselves."""
     layers: str | None = None
@@ -176,6 +180,21 @@ def rmu(
     )
     names = tuple(representations.trained_weights(model, layer))
     return Method(terms, Defaults(lr=5e-5, batch=4, steps=150), names, last_block=layer)
+
+
+def repselect(
+    model: nn.Module, *, components: int | None = None, adapter_lr: float = 0.01
+) -> Method:
+    """RepSelect: −CE_f along one direction without the gradient's top components, by plain descent.
+
+    Raises:
+        InputError: a number out of its range, or the model has experts.
+    """
+    selection = Selection(components, adapter_lr)
+    plain: dict[str, Any] = {"weight_decay": 0.0, "optimizer": SGD, "selection": selection}
+    names = tuple(selective.trained_weights(model))
+    terms = (likelihood("forget", -1.0),)
+    return Method(terms, Defaults(lr=0.05, batch=8, steps=10, **plain), names)
 
 
 def elm(guidance: erasing.Guidance, *, retain_weight: float = 1.0) -> Method:

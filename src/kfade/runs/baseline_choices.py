@@ -8,8 +8,8 @@ from typing import Any
 
 from kfade.baselines import methods
 from kfade.baselines.elm import Guidance
-from kfade.baselines.loop import Settings, steps_per_epoch
 from kfade.baselines.methods import Defaults, Method
+from kfade.baselines.settings import Settings, steps_per_epoch
 from kfade.baselines.weights import Dense, LowRank, Trainable
 from kfade.data.sequences import continuation, open_tokens
 from kfade.errors import InputError
@@ -18,7 +18,7 @@ from kfade.models.lengths import model_window
 from kfade.models.targets import Target
 from kfade.runs.session import Loaded
 
-METHODS = "ga, gd, kl-min, npo, npo-sam, simnpo, wga, satimp, undial, rmu, elm or soul"
+METHODS = "ga, gd, kl-min, npo, npo-sam, simnpo, wga, satimp, undial, rmu, repselect, elm or soul"
 LORA_ALPHA, LORA_DROPOUT = 16.0, 0.05
 
 
@@ -72,6 +72,9 @@ def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], M
         case "rmu":
             own = only("layer", "coefficient", "retain_weight")
             return lambda loaded, seed: methods.rmu(loaded.model, seed=seed, **own)
+        case "repselect":
+            own = only("components", "adapter_lr")
+            return lambda loaded, seed: methods.repselect(loaded.model, **own)
         case "elm":
             own = only("concept", "eta", "retain_weight")
             if "concept" not in own:
@@ -118,6 +121,10 @@ def trainable_of(method: Method, loaded: Loaded, given: Mapping[str, Any], seed:
     rank, dropout = given.get("lora", method.defaults.lora), given.get("lora_dropout", LORA_DROPOUT)
     if rank < 0 or not 0 <= dropout < 1:
         raise InputError("--lora must be 0 or more, --lora-dropout 0 or more and below 1")
+    if rank and method.defaults.selection:
+        raise InputError(
+            "--lora does not work with repselect, which changes the weights: leave it out"
+        )
     layers = given.get("layers", None if pattern else method.defaults.layers)
     names = method.trains
     if layers or pattern:
@@ -178,6 +185,7 @@ def settings_of(defaults: Defaults, given: Mapping[str, Any], sequences: int) ->
         weight_decay=given.get("weight_decay", defaults.weight_decay),
         clip=given.get("clip", defaults.clip) or None,
         optimizer=defaults.optimizer,
+        selection=defaults.selection,
         evaluate_every=given.get("evaluate_every", max(1, steps // 10)),
         max_kl=given.get("max_kl"),
     )

@@ -40,6 +40,11 @@ class LossConfig:
     """Description of what elm erases, as in 'Greek mythology, its gods'. elm needs it."""
     eta: float | None = None
     """Strength η of the guidance in elm. Unset: 1000."""
+    components: int | None = None
+    """Number of top components of each gradient that repselect collapses. Unset: 512, but at most
+    an eighth of the weight's smaller side."""
+    adapter_lr: float | None = None
+    """Learning rate of the adapter that learns the forget set in repselect. Unset: 0.01."""
 
 
 @o.settings(o.TRAINING)
@@ -54,18 +59,20 @@ class TrainingConfig:
     steps: int | None = None
     """Number of optimiser steps, instead of --epochs."""
     batch: int | None = None
-    """Number of sequences of each set in a batch. Unset: 32; for rmu 4, for elm 1."""
+    """Number of sequences of each set in a batch. Unset: 32; for repselect 8, rmu 4, elm 1."""
     accumulate: int | None = None
     """Number of batches in a step; their losses are averaged. Unset: 1; for elm 4."""
     warm_up: int | None = None
     """Number of steps of learning-rate warm-up. Unset: one epoch; for soul a tenth of the steps;
-    for rmu and elm 0."""
+    for rmu, repselect and elm 0."""
     decay: bool | None = None
-    """Decay the learning rate to 0 after the warm-up. Unset: yes; for rmu and elm no."""
+    """Decay the learning rate to 0 after the warm-up. Unset: yes; for rmu, repselect and elm
+    no."""
     weight_decay: float | None = None
-    """Weight decay of the optimiser. Unset: 0.01; for soul 0.1."""
+    """Weight decay of the optimiser. Unset: 0.01; for soul 0.1, repselect 0."""
     clip: float | None = None
-    """Maximum norm of the gradient, 0 for no limit. Unset: 1; for rmu and elm no limit."""
+    """Maximum norm of the gradient, 0 for no limit. Unset: 1; for rmu, repselect and elm no
+    limit."""
     evaluate_every: int | None = None
     """Number of steps between evaluations. Unset: a tenth of the steps."""
     max_kl: float | None = None
@@ -121,7 +128,7 @@ class BaselineRequest:
 
     shard: Annotated[bool, o.FLAG] = field(default=False, kw_only=True)
     """Shard the weights of the model's blocks, their copies and the optimiser's state over the
-    processes of torchrun. Not for elm."""
+    processes of torchrun. Not for elm and repselect."""
 
     @property
     def asked(self) -> dict[str, Any]:

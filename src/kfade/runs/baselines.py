@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kfade.baselines.checkpoint import Checkpoint
-from kfade.baselines.loop import Settings, train
+from kfade.baselines.loop import train
 from kfade.baselines.methods import Method
+from kfade.baselines.settings import Settings
 from kfade.baselines.weights import Dense, Trainable
 from kfade.data.batches import largest_batch
 from kfade.data.examples import Example
@@ -97,6 +98,10 @@ def _refuse_sharded(request: BaselineRequest) -> None:
         raise InputError(
             "--shard does not work with elm: each process writes continuations of its own, token "
             "by token, but a sharded model needs all processes in every pass; leave --shard out"
+        )
+    if request.method == "repselect":
+        raise InputError(
+            "--shard does not work with repselect, which decomposes whole gradients: leave it out"
         )
     if request.export_model:
         refuse_sharded_export(request.shard)
@@ -189,13 +194,14 @@ def _finish(ready: _Ready, update: Update, clock: Clock, folder: RunDir) -> dict
         **_metrics(update, clock, ready.sets),
         "lost_in_dtype": update.lost_fraction(model),
     }
+    unset = set() if settings.selection else {"selection"}
     manifest = {
         "kind": "baseline",
         **{k: v for k, v in about.items() if k != "curve"},
         "seed": request.seed,
         "git_sha": git_sha(),
         "settings": {
-            **{k: v for k, v in asdict(settings).items() if k not in _IN_CONFIG},
+            **{k: v for k, v in asdict(settings).items() if k not in _IN_CONFIG | unset},
             "optimizer": settings.optimizer.__name__,
         },
         "config": request.asked,
