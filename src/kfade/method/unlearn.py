@@ -74,12 +74,7 @@ def unlearn(
     device = targets[0].device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     retain_batches = sampler.all(retain)
-    with stage("check"):
-        head = preflight(model, targets, recompute=run.recompute)
-        measured = sampler.draw(forget, MEASURED_SEQUENCES)
-        gauge = Gauge(model, sampler.all(held_out), measured, storage=run.storage, head=head)
-        floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
-        refuse_below(floor, size, targets, run.steps)
+    gauge = _gauge(model, targets, sampler, (forget, held_out), size, run)
     run = _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
@@ -97,7 +92,7 @@ def unlearn(
                 curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_batch, index)
-            gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=head)
+            gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
         refining = sampler.draw(retain, direction.refine_sequences, index)
         directions = Directions(
             curvature,
@@ -118,6 +113,29 @@ def unlearn(
         if run.on_step is not None:
             run.on_step(update)
     return update
+
+
+def _gauge(
+    model: nn.Module,
+    targets: Sequence[Target],
+    sampler: Sampler,
+    measured: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    size: StepSize,
+    run: Run,
+) -> Gauge:
+    """Measures on the forget set (some of it) and on the held-out retain set, ``measured``.
+
+    Raises:
+        InputError: the model cannot be run as it has to be, or rounding hides the KL asked for.
+    """
+    forget, held_out = measured
+    with stage("check"):
+        head = preflight(model, targets, recompute=run.recompute)
+        drawn = sampler.draw(forget, MEASURED_SEQUENCES)
+        gauge = Gauge(model, sampler.all(held_out), drawn, storage=run.storage, head=head)
+        floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
+        refuse_below(floor, size, targets, run.steps)
+    return gauge
 
 
 def _is_finished(update: Update, size: StepSize, run: Run) -> bool:
