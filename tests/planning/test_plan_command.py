@@ -136,13 +136,18 @@ def test_command_plans_corrections(tmp_path, capsys):
 
 
 def test_command_plans_steps(tmp_path, capsys):
-    """By default the run that kfade unlearn makes by default. More steps need no more memory."""
+    """By default the run that kfade unlearn makes by default. Later steps have an update."""
     arguments = [saved(SMALL, tmp_path), "--speed", "400", "--sequence-length", "64"]
     one, four = (planned(capsys, *arguments, "--steps", n) for n in ("1", "4"))
     for stage, kinds in one["flops"].items():
         times = 4 if stage in ("gradient", "step", "check") else 1
         assert four["flops"][stage] == {kind: times * n for kind, n in kinds.items()}
-    assert four["peak_bytes"] == one["peak_bytes"]
+    first, later = (p["peak_bytes"]["planned"] for p in (one, four))
+    vector, replaced = one["bytes"]["vector"], one["parameters"]["targeted"] * 2  # in bfloat16
+    for stage, more in {"gradient": vector + replaced, "step": vector + replaced}.items():
+        assert later[stage] - first[stage] == more
+    assert later["check"] - first["check"] == vector
+    assert later["covariance"] == first["covariance"]
     usual = ["--steps", str(Run.steps), "--correct", str(Correction.count)]
     assert main(["plan", *arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == planned(capsys, *arguments, *usual)

@@ -238,18 +238,20 @@ def peaks(
     *,
     gradient_groups: Sequence[Sequence[Target]] | None = None,
 ) -> dict[str, int]:
-    """Peak bytes of each stage of a first step.
+    """Peak bytes of each stage.
 
     A fit holds one group of layers at a time; if the model is sharded, the largest share of the
     group, and of each vector a part. Finished curvature is on disk and is read one layer at a
     time. The gradient stays in memory until the direction is known, the direction until the step is
     taken. The search for the step's size adds the weights that are replaced. Refinement adds five
     vectors and the best direction so far; its solves add one more. With ``offload`` all of these
-    are elsewhere, and a pass for the gradient holds one of ``gradient_groups``.
+    are elsewhere, and a pass for the gradient holds one of ``gradient_groups``. After the first
+    step there is the update, too, and the weights that it replaces.
 
     A correction begins with the update. The first gradient becomes a direction r; with r and the
     hidden states of the original model the second is computed, and becomes a direction d. Update, r
-    and d are there in the search for its length, then the new update beside the old one.
+    and d are there while the gradient of held-out data is computed, and in the search for the
+    length; then the new update is beside the old one.
     """
     estimator, refine = work.estimator, work.refine > 0
     fixed = RUNTIME_BYTES + subject.model_bytes
@@ -268,23 +270,26 @@ def peaks(
         + sum_bytes(largest_share(group, sum_bytes, subject.shards))
         for group in gradient_groups or [targets]
     )
-    found["gradient"] = fixed + summed + largest
+    replaced = 0 if work.offload else subject.replaced_bytes
+    before = vector + replaced if work.steps > 1 else 0
+    found["gradient"] = fixed + before + summed + largest
     solve = read + 2 * vector + 4 * largest
     exact = vector + 2 * cost.forward_bytes + subject.head_bytes("step") + 2 * largest
-    found["step"] = fixed + max(solve, exact)
+    found["step"] = fixed + before + max(solve, exact)
     held = 0
     if refine:
         held = 6 * vector
         product = summed + 2 * cost.forward_bytes + 5 * vector
-        found["refine"] = fixed + max(product + largest, read + 7 * vector + 4 * largest)
-    replaced = 0 if work.offload else subject.replaced_bytes
+        found["refine"] = fixed + before + max(product + largest, read + 7 * vector + 4 * largest)
     trial = cost.forward_bytes + subject.head_bytes("check")
-    found["check"] = fixed + vector + held + replaced + 3 * largest + trial
+    searching = vector + held + replaced + 3 * largest + trial
+    found["check"] = fixed + searching + (vector if work.steps > 1 else 0)
     if work.correct:
         kept = 0 if work.offload else subject.reference_bytes(work)
         second = summed + 2 * vector + replaced + kept + largest
+        held_out = summed + 3 * vector + replaced + largest
         lengths = 3 * vector + replaced + 3 * largest + max(trial, exact - vector - 2 * largest)
-        found["correct"] = fixed + max(second, read + 4 * vector + 4 * largest, lengths)
+        found["correct"] = fixed + max(second, held_out, read + 4 * vector + 4 * largest, lengths)
     return found
 
 
