@@ -110,4 +110,4 @@ def test_python_block(desk):
     names: dict = {}
     exec(block, names)
     assert isinstance(names["update"], kfade.Update)
-    assert names["update"].provenance["steps"][0]["retain_kl"] == pytest.approx(0.01, rel=0.1)
+    assert names["update"].provenance["steps"][-1]["retain_kl"] == pytest.approx(0.01, rel=0.1)

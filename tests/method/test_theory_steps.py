@@ -290,6 +290,25 @@ def test_a_later_step_tries_first_how_far_the_last_one_went(model):
         assert after["exact_kl"] * part**2 == pytest.approx(before["exact_kl"])
 
 
+def test_a_run_ends_where_its_objective_has_no_gradient_left(model, monkeypatch):
+    """Each step goes further; from the second one on nothing is below the objective's limit."""
+
+    def limited(logits_NV, target_N):
+        return cross_entropy(logits_NV, target_N).clamp(max=2.5)
+
+    with pytest.raises(InputError, match="the forget gradient is zero"):
+        run(model, objective=lambda z, y: cross_entropy(z, y).clamp(max=0.1))
+    kept: list[Update] = []
+    said: list[str] = []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
+    far = {"kl": None, "alpha": 3.0, "steps": 4, "refit": False}
+    update = run(model, objective=limited, **far, on_step=kept.append)
+    assert 1 <= len(update.provenance["steps"]) < 4
+    assert same_update(update, kept[-1])
+    number = len(kept) + 1
+    assert said == [f"step {number}: no gradient of the objective is left, so the run ends here"]
+
+
 def test_a_later_objective_is_that_of_every_step_but_the_first(model):
     options = {"steps": 3, "refit": False}
     run(model, on_step=(firsts := []).append, objective=margin, **options)

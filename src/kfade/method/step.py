@@ -19,6 +19,10 @@ LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
 MIDWAY_TOLERANCE = 0.2  # of either, if more steps follow, which compensate
 
 
+class NoGradientError(InputError):
+    """The forget gradient is zero: the objective has nothing to raise."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A direction r in weight space; the change of weights is α r."""
@@ -58,7 +62,8 @@ def gauss_newton_step(
         choose: the layers that r has; all when None.
 
     Raises:
-        InputError: the gradient is zero in all layers, or rᵀG̃r is zero or not finite.
+        NoGradientError: the gradient is zero in all layers.
+        InputError: rᵀG̃r is zero or not finite.
     """
     direction = storage.vector()
     # rᵀG̃r, gᵀr and ‖g‖² of each layer, on the device; reading one would wait for all work there.
@@ -77,7 +82,7 @@ def gauss_newton_step(
         float(sum(sums)) for sums in zip(*found.values(), strict=True)
     )
     if gradient_square == 0:
-        raise InputError(
+        raise NoGradientError(
             f"the forget gradient is zero in all targeted weights ({named(direction)}): no "
             "gradient of the forget set reaches them; look at the forget set (is all of it certain "
             "already?), or target others"

@@ -24,7 +24,7 @@ from kfade.method.record import StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.step import Probe, StepSize
+from kfade.method.step import NoGradientError, Probe, StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
@@ -32,6 +32,7 @@ from kfade.models.layers import find_targets
 from kfade.models.targets import Target
 from kfade.models.weights import parameter_names, weight_digests
 from kfade.runtime import distributed
+from kfade.runtime.progress import say
 from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage
 
@@ -94,17 +95,16 @@ def unlearn(
             drawn = sampler.draw(forget, run.forget_batch, index)
             gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
         refining = sampler.draw(retain, direction.refine_sequences, index)
-        directions = Directions(
-            curvature,
-            gradient,
-            _exact_product(gauge, update, targets, refining, run),
-            damping=direction.damping,
-            iterations=direction.refine,
-            storage=run.storage,
-            choose=top_experts(targets, direction.top_experts),
-        )
+        exact = _exact_product(gauge, update, targets, refining, run)
+        directions = _directions(curvature, gradient, exact, targets, direction, run)
         del gradient  # the directions let it go when they need it no longer
-        record, changes = trial.best(directions)
+        try:
+            record, changes = trial.best(directions)
+        except NoGradientError:
+            if index == 0:
+                raise
+            say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
+            return corrector.correct(update, curvature, drawn)
         update = _after(update, record, changes).kept(run.storage)
         begin = trial.ended(direction.objective_of(index + 1))
         del trial, directions, changes  # before a correction or a later fit
@@ -171,6 +171,26 @@ def _fitted(
         memory=run.memory,
         store=run.store(gauge.model, targets) if run.store is not None else None,
         head=gauge.head,
+    )
+
+
+def _directions(
+    curvature: Curvature,
+    gradient: Vector,
+    exact: Callable[[Vector], MutableMapping[str, Tensor]],
+    targets: Sequence[Target],
+    direction: Direction,
+    run: Run,
+) -> Directions:
+    """The directions of a step, as ``direction`` asks for them."""
+    return Directions(
+        curvature,
+        gradient,
+        exact,
+        damping=direction.damping,
+        iterations=direction.refine,
+        storage=run.storage,
+        choose=top_experts(targets, direction.top_experts),
     )
 
 
