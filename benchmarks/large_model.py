@@ -111,6 +111,8 @@ def main() -> None:
             *shared,
             "--kl",
             "0.01",
+            "--quality",
+            "fast",
         ],
         "apply": ["apply", model, str(root / "unlearn")],
     }
