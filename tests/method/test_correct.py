@@ -561,6 +561,8 @@ def test_a_corrected_run_is_told_and_replayed(command, tmp_path, capsys):
     first = step["corrections"][0]
     said = " ".join(output.err.split())
     assert f"retain KL {first['retain_kl_before']:.2e} -> {first['retain_kl_after']:.2e}" in said
+    # The step's own line is of before.
+    assert f"retain KL {first['retain_kl_before']:.2e} nats/token (this step" in said
     assert ("dropped" in said) == any(not c["accepted"] for c in step["corrections"])
     assert metrics["retain_kl"] == step["retain_kl"]
     assert metrics["seconds"]["correct"] >= sum(c["seconds"] for c in step["corrections"]) > 0

@@ -216,11 +216,15 @@ def _routing(
 
 
 def step_line(number: int, total: int, record: dict[str, Any]) -> str:
-    """One line of text about a step."""
+    """One line of text about a step, before its corrections."""
+    loss, kl = record["forget_loss_after"], record["retain_kl"]
+    if record["corrections"]:
+        first = record["corrections"][0]
+        loss, kl = first["forget_loss_before"], first["retain_kl_before"]
     refined = f", refined {record['refined']}" if record["refined"] else ""
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
-        f"{record['forget_loss_after']:.3f}, retain KL {record['retain_kl']:.2e} nats/token "
+        f"{loss:.3f}, retain KL {kl:.2e} nats/token "
         f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
         f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined})"
     )
