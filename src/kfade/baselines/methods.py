@@ -88,8 +88,7 @@ def kl_minimisation(*, retain_weight: float = 1.0) -> Method:
 
 def npo(*, beta: float = 0.1, coefficient: float = 1.0, retain_weight: float = 1.0) -> Method:
     """NPO: c (2/β) softplus(−β (L − L_base)) + CE_r."""
-    terms = (preference(beta, coefficient), likelihood("retain", retain_weight))
-    return Method(terms, TEN_EPOCHS)
+    return Method(_and_retain(preference(beta, coefficient), retain_weight), TEN_EPOCHS)
 
 
 def simnpo(
@@ -100,8 +99,8 @@ def simnpo(
     retain_weight: float = 1.0,
 ) -> Method:
     """SimNPO: c (2/β) softplus(−β (L/|y| − γ)) + CE_r; β and c as for 5 % of TOFU."""
-    terms = (simple_preference(beta, gamma, coefficient), likelihood("retain", retain_weight))
-    return Method(terms, TEN_EPOCHS)
+    forget = simple_preference(beta, gamma, coefficient)
+    return Method(_and_retain(forget, retain_weight), TEN_EPOCHS)
 
 
 def npo_sam(
@@ -119,13 +118,12 @@ def npo_sam(
         InputError: the radius is not above 0.
     """
     forget = sharpness_aware(preference(beta, coefficient), sam_radius)
-    return Method((forget, likelihood("retain", retain_weight)), TEN_EPOCHS)
+    return Method(_and_retain(forget, retain_weight), TEN_EPOCHS)
 
 
 def wga(*, beta: float = 1.0, coefficient: float = 1.0, retain_weight: float = 1.0) -> Method:
     """WGA: c p^β log p + CE_r; defaults of OpenUnlearning."""
-    terms = (weighted_ascent(beta, 0.0, coefficient), likelihood("retain", retain_weight))
-    return Method(terms, FIVE_EPOCHS)
+    return Method(_and_retain(weighted_ascent(beta, 0.0, coefficient), retain_weight), FIVE_EPOCHS)
 
 
 def satimp(
@@ -136,8 +134,8 @@ def satimp(
     retain_weight: float = 1.0,
 ) -> Method:
     """SatImp: c p^β₁ (1 − p)^β₂ log p + CE_r; defaults of OpenUnlearning."""
-    terms = (weighted_ascent(beta1, beta2, coefficient), likelihood("retain", retain_weight))
-    return Method(terms, FIVE_EPOCHS)
+    forget = weighted_ascent(beta1, beta2, coefficient)
+    return Method(_and_retain(forget, retain_weight), FIVE_EPOCHS)
 
 
 def undial(*, beta: float = 10.0, coefficient: float = 1.0, retain_weight: float = 0.0) -> Method:
@@ -217,4 +215,9 @@ def block_targets(model: nn.Module, layers: str | None) -> list[Target]:
 
 
 def _difference(retain_weight: float) -> tuple[Term, ...]:
-    return (likelihood("forget", -1.0), likelihood("retain", retain_weight))
+    return _and_retain(likelihood("forget", -1.0), retain_weight)
+
+
+def _and_retain(forget: Term, weight: float) -> tuple[Term, ...]:
+    """The term and ``weight`` times CE_r."""
+    return (forget, likelihood("retain", weight))

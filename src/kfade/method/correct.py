@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
@@ -244,7 +245,7 @@ class _Correction:
     ) -> tuple[Ascent, Descent]:
         """r and d⊥ at the weights that ``update`` makes."""
         gauge, settings, storage = self.gauge, self.run.correction, self.run.storage
-        damping, passes = settings.damping, {**self.run.passes, "head": gauge.head}
+        damping, passes = settings.damping, self._passes
         names = [target.name for target in self.targets]
         curvature = curvature.only(names, self.targets[0].weight.device)
         with gauge.applied(update) as model:
@@ -259,16 +260,20 @@ class _Correction:
         del base
         return up, descent(curvature, g_K, up, damping, storage)
 
+    @property
+    def _passes(self) -> dict[str, Any]:
+        """The settings of a gradient."""
+        return {**self.run.passes, "head": self.gauge.head}
+
     def _along(self, update: Update, down: Descent) -> tuple[float, float]:
         """(hᵀd⊥, d⊥ᵀGd⊥) with the gradient h of the KL and the exact G of held-out retain data.
 
         On the data of g_K both are larger in size, the form by orders of magnitude: d⊥ lies where
         these data have more curvature than others.
         """
-        gauge, passes = self.gauge, {**self.run.passes, "head": self.gauge.head}
-        base = gauge.base
+        gauge, base = self.gauge, self.gauge.base
         with gauge.applied(update) as model:
-            slope = inner(down.direction, kl_gradient(model, base, self.targets, **passes))
+            slope = inner(down.direction, kl_gradient(model, base, self.targets, **self._passes))
             exact = quadratic_form(
                 model, base.batches, self.targets, down.direction, head=gauge.head
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from kfade.baselines import methods
@@ -38,37 +39,32 @@ def builder_of(word: str, given: Mapping[str, Any]) -> Callable[[Loaded, int], M
             )
         return dict(given)
 
+    def plain(method: Callable[..., Method]) -> Callable[[Loaded, int], Method]:
+        """Of a method that needs no model; its arguments are its options."""
+        own = only(*signature(method).parameters)
+        return lambda loaded, seed: method(**own)
+
     match word:
         case "ga":
-            only()
-            return lambda loaded, seed: methods.gradient_ascent()
+            return plain(methods.gradient_ascent)
         case "gd":
-            own = only("retain_weight")
-            return lambda loaded, seed: methods.gradient_difference(**own)
+            return plain(methods.gradient_difference)
         case "kl-min":
-            own = only("retain_weight")
-            return lambda loaded, seed: methods.kl_minimisation(**own)
+            return plain(methods.kl_minimisation)
         case "npo":
-            own = only("beta", "coefficient", "retain_weight")
-            return lambda loaded, seed: methods.npo(**own)
+            return plain(methods.npo)
         case "npo-sam":
-            own = only("beta", "coefficient", "retain_weight", "sam_radius")
-            return lambda loaded, seed: methods.npo_sam(**own)
+            return plain(methods.npo_sam)
         case "simnpo":
-            own = only("beta", "gamma", "coefficient", "retain_weight")
-            return lambda loaded, seed: methods.simnpo(**own)
+            return plain(methods.simnpo)
         case "wga":
-            own = only("beta", "coefficient", "retain_weight")
-            return lambda loaded, seed: methods.wga(**own)
+            return plain(methods.wga)
         case "satimp":
-            own = only("beta1", "beta2", "coefficient", "retain_weight")
-            return lambda loaded, seed: methods.satimp(**own)
+            return plain(methods.satimp)
         case "undial":
-            own = only("beta", "coefficient", "retain_weight")
-            return lambda loaded, seed: methods.undial(**own)
+            return plain(methods.undial)
         case "soul":
-            own = only("gamma")
-            return lambda loaded, seed: methods.soul(**own)
+            return plain(methods.soul)
         case "rmu":
             own = only("layer", "coefficient", "retain_weight")
             return lambda loaded, seed: methods.rmu(loaded.model, seed=seed, **own)

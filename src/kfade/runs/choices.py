@@ -66,6 +66,13 @@ class Quality:
     corrections: int
     """After the last step."""
 
+    def unless(self, steps: int | None, corrections: int | None) -> Quality:
+        """The same, but for the amounts that are given."""
+        return Quality(
+            self.steps if steps is None else steps,
+            self.corrections if corrections is None else corrections,
+        )
+
 
 def quality_of(word: str) -> Quality:
     """The quality with the name ``word``."""

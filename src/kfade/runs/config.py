@@ -235,13 +235,11 @@ class RunConfig(FitRequest):
             InputError: an unknown quality.
         """
         word = self.step.quality or ("default" if self.size.alpha is None else "fast")
-        quality, steps, correct = choices.quality_of(word), self.step.steps, self.correction.correct
-        steps = quality.steps if steps is None else steps
-        correct = quality.corrections if correct is None else correct
+        amount = choices.quality_of(word).unless(self.step.steps, self.correction.correct)
         return replace(
             self,
-            step=replace(self.step, quality=word, steps=steps),
-            correction=replace(self.correction, correct=correct),
+            step=replace(self.step, quality=word, steps=amount.steps),
+            correction=replace(self.correction, correct=amount.corrections),
         )
 
 

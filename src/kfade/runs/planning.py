@@ -13,6 +13,7 @@ from kfade.curvature.factors import factor_bytes
 from kfade.curvature.groups import group_by_input
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
+from kfade.method.settings import at_least
 from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
 from kfade.models.load import load_skeleton
@@ -104,14 +105,9 @@ class PlanRequest:
             raise InputError("--tokens and --forget-tokens must be 1 or more")
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
-        correct, sequences = self.correction.correct, self.correction.correct_sequences
-        usual, steps = quality_of("default"), self.data.steps
-        steps, correct = (
-            own if given is None else given
-            for given, own in ((steps, usual.steps), (correct, usual.corrections))
-        )
-        if steps < 1:
-            raise InputError(f"--steps {steps}: give 1 or more")
+        amount = quality_of("default").unless(self.data.steps, self.correction.correct)
+        correct, sequences = amount.corrections, self.correction.correct_sequences
+        at_least("--steps", amount.steps, 1)
         if correct < 0 or (sequences is not None and sequences < 1):
             raise InputError("--correct must be 0 or more, --correct-sequences 1 or more")
         length = self.data.sequence_length
@@ -124,7 +120,7 @@ class PlanRequest:
             forget_tokens=self.data.forget_tokens,
             refine=self.refinement.refine,
             refine_sequences=self.refinement.refine_sequences,
-            steps=steps,
+            steps=amount.steps,
             correct=correct,
             correct_sequences=sequences,
             offload=offload_of(self.device.offload) in ("cpu", "disk"),
