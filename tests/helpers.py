@@ -101,9 +101,11 @@ def flat(**options: Any) -> dict[str, Any]:
     """Options of ``kfade.unlearn`` with those of its settings sorted into them, where there are
     some: ``flat(targets=t, kl=0.01, fit=f)`` is run=Run(targets=t), size=StepSize(kl=0.01), fit=f.
 
-    A run has one step, fits at each step and corrects nothing, unless the options say otherwise.
+    A run has one step, a damping of 0.1, fits at each step and corrects nothing, unless the options
+    say otherwise.
     """
     plain = {"steps": 1, "refit": True, "correction": kfade.Correction(count=0)}
+    plain["damping"] = kfade.Damping()
     options = {**plain, **options}
     if isinstance(options.get("damping"), float):
         options["damping"] = kfade.Damping(options["damping"], options.pop("relative", True))

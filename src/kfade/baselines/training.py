@@ -30,7 +30,7 @@ from kfade.baselines.weights import Trainable
 from kfade.data.batches import Batch, draw_without_replacement
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.method.unlearn import MEASURED_SEQUENCES
+from kfade.method.gauges import MEASURED_SEQUENCES
 from kfade.models.lengths import batches_for
 from kfade.models.masters import restored
 from kfade.runtime import distributed

@@ -24,7 +24,6 @@ from typing import Any
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
-from kfade.curvature.product import quadratic_form
 from kfade.curvature.vectors import Divided, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
@@ -274,9 +273,7 @@ class _Correction:
         gauge, base = self.gauge, self.gauge.base
         with gauge.applied(update) as model:
             slope = inner(down.direction, kl_gradient(model, base, self.targets, **self._passes))
-            exact = quadratic_form(
-                model, base.batches, self.targets, down.direction, head=gauge.head
-            )
+            exact = gauge.exact_form(down.direction, self.targets)
         return slope, exact
 
     def _moved(self, update: Update, direction: Vector, length: float) -> Update:

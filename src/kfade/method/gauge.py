@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from kfade.curvature.product import quadratic_form
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.errors import InputError
@@ -55,6 +56,13 @@ class Gauge:
         self.base = hidden_reference(model, held_out, "base reference")
         self.latest = self.base
         """Hidden states on held-out retain data with the update that was measured last."""
+        self._loss_offset = self._log_offset = 0.0
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """Number of sequences that are measured: ``forget`` and ``held_out``."""
+        sets = {"forget": self._forget, "held_out": self.base.batches}
+        return {name: sum(len(b.loss_BT) for b in batches) for name, batches in sets.items()}
 
     def applied(self, update: Update) -> AbstractContextManager[nn.Module]:
         """The model with ``update`` within the ``with``."""
@@ -69,7 +77,46 @@ class Gauge:
             losses = TokenLosses()
             loss, value = mean_objectives(model, self._forget, (losses, objective), self.head)
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
-        return Probe(alpha, kl, loss, losses.mean_probability(self._forget), value)
+        probability = losses.mean_probability(self._forget) * math.exp(self._log_offset)
+        return Probe(alpha, kl, loss + self._loss_offset, probability, value)
+
+    def on_part(
+        self,
+        held_out: Sequence[Batch],
+        forget: Sequence[Batch],
+        start: Probe,
+        objective: Objective,
+    ) -> tuple[Gauge, Probe]:
+        """A gauge on a part of the data that estimates what this one would measure, and what it
+        measures without an update.
+
+        The part is a control variate: its forget loss, and the logarithm of its probability, are
+        shifted by constants such that without an update they are those of all the data.
+
+        Args:
+            held_out: part of the held-out retain data.
+            forget: part of the forget data.
+            start: the measurements of all of it, without an update.
+        """
+        part = Gauge(self.model, held_out, forget, storage=self._storage, head=self.head)
+        own = part.measure(Update({}), objective)
+        part._loss_offset = start.forget_loss - own.forget_loss
+        least = math.ulp(0.0)  # a probability may underflow
+        part._log_offset = math.log(max(start.forget_probability, least)) - math.log(
+            max(own.forget_probability, least)
+        )
+        return part, replace(
+            own, forget_loss=start.forget_loss, forget_probability=start.forget_probability
+        )
+
+    def exact_form(self, direction: Vector, targets: Sequence[Target]) -> float:
+        """dᵀGd with the exact G of held-out retain data, at the model's present weights.
+
+        Args:
+            direction: matrices [O, I] by target. Targets that have none stay as they are.
+        """
+        moved = [target for target in targets if target.name in direction]
+        return quadratic_form(self.model, self.base.batches, moved, direction, head=self.head)
 
     def rounding_kl(self, targets: Sequence[Target], asked: float = math.inf) -> float:
         """KL due to rounding alone, measured with :func:`~kfade.method.measure.rounding_changes`.

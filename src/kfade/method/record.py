@@ -32,11 +32,14 @@ class StepRecord:
     predicted_objective_change: float
     """α gᵀr, on the step's own forget batch."""
     measured_objective_change: float
-    """On the forget sequences that are measured (all, up to ``MEASURED_SEQUENCES``)."""
+    """On the forget sequences that are measured."""
     relative_change: dict[str, float] = field(default_factory=dict)
     """‖ΔW‖ / ‖W‖ of this step by weight."""
     probes: list[dict[str, float]] = field(default_factory=list)
     """Trials of the step's size, the chosen one last."""
+    measured_on: dict[str, int] = field(default_factory=dict)
+    """Number of sequences that were measured: ``forget`` and ``held_out``. Steps before the last
+    are measured on a part, see :meth:`~kfade.method.gauge.Gauge.on_part`."""
     refined: int = 0
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)

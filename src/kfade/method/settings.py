@@ -43,8 +43,9 @@ class Direction:
     """Objective of all steps after the first; ``objective`` when None. The gradient of the
     cross-entropy is proportional to 1 − p_y: after a first step by the margin it leaves tokens
     alone that are still certain, which other text needs most."""
-    damping: Damping = Damping()
-    """λ of each layer."""
+    damping: Damping | None = None
+    """λ of each layer; when None, chosen on held-out retain data at the first step
+    (:mod:`kfade.method.choose`)."""
     exact_norm: bool = False
     """Measure the length of a direction by the exact Gauss-Newton quadratic form on held-out retain
     data instead of by G̃."""

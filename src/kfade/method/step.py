@@ -215,7 +215,8 @@ def choose_alpha(
         probe: measures an α, by forward passes.
         share: fraction of the run that is done after this step, in (0, 1]. The KL after it is to be
             ``kl · share²`` (steps of equal length in one direction); the forget loss is to have
-            gone ``share`` of its way to ``until``.
+            gone ``share`` of its way to ``until``. Where no α meets that before the last step, the
+            nearest is taken if it goes at least half of the way.
         start: the measurements at α = 0. They may lie beyond the target; then ``probe`` is to go
             back as α grows.
         guess: the α to begin the search at.
@@ -235,6 +236,8 @@ def choose_alpha(
     else:
         aim = _aim(size, share, first or start, start)
         found = _search(seen, aim, guess)
+        if found is None and share < 1:
+            found = _nearest(seen, aim, probes)
         if found is None:
             raise InputError(_unreached(aim, probes))
         chosen = found
@@ -342,6 +345,15 @@ def _search(
     return None
 
 
+def _nearest(seen: Callable[[float], Probe], aim: _Aim, probes: Sequence[Probe]) -> Probe | None:
+    """The trial that came nearest to the target, repeated; None if none went half of the way to it
+    and no further than twice the way."""
+    near = [p for p in probes if 0.5 * aim.value <= aim.measure(p) <= 2 * aim.value]
+    if not near:
+        return None
+    return seen(min(near, key=lambda p: abs(aim.measure(p) - aim.value)).alpha)
+
+
 def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
     """The message that no trial is accepted: the nearest on each side, and what to do."""
     measured = [(aim.measure(p), p.alpha) for p in probes]
@@ -358,7 +370,9 @@ def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
             advice = "ask for about one of these"
     elif broken:
         said.append(f"from alpha {min(broken):.4g} on the model's outputs are not finite")
-        advice = "ask for less" if finite else "look at the model and the forget set"
+        advice = "look at the model and the forget set"
+        if finite:
+            advice = "ask for less, or take more --steps"
     tried = ", ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
     return f"{aim.asked} cannot be reached in one step ({tried}): {advice}"
 

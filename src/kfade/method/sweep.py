@@ -19,12 +19,13 @@ from typing import Any
 from torch import nn
 
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.vectors import Storage, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, least_kl, parameter_changes, refuse_below
+from kfade.method.gauges import MEASURED_SEQUENCES
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, Outcome, Point
 from kfade.method.objectives import Objective, cross_entropy
@@ -33,7 +34,6 @@ from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Direction, Run
 from kfade.method.step import Probe, Step, choose_alpha
-from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import parse_layers
@@ -286,8 +286,5 @@ class _Ruler:
         """An α near the one that gives that KL, which grows about as α²."""
         if last is not None and last.alpha and last.retain_kl:
             return last.alpha * math.sqrt(kl / last.retain_kl)
-        gauge = self.gauge
-        exact = quadratic_form(
-            gauge.model, gauge.base.batches, self.targets, step.direction, head=gauge.head
-        )
+        exact = self.gauge.exact_form(step.direction, self.targets)
         return math.sqrt(2 * kl / exact)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 from torch import nn
 
-from kfade.curvature.product import quadratic_form
 from kfade.curvature.vectors import Vector
 from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
@@ -32,11 +31,8 @@ class Trial:
         update: the sum of all previous steps.
         objective: objective of this step.
         steps: number of steps of the whole run.
-        begin: the measurements before this step, if :meth:`ended` has told them.
+        begin: the measurements before this step, if they are known.
         exact_norm: see :class:`~kfade.method.settings.Direction`.
-
-    Raises:
-        InputError: the forgetting target is reached before the first step.
     """
 
     def __init__(
@@ -64,8 +60,6 @@ class Trial:
         near = (size.kl or DEFAULT_KL) / steps**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
         self._first = self._before if self._is_first else probe_of(records[0], "before")
-        if self._is_first and size.is_reached(self._before, self._before):
-            raise InputError(_known_already(size, self._before))
 
     def best(self, directions: Directions) -> Candidate:
         """Tries each direction at the size asked for and returns the best.
@@ -89,22 +83,18 @@ class Trial:
             self._last = None
         return record, changes
 
-    def ended(self, objective: Objective) -> Probe | None:
-        """The measurements after this step, if those were the last ones and of ``objective``."""
-        return self._last if objective is self._objective else None
+    def ended(self, objective: Objective, gauge: Gauge) -> Probe | None:
+        """The measurements after this step, if those were the last ones, of ``objective`` and by
+        ``gauge``."""
+        known = objective is self._objective and gauge is self._gauge
+        return self._last if known else None
 
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step, scaled to exact unit length if ``exact_norm``, and its squared length rᵀGr with
         the exact G of held-out retain data."""
         gauge = self._gauge
         with stage("step"), gauge.applied(self._update):
-            exact = quadratic_form(
-                gauge.model,
-                gauge.base.batches,
-                [target for target in self._targets if target.name in step.direction],
-                step.direction,
-                head=gauge.head,
-            )
+            exact = gauge.exact_form(step.direction, self._targets)
         if exact == 0:
             raise InputError(
                 "the step does not change what the model says to the held-out retain data: are "
@@ -142,17 +132,11 @@ class Trial:
                 measured_objective_change=after.objective - before.objective,
                 relative_change=_relative_change(gauge.model, changes, after.alpha),
                 probes=[asdict(p) for p in probes],
+                measured_on=gauge.sequences,
                 refined=refined,
             )
         self._near, self._last = record.exact_kl, after
         return record, changes
-
-
-def _known_already(size: StepSize, probe: Probe) -> str:
-    known = f"loss is {probe.forget_loss:.4g}"
-    if size.until_probability is not None:
-        known = f"probability is {probe.forget_probability:.4g}"
-    return f"{size.target}: the {known} already; ask for more"
 
 
 def _relative_change(model: nn.Module, changes: Vector, alpha: float) -> dict[str, float]:

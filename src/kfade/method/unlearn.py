@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,22 +10,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature
+from kfade.curvature.damping import Damping
 from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.product import gauss_newton_product
-from kfade.curvature.vectors import Divided, Vector
+from kfade.curvature.vectors import Divided, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
+from kfade.method.choose import choose_damping, damping_line
 from kfade.method.correct import Corrector
 from kfade.method.experts import top_experts
-from kfade.method.gauge import Gauge, least_kl, refuse_below
+from kfade.method.gauge import Gauge
+from kfade.method.gauges import gauges_of
 from kfade.method.gradient import forget_gradient
-from kfade.method.preflight import preflight
 from kfade.method.record import StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.step import NoGradientError, Probe, StepSize
+from kfade.method.step import NoGradientError, StepSize, gauss_newton_step
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
@@ -35,8 +38,6 @@ from kfade.runtime import distributed
 from kfade.runtime.progress import say
 from kfade.runtime.provenance import versions
 from kfade.runtime.stages import stage
-
-MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
 
 
 def unlearn(
@@ -75,18 +76,23 @@ def unlearn(
     device = targets[0].device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     retain_batches = sampler.all(retain)
-    gauge = _gauge(model, targets, sampler, (forget, held_out), size, run)
+    measured = (forget, held_out)
+    gauges = gauges_of(model, targets, sampler, measured, direction.objective, size, run)
+    gauge = gauges.whole
     run = _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], device)
     corrector = Corrector(gauge, targets, sampler, retain, size, run)
-    begin: Probe | None = None
+    begin = None if update.deltas else gauges.begin
+    damping = _known_damping(direction, update)
     while not _is_finished(update, size, run):
         index = len(update.provenance["steps"])
         aim, exact_norm = direction.objective_of(index), direction.exact_norm
-        trial = Trial(gauge, targets, update, aim, size, run.steps, begin, exact_norm=exact_norm)
+        trial = Trial(
+            gauges.of(index), targets, update, aim, size, run.steps, begin, exact_norm=exact_norm
+        )
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), gauge.applied(at):
@@ -94,9 +100,14 @@ def unlearn(
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_batch, index)
             gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
+        if damping is None:
+            damping, told = _chosen_damping(
+                curvature, gradient, targets, direction, gauges.part, run.storage
+            )
+            update = Update(update.deltas, {**update.provenance, "damping": told})
         refining = sampler.draw(retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, targets, refining, run)
-        directions = _directions(curvature, gradient, exact, targets, direction, run)
+        directions = _directions(curvature, gradient, exact, targets, direction, damping, run)
         del gradient  # the directions let it go when they need it no longer
         try:
             record, changes = trial.best(directions)
@@ -104,38 +115,17 @@ def unlearn(
             if index == 0:
                 raise
             say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
-            return corrector.correct(update, curvature, drawn)
+            return corrector.correct(gauges.confirmed(update, aim), curvature, drawn)
         update = _after(update, record, changes).kept(run.storage)
-        begin = trial.ended(direction.objective_of(index + 1))
+        begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
         del trial, directions, changes  # before a correction or a later fit
+        if _is_finished(update, size, run):
+            update = gauges.confirmed(update, aim)
         if _is_finished(update, size, run):
             update = corrector.correct(update, curvature, drawn)
         if run.on_step is not None:
             run.on_step(update)
     return update
-
-
-def _gauge(
-    model: nn.Module,
-    targets: Sequence[Target],
-    sampler: Sampler,
-    measured: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
-    size: StepSize,
-    run: Run,
-) -> Gauge:
-    """Measures on the forget set (some of it) and on the held-out retain set, ``measured``.
-
-    Raises:
-        InputError: the model cannot be run as it has to be, or rounding hides the KL asked for.
-    """
-    forget, held_out = measured
-    with stage("check"):
-        head = preflight(model, targets, recompute=run.recompute)
-        drawn = sampler.draw(forget, MEASURED_SEQUENCES)
-        gauge = Gauge(model, sampler.all(held_out), drawn, storage=run.storage, head=head)
-        floor = gauge.rounding_kl(targets, least_kl(size, run.steps))
-        refuse_below(floor, size, targets, run.steps)
-    return gauge
 
 
 def _is_finished(update: Update, size: StepSize, run: Run) -> bool:
@@ -180,6 +170,7 @@ def _directions(
     exact: Callable[[Vector], MutableMapping[str, Tensor]],
     targets: Sequence[Target],
     direction: Direction,
+    damping: Damping,
     run: Run,
 ) -> Directions:
     """The directions of a step, as ``direction`` asks for them."""
@@ -187,11 +178,41 @@ def _directions(
         curvature,
         gradient,
         exact,
-        damping=direction.damping,
+        damping=damping,
         iterations=direction.refine,
         storage=run.storage,
         choose=top_experts(targets, direction.top_experts),
     )
+
+
+def _known_damping(direction: Direction, update: Update) -> Damping | None:
+    """The damping that is given, or that an interrupted run has chosen."""
+    known = update.provenance.get("damping")
+    if direction.damping is None and known is not None:
+        return Damping(known["value"], known["relative"])
+    return direction.damping
+
+
+def _chosen_damping(
+    curvature: Curvature,
+    gradient: Vector,
+    targets: Sequence[Target],
+    direction: Direction,
+    gauge: Gauge,
+    storage: Storage,
+) -> tuple[Damping, dict[str, Any]]:
+    """The damping that is best on the gauge's held-out data, and what the update tells of it."""
+    choose = top_experts(targets, direction.top_experts)
+
+    def merit(damping: Damping) -> float:
+        step = gauss_newton_step(curvature, gradient, damping, storage, choose=choose)
+        form = gauge.exact_form(step.direction, targets)
+        return step.slope**2 / form if form else math.inf
+
+    with stage("damping"):
+        damping, merits = choose_damping(merit)
+    say(damping_line(damping, merits))
+    return damping, {**asdict(damping), "merits": {f"{k:g}": v for k, v in merits.items()}}
 
 
 def _exact_product(

@@ -25,7 +25,7 @@ from kfade.evaluate.relearning import (
     Tuning,
 )
 from kfade.evaluate.relearning import attack as attack_model
-from kfade.method.unlearn import MEASURED_SEQUENCES
+from kfade.method.gauges import MEASURED_SEQUENCES
 from kfade.models.weights import digest_weights
 from kfade.runs import options as o
 from kfade.runs.config import DataConfig, ModelConfig

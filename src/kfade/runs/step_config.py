@@ -41,7 +41,7 @@ class StepConfig:
     """Absolute damping λ, as in the paper. Unset: see --relative-damping."""
     relative_damping: float | None = None
     """Damping λ as a multiple of each layer's mean eigenvalue. If neither this nor --damping is
-    set: 0.1."""
+    set: chosen on held-out retain data."""
     exact_norm: Annotated[bool, Parameter(negative="--fitted-norm")] = False
     """Compute a step's G-norm with the exact Gauss-Newton matrix instead of the fitted
     curvature."""

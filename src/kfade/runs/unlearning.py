@@ -17,11 +17,11 @@ from kfade.curvature.vectors import Storage
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.evaluate.routing import rerouted_share, routing_line
+from kfade.method.gauges import MEASURED_SEQUENCES
 from kfade.method.objectives import Objective
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Correction, Direction, Run
 from kfade.method.step import StepSize
-from kfade.method.unlearn import MEASURED_SEQUENCES
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
 from kfade.models.experts import expert_modules
@@ -313,14 +313,14 @@ def _step_size(run: RunConfig) -> StepSize:
     return StepSize(run.size.alpha, kl, **until, max_kl=run.size.max_kl)
 
 
-def _damping_of(run: RunConfig) -> Damping:
-    """The damping of each layer."""
+def _damping_of(run: RunConfig) -> Damping | None:
+    """The damping of each layer; None if it is to be chosen."""
     absolute, relative = run.step.damping, run.step.relative_damping
     if absolute is not None and relative is not None:
         raise InputError("give --damping or --relative-damping, not both")
     if absolute is not None:
         return Damping(absolute, relative=False)
-    return Damping() if relative is None else Damping(relative)
+    return None if relative is None else Damping(relative)
 
 
 def _correction_damping_of(run: RunConfig) -> Damping:

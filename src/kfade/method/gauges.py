@@ -1,0 +1,106 @@
+"""What a run is measured on: all data before its last step ends, a part of them before that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from kfade.data.sequences import TokenSequence
+from kfade.errors import InputError
+from kfade.method.gauge import Gauge, least_kl, refuse_below
+from kfade.method.objectives import Objective
+from kfade.method.preflight import preflight
+from kfade.method.sampling import Sampler
+from kfade.method.settings import Run
+from kfade.method.step import Probe, StepSize
+from kfade.method.update import Update
+from kfade.models.targets import Target
+from kfade.runtime.stages import stage
+
+MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
+PART, LEAST_PART = 4, 8  # on the way: one in so many of all that is measured, but at least so many
+
+
+def part_of(count: int) -> int:
+    """Number of sequences, of ``count`` that are measured, in the trials of steps on the way."""
+    return min(count, max(LEAST_PART, count // PART))
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """The gauges of a run. A step on the way is met within ``MIDWAY_TOLERANCE``, which a part of
+    the data decides; the last step, and what a run reports, are measured on all.
+    """
+
+    whole: Gauge
+    part: Gauge
+    begin: Probe
+    """The measurements before the first step, by the gauge of that step."""
+    steps: int
+    """Number of steps of the run."""
+
+    def of(self, step: int) -> Gauge:
+        """The gauge of a step, counted from 0."""
+        return self.part if step + 1 < self.steps else self.whole
+
+    def confirmed(self, update: Update, objective: Objective) -> Update:
+        """The update with what its last step ended with measured on all data."""
+        *steps, last = update.provenance["steps"]
+        if last["measured_on"] == self.whole.sequences:
+            return update
+        with stage("check"):
+            now = self.whole.measure(update, objective)
+        last = {
+            **last,
+            "retain_kl": now.retain_kl,
+            "forget_loss_after": now.forget_loss,
+            "forget_probability_after": now.forget_probability,
+            "measured_on": self.whole.sequences,
+        }
+        return Update(update.deltas, {**update.provenance, "steps": [*steps, last]})
+
+
+def gauges_of(
+    model: nn.Module,
+    targets: Sequence[Target],
+    sampler: Sampler,
+    measured: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    objective: Objective,
+    size: StepSize,
+    run: Run,
+) -> Gauges:
+    """The gauges on the forget set and the held-out retain set, ``measured``.
+
+    Args:
+        objective: that of the first step.
+
+    Raises:
+        InputError: the model cannot be run as it has to be, rounding hides the KL asked for, or the
+            forgetting target is reached before the first step.
+    """
+    forget, held_out = measured
+    with stage("check"):
+        head = preflight(model, targets, recompute=run.recompute)
+        drawn = sampler.draw(forget, MEASURED_SEQUENCES)
+        whole = Gauge(model, sampler.all(held_out), drawn, storage=run.storage, head=head)
+        floor = whole.rounding_kl(targets, least_kl(size, run.steps))
+        refuse_below(floor, size, targets, run.steps)
+        begin = whole.measure(Update({}), objective)
+        if size.is_reached(begin, begin):
+            raise InputError(_known_already(size, begin))
+        counts = {name: part_of(count) for name, count in whole.sequences.items()}
+        if run.steps == 1 or counts == whole.sequences:
+            return Gauges(whole, whole, begin, run.steps)
+        few_held_out = sampler.draw(held_out, counts["held_out"])
+        few = sampler.draw(forget, counts["forget"])
+        part, begin = whole.on_part(few_held_out, few, begin, objective)
+    return Gauges(whole, part, begin, run.steps)
+
+
+def _known_already(size: StepSize, probe: Probe) -> str:
+    known = f"loss is {probe.forget_loss:.4g}"
+    if size.until_probability is not None:
+        known = f"probability is {probe.forget_probability:.4g}"
+    return f"{size.target}: the {known} already; ask for more"

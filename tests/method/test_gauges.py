@@ -1,0 +1,122 @@
+"""Steps on the way are measured on a part of the data, the last one and the result on all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from helpers import flat, measured_kl, random_sequences, tiny_llama
+
+import kfade
+from kfade import KFAC, InputError, Update, cross_entropy, make_batches, margin
+from kfade.method.gauge import Gauge
+from kfade.method.gauges import part_of
+from kfade.method.measure import TokenLosses, mean_objectives
+
+MANY = {
+    "forget": random_sequences(40, seed=7),
+    "retain": random_sequences(12, seed=8),
+    "held_out": random_sequences(36, seed=9),
+}
+PARTS = {"forget": 10, "held_out": 9}
+ALL = {"forget": 40, "held_out": 36}
+
+
+def forgetting(model, sequences) -> tuple[float, float]:
+    """(loss per token, mean probability) of the sequences."""
+    batches, losses = make_batches(sequences), TokenLosses()
+    [loss] = mean_objectives(model, batches, (losses,))
+    return loss, losses.mean_probability(batches)
+
+
+def test_a_part_is_a_quarter_but_not_a_handful():
+    assert [part_of(n) for n in (3, 8, 20, 32, 80, 256)] == [3, 8, 8, 8, 20, 64]
+
+
+@pytest.mark.parametrize("size", [{"kl": 0.01}, {"until": 3.8}, {"alpha": 0.05}])
+def test_the_last_step_and_the_result_are_measured_on_all_data(size):
+    model = tiny_llama()
+    before = forgetting(model, MANY["forget"])
+    options = {"fit": KFAC(), "steps": 3, "refit": False, **size}
+    update = kfade.unlearn(model, **MANY, **flat(**options))
+    steps = update.provenance["steps"]
+    assert [step["measured_on"] for step in steps] == [PARTS, PARTS, ALL]
+    kl = measured_kl(model, make_batches(MANY["held_out"]), update)
+    with update.applied_to(model):
+        loss, probability = forgetting(model, MANY["forget"])
+    # 1e-9: the data are in other batches here; sums in float64 differ by rounding.
+    assert steps[-1]["retain_kl"] == pytest.approx(kl, rel=1e-9)
+    assert steps[-1]["forget_loss_after"] == pytest.approx(loss, rel=1e-9)
+    assert steps[-1]["forget_probability_after"] == pytest.approx(probability, rel=1e-9)
+    # A part is shifted so that the run begins at the values of all data.
+    assert steps[0]["forget_loss_before"] == pytest.approx(before[0], rel=1e-9)
+    assert steps[0]["forget_probability_before"] == pytest.approx(before[1], rel=1e-9)
+    # Steps follow each other: on a part, and from a part to all only nearly.
+    assert steps[1]["forget_loss_before"] == steps[0]["forget_loss_after"]
+    assert steps[2]["forget_loss_before"] != steps[1]["forget_loss_after"]
+    # 0.2 nats: the change of the loss differs from text to text.
+    assert steps[2]["forget_loss_before"] == pytest.approx(steps[1]["forget_loss_after"], abs=0.2)
+
+
+def test_small_data_and_a_single_step_are_measured_on_all():
+    model = tiny_llama()
+    single = kfade.unlearn(model, **MANY, **flat(fit=KFAC(), kl=0.01))
+    assert single.provenance["steps"][0]["measured_on"] == ALL
+    few = {name: sequences[:8] for name, sequences in MANY.items()}
+    steps = kfade.unlearn(model, **few, **flat(fit=KFAC(), kl=0.01, steps=2)).provenance["steps"]
+    assert [step["measured_on"] for step in steps] == 2 * [{"forget": 8, "held_out": 8}]
+
+
+def test_a_part_estimates_what_all_data_would_measure():
+    """Its loss is shifted by a constant, and so is the logarithm of its probability. Without the
+    shift the estimate is farther off."""
+    model = tiny_llama()
+    held_out, forget = make_batches(MANY["held_out"]), make_batches(MANY["forget"])
+    few_held_out, few = make_batches(MANY["held_out"][:9]), make_batches(MANY["forget"][:10])
+    whole = Gauge(model, held_out, forget)
+    start = whole.measure(Update({}), margin)
+    part, begin = whole.on_part(few_held_out, few, start, margin)
+    assert (begin.forget_loss, begin.forget_probability) == (
+        start.forget_loss,
+        start.forget_probability,
+    )
+    own = Gauge(model, few_held_out, few)
+    assert begin.objective == own.measure(Update({}), margin).objective  # on its own data
+    update = kfade.unlearn(model, **MANY, **flat(fit=KFAC(), kl=1e-4))
+    plain, shifted, right = (g.measure(update, cross_entropy) for g in (own, part, whole))
+    base = own.measure(Update({}), cross_entropy)
+    assert shifted.retain_kl == plain.retain_kl
+    # 1e-12: a sum of two numbers in float64.
+    shift = start.forget_loss - base.forget_loss
+    assert shifted.forget_loss == pytest.approx(plain.forget_loss + shift, rel=1e-12)
+    factor = start.forget_probability / base.forget_probability
+    assert shifted.forget_probability == pytest.approx(plain.forget_probability * factor, rel=1e-12)
+    error = abs(shifted.forget_loss - right.forget_loss)
+    assert error < 0.5 * abs(plain.forget_loss - right.forget_loss)
+
+
+def test_a_target_that_a_part_reaches_is_confirmed_on_all(monkeypatch):
+    """A run whose last step on a part seems to reach the target goes on if all data do not."""
+    model, ended = tiny_llama(), []
+    start, _ = forgetting(model, MANY["forget"])
+    reached = kfade.StepSize.is_reached
+
+    def early(self, first, now) -> bool:
+        """Says so once, after the first step."""
+        if now.forget_loss != first.forget_loss and not ended:
+            ended.append(now)
+            return True
+        return reached(self, first, now)
+
+    monkeypatch.setattr(kfade.StepSize, "is_reached", early)
+    options = {"fit": KFAC(), "steps": 3, "refit": False, "until": start + 0.3}
+    steps = kfade.unlearn(model, **MANY, **flat(**options)).provenance["steps"]
+    assert [step["measured_on"] for step in steps] == [ALL, PARTS, ALL]
+    assert math.isclose(steps[-1]["forget_loss_after"], start + 0.3, abs_tol=0.01)
+
+
+def test_a_target_that_is_reached_already_is_refused():
+    model = tiny_llama()
+    start, _ = forgetting(model, MANY["forget"])
+    with pytest.raises(InputError, match=r"the loss is .* already; ask for more"):
+        kfade.unlearn(model, **MANY, **flat(fit=KFAC(), steps=3, until=start - 0.1))
