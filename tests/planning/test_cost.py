@@ -119,8 +119,9 @@ def test_seconds_follow_speed_and_devices(tmp_path):
     three = seconds(subject, groups, work, Speed(1e9, 1e9), devices=3)
     for stage in ("covariance", "lambda", "gradient"):
         assert three[stage] == pytest.approx(one[stage] / 3)
-    # Each computes the direction, 4·o·i·(o + i) a weight, and only the measuring is shared.
-    direction = 9 * 4 * 64 * 224 * (64 + 224) / (0.93 * 1e9)
+    # Each computes the directions, 4·o·i·(o + i) a weight, one of the step and three of the choice
+    # of its damping, and only the measuring is shared.
+    direction = 4 * 9 * 4 * 64 * 224 * (64 + 224) / (0.93 * 1e9)
     assert three["step"] - direction == pytest.approx((one["step"] - direction) / 3)
     assert three["check"] == pytest.approx(one["check"] / 3)
     # Nine of width 224 and six of 64 on three devices: three of the large and two of the small.

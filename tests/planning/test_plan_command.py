@@ -120,32 +120,43 @@ def test_command_plans_corrections(tmp_path, capsys):
     assert {k: v for k, v in one["flops"].items() if k != "correct"} == plain["flops"]
     for kind, amount in one["flops"]["correct"].items():
         assert three["flops"]["correct"][kind] == pytest.approx(3 * amount)
-    assert one["flops"]["correct"]["rotations"] == 2 * plain["flops"]["step"]["rotations"]
+    # One direction of the step, and three to choose its damping.
+    assert one["flops"]["correct"]["rotations"] == 2 / 4 * plain["flops"]["step"]["rotations"]
     # The gradient of the forget set, and those of the KL, on held-out data too, by their positions.
     gradient, positions = plain["flops"]["gradient"], 2500 * 512 * 63 / 64
-    for sequences, found in ((10_000, one), (100, few)):
+    for sequences, found in ((5_000, one), (100, few)):  # half of them if not told
         expected = gradient["backward"] * (1 + (sequences + 64) * 63 / positions)
         assert found["flops"]["correct"]["backward"] == pytest.approx(expected)
     vector = plain["bytes"]["vector"]
     peaks = [p["peak_bytes"]["planned"] for p in (plain, one, few)]
     assert "correct" not in peaks[0]
-    hidden = 9_900 * 63 * SMALL.hidden_size * 4  # float32
+    hidden = 4_900 * 63 * SMALL.hidden_size * 4  # float32
     assert peaks[1]["correct"] - peaks[2]["correct"] == hidden
     assert peaks[2]["correct"] > peaks[2]["check"] + 2 * vector
     assert one["seconds"]["1"]["total"] > plain["seconds"]["1"]["total"]
 
 
 def test_command_plans_steps(tmp_path, capsys):
-    """By default the run that kfade unlearn makes by default. Later steps have an update."""
+    """By default the run that kfade unlearn makes by default. Later steps have an update. Those
+    before the last are measured on a quarter."""
     arguments = [saved(SMALL, tmp_path), "--speed", "400", "--sequence-length", "64"]
     one, four = (planned(capsys, *arguments, "--steps", n) for n in ("1", "4"))
+    step = {"rotations": (4 + 3) / (1 + 3)}  # each step, and three dampings
+    # In sets of all that is measured: three and one forms of steps, and three of dampings.
+    step |= dict.fromkeys(("forward", "head"), (3 / 4 + 1 + 3 / 4) / (1 + 3))
+    # The model, then two trials; at the end on all, before that on a quarter.
+    check = {"forward": (1 + 1 / 4 + 3 * 2 / 4 + 1 + 2) / (1 + 2)}
+    times = {"gradient": dict.fromkeys(one["flops"]["gradient"], 4), "step": step, "check": check}
     for stage, kinds in one["flops"].items():
-        times = 4 if stage in ("gradient", "step", "check") else 1
-        assert four["flops"][stage] == {kind: times * n for kind, n in kinds.items()}
+        for kind, amount in kinds.items():
+            if (stage, kind) != ("check", "head"):  # two heads a trial on held-out data
+                expected = times.get(stage, {}).get(kind, 1) * amount
+                assert four["flops"][stage][kind] == pytest.approx(expected)
     first, later = (p["peak_bytes"]["planned"] for p in (one, four))
     vector = one["bytes"]["vector"]
-    for stage in ("gradient", "step"):
-        assert later[stage] - first[stage] == 2 * vector  # weights in float32 are as large
+    assert later["gradient"] - first["gradient"] == 2 * vector  # weights in float32 are as large
+    # The choice of the damping, before the first step, holds the gradient already.
+    assert later["step"] - first["step"] == vector
     assert later["check"] - first["check"] == vector
     assert later["covariance"] == first["covariance"]
     usual = ["--steps", str(Run.steps), "--correct", str(Correction.count)]

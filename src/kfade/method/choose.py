@@ -17,16 +17,16 @@ from collections.abc import Callable, Mapping
 from kfade.curvature.damping import Damping
 
 BEGIN, WEAKEST, STRONGEST = -2, -6, 2  # powers of ten, times each layer's mean eigenvalue
-LEAST_GAIN = 1.2  # of the merit, for which a tenth of the damping is taken
+ENOUGH = 1.2  # factor of the merit for which a tenth of the damping is taken
 
 
 def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[float, float]]:
     """The damping, and the merit of each that was tried, by its multiple of the mean eigenvalue.
 
-    From ``BEGIN`` on, a tenth of the damping is taken as long as that multiplies the merit by
-    ``LEAST_GAIN`` or more. If the first does not, ten times the damping is taken as long as that
-    costs less. Weaker damping has little more to give, and its longer steps leave the region where
-    the merit holds.
+    From ``BEGIN`` on a tenth of the damping is tried as long as that multiplies the merit by
+    ``ENOUGH`` or more. Of all dampings the strongest is taken whose merit is within that factor of
+    the greatest that was found: weaker ones have little more to give, and their longer steps leave
+    the region where the merit holds.
 
     Args:
         merit: (gᵀr)² / rᵀGr of a damping; costs a direction and an exact quadratic form.
@@ -38,14 +38,10 @@ def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[flo
             merits[power] = merit(Damping(10.0**power))
         return merits[power]
 
-    def pays(power: int) -> bool:
-        """Whether a damping is worth its difference to one that is ten times as strong."""
-        return of(power) >= LEAST_GAIN * of(power + 1)
-
     power = BEGIN
-    while power > WEAKEST and pays(power - 1):
+    while power > WEAKEST and of(power - 1) >= ENOUGH * of(power):
         power -= 1
-    while BEGIN <= power < STRONGEST and not pays(power):
+    while power < STRONGEST and ENOUGH * of(power + 1) >= max(merits.values()):
         power += 1
     return Damping(10.0**power), {10.0**tried: merits[tried] for tried in sorted(merits)}
 

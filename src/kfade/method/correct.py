@@ -168,7 +168,8 @@ class Corrector:
         changed = [target for target in self._targets if target.name in update.deltas]
         one = _Correction(self._gauge, changed, self._size, self._run)
         for number in range(self._run.correction.count):
-            draw = self._sampler.draw(self._retain, self._run.correction.sequences, number)
+            count = self._run.retain_drawn(len(self._retain))
+            draw = self._sampler.draw(self._retain, count, number)
             with stage("correct"):
                 update = one.made(update, curvature, draw, forget)
             if not update.provenance["steps"][-1]["corrections"][-1]["accepted"]:

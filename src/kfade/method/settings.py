@@ -21,6 +21,7 @@ from kfade.method.update import Update
 from kfade.models.targets import Target
 
 DEFAULT_KL = 0.01  # nats per token: the default size, and where a search begins
+LEAST_FORGET, LEAST_RETAIN = 32, 64  # sequences in a gradient that takes half of a set, at least
 
 
 def at_least(flag: str, value: int, least: int) -> None:
@@ -88,8 +89,8 @@ class Correction:
     """λ of each layer in a correction. The gradient of the KL fits its own data; the more it is
     damped, the better a correction carries over to others."""
     sequences: int | None = None
-    """Retain sequences in the gradient of the KL, drawn again for each correction; all when
-    None."""
+    """Retain sequences in the gradient of the KL, drawn again for each correction; when None half
+    of them, at least ``LEAST_RETAIN``."""
     objective: Objective = cross_entropy
     """Its mean over the forget set stays unchanged to first order."""
     least_gain: float = 0.01
@@ -119,7 +120,8 @@ class Run:
     steps: int = 6
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
-    """Forget sequences in each step, drawn without replacement; all when None."""
+    """Forget sequences in each step, drawn without replacement; when None all in a single step, and
+    in several half of them, at least ``LEAST_FORGET``."""
     refit: bool = False
     """Fit the curvature again at each step."""
     correction: Correction = Correction()
@@ -142,6 +144,16 @@ class Run:
     """The update after some steps of the same run, to continue from."""
     on_step: Callable[[Update], None] | None = None
     """Called with the update after every step."""
+
+    def forget_drawn(self, count: int) -> int | None:
+        """Forget sequences of ``count`` in each step; all when None."""
+        if self.forget_batch is None and self.steps > 1:
+            return max(LEAST_FORGET, count // 2)
+        return self.forget_batch
+
+    def retain_drawn(self, count: int) -> int:
+        """Retain sequences of ``count`` in the gradient of a correction."""
+        return self.correction.sequences or max(LEAST_RETAIN, count // 2)
 
     @property
     def passes(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def unlearn(
             with stage("fit"), gauge.applied(at):
                 curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
         with stage("gradient"), gauge.applied(update):
-            drawn = sampler.draw(forget, run.forget_batch, index)
+            drawn = sampler.draw(forget, run.forget_drawn(len(forget)), index)
             gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
         if damping is None:
             damping, told = _chosen_damping(
@@ -209,7 +209,7 @@ def _chosen_damping(
         form = gauge.exact_form(step.direction, targets)
         return step.slope**2 / form if form else math.inf
 
-    with stage("damping"):
+    with stage("step"):
         damping, merits = choose_damping(merit)
     say(damping_line(damping, merits))
     return damping, {**asdict(damping), "merits": {f"{k:g}": v for k, v in merits.items()}}

@@ -25,6 +25,10 @@ from kfade.runtime.distributed import assign_by_cost
 
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
 """In the search for a step's size: held-out sequences, forget sequences, trials."""
+PART = 4
+"""Steps before the last are measured on one in so many of these sequences."""
+DAMPINGS = 3
+"""Dampings that are tried at the first step."""
 LENGTHS = 4
 """Trials of a correction's length, and of the size after it."""
 EIGH_FLOPS = 12
@@ -153,7 +157,8 @@ def flops(
 
     An expert counts by the rows that it reads. Each group of layers has its own passes. The exact
     quadratic form costs three forward passes over the held-out tokens. Each trial of a step's size
-    costs a forward pass over them and one over the measured forget sequences. A refined direction
+    costs a forward pass over them and one over the measured forget sequences. Steps before the last
+    do both on a part of the data, and so does the choice of the damping. A refined direction
     has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
     and a backward pass. A correction costs a gradient on the forget set, one on retain data with a
     forward pass of the original model more, one on held-out data, two directions, and the
@@ -180,8 +185,17 @@ def flops(
     rotations = sum(per_solve * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
     held_out = float(HELD_OUT * work.length)
     directions = work.refine + 1
-    exact = directions * held_out
-    add("step", rotations=rotations, forward=3 * forward * exact, head=2 * head * exact)
+    # In whole sets of what is measured: each step's trials, and what they begin with.
+    way = (work.steps - 1) / PART
+    begins, trials = 1.0, TRIALS * directions * (way + 1)
+    if work.steps > 1:
+        begins += 1 + 1 / PART  # the model on a part, and the last step's beginning on all
+    exact = held_out * directions * (way + 1)
+    exact += held_out * DAMPINGS / (PART if work.steps > 1 else 1)
+    add("step", forward=3 * forward * exact, head=2 * head * exact)
+    add("step", rotations=(work.steps + DAMPINGS) * rotations)
+    tokens = (begins + trials) * (held_out + measured)
+    add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
     if work.refine:
         sequences = min(work.refine_sequences, work.retain_tokens / work.sequence_length)
         positions = directions * sequences * work.length
@@ -189,10 +203,7 @@ def flops(
         add("refine", forward=3 * forward * positions, head=2 * head * positions)
         add("refine", float32=outer * positions)
         add("refine", rotations=1.5 * work.refine * rotations)  # one solve and one norm
-    trials = TRIALS * directions
-    tokens = (1 + trials) * (held_out + measured)
-    add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
-    for stage in ("gradient", "step", "refine", "check"):
+    for stage in ("gradient", "refine"):
         tally.repeat(stage, work.steps)
     if work.correct:
         _add_corrections(tally, work, held_out + measured, rotations)

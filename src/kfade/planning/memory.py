@@ -62,7 +62,7 @@ class Work:
     correct: int = 0
     """Corrections after the last step."""
     correct_sequences: int | None = None
-    """Retain sequences in the KL's gradient for each of them; None: all."""
+    """Retain sequences in the KL's gradient for each of them; None: half, at least 64."""
 
     @property
     def length(self) -> int:
@@ -82,9 +82,9 @@ class Work:
     def correct_positions(self) -> float:
         """Positions in the KL's gradient for a correction."""
         retain = self.positions(self.retain_tokens)
-        if self.correct_sequences is None:
-            return retain
-        return min(retain, float(self.correct_sequences * self.length))
+        count = self.correct_sequences
+        asked = max(64 * self.length, retain / 2) if count is None else count * self.length
+        return min(retain, float(asked))
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,8 @@ def peaks(
     found["gradient"] = fixed + before + summed + largest
     solve = read + 2 * vector + 4 * largest
     exact = vector + 2 * cost.forward_bytes + subject.head_bytes("step") + 2 * largest
-    found["step"] = fixed + before + max(solve, exact)
+    # While a damping is chosen, before the first step, the gradient is there too.
+    found["step"] = fixed + max(before + solve, max(before, vector) + exact)
     held = 0
     if refine:
         held = 6 * vector

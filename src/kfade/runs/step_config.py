@@ -34,7 +34,8 @@ class StepConfig:
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None
-    """Number of forget sequences in each step, drawn without replacement. Unset: all."""
+    """Number of forget sequences in each step, drawn without replacement. Unset: all in a single
+    step, and in several half of them, at least 32."""
     refit: bool = False
     """Fit the curvature again at each step. With --no-refit all steps use the first fit."""
     damping: float | None = None
@@ -78,7 +79,8 @@ class CorrectionAmount:
     leaves the forget loss as it is. With --kl the KL is then spent on forgetting. Unset: as the
     default quality of kfade unlearn, or by its --quality."""
     correct_sequences: int | None = None
-    """Number of retain sequences in the KL's gradient for each correction. Unset: all."""
+    """Number of retain sequences in the KL's gradient for each correction. Unset: half of them, at
+    least 64."""
 
 
 @o.settings(o.STEP)
