@@ -150,7 +150,9 @@ class TofuLab(Lab):
         row, update = self.step(group, curvature, damping, **options)
         return self._reported(group, row, update, keep)
 
-    def several_steps(self, fit: str, damping: float, keep: str = "", **options: Any) -> Record:
+    def several_steps(
+        self, fit: str, damping: float | None, keep: str = "", **options: Any
+    ) -> Record:
         """``kfade.unlearn`` on the report authors. The length of its last step is searched for as
         that of a single step is."""
         size = StepSize(until_probability=self.group("report").target)

@@ -19,11 +19,14 @@ from collections.abc import Iterator
 from functools import partial
 
 from lab.pieces import Piece, Results
-from lab.tuning import VARIANTS, chosen, lowest, rates
+from lab.tuning import DEFAULT, VARIANTS, chosen, lowest, rates
 from tofu_lab import TofuLab, run_pieces, start_rate
 
 ESTIMATORS = ("ekfac", "kfac", "diagonal", "identity")
-BASELINES = ("gd", "npo", "simnpo", "rmu", "kl-min", "ga", "soul")
+BASELINES = (
+    *("gd", "npo", "simnpo", "rmu", "kl-min", "ga", "soul"),
+    *("repselect", "npo-sam", "undial", "wga", "satimp"),
+)
 DAMPINGS = (0.1, 0.01, 0.001)  # times the mean eigenvalue
 MOST_RATES = 4  # learning rates tried for a baseline: one more than dampings for K-FADE
 PAPER_DAMPING = 1e-8  # the paper's on TOFU: absolute, with sampled labels
@@ -83,7 +86,8 @@ def variants(lab: TofuLab, results: Results) -> Iterator[Piece]:
         yield "report paper", partial(paper, like="ekfac margin", keep="paper")
         yield "report part", partial(lab.cheap_request, damping)
         for row, options in VARIANTS.items():
-            yield f"report {row}", partial(lab.several_steps, "ekfac", damping, row, **options)
+            own = None if row == DEFAULT else damping
+            yield f"report {row}", partial(lab.several_steps, "ekfac", own, row, **options)
 
 
 def baseline(lab: TofuLab, results: Results, name: str) -> Iterator[Piece]:

@@ -28,7 +28,7 @@ from lab.forgetting import Group, token_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, options_of, read_options, run
 from lab.records import RESULTS, Record
-from lab.tuning import VARIANTS, chosen, lowest, rates
+from lab.tuning import DEFAULT, VARIANTS, chosen, lowest, rates
 from topic_data import SUBJECT, Data, Sizes, instructions
 
 import kfade
@@ -47,6 +47,7 @@ DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
 PAPER_DAMPING = 1e-14  # the paper's on WMDP: absolute, with sampled labels
 STEPPED: dict[str, dict[str, Any]] = {
     **{row: {"estimator": "ekfac", **options} for row, options in VARIANTS.items()},
+    "default kfac": {"estimator": "kfac", **VARIANTS[DEFAULT]},
     "steps 3 kfac": {"estimator": "kfac", "steps": 3},
     "steps 3 then ce kfac": {"estimator": "kfac", **VARIANTS["steps 3 then ce"]},
 }
@@ -114,7 +115,7 @@ class TopicLab(Lab):
         return self.keep(row, told, update)
 
     def several_steps(
-        self, row: str, like: str, damping: float, fit: str, **options: Any
+        self, row: str, like: str, damping: float | None, fit: str, **options: Any
     ) -> Record:
         """``kfade.unlearn`` to the KL of the one step ``like``, then scaled to the target."""
         single = self.results[f"tune {like}"]
@@ -222,8 +223,8 @@ def variants(lab: TopicLab, results: Results) -> Iterator[Piece]:
         damping = chosen(results, fit)
         if damping is not None:
             own = {key: value for key, value in options.items() if key != "estimator"}
-            like = f"{fit} {damping:g}"
-            yield f"tune {row}", partial(lab.several_steps, row, like, damping, fit, **own)
+            like, given = f"{fit} {damping:g}", None if row.startswith(DEFAULT) else damping
+            yield f"tune {row}", partial(lab.several_steps, row, like, given, fit, **own)
             yield from reported(lab, row)
 
 

@@ -156,20 +156,21 @@ class Lab:
         group: str,
         fit: str,
         size: StepSize,
-        damping: float,
+        damping: float | None,
         *,
         relative: bool = True,
         direction: Direction = Direction(),
         layers: str = "all",
         **options: Any,
     ) -> tuple[Update, Update, Record]:
-        """``kfade.unlearn`` with a kept curvature.
+        """``kfade.unlearn`` with a kept curvature; without a damping it chooses one.
 
         Returns:
             The update before the last step, the whole update, and what is to be told of the run.
         """
         targets = targets_within(self.targets, layers)
         curvature = cut(self.curvature(fit), targets)
+        given = None if damping is None else Damping(damping, relative=relative)
         states = [Update({})]
         start = time.perf_counter()
         update = kfade.unlearn(
@@ -178,7 +179,7 @@ class Lab:
             retain=self.slices["fit"],
             held_out=self.slices["held_out"],
             fit=estimator_named(fit),
-            direction=replace(direction, damping=Damping(damping, relative=relative)),
+            direction=replace(direction, damping=given),
             size=size,
             run=Run(
                 targets=targets,
@@ -190,6 +191,8 @@ class Lab:
         )
         seconds, last = time.perf_counter() - start, update.provenance["steps"][-1]
         told = {"refined": last["refined"], "refinements": last["refinements"]}
+        if damping is None:
+            damping = update.provenance["damping"]["value"]
         return states[-2], update, {**told, "damping": damping, "run_seconds": seconds}
 
     def train(

@@ -66,6 +66,8 @@ def variant_title(options: Mapping[str, Any]) -> str:
     words = [ESTIMATORS[options["estimator"]]] if "estimator" in options else []
     if "steps" in options:
         words.append(f"{options['steps']} steps, one fit")
+    if "correction" in options:
+        words.append("a correction")
     if direction.later_objective is not None:
         words.append("cross-entropy after the first")
     if direction.refine:

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kfade import Direction, cross_entropy
+from kfade import Correction, Direction, Run, cross_entropy
 
 from .pieces import Results
 
+DEFAULT = "default"
+"""The variant that is ``kfade unlearn`` without options; it chooses its damping itself."""
 VARIANTS: dict[str, dict[str, Any]] = {
+    DEFAULT: {"steps": Run.steps, "correction": Correction()},
     "steps 3": {"steps": 3},
     "steps 3 then ce": {"steps": 3, "direction": Direction(later_objective=cross_entropy)},
     "refine 1": {"direction": Direction(refine=1)},

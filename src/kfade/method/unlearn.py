@@ -23,7 +23,7 @@ from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge
 from kfade.method.gauges import gauges_of
 from kfade.method.gradient import forget_gradient
-from kfade.method.record import StepRecord, probe_of
+from kfade.method.record import Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
@@ -109,16 +109,13 @@ def unlearn(
         exact = _exact_product(gauge, update, targets, refining, run)
         directions = _directions(curvature, gradient, exact, targets, direction, damping, run)
         del gradient  # the directions let it go when they need it no longer
-        try:
-            record, changes = trial.best(directions)
-        except NoGradientError:
-            if index == 0:
-                raise
-            say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
+        found = _tried(trial, directions, index)
+        if found is None:
             return corrector.correct(gauges.confirmed(update, aim), curvature, drawn)
+        record, changes = found
         update = _after(update, record, changes).kept(run.storage)
         begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
-        del trial, directions, changes  # before a correction or a later fit
+        del trial, directions, changes, found  # before a correction or a later fit
         if _is_finished(update, size, run):
             update = gauges.confirmed(update, aim)
         if _is_finished(update, size, run):
@@ -126,6 +123,17 @@ def unlearn(
         if run.on_step is not None:
             run.on_step(update)
     return update
+
+
+def _tried(trial: Trial, directions: Directions, index: int) -> Candidate | None:
+    """The best candidate for a step, counted from 0; None if no gradient is left after others."""
+    try:
+        return trial.best(directions)
+    except NoGradientError:
+        if index == 0:
+            raise
+        say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
+        return None
 
 
 def _is_finished(update: Update, size: StepSize, run: Run) -> bool:
