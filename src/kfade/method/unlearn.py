@@ -75,7 +75,6 @@ def unlearn(
     _check_data(model, forget, retain, held_out, run.forget_batch)
     device = targets[0].device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
-    retain_batches = sampler.all(retain)
     measured = (forget, held_out)
     gauges = gauges_of(model, targets, sampler, measured, direction.objective, size, run)
     gauge = gauges.whole
@@ -96,15 +95,13 @@ def unlearn(
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), gauge.applied(at):
-                curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
+                curvature = _fitted(fit, gauge, sampler.all(retain), targets, run, seed)
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_drawn(len(forget)), index)
             gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
         if damping is None:
-            damping, told = _chosen_damping(
-                curvature, gradient, targets, direction, gauges.part, run.storage
-            )
-            update = Update(update.deltas, {**update.provenance, "damping": told})
+            part, own = gauges.part, run.storage
+            damping, update = _damped(update, curvature, gradient, targets, direction, part, own)
         refining = sampler.draw(retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, targets, refining, run)
         directions = _directions(curvature, gradient, exact, targets, direction, damping, run)
@@ -201,15 +198,16 @@ def _known_damping(direction: Direction, update: Update) -> Damping | None:
     return direction.damping
 
 
-def _chosen_damping(
+def _damped(
+    update: Update,
     curvature: Curvature,
     gradient: Vector,
     targets: Sequence[Target],
     direction: Direction,
     gauge: Gauge,
     storage: Storage,
-) -> tuple[Damping, dict[str, Any]]:
-    """The damping that is best on the gauge's held-out data, and what the update tells of it."""
+) -> tuple[Damping, Update]:
+    """The damping that is best on the gauge's held-out data, and the update that tells of it."""
     choose = top_experts(targets, direction.top_experts)
 
     def merit(damping: Damping) -> float:
@@ -220,7 +218,8 @@ def _chosen_damping(
     with stage("step"):
         damping, merits = choose_damping(merit)
     say(damping_line(damping, merits))
-    return damping, {**asdict(damping), "merits": {f"{k:g}": v for k, v in merits.items()}}
+    told = {**asdict(damping), "merits": {f"{k:g}": v for k, v in merits.items()}}
+    return damping, Update(update.deltas, {**update.provenance, "damping": told})
 
 
 def _exact_product(
