@@ -66,12 +66,13 @@ def gauges_of(
     model: nn.Module,
     targets: Sequence[Target],
     sampler: Sampler,
-    measured: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    forget: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
     objective: Objective,
     size: StepSize,
     run: Run,
 ) -> Gauges:
-    """The gauges on the forget set and the held-out retain set, ``measured``.
+    """The gauges on the forget set and the held-out retain set.
 
     Args:
         objective: that of the first step.
@@ -80,7 +81,6 @@ def gauges_of(
         InputError: the model cannot be run as it has to be, rounding hides the KL asked for, or the
             forgetting target is reached before the first step.
     """
-    forget, held_out = measured
     with stage("check"):
         head = preflight(model, targets, recompute=run.recompute)
         drawn = sampler.draw(forget, MEASURED_SEQUENCES)

@@ -73,16 +73,14 @@ def unlearn(
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
-    device = targets[0].device
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
-    measured = (forget, held_out)
-    gauges = gauges_of(model, targets, sampler, measured, direction.objective, size, run)
+    gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
     gauge = gauges.whole
     run = _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
-    update = update.to(device).kept(run.storage)  # it may be in a file
-    curvature = run.curvature and run.curvature.only([t.name for t in targets], device)
+    update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
+    curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
     corrector = Corrector(gauge, targets, sampler, retain, size, run)
     begin = None if update.deltas else gauges.begin
     damping = _known_damping(direction, update)
