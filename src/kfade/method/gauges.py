@@ -48,7 +48,7 @@ class Gauges:
     def confirmed(self, update: Update, objective: Objective) -> Update:
         """The update with what its last step ended with measured on all data."""
         *steps, last = update.provenance["steps"]
-        if last["measured_on"] == self.whole.sequences:
+        if last.get("measured_on") == self.whole.sequences:
             return update
         with stage("check"):
             now = self.whole.measure(update, objective)
