@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_the_damping_that_it_has_chosen(monkeypatch):
     model, kept = tiny_llama(), []
     options = {"fit": EKFAC(), "kl": 1e-3, "steps": 3, "refit": False, "damping": None}
     whole = kfade.unlearn(model, **SETS, **flat(**options, on_step=kept.append))
-    monkeypatch.setattr("kfade.method.unlearn.choose_damping", lambda merit: pytest.fail("again"))
+    monkeypatch.setattr("kfade.method.choose.choose_damping", lambda merit: pytest.fail("again"))
     resumed = kfade.unlearn(model, **SETS, **flat(**options, start=kept[0]))
     assert same_update(resumed, whole)
 

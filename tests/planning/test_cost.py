@@ -9,11 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import kfade.planning.cost
+import kfade.planning.memory
 from kfade.curvature.draws import square_root_draw
 from kfade.curvature.eigh import PROBES
 from kfade.curvature.estimators import EKFAC, Diagonal
 from kfade.curvature.factors import factor_bytes, widths
 from kfade.data.batches import make_batches
+from kfade.method import gauges, settings
 from kfade.models.head import read_head
 from kfade.models.layers import find_targets
 from kfade.models.load import frozen, load_skeleton
@@ -103,6 +105,13 @@ def test_lambda_turns_the_cheaper_side():
     assert lambda_flops(gate_up, long) == (products, 2 * 2 * o * i)
     diagonal = Work(Diagonal(), 61, 1, 61)
     assert lambda_flops(gate_up, diagonal) == (2 * 2 * 60 * o * i, 2 * 2 * o * i)
+
+
+def test_plans_count_what_runs_measure():
+    """Planning and method do not import each other, so some counts stand in both."""
+    cost, memory = kfade.planning.cost, kfade.planning.memory
+    assert (cost.MEASURED, cost.PART) == (gauges.MEASURED_SEQUENCES, gauges.PART)
+    assert memory.LEAST_RETAIN == settings.LEAST_RETAIN
 
 
 # --- seconds -----------------------------------------------------------------------------------

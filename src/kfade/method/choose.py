@@ -12,12 +12,57 @@ too small by chance, and too much of it turns the step to the gradient, which ig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 
+from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
+from kfade.curvature.vectors import Vector
+from kfade.method.experts import top_experts
+from kfade.method.gauges import Gauges
+from kfade.method.settings import Direction, Run
+from kfade.method.step import gauss_newton_step
+from kfade.method.update import Update
+from kfade.models.targets import Target
+from kfade.runtime.progress import say
+from kfade.runtime.stages import stage
 
 BEGIN, WEAKEST, STRONGEST = -2, -6, 2  # powers of ten, times each layer's mean eigenvalue
 ENOUGH = 1.2  # factor of the merit for which a tenth of the damping is taken
+
+
+def damped(
+    direction: Direction,
+    update: Update,
+    curvature: Curvature,
+    gradient: Vector,
+    targets: Sequence[Target],
+    gauges: Gauges,
+    run: Run,
+) -> tuple[Direction, Update]:
+    """The direction with its damping, and the update that tells how it was chosen.
+
+    It is chosen on a part of the held-out data, if it is not given and no earlier step of the run
+    has chosen one.
+    """
+    if direction.damping is not None:
+        return direction, update
+    told = update.provenance.get("damping")
+    if told is None:
+        choose = top_experts(targets, direction.top_experts)
+
+        def merit(damping: Damping) -> float:
+            step = gauss_newton_step(curvature, gradient, damping, run.storage, choose=choose)
+            form = gauges.part.exact_form(step.direction, targets)
+            return step.slope**2 / form if form else math.inf
+
+        with stage("step"):
+            damping, merits = choose_damping(merit)
+        say(damping_line(damping, merits))
+        told = {**asdict(damping), "merits": {f"{k:g}": v for k, v in merits.items()}}
+        update = Update(update.deltas, {**update.provenance, "damping": told})
+    return replace(direction, damping=Damping(told["value"], told["relative"])), update
 
 
 def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[float, float]]:

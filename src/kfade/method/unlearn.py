@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.damping import Damping
 from kfade.curvature.estimators import EKFAC, Estimator
 from kfade.curvature.product import gauss_newton_product
-from kfade.curvature.vectors import Divided, Storage, Vector
+from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
-from kfade.method.choose import choose_damping, damping_line
+from kfade.method.choose import damped
 from kfade.method.correct import Corrector
 from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge
@@ -27,7 +25,7 @@ from kfade.method.record import Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.step import NoGradientError, StepSize, gauss_newton_step
+from kfade.method.step import NoGradientError, StepSize
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
@@ -74,6 +72,7 @@ def unlearn(
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
+    retain_batches = sampler.all(retain)
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
     gauge = gauges.whole
     run = _divided(run, model)
@@ -83,7 +82,6 @@ def unlearn(
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
     corrector = Corrector(gauge, targets, sampler, retain, size, run)
     begin = None if update.deltas else gauges.begin
-    damping = _known_damping(direction, update)
     while not _is_finished(update, size, run):
         index = len(update.provenance["steps"])
         aim, exact_norm = direction.objective_of(index), direction.exact_norm
@@ -93,16 +91,14 @@ def unlearn(
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), gauge.applied(at):
-                curvature = _fitted(fit, gauge, sampler.all(retain), targets, run, seed)
+                curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_drawn(len(forget)), index)
             gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
-        if damping is None:
-            part, own = gauges.part, run.storage
-            damping, update = _damped(update, curvature, gradient, targets, direction, part, own)
+        direction, update = damped(direction, update, curvature, gradient, targets, gauges, run)
         refining = sampler.draw(retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, targets, refining, run)
-        directions = _directions(curvature, gradient, exact, targets, direction, damping, run)
+        directions = _directions(curvature, gradient, exact, targets, direction, run)
         del gradient  # the directions let it go when they need it no longer
         found = _tried(trial, directions, index)
         if found is None:
@@ -111,7 +107,7 @@ def unlearn(
         update = _after(update, record, changes).kept(run.storage)
         begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
         del trial, directions, changes, found  # before a correction or a later fit
-        if _is_finished(update, size, run):
+        if _is_finished(update, size, run):  # as a part of the data says
             update = gauges.confirmed(update, aim)
         if _is_finished(update, size, run):
             update = corrector.correct(update, curvature, drawn)
@@ -173,51 +169,19 @@ def _directions(
     exact: Callable[[Vector], MutableMapping[str, Tensor]],
     targets: Sequence[Target],
     direction: Direction,
-    damping: Damping,
     run: Run,
 ) -> Directions:
     """The directions of a step, as ``direction`` asks for them."""
+    assert direction.damping is not None, "the damping is decided"
     return Directions(
         curvature,
         gradient,
         exact,
-        damping=damping,
+        damping=direction.damping,
         iterations=direction.refine,
         storage=run.storage,
         choose=top_experts(targets, direction.top_experts),
     )
-
-
-def _known_damping(direction: Direction, update: Update) -> Damping | None:
-    """The damping that is given, or that an interrupted run has chosen."""
-    known = update.provenance.get("damping")
-    if direction.damping is None and known is not None:
-        return Damping(known["value"], known["relative"])
-    return direction.damping
-
-
-def _damped(
-    update: Update,
-    curvature: Curvature,
-    gradient: Vector,
-    targets: Sequence[Target],
-    direction: Direction,
-    gauge: Gauge,
-    storage: Storage,
-) -> tuple[Damping, Update]:
-    """The damping that is best on the gauge's held-out data, and the update that tells of it."""
-    choose = top_experts(targets, direction.top_experts)
-
-    def merit(damping: Damping) -> float:
-        step = gauss_newton_step(curvature, gradient, damping, storage, choose=choose)
-        form = gauge.exact_form(step.direction, targets)
-        return step.slope**2 / form if form else math.inf
-
-    with stage("step"):
-        damping, merits = choose_damping(merit)
-    say(damping_line(damping, merits))
-    told = {**asdict(damping), "merits": {f"{k:g}": v for k, v in merits.items()}}
-    return damping, Update(update.deltas, {**update.provenance, "damping": told})
 
 
 def _exact_product(

@@ -31,6 +31,8 @@ from kfade.planning.trace import PassCost, trace_pass
 
 RUNTIME_BYTES = 450_000_000
 """Python, PyTorch, transformers and their threads, measured on a CPU; a CUDA context is similar."""
+LEAST_RETAIN = 64
+"""Sequences at least, where a correction takes half of the retain set."""
 HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
 """Number of tensors of a chunk's logits at the head: logits, probabilities, draws, differences."""
 
@@ -83,7 +85,8 @@ class Work:
         """Positions in the KL's gradient for a correction."""
         retain = self.positions(self.retain_tokens)
         count = self.correct_sequences
-        asked = max(64 * self.length, retain / 2) if count is None else count * self.length
+        half = max(LEAST_RETAIN * self.length, retain / 2)
+        asked = half if count is None else count * self.length
         return min(retain, float(asked))
 
 
