@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,28 @@ def test_an_interrupt_by_a_signal_says_how_to_go_on(setup, tmp_path):
         error.splitlines()[-1]
         == "kfade: interrupted; to continue, run the same command with --resume"
     )
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_one(setup, monkeypatch, capsys):
+    """safetensors does so while it reads a tensor. Without an interrupt the error is what it is."""
+
+    def read(*arguments, interrupt: bool, **options):
+        try:
+            if interrupt:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise ValueError("could not determine the shape")
+
+    before = signal.getsignal(signal.SIGINT)
+    apply = ["apply", setup["model"], "x", "--out", setup["out"]]
+    monkeypatch.setattr("kfade.runs.editing.Update.load", partial(read, interrupt=True))
+    assert main(apply) == 130
+    assert capsys.readouterr().err == "kfade: interrupted\n"
+    monkeypatch.setattr("kfade.runs.editing.Update.load", partial(read, interrupt=False))
+    with pytest.raises(ValueError, match="could not determine"):
+        main(apply)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_command_that_does_not_resume_promises_nothing(setup, monkeypatch, capsys):

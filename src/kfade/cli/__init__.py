@@ -40,6 +40,7 @@ from kfade.errors import InputError
 from kfade.runs.options import MODEL
 from kfade.runtime import distributed
 from kfade.runtime.files import FULL, unwritable
+from kfade.runtime.interrupts import interruptible
 
 INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
 
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command, in each process that ``torchrun`` started; returns the exit code."""
     resumes = False
     try:
-        with distributed.processes():
+        with interruptible(), distributed.processes():
             command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
             resumes = "resume" in signature(command).parameters
             if distributed.count() > 1:
