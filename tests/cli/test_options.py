@@ -31,6 +31,7 @@ ADDED = {
     "unlearn": {
         *("--offload", *EXPERTS),
         *("--correct", "--correct-damping", "--correct-sequences", "--quality"),
+        "--bands",
     },
     # Experts of a mixture are targets.
     "fit": EXPERTS,

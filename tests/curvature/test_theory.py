@@ -48,7 +48,7 @@ from kfade.curvature.factors import (
     rows_first,
 )
 from kfade.curvature.fit import COVARIANCE_STREAM, EIGENVALUE_STREAM
-from kfade.curvature.product import gauss_newton_product, quadratic_form
+from kfade.curvature.product import gauss_newton_product, gram_matrix, quadratic_form
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.method.gauge import parameter_changes
@@ -626,6 +626,12 @@ def test_matrix_free_products_equal_the_dense_matrix(biased, batches):
     assert form == pytest.approx((delta @ g @ delta).item(), rel=1e-9)
     product = gauss_newton_product(model, batches, targets, direction)
     assert relative_error(flatten(product, targets), g @ delta) < 1e-9
+    # Forms of several vectors, each of some of the layers.
+    some = [direction, *({t.name: direction[t.name]} for t in targets[:2])]
+    zero = {t.name: torch.zeros(t.shape).double() for t in targets}
+    rows = torch.stack([flatten({**zero, **part}, targets) for part in some])
+    forms = gram_matrix(model, batches, targets, some)
+    assert relative_error(forms, rows @ g @ rows.T) < 1e-9
     # Layers do act on one another: the blocks alone are not the matrix.
     alone = sum(quadratic_form(model, batches, [t], {t.name: direction[t.name]}) for t in targets)
     assert abs(alone / form - 1) > PLAIN

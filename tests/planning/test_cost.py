@@ -111,6 +111,7 @@ def test_plans_count_what_runs_measure():
     """Planning and method do not import each other, so some counts stand in both."""
     cost, memory = kfade.planning.cost, kfade.planning.memory
     assert (cost.MEASURED, cost.PART) == (gauges.MEASURED_SEQUENCES, gauges.PART)
+    assert cost.BANDS == settings.DEFAULT_BANDS
     assert memory.LEAST_RETAIN == settings.LEAST_RETAIN
 
 

@@ -1,14 +1,14 @@
 """Exact Gauss-Newton products and quadratic forms, without forming the matrix.
 
-    δᵀGδ = (1/N) Σ_t żᵀ (diag p − p pᵀ) ż,   ż = J δ
+    δᵀGε = (1/N) Σ_t żᵀ (diag p − p pᵀ) ė,   ż = J δ, ė = J ε
     G δ  = (1/N) Jᵀ (diag p − p pᵀ) J δ
 
-over the N loss tokens of the batches. A quadratic form costs one forward-mode pass (about three
-forward passes), or four forward passes if the model does not support forward mode. A product costs
-a forward and a backward pass more. A δ that is not in memory is read once for each batch, since all
-of its layers take part in one forward pass.
+over the N loss tokens of the batches. The forms of K vectors cost one forward-mode pass (about
+three forward passes) a vector, or four forward passes if the model does not support forward mode. A
+product costs a forward and a backward pass more. A δ that is not in memory is read once for each
+batch, since all of its layers take part in one forward pass.
 
-Shapes: N loss tokens, D hidden width, V vocabulary.
+Shapes: K vectors, N loss tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,23 +43,57 @@ def quadratic_form(
     Args:
         head: the model's head, if it has been read before (reading it runs trial passes).
     """
+    return float(gram_matrix(model, batches, targets, [delta], head=head))
+
+
+def gram_matrix(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    deltas: Sequence[Vector],
+    *,
+    head: Head | None = None,
+) -> Tensor:
+    """C [K, K] in float64 on the CPU, C_ij = δ_iᵀGδ_j with the exact G of ``batches``.
+
+    Args:
+        deltas: K vectors, each with matrices [O, I] of some of the targets; it is zero in others.
+        head: the model's head, if it has been read before (reading it runs trial passes).
+    """
     check_lengths(model, batches)
-    total: Tensor | float = 0.0  # on the device; reading it would wait for all work there
+    moved = [[target for target in targets if target.name in delta] for delta in deltas]
+    count = len(deltas)
+    total_KK = torch.zeros(count, count, dtype=torch.float64, device=batches[0].input_BT.device)
     with frozen(model):
         head = head or read_head(model)
         tangents = tangents_of(model, targets)
         own = distributed.share(batches, lambda batch: batch.positions)
         missing = distributed.extra_passes(model, len(own))
         for batch in track(own, "exact quadratic form", lambda b: b.positions):
-            hidden_ND, tangent_ND = tangents(model, batch, targets, delta)
-            for part in head.chunks(hidden_ND):
-                p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
-                mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
-                total += (p * (logits_dot - mean_N1).square()).sum().double()
+            states = [tangents(model, batch, *of) for of in zip(moved, deltas, strict=True)]
+            for part in head.chunks(states[0][0], count):
+                total_KK += _centred_products(head, states, part)
         for _ in range(missing):
-            tangents(model, batches[-1], targets, delta)
-    [sum_] = distributed.all_reduce_numbers([float(total)])
-    return sum_ / sum(batch.loss_tokens for batch in batches)
+            for of in zip(moved, deltas, strict=True):
+                tangents(model, batches[-1], *of)
+    sums = distributed.all_reduce_numbers(total_KK.flatten().tolist())
+    loss_tokens = sum(batch.loss_tokens for batch in batches)
+    return torch.tensor(sums, dtype=torch.float64).view(count, count) / loss_tokens
+
+
+def _centred_products(head: Head, states: Sequence[tuple[Tensor, Tensor]], part: slice) -> Tensor:
+    """Σ_t ż_iᵀ (diag p − p pᵀ) ż_j [K, K] over the positions of ``part``.
+
+    Args:
+        states: (h [N, D], ḣ_i [N, D]) of each vector.
+    """
+    rows = []
+    for hidden_ND, tangent_ND in states:
+        p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
+        mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
+        rows.append(p.sqrt() * (logits_dot - mean_N1))
+    rows_NKV = torch.stack(rows, dim=1)
+    return (rows_NKV @ rows_NKV.mT).double().sum(dim=0)
 
 
 def gauss_newton_product(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from kfade.curvature.product import quadratic_form
+from kfade.curvature.product import gram_matrix
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.data.batches import Batch
 from kfade.errors import InputError
@@ -115,8 +115,11 @@ class Gauge:
         Args:
             direction: matrices [O, I] by target. Targets that have none stay as they are.
         """
-        moved = [target for target in targets if target.name in direction]
-        return quadratic_form(self.model, self.base.batches, moved, direction, head=self.head)
+        return float(self.exact_forms([direction], targets))
+
+    def exact_forms(self, directions: Sequence[Vector], targets: Sequence[Target]) -> Tensor:
+        """d_iᵀGd_j of each two directions, in float64 on the CPU; see :meth:`exact_form`."""
+        return gram_matrix(self.model, self.base.batches, targets, directions, head=self.head)
 
     def rounding_kl(self, targets: Sequence[Target], asked: float = math.inf) -> float:
         """KL due to rounding alone, measured with :func:`~kfade.method.measure.rounding_changes`.

@@ -17,7 +17,7 @@ from torch import Tensor
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
 from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector, keep
-from kfade.method.step import Choose, Step, gauss_newton_step, unit_step
+from kfade.method.step import Choose, Step, gauss_newton_step
 from kfade.runtime.stages import stage
 
 
@@ -158,9 +158,11 @@ class _System:
     def step(self) -> Step:
         """r, scaled to ‖r‖_G̃ = 1; a copy, since later iterations change r."""
         with stage("refine"):
-            square = self._curvature.quadratic(self._r)
             r = keep(self._r, self._storage)
-            return unit_step(r, inner(self._g, r), square)
+            blocks, g = self._curvature.blocks, self._g
+            slopes = {name: inner({name: g[name]}, {name: r[name]}) for name in r}
+            squares = {name: float(blocks[name].quadratic(r[name]).double()) for name in r}
+            return Step(r, slopes, squares).unit()
 
 
 def inner(x: Vector, y: Vector) -> float:

@@ -17,10 +17,12 @@ from kfade.curvature.store import Store
 from kfade.curvature.vectors import OnDevice, Storage
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
+from kfade.method.step import StepSize
 from kfade.method.update import Update
 from kfade.models.targets import Target
 
 DEFAULT_KL = 0.01  # nats per token: the default size, and where a search begins
+DEFAULT_BANDS = 3
 LEAST_FORGET, LEAST_RETAIN = 32, 64  # sequences in a gradient that takes half of a set, at least
 
 
@@ -47,6 +49,10 @@ class Direction:
     damping: Damping | None = None
     """λ of each layer; when None, chosen on held-out retain data at the first step
     (:mod:`kfade.method.choose`)."""
+    bands: int | None = None
+    """Bands of layers, by depth, whose lengths in the direction are set by the exact curvature
+    between them (:mod:`kfade.method.bands`); 1 leaves the direction as it is. When None
+    ``DEFAULT_BANDS``, or 1 where ``StepSize.alpha`` gives the length of the paper's direction."""
     exact_norm: bool = False
     """Measure the length of a direction by the exact Gauss-Newton quadratic form on held-out retain
     data instead of by G̃."""
@@ -63,12 +69,20 @@ class Direction:
     those with the largest gᵀ(G̃ + λI)⁻¹g over their matrices. All when None."""
 
     def __post_init__(self) -> None:
+        if self.bands is not None:
+            at_least("--bands", self.bands, 1)
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
         if self.top_experts is not None:
             at_least("--experts top:", self.top_experts, 1)
             if self.refine:
                 raise InputError("--experts top:N does not work with --refine: leave one out")
+
+    def bands_of(self, size: StepSize) -> int:
+        """The number of bands in a run of that size."""
+        if self.bands is None:
+            return 1 if size.alpha is not None else DEFAULT_BANDS
+        return self.bands
 
     def objective_of(self, step: int) -> Objective:
         """The objective of a step, counted from 0."""

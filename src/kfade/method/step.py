@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
-from kfade.curvature.vectors import OnDevice, Storage, Vector, scaled
+from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector
 from kfade.errors import InputError
 from kfade.models.targets import named
 
@@ -28,18 +29,51 @@ class Step:
     """A direction r in weight space; the change of weights is α r."""
 
     direction: Vector
-    slope: float
-    """Predicted change of the objective per unit of α: gᵀr."""
-    unit_kl: float
-    """½ rᵀG̃r, which is ½ if r has unit length in the G̃-norm."""
+    slopes: Mapping[str, float]
+    """gᵀr of each layer: predicted change of the objective per unit of α."""
+    squares: Mapping[str, float]
+    """rᵀG̃r of each layer."""
+
+    @property
+    def slope(self) -> float:
+        """Predicted change of the objective per unit of α: gᵀr."""
+        return sum(self.slopes.values())
+
+    @property
+    def square(self) -> float:
+        """‖r‖²_G̃ = rᵀG̃r."""
+        return sum(self.squares.values())
 
     def predicted_kl(self, alpha: float) -> float:
         """½ (αr)ᵀG̃(αr) in nats per loss token."""
-        return self.unit_kl * alpha**2
+        return 0.5 * self.square * alpha**2
 
     def scaled(self, factor: float) -> Step:
         """The same direction, ``factor`` times as long."""
-        return Step(scaled(self.direction, factor), self.slope * factor, self.unit_kl * factor**2)
+        return self.weighted(dict.fromkeys(self.direction, factor))
+
+    def weighted(self, weights: Mapping[str, float]) -> Step:
+        """The direction with each layer multiplied by its weight."""
+        direction = self.direction
+        return Step(
+            Layerwise(direction, lambda name: direction[name] * weights[name]),
+            {name: slope * weights[name] for name, slope in self.slopes.items()},
+            {name: square * weights[name] ** 2 for name, square in self.squares.items()},
+        )
+
+    def unit(self) -> Step:
+        """The direction scaled to ‖r‖_G̃ = 1.
+
+        Raises:
+            InputError: its length is zero or not finite.
+        """
+        square = self.square
+        if not (math.isfinite(square) and square > 0):
+            raise InputError(
+                f"the step's squared length in the G-norm is {square}: the damping is too small "
+                "for this curvature; raise it"
+            )
+        return self.scaled(square**-0.5)
 
 
 Choose = Callable[[Mapping[str, float]], Collection[str]]
@@ -67,46 +101,31 @@ def gauss_newton_step(
     """
     direction = storage.vector()
     # rᵀG̃r, gᵀr and ‖g‖² of each layer, on the device; reading one would wait for all work there.
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Tensor] = {}
     for name, block in curvature.blocks.items():  # in each layer's eigenbasis: r̃ = g̃ / (Λ + λ)
         g = block.rotate(gradient[name])
         r = block.divide(g, curvature.ridge(name, damping))
         sums = ((block.eigenvalues * r.square()).sum(), (g * r).sum(), g.square().sum())
-        found[name] = [sum_.double() for sum_ in sums]
+        found[name] = torch.stack([sum_.double() for sum_ in sums])
         direction[name] = block.rotate_back(r)
+    numbers = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
     if choose is not None:
-        chosen = choose({name: float(sums[1]) for name, sums in found.items()})
+        chosen = choose({name: slope for name, (_, slope, _) in numbers.items()})
         for name in found.keys() - chosen:
-            del direction[name], found[name]
-    square, slope, gradient_square = (
-        float(sum(sums)) for sums in zip(*found.values(), strict=True)
-    )
-    if gradient_square == 0:
+            del direction[name], numbers[name]
+    if not any(gradient_square for *_, gradient_square in numbers.values()):
         raise NoGradientError(
             f"the forget gradient is zero in all targeted weights ({named(direction)}): no "
             "gradient of the forget set reaches them; look at the forget set (is all of it certain "
             "already?), or target others"
         )
-    if square == 0:
+    squares = {name: square for name, (square, _, _) in numbers.items()}
+    if not any(squares.values()):
         raise InputError(
             "the retain set has no curvature where the forget gradient lies: a step there cannot "
             "be measured; add retain text that uses the targeted weights, or target others"
         )
-    return unit_step(direction, slope, square)
-
-
-def unit_step(direction: Vector, slope: float, square: float) -> Step:
-    """The direction r scaled to ‖r‖_G̃ = 1, given gᵀr = ``slope`` and rᵀG̃r = ``square``.
-
-    Raises:
-        InputError: ``square`` is not positive and finite.
-    """
-    if not (math.isfinite(square) and square > 0):
-        raise InputError(
-            f"the step's squared length in the G-norm is {square}: the damping is too small for "
-            "this curvature; raise it"
-        )
-    return Step(direction, slope, 0.5 * square).scaled(square**-0.5)
+    return Step(direction, {name: slope for name, (_, slope, _) in numbers.items()}, squares).unit()
 
 
 @dataclass(frozen=True)

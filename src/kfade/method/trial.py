@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 from torch import nn
 
 from kfade.curvature.vectors import Vector
 from kfade.errors import InputError
+from kfade.method.bands import in_bands
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
-from kfade.method.settings import DEFAULT_KL
+from kfade.method.settings import DEFAULT_KL, Direction
 from kfade.method.step import Probe, Step, StepSize, choose_alpha
 from kfade.method.update import Update
 from kfade.models.targets import Target
@@ -29,10 +31,9 @@ class Trial:
 
     Args:
         update: the sum of all previous steps.
-        objective: objective of this step.
+        direction: objective and bands of the step, and whether its length is exact.
         steps: number of steps of the whole run.
         begin: the measurements before this step, if they are known.
-        exact_norm: see :class:`~kfade.method.settings.Direction`.
     """
 
     def __init__(
@@ -40,20 +41,19 @@ class Trial:
         gauge: Gauge,
         targets: Sequence[Target],
         update: Update,
-        objective: Objective,
+        direction: Direction,
         size: StepSize,
         steps: int,
         begin: Probe | None = None,
-        *,
-        exact_norm: bool,
     ) -> None:
         self._gauge, self._targets, self._update = gauge, targets, update
-        self._objective, self._size, self._exact_norm = objective, size, exact_norm
+        self._direction, self._size = direction, size
+        records = update.provenance["steps"]
+        self._objective = direction.objective_of(len(records))
         self._last: Probe | None = None
         with stage("check"):
-            self._before = begin or gauge.measure(update, objective)
+            self._before = begin or gauge.measure(update, self._objective)
         self._hidden = gauge.latest
-        records = update.provenance["steps"]
         self._is_first, self._share = not records, (len(records) + 1) / steps
         # A search begins where the exact form has the value of the last step, or else the KL asked
         # for.
@@ -90,17 +90,18 @@ class Trial:
         return self._last if known else None
 
     def _measured(self, step: Step) -> tuple[Step, float]:
-        """The step, scaled to exact unit length if ``exact_norm``, and its squared length rᵀGr with
-        the exact G of held-out retain data."""
-        gauge = self._gauge
+        """The step in bands, scaled to exact unit length if ``exact_norm``, and its squared length
+        rᵀGr with the exact G of held-out retain data."""
+        gauge, targets, direction = self._gauge, self._targets, self._direction
         with stage("step"), gauge.applied(self._update):
-            exact = gauge.exact_form(step.direction, self._targets)
+            forms = partial(gauge.exact_forms, targets=targets)
+            step, exact = in_bands(step, targets, direction.bands_of(self._size), forms)
         if exact == 0:
             raise InputError(
                 "the step does not change what the model says to the held-out retain data: are "
                 "they one token over and over, or of unknown words only?"
             )
-        return (step.scaled(exact**-0.5), 1.0) if self._exact_norm else (step, exact)
+        return (step.scaled(exact**-0.5), 1.0) if direction.exact_norm else (step, exact)
 
     def _along(self, step: Step, exact: float, refined: int) -> Candidate:
         """The record of the step at the size asked for, and its direction by parameter."""

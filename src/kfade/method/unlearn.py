@@ -84,10 +84,8 @@ def unlearn(
     begin = None if update.deltas else gauges.begin
     while not _is_finished(update, size, run):
         index = len(update.provenance["steps"])
-        aim, exact_norm = direction.objective_of(index), direction.exact_norm
-        trial = Trial(
-            gauges.of(index), targets, update, aim, size, run.steps, begin, exact_norm=exact_norm
-        )
+        aim = direction.objective_of(index)
+        trial = Trial(gauges.of(index), targets, update, direction, size, run.steps, begin)
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), gauge.applied(at):
@@ -95,7 +93,9 @@ def unlearn(
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_drawn(len(forget)), index)
             gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
-        direction, update = damped(direction, update, curvature, gradient, targets, gauges, run)
+        direction, update = damped(
+            direction, update, curvature, gradient, targets, gauges, size, run
+        )
         refining = sampler.draw(retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, targets, refining, run)
         directions = _directions(curvature, gradient, exact, targets, direction, run)

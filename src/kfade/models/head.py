@@ -168,11 +168,13 @@ class Head:
         logits_NV = raised(hidden_ND, weight_VD)
         return logits_NV if bias_V is None else logits_NV + bias_V
 
-    def chunks(self, hidden_ND: Tensor) -> Iterator[slice]:
-        """Slices of at most :func:`chunk_positions` positions."""
+    def chunks(self, hidden_ND: Tensor, copies: int = 1) -> Iterator[slice]:
+        """Slices of at most :func:`chunk_positions` positions, divided by the number of ``copies``
+        of their logits that are held together."""
         weight_VD = cast(Tensor, self.linear.weight)
         size = torch.promote_types(weight_VD.dtype, torch.float32).itemsize
         count = chunk_positions(weight_VD.shape[0], size, weight_VD.device)
+        count = max(1, count // copies)
         for start in range(0, hidden_ND.shape[0], count):
             yield slice(start, min(start + count, hidden_ND.shape[0]))
 

@@ -29,6 +29,8 @@ PART = 4
 """Steps before the last are measured on one in so many of these sequences."""
 DAMPINGS = 3
 """Dampings that are tried at the first step."""
+BANDS = 3
+"""Bands of layers in a direction, each with a pass of its own in the exact quadratic form."""
 LENGTHS = 4
 """Trials of a correction's length, and of the size after it."""
 EIGH_FLOPS = 12
@@ -155,9 +157,10 @@ def flops(
     lowest target), head (2·D·V per token forward, as much backward), products (in the model's
     dtype), float32 (products in float32), squares, decompositions, rotations (of the direction).
 
-    An expert counts by the rows that it reads. Each group of layers has its own passes. The exact
-    quadratic form costs three forward passes over the held-out tokens. Each trial of a step's size
-    costs a forward pass over them and one over the measured forget sequences. Steps before the last
+    An expert counts by the rows that it reads. Each group of layers has its own passes. An exact
+    quadratic form costs three forward passes over the held-out tokens, and for bands of layers as
+    much for each, less the layers below it. Each trial of a step's size costs a forward pass over
+    them and one over the measured forget sequences. Steps before the last
     do both on a part of the data, and so does the choice of the damping. A refined direction
     has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
     and a backward pass. A correction costs a gradient on the forget set, one on retain data with a
@@ -192,7 +195,7 @@ def flops(
         begins += 1 + 1 / PART  # the model on a part, and the last step's beginning on all
     exact = held_out * directions * (way + 1)
     exact += held_out * DAMPINGS / (PART if work.steps > 1 else 1)
-    add("step", forward=3 * forward * exact, head=2 * head * exact)
+    add("step", forward=(2 * BANDS + 1) * forward * exact, head=2 * BANDS * head * exact)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
     tokens = (begins + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))

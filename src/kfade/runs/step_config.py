@@ -43,6 +43,9 @@ class StepConfig:
     relative_damping: float | None = None
     """Damping λ as a multiple of each layer's mean eigenvalue. If neither this nor --damping is
     set: chosen on held-out retain data."""
+    bands: int | None = None
+    """Number of bands of layers, by depth, whose lengths are set by the exact curvature between
+    them. Unset: 3; with --alpha, 1, which leaves the paper's direction as it is."""
     exact_norm: Annotated[bool, Parameter(negative="--fitted-norm")] = False
     """Compute a step's G-norm with the exact Gauss-Newton matrix instead of the fitted
     curvature."""

@@ -340,6 +340,7 @@ def _direction_of(run: RunConfig) -> Direction:
         objective_of(run.step.objective),
         _later_objective_of(run),
         _damping_of(run),
+        run.step.bands,
         run.step.exact_norm,
         run.refinement.refine,
         run.refinement.refine_sequences,
