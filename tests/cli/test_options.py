@@ -31,7 +31,7 @@ ADDED = {
     "unlearn": {
         *("--offload", *EXPERTS),
         *("--correct", "--correct-damping", "--correct-sequences", "--quality"),
-        "--bands",
+        *("--bands", "--weigh-texts", "--no-weigh-texts"),
     },
     # Experts of a mixture are targets.
     "fit": EXPERTS,

@@ -132,7 +132,7 @@ def updated(**options) -> dict[str, torch.Tensor]:
     return {name: deltas[name] for name in deltas}
 
 
-@pytest.mark.parametrize("size, same", [({"alpha": 0.01}, 1), ({"kl": 1e-3}, 3)])
+@pytest.mark.parametrize(("size", "same"), [({"alpha": 0.01}, 1), ({"kl": 1e-3}, 3)])
 def test_a_run_has_bands_unless_the_length_of_the_papers_direction_is_given(size, same):
     unset = updated(**size, bands=None)
     for bands in (1, 3):

@@ -39,6 +39,7 @@ MATRICES = {
     "G, stored in groups": EIGENVECTORS,
     "gradient": EXACT,
     "gradient, recomputed": EXACT,
+    "gradient, weighed": EXACT,
     "G of diagonal, recomputed": EXACT,
     "gradient, one batch": EXACT,
     "product": EXACT,

@@ -246,10 +246,13 @@ class _Correction:
         """r and d⊥ at the weights that ``update`` makes."""
         gauge, settings, storage = self.gauge, self.run.correction, self.run.storage
         damping, passes = settings.damping, self._passes
+        weigh = self.size.until_probability is not None  # it is to stay as it is
         names = [target.name for target in self.targets]
         curvature = curvature.only(names, self.targets[0].weight.device)
         with gauge.applied(update) as model:
-            g_F = forget_gradient(model, forget, self.targets, settings.objective, **passes)
+            g_F = forget_gradient(
+                model, forget, self.targets, settings.objective, weigh=weigh, **passes
+            )
         up = ascent(curvature, g_F, damping, storage)
         del g_F
         # Each process keeps the hidden states of its own batches.

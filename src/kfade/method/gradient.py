@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kfade.curvature.jacobian import transpose_product
-from kfade.curvature.vectors import OnDevice, Storage, Vector
+from kfade.curvature.vectors import OnDevice, Storage, Vector, scaled
 from kfade.data.batches import Batch
 from kfade.method.measure import Reference
-from kfade.method.objectives import Objective
+from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head
 from kfade.models.targets import Target
 from kfade.runtime import distributed
@@ -26,6 +26,7 @@ def forget_gradient(
     targets: Sequence[Target],
     objective: Objective,
     *,
+    weigh: bool = False,
     recompute: bool = False,
     storage: Storage = OnDevice(),
     head: Head | None = None,
@@ -36,23 +37,30 @@ def forget_gradient(
     and the model stays bit-identical.
 
     Args:
+        weigh: weigh texts by their probability. With p_i that of text i per token (geometric) and
+            f_i its mean of the objective's gradients, g = Σ p_i f_i / Σ p_i. With the cross-entropy
+            this is the gradient of −log of the texts' mean probability.
         recompute: see :func:`~kfade.curvature.recompute.recomputing`.
         storage: keeps g, see :func:`~kfade.curvature.jacobian.transpose_product`.
         head: the model's head, if it has been read before (reading it runs trial passes).
     """
     loss_tokens = sum(batch.loss_tokens for batch in batches)
+    sums: dict[int, Tensor] = {}  # of p_i, by batch: there may be several passes over it
 
     def from_outputs(head: Head, batch: Batch, hidden_ND: Tensor) -> Tensor:
         target_N = batch.at_loss(batch.target_BT)
+        weight_N = hidden_ND.new_full((len(hidden_ND),), 1 / loss_tokens, dtype=torch.float64)
+        if weigh:
+            weight_N, sums[id(batch)] = _weights(head, batch, hidden_ND, target_N)
         u_ND = torch.empty_like(hidden_ND)
         for part in head.chunks(hidden_ND):
             with torch.enable_grad():
                 h = hidden_ND[part].requires_grad_()
-                value = objective(head(h), target_N[part]).sum() / loss_tokens
+                value = (objective(head(h), target_N[part]) * weight_N[part]).sum()
             u_ND[part] = torch.autograd.grad(value, h)[0]
         return u_ND
 
-    return transpose_product(
+    gradient = transpose_product(
         model,
         batches,
         targets,
@@ -62,6 +70,27 @@ def forget_gradient(
         storage=storage,
         head=head,
     )
+    if not weigh:
+        return gradient
+    [total] = distributed.all_reduce_numbers([float(sum(sums.values()))])
+    return scaled(gradient, 1 / total if total else 0.0)
+
+
+def _weights(
+    head: Head, batch: Batch, hidden_ND: Tensor, target_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(p_i / n_i of each loss token's text [N], Σ p_i) with p_i the probability per token of text
+    i, and n_i its number of loss tokens."""
+    parts = head.chunks(hidden_ND)
+    with torch.no_grad():
+        losses = [cross_entropy(head(hidden_ND[part]), target_N[part]) for part in parts]
+        texts = torch.cat(losses).double().split(batch.loss_counts) if losses else ()
+        scored = [loss_n for loss_n in texts if len(loss_n)]
+        if not scored:
+            return hidden_ND.new_empty(0, dtype=torch.float64), hidden_ND.new_zeros(())
+        weights = [(-loss_n.mean()).exp().expand(len(loss_n)) for loss_n in scored]
+        shares = [weight_n / len(weight_n) for weight_n in weights]
+        return torch.cat(shares), torch.stack([weight_n[0] for weight_n in weights]).sum()
 
 
 def kl_gradient(

@@ -46,6 +46,11 @@ class Direction:
     """Objective of all steps after the first; ``objective`` when None. The gradient of the
     cross-entropy is proportional to 1 − p_y: after a first step by the margin it leaves tokens
     alone that are still certain, which other text needs most."""
+    weigh_texts: bool | None = None
+    """Weigh the forget texts by their probability per token in all steps after the first, see
+    :func:`~kfade.method.gradient.forget_gradient`: the objective has no bound, and texts that are
+    forgotten would pull on. When None yes, but not where ``StepSize.alpha`` gives the length of the
+    paper's steps."""
     damping: Damping | None = None
     """λ of each layer; when None, chosen on held-out retain data at the first step
     (:mod:`kfade.method.choose`)."""
@@ -83,6 +88,11 @@ class Direction:
         if self.bands is None:
             return 1 if size.alpha is not None else DEFAULT_BANDS
         return self.bands
+
+    def weighs(self, step: int, size: StepSize) -> bool:
+        """Whether a step, counted from 0, weighs the texts in a run of that size."""
+        weigh = size.alpha is None if self.weigh_texts is None else self.weigh_texts
+        return weigh and step > 0
 
     def objective_of(self, step: int) -> Objective:
         """The objective of a step, counted from 0."""

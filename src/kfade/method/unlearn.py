@@ -92,7 +92,8 @@ def unlearn(
                 curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
         with stage("gradient"), gauge.applied(update):
             drawn = sampler.draw(forget, run.forget_drawn(len(forget)), index)
-            gradient = forget_gradient(model, drawn, targets, aim, **run.passes, head=gauge.head)
+            passes = {**run.passes, "weigh": direction.weighs(index, size), "head": gauge.head}
+            gradient = forget_gradient(model, drawn, targets, aim, **passes)
         direction, update = damped(
             direction, update, curvature, gradient, targets, gauges, size, run
         )

@@ -31,6 +31,9 @@ class StepConfig:
     later_objective: str | None = None
     """Objective of all steps after the first, for example ce when the first step of the margin has
     made the text unlikely. Unset: as --objective."""
+    weigh_texts: Annotated[bool | None, Parameter(negative="--no-weigh-texts")] = None
+    """Weigh the forget texts by their probability in all steps after the first, so that texts that
+    are forgotten pull no longer. Unset: yes; with --alpha, no."""
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None

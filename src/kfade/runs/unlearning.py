@@ -339,6 +339,7 @@ def _direction_of(run: RunConfig) -> Direction:
     return Direction(
         objective_of(run.step.objective),
         _later_objective_of(run),
+        run.step.weigh_texts,
         _damping_of(run),
         run.step.bands,
         run.step.exact_norm,
