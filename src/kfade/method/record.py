@@ -30,9 +30,9 @@ class StepRecord:
     """Mean over the forget texts of each one's probability per token (geometric)."""
     forget_probability_after: float
     predicted_objective_change: float
-    """α gᵀr, on the step's own forget batch."""
+    """α gᵀr, on the step's own forget batch, whose texts may be weighed."""
     measured_objective_change: float
-    """On the forget sequences that are measured."""
+    """Of the mean per token, on the forget sequences that are measured."""
     relative_change: dict[str, float] = field(default_factory=dict)
     """‖ΔW‖ / ‖W‖ of this step by weight."""
     probes: list[dict[str, float]] = field(default_factory=list)
