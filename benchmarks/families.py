@@ -37,7 +37,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.generation import Decoding, generate
 from kfade.method.settings import Correction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.models.layers import choose_targets
 from kfade.models.load import frozen

@@ -37,7 +37,8 @@ from kfade.data.chat import ChatTemplate
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import margin
-from kfade.method.step import StepSize, choose_alpha, gauss_newton_step
+from kfade.method.size import StepSize, choose_alpha
+from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.load import load_model
 

@@ -36,7 +36,7 @@ from kfade.curvature.estimators import KFAC
 from kfade.curvature.store import Store
 from kfade.data.sequences import TokenSequence
 from kfade.method.settings import Correction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.models.head import body_of, hidden_states, trial_tokens
 from kfade.models.layers import decoder_blocks, find_targets
 from kfade.models.load import load_model

@@ -35,7 +35,7 @@ from kfade.evaluate.routing import rerouted_share
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, mean_objectives
 from kfade.method.settings import Correction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for
 from kfade.models.targets import Target

@@ -43,7 +43,8 @@ from kfade.data.sequences import TokenSequence
 from kfade.demo.data import data_file
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.measure import mean_objectives
-from kfade.method.step import Step, StepSize, choose_alpha, gauss_newton_step
+from kfade.method.size import StepSize, choose_alpha
+from kfade.method.step import Step, gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for
 from kfade.models.load import save_model
@@ -115,7 +116,7 @@ class PredictionLab(Lab):
         ruler = self.ruler  # made of the unedited model
         forget, rows = batches_for(self.model, self.sets[0]), []
         for predicted in PREDICTED:
-            alpha = math.sqrt(predicted / step.unit_kl)
+            alpha = math.sqrt(2 * predicted / step.square)
             row = {"predicted": predicted, "alpha": alpha}
             with Update({}).plus(changes, alpha).applied_to(self.model):
                 for name, own in slices.items():

@@ -27,7 +27,7 @@ from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.method.gradient import forget_gradient
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for
 

@@ -25,7 +25,7 @@ import kfade
 from kfade import Correction, Damping
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.runtime.stages import Clock, timing
 
 FILE = RESULTS / "tofu_tuning.jsonl"

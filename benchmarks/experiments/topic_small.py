@@ -39,7 +39,7 @@ from kfade.evaluate.divergence import rounded, summarise_divergence
 from kfade.evaluate.generation import Decoding
 from kfade.evaluate.item_log import ItemLog
 from kfade.evaluate.questions import Question
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.update import Update
 
 FILE = RESULTS / "topic_small.jsonl"

@@ -45,7 +45,8 @@ from kfade.data.batches import Batch, make_batches
 from kfade.data.sequences import TokenSequence
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
-from kfade.method.step import choose_alpha, gauss_newton_step
+from kfade.method.size import choose_alpha
+from kfade.method.step import gauss_newton_step
 from kfade.models.targets import Target
 from kfade.planning import cost
 from kfade.planning.memory import Work, examine, overhead, peaks

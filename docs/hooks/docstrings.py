@@ -1,4 +1,4 @@
-"""Roles in docstrings, as :class:`~kfade.method.step.StepSize`, become links of the site."""
+"""Roles in docstrings, as :class:`~kfade.method.size.StepSize`, become links of the site."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kfade.data.sequences import encode
 from kfade.errors import InputError
 from kfade.method.objectives import cross_entropy, margin
 from kfade.method.settings import Correction, Direction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update
 from kfade.models.layers import find_targets

@@ -125,6 +125,30 @@ def test_a_model_is_changed_less_at_equal_forgetting():
     assert form == quadratic_form(model, held_out, targets, plain.direction)
 
 
+def test_rises_that_are_measured_take_the_place_of_slopes():
+    """Weights are C⁻¹ times what ``rise`` says; a step along which nothing rises stays."""
+    gram = definite(2)
+    targets = [SimpleNamespace(name=name, block=i) for i, name in enumerate("ab")]
+    direction = {name: torch.ones(1) for name in "ab"}
+    step = Step(direction, {"a": 2.0, "b": 3.0}, {"a": 0.5, "b": 0.5})
+    seen = []
+
+    def rise(part, form):
+        seen.append((list(part), form))
+        return {"a": 5.0, "b": -1.0}[next(iter(part))]
+
+    found, exact = in_bands(step, targets, 2, lambda vectors: gram, rise)
+    assert seen == [(["a"], gram[0, 0]), (["b"], gram[1, 1])]
+    best = best_weights(gram, torch.tensor([5.0, -1.0], dtype=torch.float64))
+    weights = torch.tensor([found.slopes["a"] / 2, found.slopes["b"] / 3], dtype=torch.float64)
+    assert torch.allclose(weights / weights[0], best / best[0])
+    assert exact == pytest.approx(float(weights @ gram @ weights))
+    for nothing in (0.0, float("nan")):
+        same, form = in_bands(step, targets, 2, lambda vectors: gram, lambda *_, n=nothing: n)
+        assert same is step
+        assert form == pytest.approx(float(gram.sum()))
+
+
 def updated(**options) -> dict[str, torch.Tensor]:
     model = tiny_llama()
     options = {"fit": KFAC(), "damping": 0.1, **options}

@@ -139,7 +139,7 @@ def test_iterates_are_the_textbooks(system, damping):
         # Rounding grows by the condition of the system with each iteration; 1e-12 at first.
         assert off(ours, x) < 1e-7
         assert ours @ fitted @ ours == pytest.approx(1.0)
-        assert step.unit_kl == pytest.approx(0.5)
+        assert step.square == pytest.approx(1.0)
         assert step.slope == pytest.approx(system.g @ ours)
         assert before is None or off(ours, before) > 1e-3
         before = ours
@@ -154,7 +154,7 @@ def test_the_first_is_the_k_fade_step(system):
     [alone] = system.steps(0, refused, damping=DAMPINGS[0])
     first, second = system.steps(1, damping=DAMPINGS[0])
     for step in (alone, first):
-        assert (step.slope, step.unit_kl) == (known.slope, known.unit_kl)
+        assert (step.slope, step.square) == (known.slope, known.square)
         assert all(same_bits(step.direction[n], m) for n, m in known.direction.items())
     assert off(system.vector(first), system.vector(second)) > 0.1
 

@@ -18,7 +18,7 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge
 from kfade.method.grid import Point
 from kfade.method.measure import rounding_changes
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.sweep import Shared, sweep
 from kfade.method.update import Update
 from kfade.models.layers import find_targets

@@ -24,7 +24,7 @@ from kfade.method.gauge import Gauge
 from kfade.method.gradient import forget_gradient
 from kfade.method.grid import Outcome, Point, grid, pareto, pick
 from kfade.method.objectives import cross_entropy, margin
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.sweep import Shared, cut, sweep, targets_within
 from kfade.method.unlearn import unlearn
 from kfade.method.update import Update

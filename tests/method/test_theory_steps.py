@@ -32,7 +32,8 @@ from kfade.curvature.factors import CovarianceSum
 from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import divergence
-from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
+from kfade.method.size import Probe, StepSize, choose_alpha
+from kfade.method.step import gauss_newton_step
 
 OBJECTIVES = (margin, cross_entropy)
 
@@ -252,7 +253,9 @@ def test_settings_left_out_are_steps_by_the_margin_to_a_hundredth_of_a_nat(model
     assert step["retain_kl"] == pytest.approx(0.01, rel=0.1)
     told = flat(
         objective=margin,
+        weigh_texts=True,
         damping=None,
+        bands=3,
         kl=0.01,
         steps=kfade.Run.steps,
         refit=False,

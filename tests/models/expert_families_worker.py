@@ -15,7 +15,7 @@ import kfade
 from kfade import EKFAC, find_targets, make_batches, margin
 from kfade.method.gradient import forget_gradient
 from kfade.method.settings import Correction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.runs.experts import expert_rows
 from kfade.runtime import distributed
 

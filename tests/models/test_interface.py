@@ -27,7 +27,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.method.grid import Point
 from kfade.method.measure import hidden_reference
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.sweep import Shared, sweep
 from kfade.models.interface import check_batches, check_length, check_readable
 from kfade.models.layers import choose_targets, find_targets

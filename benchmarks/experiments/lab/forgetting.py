@@ -32,7 +32,8 @@ from kfade.method.measure import (
     mean_divergence,
     mean_objectives,
 )
-from kfade.method.step import Probe, StepSize, choose_alpha, gauss_newton_step
+from kfade.method.size import Probe, StepSize, choose_alpha
+from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head
 from kfade.models.lengths import batches_for

@@ -19,7 +19,7 @@ from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.method.settings import Direction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.sweep import cut, targets_within
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for

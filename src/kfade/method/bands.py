@@ -2,13 +2,18 @@
 
 K-FAC has no curvature between layers. Layers next to each other do much the same to the outputs, so
 that together they change them more than G̃ says. Let r_j be the part of a direction r in band j,
-s_j = gᵀr_j, and C_ij = r_iᵀGr_j with the exact G of held-out retain data. Of all Σ c_j r_j,
+C_ij = r_iᵀGr_j with the exact G of held-out retain data, and s_j the rise of forgetting per unit of
+length along r_j. Of all Σ c_j r_j,
 
     c ∝ C⁻¹s
 
 has the least KL ½cᵀCc for its rise sᵀc (docs/mathematics.md). This is the coarse level of a
 two-level preconditioner, in the span of one direction; Tselepidis et al. (2020) add one to K-FAC
 for training.
+
+At the original weights s_j is gᵀr_j. Later gᵀr_j may be far from what a step does: where texts are
+half forgotten, a few tokens have most of the gradient and are saturated soon. Then s_j is measured,
+over a length of about that of the step.
 """
 
 from __future__ import annotations
@@ -25,20 +30,33 @@ from kfade.models.targets import Target
 RIDGE = 0.01  # of the diagonal of C, which a few held-out sequences do not give more exactly
 
 
+Forms = Callable[[Sequence[Vector]], Tensor]
+"""Vectors, each with matrices [O, I] by target -> their matrix C [K, K], in float64 on the CPU."""
+Rise = Callable[[Vector, float], float]
+"""(vector, its form r_jᵀGr_j) -> rise of forgetting along it, per unit of length."""
+
+
 def in_bands(
-    step: Step, targets: Sequence[Target], count: int, forms: Callable[[Sequence[Vector]], Tensor]
+    step: Step, targets: Sequence[Target], count: int, forms: Forms, rise: Rise | None = None
 ) -> tuple[Step, float]:
     """The step with each band at its best length, scaled to ‖r‖_G̃ = 1; and its exact form rᵀGr.
 
     Args:
-        count: number of bands; a step in one band stays as it is.
-        forms: the matrix C of vectors, each with matrices [O, I] by target.
+        count: number of bands; a step in one band stays as it is, and so does one along which
+            nothing rises.
+        rise: measures s_j; it is gᵀr_j when None.
     """
     bands = bands_of(targets, step.direction, count)
-    gram_KK = forms([_part(step.direction, band) for band in bands])
+    parts = [_part(step.direction, band) for band in bands]
+    gram_KK = forms(parts)
     if len(bands) == 1 or not gram_KK.isfinite().all():
         return step, float(gram_KK.sum())
-    slope_K = torch.tensor([sum(step.slopes[name] for name in band) for band in bands]).double()
+    slopes = [sum(step.slopes[name] for name in band) for band in bands]
+    if rise is not None:
+        slopes = [rise(*of) for of in zip(parts, gram_KK.diagonal().tolist(), strict=True)]
+    slope_K = torch.tensor(slopes, dtype=torch.float64)
+    if not (slope_K.isfinite().all() and slope_K.any()):
+        return step, float(gram_KK.sum())
     best_K = best_weights(gram_KK, slope_K)
     weights = best_K.tolist()
     weighted = step.weighted(

@@ -24,7 +24,8 @@ from kfade.method.bands import in_bands
 from kfade.method.experts import top_experts
 from kfade.method.gauges import Gauges
 from kfade.method.settings import Direction, Run
-from kfade.method.step import StepSize, gauss_newton_step
+from kfade.method.size import StepSize
+from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.progress import say

@@ -35,7 +35,7 @@ from kfade.method.record import CorrectionRecord, probe_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
-from kfade.method.step import LOSS_TOLERANCE, Probe, StepSize, choose_alpha, shortfall
+from kfade.method.size import LOSS_TOLERANCE, Probe, StepSize, choose_alpha, shortfall
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.stages import stage

@@ -21,7 +21,7 @@ from kfade.method.measure import (
     rounding_changes,
 )
 from kfade.method.objectives import Objective
-from kfade.method.step import Probe, StepSize
+from kfade.method.size import Probe, StepSize
 from kfade.method.update import Update
 from kfade.models.head import Head, read_head
 from kfade.models.load import frozen
@@ -74,11 +74,20 @@ class Gauge:
             self.latest = self.base
             if update.deltas:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
-            losses = TokenLosses()
-            loss, value = mean_objectives(model, self._forget, (losses, objective), self.head)
+            forgotten = self._forgetting(model, objective, alpha)
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
+        return replace(forgotten, retain_kl=kl)
+
+    def forgetting(self, update: Update, objective: Objective) -> Probe:
+        """What :meth:`measure` gives, without the retain KL, which is not a number here."""
+        with self.applied(update) as model:
+            return self._forgetting(model, objective, 0.0)
+
+    def _forgetting(self, model: nn.Module, objective: Objective, alpha: float) -> Probe:
+        losses = TokenLosses()
+        loss, value = mean_objectives(model, self._forget, (losses, objective), self.head)
         probability = losses.mean_probability(self._forget) * math.exp(self._log_offset)
-        return Probe(alpha, kl, loss + self._loss_offset, probability, value)
+        return Probe(alpha, math.nan, loss + self._loss_offset, probability, value)
 
     def on_part(
         self,

@@ -14,7 +14,7 @@ from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
-from kfade.method.step import Probe, StepSize
+from kfade.method.size import Probe, StepSize
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.stages import stage

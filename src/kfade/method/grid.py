@@ -10,7 +10,7 @@ from typing import Any
 
 from kfade.curvature.damping import Damping
 from kfade.errors import InputError
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 
 ALL = "all"  # every block that the curvature covers
 RULE = "highest forget loss among the points whose measured retain KL is at most max_kl"

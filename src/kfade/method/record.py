@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kfade.curvature.vectors import Vector
-from kfade.method.step import Probe
+from kfade.method.size import Probe
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Settings of :func:`kfade.unlearn`: the direction of each step, and how a run is carried out.
 
-The length of a step is :class:`~kfade.method.step.StepSize`.
+The length of a step is :class:`~kfade.method.size.StepSize`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kfade.curvature.store import Store
 from kfade.curvature.vectors import OnDevice, Storage
 from kfade.errors import InputError
 from kfade.method.objectives import Objective, cross_entropy, margin
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.targets import Target
 

@@ -33,7 +33,8 @@ from kfade.method.preflight import preflight
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Direction, Run
-from kfade.method.step import Probe, Step, choose_alpha
+from kfade.method.size import Probe, choose_alpha
+from kfade.method.step import Step
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
 from kfade.models.layers import parse_layers

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from kfade.curvature.vectors import Vector
 from kfade.errors import InputError
 from kfade.method.bands import in_bands
 from kfade.method.gauge import Gauge, parameter_changes
+from kfade.method.gauges import Gauges
 from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.settings import DEFAULT_KL, Direction
-from kfade.method.step import Probe, Step, StepSize, choose_alpha
+from kfade.method.size import Probe, StepSize, choose_alpha
+from kfade.method.step import Step
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.models.weights import Weights
@@ -38,7 +40,7 @@ class Trial:
 
     def __init__(
         self,
-        gauge: Gauge,
+        gauges: Gauges,
         targets: Sequence[Target],
         update: Update,
         direction: Direction,
@@ -46,9 +48,10 @@ class Trial:
         steps: int,
         begin: Probe | None = None,
     ) -> None:
-        self._gauge, self._targets, self._update = gauge, targets, update
-        self._direction, self._size = direction, size
         records = update.provenance["steps"]
+        self._gauge = gauge = gauges.of(len(records))
+        self._targets, self._update, self._part = targets, update, gauges.part
+        self._direction, self._size = direction, size
         self._objective = direction.objective_of(len(records))
         self._last: Probe | None = None
         with stage("check"):
@@ -92,16 +95,38 @@ class Trial:
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step in bands, scaled to exact unit length if ``exact_norm``, and its squared length
         rᵀGr with the exact G of held-out retain data."""
-        gauge, targets, direction = self._gauge, self._targets, self._direction
-        with stage("step"), gauge.applied(self._update):
-            forms = partial(gauge.exact_forms, targets=targets)
-            step, exact = in_bands(step, targets, direction.bands_of(self._size), forms)
+        direction, bands = self._direction, self._direction.bands_of(self._size)
+        with stage("step"):
+            rise = None if self._is_first else self._rise
+            step, exact = in_bands(step, self._targets, bands, self._forms, rise)
         if exact == 0:
             raise InputError(
                 "the step does not change what the model says to the held-out retain data: are "
                 "they one token over and over, or of unknown words only?"
             )
         return (step.scaled(exact**-0.5), 1.0) if direction.exact_norm else (step, exact)
+
+    def _forms(self, parts: Sequence[Vector]) -> Tensor:
+        """d_iᵀGd_j of each two parts of the direction."""
+        with self._part.applied(self._update):
+            return self._part.exact_forms(parts, self._targets)
+
+    def _rise(self, part: Vector, form: float) -> float:
+        """Rise of forgetting along a part of the direction, per unit of length; measured at the
+        length where its exact form has the value of the last step."""
+        if not form > 0:
+            return 0.0
+        length = math.sqrt(2 * self._near / form)
+        changes = parameter_changes(self._targets, part)
+        after = self._part.forgetting(self._update.plus(changes, length), self._objective)
+        return (self._size.forgotten(after) - self._begin) / length
+
+    @cached_property
+    def _begin(self) -> float:
+        """What is forgotten before this step, by the part of the data."""
+        known = self._part is self._gauge
+        before = self._before if known else self._part.forgetting(self._update, self._objective)
+        return self._size.forgotten(before)
 
     def _along(self, step: Step, exact: float, refined: int) -> Candidate:
         """The record of the step at the size asked for, and its direction by parameter."""

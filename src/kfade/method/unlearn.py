@@ -25,7 +25,8 @@ from kfade.method.record import Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.step import NoGradientError, StepSize
+from kfade.method.size import StepSize
+from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets
@@ -60,7 +61,7 @@ def unlearn(
         fit: estimator of the curvature, with its settings.
         direction: objective, damping and refinement of each step, see
             :class:`~kfade.method.settings.Direction`.
-        size: how far to go, see :class:`~kfade.method.step.StepSize`.
+        size: how far to go, see :class:`~kfade.method.size.StepSize`.
         run: targets, number of steps, memory, seed, see :class:`~kfade.method.settings.Run`.
 
     Raises:
@@ -85,7 +86,7 @@ def unlearn(
     while not _is_finished(update, size, run):
         index = len(update.provenance["steps"])
         aim = direction.objective_of(index)
-        trial = Trial(gauges.of(index), targets, update, direction, size, run.steps, begin)
+        trial = Trial(gauges, targets, update, direction, size, run.steps, begin)
         if curvature is None or (run.refit and index > 0):
             at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
             with stage("fit"), gauge.applied(at):

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from kfade.curvature.damping import Damping
 from kfade.errors import InputError
 from kfade.method.grid import ALL, Point, grid
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.runs import options as o
 from kfade.runs.choices import OBJECTIVES
 from kfade.runs.config import DataConfig, FitConfig, ModelConfig, RunConfig

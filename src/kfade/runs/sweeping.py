@@ -18,7 +18,7 @@ from kfade.method.gradient import forget_gradient
 from kfade.method.grid import ALL, RULE, Outcome, Point, pareto, pick
 from kfade.method.objectives import Objective
 from kfade.method.settings import Correction, Direction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.sweep import Shared, cut, targets_within
 from kfade.method.sweep import sweep as sweep_model
 from kfade.method.unlearn import unlearn

@@ -21,7 +21,7 @@ from kfade.method.gauges import MEASURED_SEQUENCES
 from kfade.method.objectives import Objective
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Correction, Direction, Run
-from kfade.method.step import StepSize
+from kfade.method.size import StepSize
 from kfade.method.unlearn import unlearn as unlearn_model
 from kfade.method.update import Update
 from kfade.models.experts import expert_modules
