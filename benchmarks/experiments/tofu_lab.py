@@ -36,7 +36,8 @@ SHOWN = 6  # forgotten questions whose answers are kept
 OWN_TOKENS = 48  # of a turn that the model generates
 TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # before a question, and after it
 PART = 4  # the cheap request looks at one question in so many
-START_RATE, RMU_START_RATE = 2e-4, 1e-3  # learning rates that tuning begins with
+START_RATE = 2e-4  # learning rate that tuning begins with
+START_RATES = {"rmu": 1e-3, "repselect": 0.1}  # RepSelect takes steps of plain gradient descent
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
 
 
@@ -288,7 +289,7 @@ class TofuLab(Lab):
 
 def start_rate(name: str) -> float:
     """The learning rate that the tuning of a baseline begins with."""
-    return RMU_START_RATE if name == "rmu" else START_RATE
+    return START_RATES.get(name, START_RATE)
 
 
 def steps_of(name: str, rate: float, sizes: Sizes) -> int:
