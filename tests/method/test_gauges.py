@@ -29,8 +29,36 @@ def forgetting(model, sequences) -> tuple[float, float]:
     return loss, losses.mean_probability(batches)
 
 
-def test_a_part_is_a_quarter_but_not_a_handful():
-    assert [part_of(n) for n in (3, 8, 20, 32, 80, 256)] == [3, 8, 8, 8, 20, 64]
+@pytest.fixture(autouse=True)
+def of_few_tokens(monkeypatch):
+    """The texts here are of five scored tokens."""
+    monkeypatch.setattr("kfade.method.gauges.LEAST_TOKENS", 10)
+
+
+def test_a_part_is_a_quarter_but_not_a_handful(monkeypatch):
+    monkeypatch.setattr("kfade.method.gauges.LEAST_TOKENS", 1000)
+    counts = (3, 8, 20, 32, 80, 256)
+    assert [part_of(n, 511 * n) for n in counts] == [3, 8, 8, 8, 20, 64]
+    # Of short texts as many as have 1000 tokens, if there are.
+    assert [part_of(n, 39 * n) for n in counts] == [3, 8, 20, 26, 26, 64]
+
+
+def test_steps_before_the_last_take_half_of_the_forget_set(monkeypatch):
+    drawn = [kfade.Run(steps=3).forget_drawn(200, step) for step in range(3)]
+    assert drawn == [100, 100, None]
+    assert kfade.Run(steps=3).forget_drawn(40, 0) == 32
+    assert kfade.Run(steps=1).forget_drawn(200, 0) is None
+    assert [kfade.Run(steps=3, forget_batch=7).forget_drawn(200, s) for s in range(3)] == 3 * [7]
+    seen, own = [], kfade.method.unlearn.forget_gradient
+
+    def noting(model, batches, *given, **options):
+        seen.append(sum(len(batch.loss_BT) for batch in batches))
+        return own(model, batches, *given, **options)
+
+    monkeypatch.setattr("kfade.method.unlearn.forget_gradient", noting)
+    options = {"fit": KFAC(), "steps": 3, "refit": False, "kl": 0.01}
+    kfade.unlearn(tiny_llama(), **MANY, **flat(**options))
+    assert seen == [32, 32, 40]
 
 
 @pytest.mark.parametrize("size", [{"kl": 0.01}, {"until": 3.8}, {"alpha": 0.05}])

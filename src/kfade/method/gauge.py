@@ -61,8 +61,16 @@ class Gauge:
     @property
     def sequences(self) -> dict[str, int]:
         """Number of sequences that are measured: ``forget`` and ``held_out``."""
-        sets = {"forget": self._forget, "held_out": self.base.batches}
-        return {name: sum(len(b.loss_BT) for b in batches) for name, batches in sets.items()}
+        return {name: sum(len(b.loss_BT) for b in batches) for name, batches in self._sets.items()}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Number of scored tokens that are measured: ``forget`` and ``held_out``."""
+        return {name: sum(b.loss_tokens for b in batches) for name, batches in self._sets.items()}
+
+    @property
+    def _sets(self) -> dict[str, Sequence[Batch]]:
+        return {"forget": self._forget, "held_out": self.base.batches}
 
     def applied(self, update: Update) -> AbstractContextManager[nn.Module]:
         """The model with ``update`` within the ``with``."""

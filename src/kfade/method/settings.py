@@ -144,8 +144,8 @@ class Run:
     steps: int = 6
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
-    """Forget sequences in each step, drawn without replacement; when None all in a single step, and
-    in several half of them, at least ``LEAST_FORGET``."""
+    """Forget sequences in each step, drawn without replacement; when None all in the last step, and
+    in those before half of them, at least ``LEAST_FORGET``."""
     refit: bool = False
     """Fit the curvature again at each step."""
     correction: Correction = Correction()
@@ -169,9 +169,9 @@ class Run:
     on_step: Callable[[Update], None] | None = None
     """Called with the update after every step."""
 
-    def forget_drawn(self, count: int) -> int | None:
-        """Forget sequences of ``count`` in each step; all when None."""
-        if self.forget_batch is None and self.steps > 1:
+    def forget_drawn(self, count: int, step: int) -> int | None:
+        """Forget sequences of ``count`` in a step, counted from 0; all when None."""
+        if self.forget_batch is None and step + 1 < self.steps:
             return max(LEAST_FORGET, count // 2)
         return self.forget_batch
 

@@ -92,7 +92,7 @@ def unlearn(
             with stage("fit"), gauge.applied(at):
                 curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
         with stage("gradient"), gauge.applied(update):
-            drawn = sampler.draw(forget, run.forget_drawn(len(forget)), index)
+            drawn = sampler.draw(forget, run.forget_drawn(len(forget), index), index)
             passes = {**run.passes, "weigh": direction.weighs(index, size), "head": gauge.head}
             gradient = forget_gradient(model, drawn, targets, aim, **passes)
         direction, update = damped(
