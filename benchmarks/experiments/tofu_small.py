@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from lab.pieces import Piece, Results
-from lab.tuning import DEFAULT, VARIANTS, chosen, lowest, rates
+from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS, chosen, lowest, rates
 from tofu_lab import TofuLab, run_pieces, start_rate
 
 ESTIMATORS = ("ekfac", "kfac", "diagonal", "identity")
@@ -86,8 +86,8 @@ def variants(lab: TofuLab, results: Results) -> Iterator[Piece]:
         yield "report paper", partial(paper, like="ekfac margin", keep="paper")
         yield "report part", partial(lab.cheap_request, damping)
         for row, options in VARIANTS.items():
-            own = None if row == DEFAULT else damping
-            yield f"report {row}", partial(lab.several_steps, "ekfac", own, row, **options)
+            given = (DEFAULT_FIT, None) if row == DEFAULT else ("ekfac", damping)
+            yield f"report {row}", partial(lab.several_steps, *given, row, **options)
 
 
 def baseline(lab: TofuLab, results: Results, name: str) -> Iterator[Piece]:

@@ -28,7 +28,7 @@ from lab.forgetting import Group, token_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, options_of, read_options, run
 from lab.records import RESULTS, Record
-from lab.tuning import DEFAULT, VARIANTS, chosen, lowest, rates
+from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS, chosen, lowest, rates
 from topic_data import SUBJECT, Data, Sizes, instructions
 
 import kfade
@@ -47,7 +47,7 @@ DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
 PAPER_DAMPING = 1e-14  # the paper's on WMDP: absolute, with sampled labels
 STEPPED: dict[str, dict[str, Any]] = {
     **{row: {"estimator": "ekfac", **options} for row, options in VARIANTS.items()},
-    "default kfac": {"estimator": "kfac", **VARIANTS[DEFAULT]},
+    DEFAULT: {"estimator": DEFAULT_FIT, **VARIANTS[DEFAULT]},
     "steps 3 kfac": {"estimator": "kfac", "steps": 3},
     "steps 3 then ce kfac": {"estimator": "kfac", **VARIANTS["steps 3 then ce"]},
 }

@@ -30,6 +30,7 @@ from .baselines import train_baseline
 from .forgetting import BUDGET, Group, Ruler, Search
 from .pieces import Results, make_once
 from .records import Record
+from .tuning import PLAIN
 
 
 class Lab:
@@ -159,7 +160,7 @@ class Lab:
         damping: float | None,
         *,
         relative: bool = True,
-        direction: Direction = Direction(),
+        direction: Direction = PLAIN,
         layers: str = "all",
         **options: Any,
     ) -> tuple[Update, Update, Record]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kfade import Correction, Direction, Run, cross_entropy
 
 from .pieces import Results
 
+PLAIN = Direction(bands=1, weigh_texts=False)
+"""The direction (G̃ + λI)⁻¹g at each step, without anything more."""
 DEFAULT = "default"
 """The variant that is ``kfade unlearn`` without options; it chooses its damping itself."""
+DEFAULT_FIT = "kfac"
 VARIANTS: dict[str, dict[str, Any]] = {
-    DEFAULT: {"steps": Run.steps, "correction": Correction()},
+    DEFAULT: {"steps": Run.steps, "correction": Correction(), "direction": Direction()},
     "steps 3": {"steps": 3},
-    "steps 3 then ce": {"steps": 3, "direction": Direction(later_objective=cross_entropy)},
-    "refine 1": {"direction": Direction(refine=1)},
-    "refine 3": {"direction": Direction(refine=3)},
-    "steps 3 refine 1": {"steps": 3, "direction": Direction(refine=1)},
+    "steps 3 then ce": {"steps": 3, "direction": replace(PLAIN, later_objective=cross_entropy)},
+    "refine 1": {"direction": replace(PLAIN, refine=1)},
+    "refine 3": {"direction": replace(PLAIN, refine=3)},
+    "steps 3 refine 1": {"steps": 3, "direction": replace(PLAIN, refine=1)},
 }
 """Variants of K-FADE that may improve its single step; all use one fit."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfade.curvature.curvature import Curvature
-from kfade.curvature.estimators import EKFAC, Estimator
+from kfade.curvature.estimators import KFAC, Estimator
 from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
@@ -45,7 +45,7 @@ def unlearn(
     forget: Sequence[TokenSequence],
     retain: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
-    fit: Estimator = EKFAC(),
+    fit: Estimator = KFAC(),
     direction: Direction = Direction(),
     size: StepSize = StepSize(kl=DEFAULT_KL),
     run: Run = Run(),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfade.curvature.estimators import EKFAC, Estimator
+from kfade.curvature.estimators import KFAC, Estimator
 from kfade.curvature.factors import sum_dtype
 from kfade.curvature.groups import largest_share
 from kfade.curvature.jacobian import sum_bytes
@@ -41,7 +41,7 @@ HEAD_COPIES = {"fit": 4, "gradient": 5, "step": 6, "check": 8}
 class Work:
     """The settings of a run that its cost depends on."""
 
-    estimator: Estimator = EKFAC()
+    estimator: Estimator = KFAC()
     """Estimator of the curvature."""
     retain_tokens: int = 4000 * 512
     """Tokens that the curvature is fitted on."""

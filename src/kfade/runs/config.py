@@ -150,7 +150,7 @@ class EstimatorConfig:
 
     estimator: Annotated[
         str, Parameter(help=f"Estimator of the curvature: {choices.ESTIMATORS}.")
-    ] = "ekfac"
+    ] = "kfac"
     """Estimator of the curvature."""
     layers: str | None = None
     """Transformer blocks to change, counted from 0, as in 3-6 or 0,2,8-11. Unset: all."""
