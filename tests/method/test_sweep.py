@@ -361,7 +361,7 @@ def test_a_sweep_writes_points_and_the_picked_run(fitted, tmp_path, capsys):
     assert log.header["benchmark"] == "sweep"
     assert len(log.items) == 8
     item = log.items["margin, layers 0, relative_damping 0.1, alpha 0.05"]
-    assert (item["method"], item["estimator"], item["objective"]) == ("K-FADE", "ekfac", "margin")
+    assert (item["method"], item["estimator"], item["objective"]) == ("K-FADE", "kfac", "margin")
     assert item["settings"] == {"layers": "0", "relative_damping": 0.1, "alpha": 0.05}
     told = {"forget_loss", "retain_kl", "forget_probability", "seconds", "alpha", "predicted_kl"}
     assert told < set(item)

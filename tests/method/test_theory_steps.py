@@ -200,7 +200,7 @@ def test_a_seed_gives_one_update_and_another_seed_another(model):
 @pytest.mark.parametrize("refit", [True, False])
 @pytest.mark.parametrize("size", [{"kl": 0.01}, {"kl": None, "alpha": 0.1}], ids=["kl", "alpha"])
 def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, refit, size):
-    options = {"steps": 2, "forget_batch": 2, "refit": refit, **size}
+    options = {"fit": EKFAC(), "steps": 2, "forget_batch": 2, "refit": refit, **size}
     saved = []
 
     def save(update):
@@ -304,7 +304,7 @@ def test_a_run_ends_where_its_objective_has_no_gradient_left(model, monkeypatch)
     kept: list[Update] = []
     said: list[str] = []
     monkeypatch.setattr("kfade.method.unlearn.say", said.append)
-    far = {"kl": None, "alpha": 3.0, "steps": 4, "refit": False}
+    far = {"fit": EKFAC(), "kl": None, "alpha": 3.0, "steps": 4, "refit": False}
     update = run(model, objective=limited, **far, on_step=kept.append)
     assert 1 <= len(update.provenance["steps"]) < 4
     assert same_update(update, kept[-1])

@@ -95,7 +95,7 @@ def test_symmetric_products_by_hand():
 def test_lambda_turns_the_cheaper_side():
     targets = find_targets(small(), layers="0")
     gate_up = targets[:2]
-    short, long = Work(sequence_length=61, retain_tokens=61), Work(EKFAC(), 601, 1, 601)
+    short, long = Work(EKFAC(), sequence_length=61, retain_tokens=61), Work(EKFAC(), 601, 1, 601)
     o, i = 224, 64
     # 60 rows: the input once for both, 2·60·64²; each gradient 2·60·224²; each product 2·60·o·i.
     rows = 2 * 60 * i * i + 2 * (2 * 60 * o * o + 2 * 60 * o * i)
@@ -120,7 +120,7 @@ def test_plans_count_what_runs_measure():
 
 def test_seconds_follow_speed_and_devices(tmp_path):
     model = load_skeleton(saved(SMALL, tmp_path))
-    work = Work(retain_tokens=3300, sequence_length=33, batch_tokens=64)
+    work = Work(EKFAC(), retain_tokens=3300, sequence_length=33, batch_tokens=64)
     subject = examine(model, find_targets(model), work)
     groups = [list(subject.targets)]
     one = seconds(subject, groups, work, Speed(1e9, 1e9))

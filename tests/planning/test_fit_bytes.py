@@ -155,8 +155,10 @@ def test_more_memory_never_needs_more_groups(tmp_path, kind):
 
 def test_fewer_groups_hold_more_and_pass_less(tmp_path):
     model = load_skeleton(saved(SMALL, tmp_path))
-    subject = examine(model, find_targets(model), Work(sequence_length=33, batch_tokens=64))
-    work = Work(retain_tokens=330, sequence_length=33)
+    subject = examine(
+        model, find_targets(model), Work(EKFAC(), sequence_length=33, batch_tokens=64)
+    )
+    work = Work(EKFAC(), retain_tokens=330, sequence_length=33)
     one, many = [list(subject.targets)], group_by_input(subject.targets)
     assert len(many) == 6
     at_once, in_turn = (peaks(subject, groups, work) for groups in (one, many))
@@ -175,7 +177,7 @@ def test_fewer_groups_hold_more_and_pass_less(tmp_path):
 def test_peaks_by_hand(tmp_path):
     model = load_skeleton(saved(SMALL, tmp_path))
     targets = find_targets(model)
-    work = Work(sequence_length=33, batch_tokens=64)
+    work = Work(EKFAC(), sequence_length=33, batch_tokens=64)
     subject = examine(model, targets, work)
     assert subject.cost.shape == (2, 32)
     factors, grids, largest = factor_bytes(targets), 3 * 3 * 4 * 64 * 224, 4 * 64 * 224
@@ -212,13 +214,13 @@ def test_peaks_by_hand(tmp_path):
 def test_head_bytes_are_those_of_a_chunk(tmp_path):
     model = load_skeleton(saved(SMALL, tmp_path))
     targets = find_targets(model)
-    subject = examine(model, targets, Work(sequence_length=33, batch_tokens=256))
+    subject = examine(model, targets, Work(EKFAC(), sequence_length=33, batch_tokens=256))
     assert subject.cost.positions == 256
     assert subject.head_bytes("fit") == 4 * 128 * 50 * 4
     for vocabulary, positions in ((49152, 128), (2**20, 128)):
         wide = replace(subject, head=(vocabulary, 64))
         assert wide.head_bytes("check") == 8 * positions * vocabulary * 4
-    work = Work(sequence_length=33, batch_tokens=2048)
+    work = Work(EKFAC(), sequence_length=33, batch_tokens=2048)
     subject = examine(model, targets, work, device=torch.device("cuda"))
     wide = replace(subject, head=(49152, 64))  # of a skeleton, for a run on another device
     assert wide.head_bytes("fit") == 4 * 1365 * 49152 * 4
@@ -261,7 +263,7 @@ def budget(model, targets, work, kind="fit", **more) -> int:
 def test_a_run_is_arranged_to_fit():
     """The first of the ways that fits, in order of their cost in time, and no other."""
     model = small()
-    targets, work = find_targets(model), Work(batch_tokens=256, sequence_length=33)
+    targets, work = find_targets(model), Work(EKFAC(), batch_tokens=256, sequence_length=33)
     arranger = Arranger(model, targets, work, "unlearn", refit=True)
     at_once, least = arranger.at_once().peak_bytes, arranger.least(0).peak_bytes
     fixed, ways = at_once["load"], {}
@@ -289,9 +291,9 @@ def test_a_run_is_arranged_to_fit():
 def test_curvature_budget_leaves_room_for_model_and_pass():
     model = small()
     targets = find_targets(model)
-    subject = examine(model, targets, Work(batch_tokens=64, sequence_length=33))
+    subject = examine(model, targets, Work(EKFAC(), batch_tokens=64, sequence_length=33))
     least = overhead(subject, EKFAC.passes)
-    work = Work(batch_tokens=64, sequence_length=33)
+    work = Work(EKFAC(), batch_tokens=64, sequence_length=33)
     assert budget(model, targets, work) == 10**9 - least
     kfac = budget(model, targets, replace(work, estimator=KFAC()))
     assert kfac - (10**9 - least) == subject.input_bytes(targets)
@@ -303,7 +305,7 @@ def test_curvature_budget_leaves_room_for_model_and_pass():
     away = budget(model, targets, replace(work, offload=True), kind="unlearn", refit=True)
     assert away == 10**9 - both
     # Twice the positions, nearly twice the activations.
-    wide = examine(model, targets, Work(batch_tokens=128, sequence_length=33))
+    wide = examine(model, targets, Work(EKFAC(), batch_tokens=128, sequence_length=33))
     ratio = wide.cost.held_bytes[targets[0].name] / subject.cost.held_bytes[targets[0].name]
     assert ratio == pytest.approx(2, rel=0.02)
 
@@ -315,7 +317,7 @@ def test_shards_of_a_model(tmp_path):
     assert model_bytes(model) == outside + 3 * block
     assert model_bytes(model, 6) == outside + 3 * block // 6 + 2 * block
     targets = find_targets(model)
-    work = Work(batch_tokens=64, sequence_length=64)
+    work = Work(EKFAC(), batch_tokens=64, sequence_length=64)
     whole, spread = (budget(model, targets, work, shards=n) for n in (1, 6))
     assert spread - whole == 3 * block - (3 * block // 6 + 2 * block)
 

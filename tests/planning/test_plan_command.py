@@ -171,7 +171,7 @@ def test_command_plans_steps(tmp_path, capsys):
 def test_command_plans_blocks_that_run_again(tmp_path, capsys):
     four = LlamaConfig(**{**LLAMA_7B.to_dict(), "num_hidden_layers": 4})
     folder = saved(four, tmp_path)
-    arguments = [folder, "--speed", "400", "--batch-tokens", "8192"]
+    arguments = [folder, "--estimator", "ekfac", "--speed", "400", "--batch-tokens", "8192"]
     plain, ours = (planned(capsys, *arguments, *more) for more in ([], ["--recompute"]))
     assert (plain["work"]["recompute"], ours["work"]["recompute"]) == (False, True)
     positions = 16 * 511
@@ -278,6 +278,7 @@ def test_routed_experts_are_planned_by_their_rows(tmp_path, capsys, experts):
         num_experts_per_tok=2,
     )
     given = ["--experts", experts, "--sequence-length", "33", "--batch-tokens", "64"]
+    given += ["--estimator", "ekfac"]
     found = planned(capsys, saved(config, tmp_path), *given, "--forget-tokens", "66")
     if experts == "none":
         return

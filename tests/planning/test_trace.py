@@ -151,7 +151,7 @@ def test_blocks_that_run_again_keep_their_inputs(tmp_path):
 
 def test_plan_of_blocks_that_run_again():
     model = small()
-    targets, work = find_targets(model), Work(batch_tokens=64, sequence_length=33)
+    targets, work = find_targets(model), Work(EKFAC(), batch_tokens=64, sequence_length=33)
     plain, ours = (examine(model, targets, replace(work, recompute=r)) for r in (False, True))
     assert plain.input_bytes(targets) == 3 * ours.input_bytes(targets) == 64 * 4 * 3 * (64 + 224)
     assert ours.input_bytes(targets[4:]) == 64 * 4 * (64 + 224)  # up and down of one block
@@ -230,7 +230,7 @@ def test_experts_cost_their_share_of_a_real_pass(tmp_path):
     with on_shapes(skeleton):
         planned = find_targets(skeleton)
     assert [t.name for t in planned] == [t.name for t in targets]
-    subject = examine(skeleton, planned, Work(sequence_length=33, batch_tokens=64))
+    subject = examine(skeleton, planned, Work(EKFAC(), sequence_length=33, batch_tokens=64))
     assert subject.cost.shape == shape
     assert all(rows == 64 * 2 / 4 for rows in subject.cost.rows.values())
 

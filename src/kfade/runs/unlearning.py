@@ -222,11 +222,13 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
         first = record["corrections"][0]
         loss, kl = first["forget_loss_before"], first["retain_kl_before"]
     refined = f", refined {record['refined']}" if record["refined"] else ""
+    on = record.get("measured_on")  # records of older versions lack it
+    data = f"; on {on['forget']} forget and {on['held_out']} held-out sequences" if on else ""
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
         f"{loss:.3f}, retain KL {kl:.2e} nats/token "
         f"(this step: predicted {record['predicted_kl']:.2e}, exact quadratic "
-        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined})"
+        f"{record['exact_kl']:.2e}, measured {record['measured_kl']:.2e}{refined}{data})"
     )
 
 
