@@ -64,7 +64,7 @@ def test_a_fit_writes_what_it_promises(desk, capsys):
     assert metrics["curvature_bytes"] == written
     assert {metrics["groups"], metrics["processes"]} == {1}
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["estimator"] == "ekfac"
+    assert manifest["estimator"] == "kfac"
     assert manifest["weights_sha256"].keys() == load_targets(out).keys()
 
 

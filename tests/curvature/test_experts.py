@@ -440,7 +440,7 @@ def test_an_update_changes_the_chosen_experts_alone(model, tmp_path):
 def test_a_step_may_take_the_experts_that_carry_most(model):
     """gᵀ(G̃ + λI)⁻¹g over both matrices of an expert, layer by layer."""
     targets = [*find_targets(model), *find_targets(model, pattern="*.o_proj.weight")]
-    options = flat(targets=targets, alpha=0.01, batch_tokens=60, exact_norm=False)
+    options = flat(fit=EKFAC(), targets=targets, alpha=0.01, batch_tokens=60, exact_norm=False)
     sets = {"forget": SEQUENCES[:5], "retain": SEQUENCES[5:], "held_out": SEQUENCES[5:30]}
     curvature = EKFAC().fit(model, make_batches(SEQUENCES[5:], budget=60), targets)
     gradient = forget_gradient(model, make_batches(SEQUENCES[:5]), targets, margin)

@@ -143,6 +143,8 @@ def test_rises_that_are_measured_take_the_place_of_slopes():
     weights = torch.tensor([found.slopes["a"] / 2, found.slopes["b"] / 3], dtype=torch.float64)
     assert torch.allclose(weights / weights[0], best / best[0])
     assert exact == pytest.approx(float(weights @ gram @ weights))
+    dead = torch.zeros(2, 2, dtype=torch.float64)
+    assert in_bands(step, targets, 2, lambda vectors: dead) == (step, 0.0)
     for nothing in (0.0, float("nan")):
         same, form = in_bands(step, targets, 2, lambda vectors: gram, lambda *_, n=nothing: n)
         assert same is step

@@ -133,9 +133,8 @@ def compute(folder: Path, sharded: bool) -> dict:
     found["gradient, recomputed"] = forget_gradient(
         model, batches_of(FORGET), targets, margin, recompute=True
     )
-    found["gradient, weighed"] = forget_gradient(
-        model, batches_of(FORGET), targets, margin, weigh=True
-    )
+    weighed = forget_gradient(model, batches_of(FORGET), targets, margin, weigh=True)
+    found["gradient, weighed"] = dict(weighed)
     again = Diagonal().fit(model, batches, targets[3:], recompute=True)
     found["G of diagonal, recomputed"] = tensors_of(again)
     found["gradient, one batch"] = forget_gradient(model, batches_of(FORGET, 1000), targets, margin)

@@ -49,7 +49,7 @@ def in_bands(
     bands = bands_of(targets, step.direction, count)
     parts = [_part(step.direction, band) for band in bands]
     gram_KK = forms(parts)
-    if len(bands) == 1 or not gram_KK.isfinite().all():
+    if len(bands) == 1 or not gram_KK.isfinite().all() or not gram_KK.any():
         return step, float(gram_KK.sum())
     slopes = [sum(step.slopes[name] for name in band) for band in bands]
     if rise is not None:
