@@ -214,6 +214,15 @@ def test_an_interrupt_by_a_signal_says_how_to_go_on(setup, tmp_path):
     )
 
 
+@pytest.fixture
+def heard():
+    """Interrupts are heard; a job in the background of a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_an_interrupt_that_a_library_turns_into_its_own_error_is_one(setup, monkeypatch, capsys):
     """safetensors does so while it reads a tensor. Without an interrupt the error is what it is."""
 
