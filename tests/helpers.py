@@ -86,6 +86,12 @@ def random_sequences(
     return made
 
 
+def small_sets() -> dict[str, list[TokenSequence]]:
+    """A forget set, a retain set and held-out retain data of a few random sequences."""
+    sizes = {"forget": 6, "retain": 12, "held_out": 8}
+    return {name: random_sequences(n, seed=7 + i) for i, (name, n) in enumerate(sizes.items())}
+
+
 def one_of_all_draws(k: int) -> Callable:
     """u = √p_k (e_k − p). Summed over all k, u uᵀ is exactly diag(p) − p pᵀ."""
 

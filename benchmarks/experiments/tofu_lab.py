@@ -16,6 +16,7 @@ from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, token_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, make_once, options_of, read_options, run
 from lab.records import RESULTS, Record
+from lab.tuning import START_RATES
 from tofu_data import Data, Sizes, answer, encode, train_model
 
 import kfade
@@ -37,7 +38,6 @@ OWN_TOKENS = 48  # of a turn that the model generates
 TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # before a question, and after it
 PART = 4  # the cheap request looks at one question in so many
 START_RATE = 2e-4  # learning rate that tuning begins with
-START_RATES = {"rmu": 1e-3, "repselect": 0.1}  # RepSelect takes steps of plain gradient descent
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
 
 

@@ -28,7 +28,7 @@ from lab.forgetting import Group, token_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, options_of, read_options, run
 from lab.records import RESULTS, Record
-from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS, chosen, lowest, rates
+from lab.tuning import DEFAULT, DEFAULT_FIT, START_RATES, VARIANTS, chosen, lowest, rates
 from topic_data import SUBJECT, Data, Sizes, instructions
 
 import kfade
@@ -56,7 +56,6 @@ BANDS = ("3-6", "8-11", "13-16", "20-23")  # of blocks; the paper changes one ba
 BAND_STEPS = 4  # on a band, each with its fit, as in the paper
 OURS_ON_BAND, PAPER_ON_BAND = f"steps {BAND_STEPS} band", f"paper, steps {BAND_STEPS} band"
 BASELINES = ("gd", "npo", "rmu", "simnpo", "elm")
-START_RATES = {"rmu": 1e-3, "repselect": 0.1}
 START_RATE, MOST_RATES = 1e-4, len(DAMPINGS)
 EVALUATIONS = 4  # of a baseline's run
 NEW_TOKENS = 48  # of a completion

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import flat, random_sequences, same_bits, tiny_llama
+from helpers import flat, same_bits, small_sets, tiny_llama
 
 import kfade
 from kfade import KFAC, Damping, make_batches, margin
@@ -17,11 +17,7 @@ from kfade.method.refine import inner
 from kfade.method.step import Step, gauss_newton_step
 from kfade.models.layers import find_targets
 
-SETS = {
-    "forget": random_sequences(6, seed=7),
-    "retain": random_sequences(12, seed=8),
-    "held_out": random_sequences(8, seed=9),
-}
+SETS = small_sets()
 
 
 def definite(size: int, seed: int = 0) -> torch.Tensor:

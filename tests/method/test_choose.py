@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import flat, random_sequences, tiny_llama
+from helpers import flat, small_sets, tiny_llama
 
 import kfade
 from kfade import EKFAC, Damping, make_batches, margin
@@ -78,11 +78,7 @@ def test_without_damping_the_exact_matrix_has_the_greatest_merit():
     assert max(bounded) > 10 * wrong
 
 
-SETS = {
-    "forget": random_sequences(6, seed=7),
-    "retain": random_sequences(12, seed=8),
-    "held_out": random_sequences(8, seed=9),
-}
+SETS = small_sets()
 
 
 def same_update(one: kfade.Update, other: kfade.Update) -> bool:

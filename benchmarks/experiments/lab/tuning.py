@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from kfade import Correction, Direction, Run, cross_entropy
+from kfade.runs.config import EstimatorConfig
 
 from .pieces import Results
 
@@ -15,7 +16,10 @@ PLAIN = Direction(bands=1, weigh_texts=False)
 """The direction (G̃ + λI)⁻¹g at each step, without anything more."""
 DEFAULT = "default"
 """The variant that is ``kfade unlearn`` without options; it chooses its damping itself."""
-DEFAULT_FIT = "kfac"
+DEFAULT_FIT = EstimatorConfig.estimator
+START_RATES = {"rmu": 1e-3, "repselect": 0.1}
+"""Learning rates that the tuning of some baselines begins with; RepSelect takes steps of plain
+gradient descent."""
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {"steps": Run.steps, "correction": Correction(), "direction": Direction()},
     "steps 3": {"steps": 3},

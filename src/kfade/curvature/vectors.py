@@ -267,6 +267,11 @@ def scaled(vector: Vector, factor: float) -> Vector:
     return Layerwise(vector, lambda name: vector[name] * factor)
 
 
+def only(vector: Vector, names: Iterable[str]) -> Vector:
+    """Some layers of a vector, each taken from it when it is read."""
+    return Layerwise(names, lambda name: vector[name])
+
+
 def plus(vector: Vector, other: Vector, scale: float = 1.0) -> Vector:
     """``vector`` + ``scale`` · ``other``, layer by layer when it is read. A layer that one of them
     lacks is zero there."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from kfade.curvature.vectors import Layerwise, Vector
+from kfade.curvature.vectors import Vector, only
 from kfade.method.step import Step
 from kfade.models.targets import Target
 
@@ -47,7 +47,7 @@ def in_bands(
         rise: measures s_j; it is gᵀr_j when None.
     """
     bands = bands_of(targets, step.direction, count)
-    parts = [_part(step.direction, band) for band in bands]
+    parts = [only(step.direction, band) for band in bands]
     gram_KK = forms(parts)
     if len(bands) == 1 or not gram_KK.isfinite().all() or not gram_KK.any():
         return step, float(gram_KK.sum())
@@ -84,7 +84,3 @@ def best_weights(gram_KK: Tensor, slope_K: Tensor) -> Tensor:
     eye_KK = torch.eye(len(slope_K), dtype=gram_KK.dtype)
     weight_K: Tensor = torch.linalg.solve(cosines_KK + RIDGE * eye_KK, per_K * slope_K)
     return per_K * weight_K
-
-
-def _part(direction: Vector, names: Sequence[str]) -> Vector:
-    return Layerwise(names, lambda name: direction[name])

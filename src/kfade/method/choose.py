@@ -59,7 +59,7 @@ def damped(
 
         def merit(damping: Damping) -> float:
             step = gauss_newton_step(curvature, gradient, damping, run.storage, choose=choose)
-            step, form = in_bands(step, targets, direction.bands_of(size), forms)
+            step, form = in_bands(step, targets, direction.bands_in(size), forms)
             return step.slope**2 / form if form else math.inf
 
         with stage("step"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kfade.curvature.jacobian import transpose_product
 from kfade.curvature.vectors import OnDevice, Storage, Vector, scaled
 from kfade.data.batches import Batch
-from kfade.method.measure import Reference
+from kfade.method.measure import Reference, text_probabilities
 from kfade.method.objectives import Objective, cross_entropy
 from kfade.models.head import Head
 from kfade.models.targets import Target
@@ -84,13 +84,12 @@ def _weights(
     parts = head.chunks(hidden_ND)
     with torch.no_grad():
         losses = [cross_entropy(head(hidden_ND[part]), target_N[part]) for part in parts]
-        texts = torch.cat(losses).double().split(batch.loss_counts) if losses else ()
-        scored = [loss_n for loss_n in texts if len(loss_n)]
-        if not scored:
+        if not losses:
             return hidden_ND.new_empty(0, dtype=torch.float64), hidden_ND.new_zeros(())
-        weights = [(-loss_n.mean()).exp().expand(len(loss_n)) for loss_n in scored]
-        shares = [weight_n / len(weight_n) for weight_n in weights]
-        return torch.cat(shares), torch.stack([weight_n[0] for weight_n in weights]).sum()
+        counts = [count for count in batch.loss_counts if count]
+        probabilities = text_probabilities(torch.cat(losses).double(), counts)
+        shares = [(p / n).expand(n) for p, n in zip(probabilities, counts, strict=True)]
+        return torch.cat(shares), torch.stack(probabilities).sum()
 
 
 def kl_gradient(

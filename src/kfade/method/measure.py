@@ -10,7 +10,6 @@ Shapes: N loss tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +93,16 @@ def mean_objectives(
     return [sum_ / loss_tokens for sum_ in sums]
 
 
+def text_probabilities(loss_N: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """exp(−mean loss) of each text: its probability per token (geometric).
+
+    Args:
+        loss_N: −log p_y of the loss tokens of all texts.
+        counts: number of loss tokens of each text, above 0.
+    """
+    return [(-loss_n.mean()).exp() for loss_n in loss_N.split(counts)]
+
+
 class TokenLosses:
     """Cross-entropy as an objective that records each token's value, for means over sequences."""
 
@@ -112,8 +121,8 @@ class TokenLosses:
         total = 0.0
         if own := distributed.share(batches, lambda batch: batch.positions):
             counts = [n for batch in own for n in batch.loss_counts]
-            losses = torch.cat(self._losses).cpu().split(counts)
-            total = sum(math.exp(-loss.mean().item()) for loss in losses)
+            losses_N = torch.cat(self._losses).cpu()
+            total = sum(p.item() for p in text_probabilities(losses_N, counts))
         self._losses.clear()
         [total] = distributed.all_reduce_numbers([total])
         return total / sum(len(batch.loss_BT) for batch in batches)

@@ -19,7 +19,8 @@ class StepRecord:
     predicted_kl: float
     """½α²‖r‖²_G̃ of this step alone."""
     exact_kl: float
-    """½δᵀGδ of this step with the exact G of held-out retain data."""
+    """½δᵀGδ of this step with the exact G of held-out retain data: of the part of them that
+    measures the steps before the last."""
     measured_kl: float
     """KL(before ‖ after) of this step on held-out retain data."""
     retain_kl: float

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
-from kfade.curvature.vectors import Layerwise, OnDevice, Storage, Vector, keep
+from kfade.curvature.vectors import OnDevice, Storage, Vector, keep, only
 from kfade.method.step import Choose, Step, gauss_newton_step
 from kfade.runtime.stages import stage
 
@@ -122,7 +122,7 @@ class _System:
         self._curvature, self._product, self._damping = curvature, product, damping
         self._storage = storage
         self._ridge = {name: curvature.ridge(name, damping) for name in curvature.blocks}
-        self._g = Layerwise(self._ridge, lambda name: gradient[name])
+        self._g = only(gradient, self._ridge)
         self._r = storage.vector()
         self._s = storage.vector()
         eps = 0.0

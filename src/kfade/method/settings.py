@@ -83,7 +83,7 @@ class Direction:
             if self.refine:
                 raise InputError("--experts top:N does not work with --refine: leave one out")
 
-    def bands_of(self, size: StepSize) -> int:
+    def bands_in(self, size: StepSize) -> int:
         """The number of bands in a run of that size."""
         if self.bands is None:
             return 1 if size.alpha is not None else DEFAULT_BANDS

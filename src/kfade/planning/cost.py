@@ -160,12 +160,11 @@ def flops(
     An expert counts by the rows that it reads. Each group of layers has its own passes. An exact
     quadratic form costs three forward passes over the held-out tokens, and for bands of layers as
     much for each, less the layers below it. Each trial of a step's size costs a forward pass over
-    them and one over the measured forget sequences. Steps before the last
-    do both on a part of the data, and so does the choice of the damping. A refined direction
-    has its own trials, and an exact product with the Gauss-Newton matrix costs four forward passes
-    and a backward pass. A correction costs a gradient on the forget set, one on retain data with a
-    forward pass of the original model more, one on held-out data, two directions, and the
-    measurements of one step.
+    them and one over the measured forget sequences. Steps before the last do both on a part of the
+    data, and so does the choice of the damping. A refined direction has its own trials, and an
+    exact product with the Gauss-Newton matrix costs four forward passes and a backward pass. A
+    correction costs a gradient on the forget set, one on retain data with a forward pass of the
+    original model more, one on held-out data, two directions, and the measurements of one step.
     """
     tally = _Tally(subject)
     add, one_pass, forward, head = tally.add, tally.one_pass, tally.forward, tally.head
