@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.pieces import options_of, read_options, run
-from lab.records import RESULTS, Record, read
+from lab.records import RESULTS, Record
 from tofu_data import OF_AUTHOR, Data, Sizes
 from tofu_lab import TofuLab
 from tofu_small import pieces
@@ -86,12 +86,8 @@ class WholeLab(TofuLab):
 
 def main() -> None:
     options = options_of(__doc__, RESULTS / "tofu_whole.jsonl")
-    options.add_argument("--tuned", type=Path, help="results whose chosen settings are taken")
     given, sizes, results = read_options(options, WholeSizes())
     given.skip += NOT_RUN
-    for name, told in read(given.tuned).items() if given.tuned else ():
-        if name.startswith("tune "):
-            results.setdefault(name, {**told, "tuned_in": given.tuned.name})
     trained = (sizes.questions, sizes.rate, sizes.epochs, sizes.train_batch, sizes.seed)
     name = f"tofu-whole-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
     data = WholeData(given.data, sizes)

@@ -33,6 +33,7 @@ def options_of(description: str | None, results: Path) -> argparse.ArgumentParse
     options.add_argument("--model", default=demo_model(), help="[the demo's model]")
     options.add_argument("--cache", type=Path, default=Path("~/.cache/kfade").expanduser())
     options.add_argument("--results", type=Path, default=results)
+    options.add_argument("--tuned", type=Path, help="results whose chosen settings are taken")
     options.add_argument("--only", nargs="*", default=["*"], help="run pieces that match a pattern")
     options.add_argument("--skip", nargs="*", default=[], help="skip pieces that match a pattern")
     options.add_argument("--list", action="store_true", help="list the pieces and stop")
@@ -69,6 +70,9 @@ def read_options(
     if results["settings"] != asdict(sizes):
         was = results["settings"]
         raise SystemExit(f"{given.results} has other settings ({was}): give --results FILE")
+    for name, told in read(given.tuned).items() if given.tuned else ():
+        if name.startswith("tune "):
+            results.setdefault(name, {**told, "tuned_in": given.tuned.name})
     return given, sizes, results
 
 
