@@ -38,7 +38,7 @@ def write_results(results: Path, docs: Path) -> None:
         tofu=NotRun(tofu),
         anew=NotRun(anew),
         topic=NotRun(topic),
-        **tofu_page.slots(tofu),
+        **tofu_page.slots(tofu, results),
         **topic_page.slots(topic),
     )
     (docs / "results.md").write_text(text, encoding="utf-8")

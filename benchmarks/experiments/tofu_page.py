@@ -22,15 +22,21 @@ from tofu_rows import (
     questions_table,
     rows_of,
 )
+from tofu_seeds import read_seeds, seed_claims, seeds_table
 from tofu_small import LENGTHS
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
 
-def slots(results: Results) -> dict[str, Any]:
-    """What the template says of TOFU-small beside single results, by the names of its slots."""
+def slots(results: Results, folder: Path) -> dict[str, Any]:
+    """What the template says of TOFU-small beside single results, by the names of its slots.
+
+    Args:
+        folder: of the results of other seeds.
+    """
     rows = rows_of(results)
     questions = results.get("by question retrained", {"report": (), "others": ()})
+    seeds = read_seeds(folder, results)
     return {
         "full_epochs": len(results["full"]["epochs"]),
         "retrained_epochs": len(results["retrained"]["epochs"]),
@@ -39,6 +45,8 @@ def slots(results: Results) -> dict[str, Any]:
         "report_questions": len(questions["report"]),
         "other_questions": len(questions["others"]),
         "tofu_questions": questions_table(results, rows),
+        "tofu_seeds": seeds_table(seeds),
+        "tofu_seed_claims": table("claim | measured, by seed | holds?", seed_claims(seeds)),
         "lengths": ", ".join(f"{factor:g}" for factor in LENGTHS),
         "tofu_choices": choices_table(results, rows),
         "tofu_claims": table("claim | measured | holds?", claims(results, rows)),

@@ -43,7 +43,7 @@ def rows_of(results: Results) -> list[Row]:
     rows.append(row_of(results, "paper", "K-FADE, the paper's recipe", setting, "paper"))
     for name, options in VARIANTS.items():
         setting = variant_setting(options, results.get(f"report {name}", {}))
-        rows.append(row_of(results, name, variant_title(options), setting, name))
+        rows.append(row_of(results, name, variant_title(name, options), setting, name))
     for method, title in BASELINES.items():
         rate = chosen(results, method)
         setting = f"learning rate {rate:g}" if rate is not None else ""

@@ -85,7 +85,7 @@ def other_ways(results: Results, estimator: str) -> Iterator[tuple[str, str, str
     for row, options in STEPPED.items():
         if options["estimator"] == estimator:
             setting = variant_setting(options, results.get(f"tune {row}", {}))
-            yield row, variant_title(options), setting
+            yield row, variant_title(row, options), setting
     best = best_band(results)
     if estimator == "kfac" and best is not None:
         setting = f"damping {chosen(results, 'kfac'):g}"

@@ -11,6 +11,7 @@ from kfade import Direction
 
 from .pieces import Results
 from .records import NOT_RUN, Record
+from .tuning import DEFAULT
 
 ESTIMATORS = {"ekfac": "EK-FAC", "kfac": "K-FAC", "diagonal": "diagonal", "identity": "identity"}
 BASELINES = {
@@ -60,8 +61,10 @@ def row_of(results: Results, method: str, title: str, setting: str, name: str | 
     return Row(method, title, setting, name, told, tuned)
 
 
-def variant_title(options: Mapping[str, Any]) -> str:
+def variant_title(name: str, options: Mapping[str, Any]) -> str:
     """The title of a variant of K-FADE, by its settings."""
+    if name == DEFAULT:
+        return f"K-FADE as it is by default, {options['steps']} steps"
     direction = options.get("direction", Direction())
     words = [ESTIMATORS[options["estimator"]]] if "estimator" in options else []
     if "steps" in options:

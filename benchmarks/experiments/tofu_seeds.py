@@ -1,0 +1,125 @@
+"""TOFU-small over several seeds: each is another full model, another retrained one, another run.
+
+A seed's results are in ``tofu_small_seedN.jsonl``; those of seed 0, where settings were chosen, in
+``tofu_small.jsonl``. A claim holds if it holds in every seed with its whole interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lab.pieces import Results
+from lab.records import NOT_RUN, number, read, table
+from lab.rows import BASELINES, Claim, Row, with_interval, yes
+from lab.tuning import DEFAULT
+from tofu_rows import (
+    SLICES,
+    figures_of,
+    interval,
+    log_of_retrained,
+    logs_of,
+    measured,
+    rival_of,
+    rows_of,
+)
+
+from kfade.evaluate.tofu_logs import choose_row
+
+MOST = {"report": 0.2, "others": 0.1}  # of the best baseline's KL
+MOST_OF_PAPER = 0.1
+GOOD, RIVAL_GOOD = 0.8, 0.5  # forget quality; a baseline below the second is no rival in utility
+Share = Mapping[str, float]
+"""The default's KL as a share of another method's: ``value``, ``low``, ``high``."""
+
+
+def read_seeds(folder: Path, first: Results) -> dict[int, Results]:
+    """The results of each seed, with those of seed 0."""
+    others = {
+        int(path.stem.partition("seed")[2]): read(path)
+        for path in sorted(folder.glob("tofu_small_seed*.jsonl"))
+    }
+    return {0: first, **others}
+
+
+def seeds_table(seeds: Mapping[int, Results]) -> str:
+    """The default, the paper's recipe and the baselines that were run in more than one seed."""
+    rows = {seed: rows_of(results) for seed, results in seeds.items()}
+    lines: dict[str, list[list[str]]] = {}
+    for seed, results in seeds.items():
+        for row in rows[seed]:
+            told = {name: measured(results, [row], name).get(row.method) for name in SLICES}
+            if row.method not in (DEFAULT, "paper", *BASELINES) or None in told.values():
+                continue
+            quality, utility = figures_of(results, row).get("×1", (None, None))
+            cells = [row.title, str(seed), number(quality), number(utility)]
+            for name in SLICES:
+                share = share_of(results, rows[seed], name, row.method)
+                cells.append(with_interval(interval(told[name] or ())))
+                cells.append(with_interval(share) if share and row.method != DEFAULT else "")
+            lines.setdefault(row.method, []).append(cells)
+    heads = (f"KL, {title} | the default's share" for title in SLICES.values())
+    shown = [line for own in lines.values() if len(own) > 1 or len(seeds) == 1 for line in own]
+    return table(f"method | seed | forget quality | utility | {' | '.join(heads)}", shown)
+
+
+def seed_claims(seeds: Mapping[int, Results]) -> Iterator[Claim]:
+    """What the default has to reach in every seed."""
+    count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+    for name, title in SLICES.items():
+        best, paper = [], []
+        for results in seeds.values():
+            rows = rows_of(results)
+            rival = rival_of(measured(results, rows, name))
+            best.append(share_of(results, rows, name, rival))
+            paper.append(share_of(results, rows, name, "paper"))
+        for other, shares, most in (
+            ("the best baseline", best, MOST[name]),
+            ("the paper's recipe", paper, MOST_OF_PAPER),
+        ):
+            claim = f"{title}: KL at most {most:g} × that of {other} ({count})"
+            yield share_claim(claim, shares, most)
+    yield quality_claim(seeds)
+
+
+def share_of(results: Results, rows: Sequence[Row], name: str, method: str | None) -> Share | None:
+    """The default's share of a method's KL on that slice; None if either was not measured."""
+    told = measured(results, rows, name)
+    if method not in told or DEFAULT not in told:
+        return None
+    return interval(told[DEFAULT], told[method])
+
+
+def share_claim(claim: str, shares: Sequence[Share | None], most: float) -> Claim:
+    """It holds if the whole interval does in every seed."""
+    found = [share for share in shares if share is not None]
+    if len(found) < len(shares):
+        return [claim, NOT_RUN, ""]
+    said = "; ".join(with_interval(share) for share in found)
+    return [claim, f"{said} ×", yes(all(share["high"] <= most for share in found))]
+
+
+def quality_claim(seeds: Mapping[int, Results]) -> Claim:
+    """Forget quality and utility by the honest rule, in most of the seeds."""
+    claim = (
+        f"forget quality ≥ {GOOD:g} (honest rule) at a utility no lower than that of any baseline "
+        f"with a forget quality ≥ {RIVAL_GOOD:g}, in two of three seeds"
+    )
+    held, said = [], []
+    for results in seeds.values():
+        retrained, rows = log_of_retrained(results), rows_of(results)
+        logs = {row.method: logs_of(results, row) for row in rows}
+        if retrained is None or not logs.get(DEFAULT):
+            return [claim, NOT_RUN, ""]
+        found = {m: choose_row(own, retrained) for m, own in logs.items() if own}
+        ours = found[DEFAULT]
+        utilities = [
+            one.held_out_utility
+            for method, one in found.items()
+            if method in BASELINES and one.held_out_forget_quality >= RIVAL_GOOD
+        ]
+        quality, utility = ours.held_out_forget_quality, ours.held_out_utility
+        held.append(quality >= GOOD and utility >= max(utilities, default=0.0))
+        beside = f", baselines' {max(utilities):.3f}" if utilities else ""
+        said.append(f"{quality:.2g} at {utility:.3f}{beside}")
+    return [claim, "; ".join(said), yes(3 * sum(held) >= 2 * len(held))]
