@@ -89,7 +89,7 @@ def results(data, learnt, tmp_path_factory):
     given |= {"results": folder / "topic_small.jsonl", "tune-questions": 12, "questions": 15}
     given |= {"passages": 8, "held-out": 4, "tokens": 16, "completions": 5, "steps": 40}
     only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
-    only += ["* band *", "* band", "* steps 3"]
+    only += ["* band *", "* band", "* steps 3", "* default *"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topic_small, "START_RATE", 1e-2)
         run_script(topic_small.main, {**given, "target": SIZES.target}, only)
@@ -133,6 +133,7 @@ def test_the_page_tells_of_it(results):
     methods = tables["topic_methods"]
     assert "| K-FADE, EK-FAC | damping" in methods
     assert "| K-FADE, identity | damping 0 |" in methods
+    assert "| K-FADE as it is by default, 6 steps | KL 0.0" in methods
     band = topic_small.best_band(results)
     assert f"| K-FADE, K-FAC, blocks {band}, 4 steps, each with" in methods
     assert "diagonal needs at least 5 × K-FAC's KL | not run" in tables["topic_claims"]

@@ -29,7 +29,7 @@ from lab.rows import (
     with_interval,
     yes,
 )
-from lab.tuning import chosen
+from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS, chosen
 from topic_small import (
     BAND_STEPS,
     DAMPINGS,
@@ -42,7 +42,7 @@ from topic_small import (
 
 STEPS_3 = ("steps 3", "steps 3 kfac")  # TOFU-small's best variant, by either estimator
 FITS = {"kfac": "kfac", **{row: options["estimator"] for row, options in STEPPED.items()}}
-FITS |= {OURS_ON_BAND: "kfac", "paper": "ekfac sampled"}
+FITS |= {DEFAULT: DEFAULT_FIT, OURS_ON_BAND: "kfac", "paper": "ekfac sampled"}
 """The fit that a row pays for; EK-FAC if it is not named here."""
 
 
@@ -67,11 +67,13 @@ def draw(results: Results, images: Path) -> None:
 def rows_of(results: Results) -> list[Row]:
     """All rows that were tuned."""
     rows = []
-    for method, title in {**ESTIMATORS, **BASELINES}.items():
-        best, ours = chosen(results, method), method in ESTIMATORS
+    ours = {method: f"K-FADE, {title}" for method, title in ESTIMATORS.items()}
+    ours[DEFAULT] = variant_title(DEFAULT, VARIANTS[DEFAULT])
+    kinds = {DEFAULT: "KL"} | dict.fromkeys(ESTIMATORS, "damping")
+    for method, title in {**ours, **BASELINES}.items():
+        best = chosen(results, method)
         if best is not None:
-            setting = f"{'damping' if ours else 'learning rate'} {best:g}"
-            title = f"K-FADE, {title}" if ours else title
+            setting = f"{kinds.get(method, 'learning rate')} {best:g}"
             rows.append(row_of(results, method, title, setting, f"{method} {best:g}"))
         rows += [row_of(results, row, *texts, row) for row, *texts in other_ways(results, method)]
     return [row for row in rows if row.tuned]
@@ -147,7 +149,7 @@ def claims(results: Results) -> Iterator[Claim]:
 
 def specificity_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
     """K-FADE's row with the lowest tuned KL against the best baseline."""
-    names = ("ekfac", "kfac", *STEPPED, f"band {best_band(results)}", OURS_ON_BAND)
+    names = (DEFAULT, "ekfac", "kfac", *STEPPED, f"band {best_band(results)}", OURS_ON_BAND)
     ours = least((by[name] for name in names if name in by), "tuned")
     others = [row for name, row in by.items() if name in BASELINES]
     rival = min(others, key=kl_of, default=None)
@@ -184,7 +186,7 @@ def paired(one: str, other: str) -> tuple[float, float]:
 def paper_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
     """Half the KL of the paper's recipe, in one step on all blocks and in several on a band."""
     seconds = {method: whole_seconds(results, row) for method, row in by.items()}
-    ours = [name for name in (*STEPPED, "ekfac", "kfac") if name in by]
+    ours = [name for name in (DEFAULT, *STEPPED, "ekfac", "kfac") if name in by]
     costs = {name: quotient(seconds[name], seconds.get("paper")) for name in ours}
     cheap = affordable(costs)
     stepped = [name for name in cheap if name in STEPS_3]

@@ -45,9 +45,9 @@ from kfade.method.update import Update
 FILE = RESULTS / "topic_small.jsonl"
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
 PAPER_DAMPING = 1e-14  # the paper's on WMDP: absolute, with sampled labels
+DEFAULT_KLS = (0.01, 0.0025)  # of the whole run, before it is scaled; the first is the default's
 STEPPED: dict[str, dict[str, Any]] = {
-    **{row: {"estimator": "ekfac", **options} for row, options in VARIANTS.items()},
-    DEFAULT: {"estimator": DEFAULT_FIT, **VARIANTS[DEFAULT]},
+    **{row: {"estimator": "ekfac", **own} for row, own in VARIANTS.items() if row != DEFAULT},
     "steps 3 kfac": {"estimator": "kfac", "steps": 3},
     "steps 3 then ce kfac": {"estimator": "kfac", **VARIANTS["steps 3 then ce"]},
 }
@@ -114,14 +114,20 @@ class TopicLab(Lab):
         return self.keep(row, told, update)
 
     def several_steps(
-        self, row: str, like: str, damping: float | None, fit: str, **options: Any
+        self, row: str, like: str, damping: float, fit: str, **options: Any
     ) -> Record:
         """``kfade.unlearn`` to the KL of the one step ``like``, then scaled to the target."""
         single = self.results[f"tune {like}"]
         if "failure" in single:
             return {"failure": f"the one step: {single['failure']}", "curve": []}
-        size = StepSize(kl=single["kl"])
-        _, update, told = self.unlearn("tune", fit, size, damping, **options)
+        return self._run(row, single["kl"], damping, fit, **options)
+
+    def default(self, kl: float) -> Record:
+        """``kfade unlearn`` without options to that KL, then scaled to the target."""
+        return self._run(f"{DEFAULT} {kl:g}", kl, None, DEFAULT_FIT, **VARIANTS[DEFAULT])
+
+    def _run(self, row: str, kl: float, damping: float | None, fit: str, **options: Any) -> Record:
+        _, update, told = self.unlearn("tune", fit, StepSize(kl=kl), damping, **options)
         found, scaled = self.search("tune").along(update.deltas)
         return self.keep(row, {**found, **told}, scaled)
 
@@ -207,6 +213,9 @@ def pieces(lab: TopicLab, results: Results) -> Iterator[Piece]:
     paper = partial(lab.one_step, "paper", "ekfac sampled", PAPER_DAMPING, relative=False)
     yield "tune paper", paper
     yield from reported(lab, "paper")
+    for kl in DEFAULT_KLS:
+        yield f"tune {DEFAULT} {kl:g}", partial(lab.default, kl)
+    yield from reported(lab, chosen_row(results, DEFAULT))
     yield from variants(lab, results)
     yield from on_band(lab, results)
     for name in BASELINES:
@@ -222,8 +231,8 @@ def variants(lab: TopicLab, results: Results) -> Iterator[Piece]:
         damping = chosen(results, fit)
         if damping is not None:
             own = {key: value for key, value in options.items() if key != "estimator"}
-            like, given = f"{fit} {damping:g}", None if row.startswith(DEFAULT) else damping
-            yield f"tune {row}", partial(lab.several_steps, row, like, given, fit, **own)
+            like = f"{fit} {damping:g}"
+            yield f"tune {row}", partial(lab.several_steps, row, like, damping, fit, **own)
             yield from reported(lab, row)
 
 

@@ -12,7 +12,7 @@ import torch
 import zoo
 from tqdm.std import tqdm
 
-from kfade.data.batches import draw_without_replacement, make_batches
+from kfade.data.batches import ENOUGH, PADDING, draw_without_replacement, make_batches
 from kfade.data.chat import ChatTemplate
 from kfade.data.examples import Example, load_examples, split_holdout
 from kfade.data.sequences import TokenSequence, digest_sequences, encode, encode_prompt, open_tokens
@@ -619,8 +619,19 @@ def test_batches_are_sorted_and_under_the_budget(budget):
     for batch in batches:
         assert batch.positions <= budget or len(batch.id_B) == 1
         assert batch.input_BT.shape[1] == max(made[i].live for i in batch.id_B.tolist())
-    for batch in batches[:-1]:  # one more sequence would not have fitted
-        assert batch.positions + batch.input_BT.shape[1] > budget
+    for batch, after in itertools.pairwise(
+        batches
+    ):  # one more would not have fitted, or be mostly padding
+        width = batch.input_BT.shape[1]
+        fits = batch.positions + width <= budget
+        is_short = after.input_BT.shape[1] < (1 - PADDING) * width
+        assert not fits or (is_short and batch.positions + width > ENOUGH * budget)
+
+
+def test_a_batch_that_is_large_enough_takes_no_much_shorter_sequences():
+    made = zoo.sequences((100, 100, 90, 80, 30, 20, 5), seed=4)
+    widths = [b.live_BT.shape for b in make_batches(made, budget=1600)]  # enough: 200 positions
+    assert widths == [(4, 99), (3, 29)]  # 29 + 19 + 4 positions are not enough to be cut again
 
 
 def test_no_sequences_make_no_batches():

@@ -87,12 +87,13 @@ def _centred_products(head: Head, states: Sequence[tuple[Tensor, Tensor]], part:
     Args:
         states: (h [N, D], ḣ_i [N, D]) of each vector.
     """
-    rows = []
+    p_NV, rows = None, []
     for hidden_ND, tangent_ND in states:
-        p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
-        mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
-        rows.append(p.sqrt() * (logits_dot - mean_N1))
-    rows_NKV = torch.stack(rows, dim=1)
+        logits_NV, dot_NV = _head_tangent(head, hidden_ND[part], tangent_ND[part])
+        p_NV = logits_NV.softmax(dim=-1) if p_NV is None else p_NV  # h is the same for all
+        rows.append(dot_NV - (p_NV * dot_NV).sum(dim=1, keepdim=True))
+    assert p_NV is not None
+    rows_NKV = torch.stack(rows, dim=1).mul_(p_NV.sqrt()[:, None])
     return (rows_NKV @ rows_NKV.mT).double().sum(dim=0)
 
 
@@ -121,7 +122,8 @@ def gauss_newton_product(
         _, tangent_ND = tangents(model, batch, targets, delta)
         u_ND = torch.empty_like(hidden_ND)
         for part in head.chunks(hidden_ND):
-            p, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
+            logits, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
+            p = logits.softmax(dim=-1)
             mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
             with torch.enable_grad():
                 h = hidden_ND[part].requires_grad_()
@@ -143,7 +145,7 @@ def gauss_newton_product(
 
 
 def _head_tangent(head: Head, hidden_ND: Tensor, tangent_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """(p [N, V], ż [N, V])."""
+    """Logits z [N, V] and ż [N, V]."""
     with torch.no_grad(), forward_ad.dual_level():
         logits = forward_ad.unpack_dual(head(forward_ad.make_dual(hidden_ND, tangent_ND)))
-        return logits.primal.softmax(dim=-1), logits.tangent
+        return logits.primal, logits.tangent

@@ -20,6 +20,7 @@ from kfade.data.sequences import TokenSequence, check_sequences
 COUNTS = ("loss_tokens", "lengths", "loss_counts", "full")
 """What a batch counts, as Python numbers."""
 INDICES = ("loss_index", "live_index")
+ENOUGH, PADDING = 1 / 8, 1 / 4  # shares of a batch's budget and of its width, see make_batches
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def make_batches(
 ) -> list[Batch]:
     """Batches of at most ``budget`` positions (but at least one sequence), longest first.
 
-    They are sorted by length, so that there is little padding. The longest come first, so that a
-    batch that does not fit the memory fails at once.
+    They are sorted by length, so that there is little padding; a batch that has ``ENOUGH`` of the
+    budget takes no sequence that would be padded by more than ``PADDING`` of the width. The longest
+    come first, so that a batch that does not fit the memory fails at once.
 
     Args:
         device: where their tensors are; None: PyTorch's default device.
@@ -119,7 +121,10 @@ def make_batches(
     for _, own in groupby(order, key=lambda i: group(sequences[i].live)):
         left = list(own)
         while left:
-            count = max(1, budget // sequences[left[0]].live)
+            width = sequences[left[0]].live
+            most, few = (max(1, round(share * budget) // width) for share in (1.0, ENOUGH))
+            alike = sum(sequences[i].live >= (1 - PADDING) * width for i in left[:most])
+            count = max(alike, min(few, most))
             batches.append(_collate(sequences, left[:count], device))
             left = left[count:]
     return batches

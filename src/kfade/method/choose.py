@@ -15,16 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 
 from kfade.curvature.curvature import Curvature
 from kfade.curvature.damping import Damping
 from kfade.curvature.vectors import Vector
-from kfade.method.bands import in_bands
 from kfade.method.experts import top_experts
 from kfade.method.gauges import Gauges
 from kfade.method.settings import Direction, Run
-from kfade.method.size import StepSize
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.targets import Target
@@ -42,7 +39,6 @@ def damped(
     gradient: Vector,
     targets: Sequence[Target],
     gauges: Gauges,
-    size: StepSize,
     run: Run,
 ) -> tuple[Direction, Update]:
     """The direction with its damping, and the update that tells how it was chosen.
@@ -55,11 +51,10 @@ def damped(
     told = update.provenance.get("damping")
     if told is None:
         choose = top_experts(targets, direction.top_experts)
-        forms = partial(gauges.part.exact_forms, targets=targets)
 
         def merit(damping: Damping) -> float:
             step = gauss_newton_step(curvature, gradient, damping, run.storage, choose=choose)
-            step, form = in_bands(step, targets, direction.bands_in(size), forms)
+            form = gauges.part.exact_form(step.direction, targets)
             return step.slope**2 / form if form else math.inf
 
         with stage("step"):

@@ -18,7 +18,7 @@ from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, probe_of
 from kfade.method.refine import Directions
-from kfade.method.settings import DEFAULT_KL, Direction
+from kfade.method.settings import Direction
 from kfade.method.size import Probe, StepSize, choose_alpha
 from kfade.method.step import Step
 from kfade.method.update import Update
@@ -26,6 +26,8 @@ from kfade.models.targets import Target
 from kfade.models.weights import Weights
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
+
+LIKELY_KL = 0.001  # of a run to a forgetting target, before anything is measured
 
 
 class Trial:
@@ -58,9 +60,9 @@ class Trial:
             self._before = begin or gauge.measure(update, self._objective)
         self._hidden = gauge.latest
         self._is_first, self._share = not records, (len(records) + 1) / steps
-        # A search begins where the exact form has the value of the last step, or else the KL asked
-        # for.
-        near = (size.kl or DEFAULT_KL) / steps**2
+        # A search begins where the exact form has the value of the last step; the first one at the
+        # KL asked for.
+        near = (size.kl or LIKELY_KL) / steps**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
         self._first = self._before if self._is_first else probe_of(records[0], "before")
 

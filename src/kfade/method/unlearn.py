@@ -95,9 +95,7 @@ def unlearn(
             drawn = sampler.draw(forget, run.forget_drawn(len(forget), index), index)
             passes = {**run.passes, "weigh": direction.weighs(index, size), "head": gauge.head}
             gradient = forget_gradient(model, drawn, targets, aim, **passes)
-        direction, update = damped(
-            direction, update, curvature, gradient, targets, gauges, size, run
-        )
+        direction, update = damped(direction, update, curvature, gradient, targets, gauges, run)
         refining = sampler.draw(retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, targets, refining, run)
         directions = _directions(curvature, gradient, exact, targets, direction, run)

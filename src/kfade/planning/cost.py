@@ -192,9 +192,11 @@ def flops(
     begins, trials = 1.0, TRIALS * directions * (way + 1)
     if work.steps > 1:
         begins += 1 + 1 / PART  # the model on a part, and the last step's beginning on all
-    exact = held_out * directions * (way + 1)
-    exact += held_out * DAMPINGS / (PART if work.steps > 1 else 1)
-    add("step", forward=(2 * BANDS + 1) * forward * exact, head=2 * BANDS * head * exact)
+    for bands, exact in (
+        (BANDS, held_out * directions * (way + 1)),
+        (1, held_out * DAMPINGS / (PART if work.steps > 1 else 1)),
+    ):
+        add("step", forward=(2 * bands + 1) * forward * exact, head=2 * bands * head * exact)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
     tokens = (begins + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
