@@ -227,7 +227,7 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     row = next(line for line in text.splitlines() if f"`'{report}'" in line)
     assert float(row.split("|")[-3]) == round(2 * request_seconds(results[report]))
     attacks = [line for line in text.splitlines() if "`'attack " in line]
-    assert len(attacks) == 9
+    assert len(attacks) == 12
     run = [line.split("|")[1:3] for line in attacks if "not run" not in line]
     assert [kind.strip() for kind, _ in run] == ["related", "related", "forget"]
     assert "full model, no update" in run[1][1]

@@ -3,8 +3,8 @@
     python benchmarks/experiments/tofu_attacks.py --data DIR [--only 'attack * benign']
 
 Fine-tuning shows what comes back; applying the same update again shows what it still removes.
-Attacked are K-FADE, the best baseline, and as a control a model without an update. Needs the
-reported rows of ``tofu_small.py``, and adds to the same results.
+Attacked are K-FADE by default and in one step, the best baseline, and as a control a model without
+an update. Needs the reported rows of ``tofu_small.py``, and adds to the same results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lab.forgetting import BUDGET
 from lab.pieces import Piece, Results
 from lab.records import Record, number, table
 from lab.rows import Row
+from lab.tuning import DEFAULT
 from tofu_lab import TofuLab, run_pieces
 from tofu_small import best_baseline, named
 
@@ -41,7 +42,7 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
 
 def attacked_rows(results: Results) -> dict[str, list[str]]:
     """What each kind of attack is made on, as its pieces are called."""
-    updates = (named(results, "ekfac margin"), best_baseline(results))
+    updates = (DEFAULT, named(results, "ekfac margin"), best_baseline(results))
     return {
         kind: [row for row in (*updates, control) if row is not None]
         for kind, control in CONTROLS.items()

@@ -21,11 +21,14 @@ from lab.rows import (
     with_interval,
     yes,
 )
-from lab.tuning import VARIANTS
+from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS
 from tofu_lab import PART
 from tofu_rows import best_objective, interval, log_of_retrained, logs_of, measured, rival_of
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
+
+FITS = {"paper": "ekfac sampled", DEFAULT: DEFAULT_FIT}
+"""The fit that a row pays for; EK-FAC if it is not named here."""
 
 
 def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
@@ -136,6 +139,5 @@ def time_claims(results: Results, ours: Row) -> Iterator[Claim]:
 
 
 def whole_seconds(results: Results, row: Row) -> float | None:
-    """Seconds of a request of K-FADE with its fit by EK-FAC."""
-    fit = "ekfac sampled" if row.method == "paper" else "ekfac"
-    return with_fit(results, request_seconds(row.told), fit)
+    """Seconds of a request of K-FADE with its fit."""
+    return with_fit(results, request_seconds(row.told), FITS.get(row.method, "ekfac"))

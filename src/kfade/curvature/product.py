@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from kfade.curvature.jacobian import tangents_of, transpose_product
@@ -87,13 +86,13 @@ def _centred_products(head: Head, states: Sequence[tuple[Tensor, Tensor]], part:
     Args:
         states: (h [N, D], ḣ_i [N, D]) of each vector.
     """
-    p_NV, rows = None, []
-    for hidden_ND, tangent_ND in states:
-        logits_NV, dot_NV = _head_tangent(head, hidden_ND[part], tangent_ND[part])
-        p_NV = logits_NV.softmax(dim=-1) if p_NV is None else p_NV  # h is the same for all
-        rows.append(dot_NV - (p_NV * dot_NV).sum(dim=1, keepdim=True))
-    assert p_NV is not None
-    rows_NKV = torch.stack(rows, dim=1).mul_(p_NV.sqrt()[:, None])
+    with torch.no_grad():
+        logits_NV = head(states[0][0][part])  # h is the same for all
+        p_NV, rows = logits_NV.softmax(dim=-1), []
+        for _, tangent_ND in states:
+            dot_NV = head.tangent(logits_NV, tangent_ND[part])
+            rows.append(dot_NV.sub_((p_NV * dot_NV).sum(dim=1, keepdim=True)))
+        rows_NKV = torch.stack(rows, dim=1).mul_(p_NV.sqrt()[:, None])
     return (rows_NKV @ rows_NKV.mT).double().sum(dim=0)
 
 
@@ -122,13 +121,13 @@ def gauss_newton_product(
         _, tangent_ND = tangents(model, batch, targets, delta)
         u_ND = torch.empty_like(hidden_ND)
         for part in head.chunks(hidden_ND):
-            logits, logits_dot = _head_tangent(head, hidden_ND[part], tangent_ND[part])
-            p = logits.softmax(dim=-1)
-            mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
             with torch.enable_grad():
                 h = hidden_ND[part].requires_grad_()
                 logits = head(h)
-            fisher_NV = p * (logits_dot - mean_N1) / loss_tokens
+            with torch.no_grad():
+                p, logits_dot = logits.softmax(dim=-1), head.tangent(logits, tangent_ND[part])
+                mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
+                fisher_NV = p * (logits_dot - mean_N1) / loss_tokens
             u_ND[part] = torch.autograd.grad(logits, h, fisher_NV)[0]
         return u_ND
 
@@ -142,10 +141,3 @@ def gauss_newton_product(
         storage=storage,
         head=head,
     )
-
-
-def _head_tangent(head: Head, hidden_ND: Tensor, tangent_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits z [N, V] and ż [N, V]."""
-    with torch.no_grad(), forward_ad.dual_level():
-        logits = forward_ad.unpack_dual(head(forward_ad.make_dual(hidden_ND, tangent_ND)))
-        return logits.primal, logits.tangent

@@ -156,6 +156,18 @@ class Head:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
+    def tangent(self, logits_NV: Tensor, tangent_ND: Tensor) -> Tensor:
+        """Derivative [N, V] of the logits where hidden states change along ``tangent_ND``.
+
+        Args:
+            logits_NV: the logits of these hidden states.
+        """
+        offset_1V = self._product(torch.zeros_like(tangent_ND[:1]))  # the bias
+        dot_NV = (self._product(tangent_ND) - offset_1V) * self.scale
+        if self.softcap is not None:
+            dot_NV *= 1 - (logits_NV / self.softcap).square()
+        return dot_NV
+
     def _product(self, hidden_ND: Tensor) -> Tensor:
         weight_VD = cast(Tensor, self.linear.weight)
         own_product = type(self.linear).forward is not nn.Linear.forward
@@ -209,7 +221,6 @@ class _RaisedProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, u_NV: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -225,10 +236,6 @@ class _RaisedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = (u_NV.T @ hidden_ND.float()).to(weight_VD.dtype)
         return of_hidden, of_weight
-
-    @staticmethod
-    def jvp(ctx: Any, tangent_ND: Tensor, of_weight: None) -> Tensor:
-        return _RaisedProduct.forward(tangent_ND, ctx.saved_tensors[1])
 
 
 @contextlib.contextmanager
