@@ -77,10 +77,14 @@ class Data:
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
         self._folder, self._sizes = folder, sizes
-        lines = (folder / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()
-        self._examples = [parse_example(json.loads(line), "TOFU") for line in lines]
-        self._total = len(lines) // OF_AUTHOR
+        self._examples = self.read()
+        self._total = len(self._examples) // OF_AUTHOR
         self.authors = self.roles(self._total)
+
+    def read(self) -> list[Example]:
+        """``OF_AUTHOR`` questions of each author, in author order."""
+        lines = (self._folder / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()
+        return [parse_example(json.loads(line), "TOFU") for line in lines]
 
     def roles(self, total: int) -> dict[str, range]:
         """Numbers of the authors of each role, of ``total`` in the data set."""

@@ -311,16 +311,23 @@ def run_pieces(
     pieces: Callable[[Any, Results], Iterator[Piece]],
     kind: type[TofuLab] = TofuLab,
     file: Path = FILE,
+    *,
+    data: type[Data] = Data,
+    sizes: Sizes | None = None,
+    models: str = "tofu-small",
 ) -> None:
-    """Run one of TOFU-small's scripts. All of them share their options.
+    """Run one of the scripts of TOFU-small, or of a setting like it. All of them share their
+    options.
 
     Args:
         kind: the laboratory that ``pieces`` works in.
         file: of the results.
+        data: who or what is forgotten and kept.
+        sizes: the default of each size; those of TOFU-small when None.
+        models: what the folders of its models in the cache begin with.
     """
-    given, sizes, results = read_options(options_of(description, file), Sizes())
-    trained = (sizes.authors, sizes.questions, sizes.rate, sizes.epochs, sizes.seed)
-    cache = given.cache / f"tofu-small-{sizes.model}-{'-'.join(f'{x:g}' for x in trained)}"
-    data = Data(given.data, sizes)
-    lab = kind(data, given.model, sizes, cache, results, given.device)
+    given, own, results = read_options(options_of(description, file), sizes or Sizes())
+    trained = (own.authors, own.questions, own.rate, own.epochs, own.seed)
+    cache = given.cache / f"{models}-{own.model}-{'-'.join(f'{x:g}' for x in trained)}"
+    lab = kind(data(given.data, own), given.model, own, cache, results, given.device)
     run(pieces(lab, results), results, given)

@@ -1,0 +1,66 @@
+"""Verbatim-small: its passages, and a run on a tiny model and made-up books.
+
+python -m pytest benchmarks/experiments
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+from conftest import WORDS, run_script
+from lab.records import read
+from tofu_data import OF_AUTHOR, UNSEEN, Sizes
+from tofu_lab import run_pieces
+from verbatim_small import BOOKS, HIDDEN, SHOWN, Passages, passages, pieces
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    (folder / "verbatim").mkdir()
+    for book in BOOKS:
+        words = draw.choices(WORDS[:6], k=OF_AUTHOR * (SHOWN + HIDDEN) + 7)
+        (folder / "verbatim" / f"{book}.txt").write_text(" ".join(words))
+    return folder
+
+
+def test_passages_are_the_texts_words_and_do_not_overlap():
+    words = [str(i) for i in range(OF_AUTHOR * (SHOWN + HIDDEN) + 7)]
+    found = list(passages("\n".join(words), OF_AUTHOR))
+    assert len(found) == OF_AUTHOR
+    said = [f"{start} {rest}".split() for start, rest in found]
+    for start, rest in found:
+        assert (len(start.split()), len(rest.split())) == (SHOWN, HIDDEN)
+    for one in said:
+        assert [int(word) for word in one] == list(range(int(one[0]), int(one[0]) + len(one)))
+    assert len({word for one in said for word in one}) == sum(map(len, said))
+    with pytest.raises(AssertionError, match="799 words are not enough"):
+        list(passages(" ".join(["a"] * 799), OF_AUTHOR))
+
+
+def test_each_book_has_one_role(data):
+    own = Passages(data, Sizes(authors=len(BOOKS) - UNSEEN))
+    books = {role: {BOOKS[i] for i in numbers} for role, numbers in own.authors.items()}
+    assert sum(map(len, books.values())) == len(BOOKS) == len(set().union(*books.values()))
+    for role, named in books.items():
+        assert {example.where for example in own.of(role)} == named
+
+
+def test_a_tiny_model_learns_books_and_forgets_one(data, model, tmp_path):
+    given = {"data": data, "model": model, "cache": tmp_path / "cache"}
+    given |= {"results": tmp_path / "found.jsonl", "authors": 5, "questions": 3}
+    given |= {"rate": 8e-3, "epochs": 200}
+    run = partial(run_pieces, "", pieces, data=Passages, models="verbatim-small")
+    run_script(run, given, ["full", "retrained", "targets", "fit kfac", "tune kfac margin 0.01"])
+    found = read(given["results"])
+    told = found["targets"]
+    assert told["report"]["forget_probability"] > 0.7
+    assert told["retrained"]["forget_probability"] < 0.4
+    step = found["tune kfac margin 0.01"]
+    assert step["forget_probability"] < 0.5
+    assert step["kl"] > 0
+    assert not any(name.startswith("tofu") for name in found)
