@@ -142,8 +142,12 @@ def test_command_plans_steps(tmp_path, capsys):
     arguments = [saved(SMALL, tmp_path), "--speed", "400", "--sequence-length", "64"]
     one, four = (planned(capsys, *arguments, "--steps", n) for n in ("1", "4"))
     step = {"rotations": (4 + 3) / (1 + 3)}  # each step, and three dampings
-    # In sets of all that is measured: three and one forms of steps, and three of dampings.
-    step |= dict.fromkeys(("forward", "head"), (3 / 4 + 1 + 3 / 4) / (1 + 3))
+    # In passes over all held-out data: forms of steps in three bands, and of three dampings in one;
+    # then of each step but the first three slopes, on four times as many forget sequences.
+    for kind, of_step, of_damping in (("forward", 7, 3), ("head", 6, 2)):
+        whole = of_step + 3 * of_damping
+        parts = of_step * (3 / 4 + 1) + 3 * of_damping / 4 + 3 * 4 * 3 / 4
+        step[kind] = parts / whole
     # The model, then two trials; at the end on all, before that on a quarter.
     check = {"forward": (1 + 1 / 4 + 3 * 2 / 4 + 1 + 2) / (1 + 2)}
     times = {"gradient": dict.fromkeys(one["flops"]["gradient"], 4), "step": step, "check": check}

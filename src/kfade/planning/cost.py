@@ -160,8 +160,9 @@ def flops(
     An expert counts by the rows that it reads. Each group of layers has its own passes. An exact
     quadratic form costs three forward passes over the held-out tokens, and for bands of layers as
     much for each, less the layers below it. Each trial of a step's size costs a forward pass over
-    them and one over the measured forget sequences. Steps before the last do both on a part of the
-    data, and so does the choice of the damping. A refined direction has its own trials, and an
+    them and one over the measured forget sequences, as does the slope of each band in all steps but
+    the first. Steps before the last do all this on a part of the data, and so does the choice of
+    the damping. A refined direction has its own trials, and an
     exact product with the Gauss-Newton matrix costs four forward passes and a backward pass. A
     correction costs a gradient on the forget set, one on retain data with a forward pass of the
     original model more, one on held-out data, two directions, and the measurements of one step.
@@ -197,6 +198,8 @@ def flops(
         (1, held_out * DAMPINGS / (PART if work.steps > 1 else 1)),
     ):
         add("step", forward=(2 * bands + 1) * forward * exact, head=2 * bands * head * exact)
+    slopes = BANDS * way * measured  # of bands, measured in all steps but the first
+    add("step", forward=forward * slopes, head=head * slopes)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
     tokens = (begins + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
