@@ -144,7 +144,7 @@ def test_command_plans_steps(tmp_path, capsys):
     step = {"rotations": (4 + 3) / (1 + 3)}  # each step, and three dampings
     # In passes over all held-out data: forms of steps in three bands, and of three dampings in one;
     # then of each step but the first three slopes, on four times as many forget sequences.
-    for kind, of_step, of_damping in (("forward", 7, 3), ("head", 6, 2)):
+    for kind, of_step, of_damping in (("forward", 7, 3), ("head", 4, 2)):
         whole = of_step + 3 * of_damping
         parts = of_step * (3 / 4 + 1) + 3 * of_damping / 4 + 3 * 4 * 3 / 4
         step[kind] = parts / whole

@@ -122,9 +122,9 @@ def make_batches(
         left = list(own)
         while left:
             width = sequences[left[0]].live
-            most, few = (max(1, round(share * budget) // width) for share in (1.0, ENOUGH))
+            most, few = max(1, budget // width), int(ENOUGH * budget) // width
             alike = sum(sequences[i].live >= (1 - PADDING) * width for i in left[:most])
-            count = max(alike, min(few, most))
+            count = max(alike, few)
             batches.append(_collate(sequences, left[:count], device))
             left = left[count:]
     return batches

@@ -162,10 +162,10 @@ def flops(
     much for each, less the layers below it. Each trial of a step's size costs a forward pass over
     them and one over the measured forget sequences, as does the slope of each band in all steps but
     the first. Steps before the last do all this on a part of the data, and so does the choice of
-    the damping. A refined direction has its own trials, and an
-    exact product with the Gauss-Newton matrix costs four forward passes and a backward pass. A
-    correction costs a gradient on the forget set, one on retain data with a forward pass of the
-    original model more, one on held-out data, two directions, and the measurements of one step.
+    the damping. A refined direction has its own trials, and an exact product with the Gauss-Newton
+    matrix costs four forward passes and a backward pass. A correction costs a gradient on the
+    forget set, one on retain data with a forward pass of the original model more, one on held-out
+    data, two directions, and the measurements of one step.
     """
     tally = _Tally(subject)
     add, one_pass, forward, head = tally.add, tally.one_pass, tally.forward, tally.head
@@ -197,7 +197,7 @@ def flops(
         (BANDS, held_out * directions * (way + 1)),
         (1, held_out * DAMPINGS / (PART if work.steps > 1 else 1)),
     ):
-        add("step", forward=(2 * bands + 1) * forward * exact, head=2 * bands * head * exact)
+        add("step", forward=(2 * bands + 1) * forward * exact, head=(bands + 1) * head * exact)
     slopes = BANDS * way * measured  # of bands, measured in all steps but the first
     add("step", forward=forward * slopes, head=head * slopes)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
