@@ -58,11 +58,26 @@ def test_the_tangent_of_logits_is_their_derivative(pieces, dtype, bias):
     head, h, tangent, _ = setting(dtype, bias)
     reference = exact(head)
     _, wanted = torch.func.jvp(reference, (h.double(),), (tangent.double(),))
-    in_double = reference.tangent(reference(h.double()), tangent.double())
+    in_double = reference.tangent(h.double(), reference(h.double()), tangent.double())
     assert torch.allclose(in_double, wanted, rtol=1e-12, atol=1e-12)
-    ours = head.tangent(head(h), tangent)
-    assert ours.dtype == torch.float32
-    assert (ours - wanted).abs().max() < 1e-6 * wanted.abs().max()
+    small = 2.0**-30 if dtype == torch.bfloat16 else 2.0**-4  # float16 has no such numbers
+    for size in (1.0, small):  # a bias that is far larger leaves nothing of its rounding
+        ours = head.tangent(h, head(h), size * tangent)
+        assert ours.dtype == torch.float32
+        assert (ours / size - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_the_tangent_of_a_head_that_is_not_linear_is_its_derivative(size):
+    class Normed(nn.Linear):
+        def forward(self, x):
+            return super().forward(5 * nn.functional.normalize(x, dim=-1))
+
+    torch.manual_seed(0)
+    head = Head(Normed(8, 17).double().requires_grad_(False), 2.0, 30.0)
+    h, tangent = torch.randn(5, 8).double(), size * torch.randn(5, 8).double()
+    _, wanted = torch.func.jvp(head, (h,), (tangent,))
+    assert torch.allclose(head.tangent(h, head(h), tangent), wanted, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -87,10 +87,11 @@ def _centred_products(head: Head, states: Sequence[tuple[Tensor, Tensor]], part:
         states: (h [N, D], ḣ_i [N, D]) of each vector.
     """
     with torch.no_grad():
-        logits_NV = head(states[0][0][part])  # h is the same for all
+        hidden_ND = states[0][0][part]  # the same for all
+        logits_NV = head(hidden_ND)
         p_NV, rows = logits_NV.softmax(dim=-1), []
         for _, tangent_ND in states:
-            dot_NV = head.tangent(logits_NV, tangent_ND[part])
+            dot_NV = head.tangent(hidden_ND, logits_NV, tangent_ND[part])
             rows.append(dot_NV.sub_((p_NV * dot_NV).sum(dim=1, keepdim=True)))
         rows_NKV = torch.stack(rows, dim=1).mul_(p_NV.sqrt()[:, None])
     return (rows_NKV @ rows_NKV.mT).double().sum(dim=0)
@@ -125,7 +126,7 @@ def gauss_newton_product(
                 h = hidden_ND[part].requires_grad_()
                 logits = head(h)
             with torch.no_grad():
-                p, logits_dot = logits.softmax(dim=-1), head.tangent(logits, tangent_ND[part])
+                p, logits_dot = logits.softmax(dim=-1), head.tangent(h, logits, tangent_ND[part])
                 mean_N1 = (p * logits_dot).sum(dim=1, keepdim=True)
                 fisher_NV = p * (logits_dot - mean_N1) / loss_tokens
             u_ND[part] = torch.autograd.grad(logits, h, fisher_NV)[0]
