@@ -162,7 +162,7 @@ class Head:
         if self._has_own_product or self.linear.bias is not None:  # more than a linear map
             with forward_ad.dual_level():
                 dual = self._product(forward_ad.make_dual(hidden_ND, tangent_ND))
-                dot_NV = forward_ad.unpack_dual(dual).tangent
+                dot_NV: Tensor = forward_ad.unpack_dual(dual).tangent
         else:
             dot_NV = self._product(tangent_ND)  # a third of the time
         dot_NV = dot_NV * self.scale
