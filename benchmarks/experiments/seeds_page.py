@@ -19,7 +19,7 @@ from typing import Any
 import topic_page
 from lab import figures
 from lab.pieces import Results
-from lab.records import number, read, table
+from lab.records import number, read_seeds, table
 from lab.rows import ESTIMATORS, Row
 from tofu_rows import figures_of, log_of_retrained, logs_of, rows_of
 
@@ -37,17 +37,12 @@ def main() -> None:
     options.add_argument("folder", type=Path)
     folder = options.parse_args().folder
     for split in SPLITS:
-        seeds = seeds_of(folder, f"tofu_{split}")
+        seeds = [*read_seeds(folder, f"tofu_{split}").values()]
         if seeds:
             print(f"TOFU, {split}, {len(seeds)} seeds\n\n{tofu_table(seeds)}\n")
             draw(seeds, folder, split)
-    if seeds := seeds_of(folder, "topic"):
+    if seeds := [*read_seeds(folder, "topic").values()]:
         print(f"Topic-small, {len(seeds)} seeds\n\n{topic_table(seeds)}")
-
-
-def seeds_of(folder: Path, name: str) -> list[Results]:
-    """The results of each seed."""
-    return [read(path) for path in sorted(folder.glob(f"{name}_seed*.jsonl"))]
 
 
 def tofu_table(seeds: list[Results]) -> str:

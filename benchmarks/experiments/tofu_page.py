@@ -10,7 +10,7 @@ import tofu_ablations
 import tofu_attacks
 from lab import figures
 from lab.pieces import Results
-from lab.records import number, table
+from lab.records import number, read_seeds, table
 from lab.rows import BASELINES, Row, least, request_seconds
 from lab.tuning import chosen
 from tofu_claims import claims
@@ -22,7 +22,7 @@ from tofu_rows import (
     questions_table,
     rows_of,
 )
-from tofu_seeds import read_seeds, seed_claims, seeds_table
+from tofu_seeds import seed_claims, seeds_table
 from tofu_small import LENGTHS
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
@@ -36,7 +36,7 @@ def slots(results: Results, folder: Path) -> dict[str, Any]:
     """
     rows = rows_of(results)
     questions = results.get("by question retrained", {"report": (), "others": ()})
-    seeds = read_seeds(folder, results)
+    seeds = {0: results, **read_seeds(folder, "tofu_small")}
     return {
         "full_epochs": len(results["full"]["epochs"]),
         "retrained_epochs": len(results["retrained"]["epochs"]),

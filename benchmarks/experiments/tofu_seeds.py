@@ -8,10 +8,9 @@ holds if it holds in every seed with its whole interval.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from lab.pieces import Results
-from lab.records import NOT_RUN, number, read, table
+from lab.records import NOT_RUN, number, table
 from lab.rows import BASELINES, Claim, Row, with_interval, yes
 from lab.tuning import DEFAULT
 from tofu_rows import (
@@ -32,15 +31,6 @@ MOST_OF_PAPER = 0.1
 GOOD, RIVAL_GOOD = 0.8, 0.5  # forget quality; a baseline below the second is no rival in utility
 Share = Mapping[str, float]
 """The default's KL as a share of another method's: ``value``, ``low``, ``high``."""
-
-
-def read_seeds(folder: Path, first: Results) -> dict[int, Results]:
-    """The results of each seed, with those of seed 0."""
-    others = {
-        int(path.stem.partition("seed")[2]): read(path)
-        for path in sorted(folder.glob("tofu_small_seed*.jsonl"))
-    }
-    return {0: first, **others}
 
 
 def seeds_table(seeds: Mapping[int, Results]) -> str:

@@ -6,7 +6,7 @@
 As in TOFU-small, but the *full* model knows all authors, and the *retrained* one is the retain
 model of the split. Settings are chosen on as many authors before the forget set; the target there
 is the retrained model's on the forget set. ``--tuned`` takes the settings that another seed chose.
-``KFADE_BATCH_TOKENS`` sets the positions in one forward pass. ``tofu_whole_page.py`` draws tables
+``KFADE_BATCH_TOKENS`` sets the positions in one forward pass. ``seeds_page.py`` draws tables
 and figures.
 """
 

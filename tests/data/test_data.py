@@ -619,9 +619,8 @@ def test_batches_are_sorted_and_under_the_budget(budget):
     for batch in batches:
         assert batch.positions <= budget or len(batch.id_B) == 1
         assert batch.input_BT.shape[1] == max(made[i].live for i in batch.id_B.tolist())
-    for batch, after in itertools.pairwise(
-        batches
-    ):  # one more would not have fitted, or be mostly padding
+    # One more would not have fitted, or would have been padded too much.
+    for batch, after in itertools.pairwise(batches):
         width = batch.input_BT.shape[1]
         fits = batch.positions + width <= budget
         is_short = after.input_BT.shape[1] < (1 - PADDING) * width

@@ -25,6 +25,12 @@ def read(path: Path) -> dict[str, Record]:
     return {record.pop("name"): record for record in records}
 
 
+def read_seeds(folder: Path, name: str) -> dict[int, dict[str, Record]]:
+    """Records of each seed, from ``NAME_seedN.jsonl``."""
+    found = folder.glob(f"{name}_seed*.jsonl")
+    return {int(path.stem.removeprefix(f"{name}_seed")): read(path) for path in sorted(found)}
+
+
 def write(path: Path, records: Mapping[str, Record]) -> None:
     """Write one line for each record. The file is whole at any time."""
     lines = (

@@ -21,7 +21,7 @@ from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.targets import Target
 
-DEFAULT_KL = 0.01  # nats per token: the default size, and where a search begins
+DEFAULT_KL = 0.01  # nats per token: the default size
 DEFAULT_BANDS = 3
 LEAST_FORGET, LEAST_RETAIN = 32, 64  # sequences in a gradient that takes half of a set, at least
 

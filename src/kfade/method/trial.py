@@ -61,7 +61,7 @@ class Trial:
         self._hidden = gauge.latest
         self._is_first, self._share = not records, (len(records) + 1) / steps
         # A search begins where the exact form has the value of the last step; the first one at the
-        # KL asked for.
+        # KL asked for, or at a likely one.
         near = (size.kl or LIKELY_KL) / steps**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
         self._first = self._before if self._is_first else probe_of(records[0], "before")
