@@ -26,7 +26,7 @@ from lab.forgetting import BUDGET, token_kls
 from lab.pieces import make_once
 from lab.records import RESULTS, Record, read, write
 from mixture_models import DENSE, MIXTURE, Sizes, paragraphs, questions, train
-from tofu_rows import interval
+from lab.intervals import interval
 
 import kfade
 from kfade.data.examples import Example

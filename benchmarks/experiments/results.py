@@ -15,6 +15,7 @@ import prediction
 import tofu_page
 import topic_page
 from lab.records import DOCS, NOT_RUN, RESULTS, read
+from topic_data import SUBJECTS
 
 TEMPLATE = Path(__file__).parent / "results_template.md"
 
@@ -31,13 +32,13 @@ class NotRun(dict):
 
 def write_results(results: Path, docs: Path) -> None:
     """``results.md`` and its figures."""
-    tofu, anew, topic = (
-        read(results / f"{name}.jsonl") for name in ("tofu_small", "tofu_small_anew", "topic_small")
-    )
+    tofu, anew = (read(results / f"{name}.jsonl") for name in ("tofu_small", "tofu_small_anew"))
+    told = {subject: read(results / f"topic_small_{subject}.jsonl") for subject in SUBJECTS}
+    topic = {subject: own for subject, own in told.items() if own}
     text = TEMPLATE.read_text(encoding="utf-8").format(
         tofu=NotRun(tofu),
         anew=NotRun(anew),
-        topic=NotRun(topic),
+        topic=NotRun(next(iter(topic.values()), {})),
         **tofu_page.slots(tofu, results),
         **topic_page.slots(topic),
     )

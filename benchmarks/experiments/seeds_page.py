@@ -18,6 +18,7 @@ from typing import Any
 
 import topic_page
 from lab import figures
+from lab.intervals import mean
 from lab.pieces import Results
 from lab.records import number, read_seeds, table
 from lab.rows import ESTIMATORS, Row
@@ -88,11 +89,9 @@ def topic_rows(results: Results) -> Iterator[tuple[str, dict[str, float]]]:
     if "base" in results:
         yield "base model", accuracies(results["base"])
     for row in topic_page.rows_of(results):
-        kl = topic_page.on_completions(row)
-        if kl:
-            told = {**accuracies(row.told), "KL, other retain text": row.told["retain_kl"]}
-            told |= {"KL, Alpaca": kl["value"], "seconds": row.tuned["piece_seconds"]}
-            yield row.title, told
+        if topic_page.is_reported(row):
+            kls = {f"KL, {title}": mean(row.told[n]) for n, title in topic_page.TEXTS.items()}
+            yield row.title, accuracies(row.told) | kls | {"seconds": row.tuned["piece_seconds"]}
 
 
 def accuracies(told: Mapping[str, Any]) -> dict[str, float]:

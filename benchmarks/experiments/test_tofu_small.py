@@ -210,7 +210,6 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     quick = {name: {**told, "pace": 2.0} for name, told in results.items() if name != "settings"}
     write(tmp_path / "tofu_small.jsonl", {"settings": results["settings"], **quick})
     write(tmp_path / "tofu_small_anew.jsonl", results)
-    write(tmp_path / "topic_small.jsonl", read(RESULTS / "topic_small.jsonl"))
     (tmp_path / "images").mkdir()
     results_page.write_results(tmp_path, tmp_path)
     text = (tmp_path / "results.md").read_text()

@@ -6,14 +6,16 @@ python -m pytest benchmarks/experiments
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import topic_small
 from conftest import WORDS, run_script
 from lab.fine_tune import fine_tune
+from lab.intervals import interval, mean
 from lab.records import read
 from test_tofu_small import write_rows
-from topic_data import Data, Sizes, sentence_with, terms
+from topic_data import Data, Sizes, in_words, sentence_with, terms
 from topic_page import slots
 from transformers import AutoTokenizer
 
@@ -22,10 +24,11 @@ from kfade.data.examples import Example
 from kfade.models.load import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+TERM = " ".join(WORDS[:3])  # of astronomy, used in a text of psychology
 TERMS, BOOKS = 30, ("astronomy", "psychology", "sociology")
 # The target is where a tiny model still says something: much lower, KL comes near FAR_KL, beyond
 # which no search goes, and whether rows get there hangs on rounding in the training.
-SIZES = Sizes(tune_questions=12, questions=15, passages=8, held_out=4, tokens=16, target=0.7)
+SIZES = Sizes(tune_questions=12, questions=15, passages=8, held_out=4, tokens=16, lost=0.35)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,10 @@ def data(tmp_path_factory):
         documents, questions = [], []
         for number in range(TERMS):
             term, meaning, chapter = text(3), text(5), f"chapter {number}"
+            if book == "psychology" and number == 0:
+                meaning = f"{TERM} {text(2)}"
+            elif book == "astronomy" and number == 0:
+                term = TERM
             passage = f"{text(6)} . {meaning} {term} {meaning} {term} . {text(9)} ."
             documents.append({"chapter": chapter, "text": passage})
             choices = [text(3), text(3), term, text(3)]
@@ -86,14 +93,14 @@ def bands():
 def results(data, learnt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     given = {"data": data, "model": learnt, "cache": folder / "cache"}
-    given |= {"results": folder / "topic_small.jsonl", "tune-questions": 12, "questions": 15}
+    given |= {"results": folder / "topic_small_{subject}.jsonl", "tune-questions": 12, "questions": 15}
     given |= {"passages": 8, "held-out": 4, "tokens": 16, "completions": 5, "steps": 40}
     only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
     only += ["* band *", "* band", "* steps 3", "* default *"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topic_small, "START_RATE", 1e-2)
-        run_script(topic_small.main, {**given, "target": SIZES.target}, only)
-    return read(given["results"])
+        run_script(topic_small.main, {**given, "lost": SIZES.lost}, only)
+    return read(folder / "topic_small_astronomy.jsonl")
 
 
 def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results):
@@ -101,15 +108,19 @@ def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results
     tuned = {name: told for name, told in results.items() if name.startswith("tune ")}
     reached = [told for told in tuned.values() if "failure" not in told]
     assert len(reached) >= 5
+    tune, topic = (
+        SIZES.target(results["base"][name]["probability"]) for name in ("tune", "topic")
+    )
     for told in reached:
-        assert abs(told["forget_probability"] - SIZES.target) < 0.04
+        assert abs(told["forget_probability"] - tune) < 0.04
         assert told["kl"] > 0
     for name, told in results.items():
         if name.startswith("report "):
-            assert told["topic"]["probability"] == pytest.approx(SIZES.target, abs=0.04)
+            assert told["topic"]["probability"] == pytest.approx(topic, abs=0.04)
             assert told["topic"]["accuracy"] < results["base"]["topic"]["accuracy"]
-            assert told["completions"]["kl_per_token"]["value"] > 0
-    assert results["base"]["completions"]["kl_per_token"]["value"] == 0
+            assert mean(told["completions"]) > 0
+            assert len(told["retained"]) == 2 * SIZES.held_out
+    assert mean(results["base"]["completions"]) == 0
 
 
 def test_nothing_stands_in_two_places(data, learnt):
@@ -118,6 +129,17 @@ def test_nothing_stands_in_two_places(data, learnt):
     assert len(set(passages)) == len(passages) == 12 + 15 + 2 * (8 + 4)
     asked = [q.question for own in found.questions.values() for q in own]
     assert len(set(asked)) == len(asked) == 12 + 15 + 2 * 12
+
+
+@pytest.mark.parametrize(("subject", "is_kept"), [("astronomy", False), ("sociology", True)])
+def test_what_is_kept_uses_no_term_of_the_subject(data, learnt, subject, is_kept):
+    tokenizer = AutoTokenizer.from_pretrained(learnt)
+    sizes = replace(SIZES, subject=subject, passages=50, held_out=0)
+    found = Data.read(data, tokenizer, sizes)
+    assert any(TERM in tokenizer.decode(p.tokens) for p in found.slices["fit"]) is is_kept
+    found = Data.read(data, tokenizer, replace(sizes, passages=0, questions=TERMS * 5))
+    assert len(found.questions["sisters"]) > TERMS
+    assert any(TERM in in_words(q) for q in found.questions["sisters"]) is is_kept
 
 
 def test_a_passage_begins_with_the_sentence_that_uses_the_term():
@@ -129,14 +151,24 @@ def test_a_passage_begins_with_the_sentence_that_uses_the_term():
 
 
 def test_the_page_tells_of_it(results):
-    tables = slots(results)
+    tables = slots({"astronomy": results})
     methods = tables["topic_methods"]
     assert "| K-FADE, EK-FAC | damping" in methods
     assert "| K-FADE, identity | damping 0 |" in methods
     assert "| K-FADE as it is by default, 6 steps | KL 0.0" in methods
     band = topic_small.best_band(results)
     assert f"| K-FADE, K-FAC, blocks {band}, 4 steps, each with" in methods
-    assert "diagonal needs at least 5 × K-FAC's KL | not run" in tables["topic_claims"]
+    claims = tables["topic_claims"]
+    assert "astronomy: diagonal needs at least 5 × K-FAC's KL | not run" in claims
+    assert "psychology: KL on Alpaca at most 0.1 × that of the best baseline | not run" in claims
+    share = interval(*(reported(results, name)["retained"] for name in ("default", "gd")))
+    assert f"at most 0.2 × that of the best baseline | {share['value']:.3g} (" in claims
     for name in ("topic_methods", "topic_claims", "topic_tuning"):
-        counts = {line.count("|") for line in tables[name].splitlines()}
+        lines = [line for line in tables[name].splitlines() if line.startswith("|")]
+        counts = {line.count("|") for line in lines}
         assert len(counts) == 1, name  # each row has as many cells as the head
+
+
+def reported(results, method):
+    [row] = [told for name, told in results.items() if name.startswith(f"report {method} ")]
+    return row

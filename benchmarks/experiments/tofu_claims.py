@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from lab.intervals import interval
 from lab.pieces import Results
 from lab.records import NOT_RUN, number
 from lab.rows import (
@@ -23,7 +24,7 @@ from lab.rows import (
 )
 from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS
 from tofu_lab import PART
-from tofu_rows import best_objective, interval, log_of_retrained, logs_of, measured, rival_of
+from tofu_rows import best_objective, log_of_retrained, logs_of, measured, rival_of
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
 

@@ -10,9 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lab.baselines import at_target, method_of
-from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, token_kls
+from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, text_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, make_once, options_of, read_options, run
 from lab.records import RESULTS, Record
@@ -23,7 +22,6 @@ import kfade
 from kfade.curvature.curvature import Curvature
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
-from kfade.evaluate.divergence import rounded as to_four_digits
 from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
@@ -158,9 +156,10 @@ class TofuLab(Lab):
         that of a single step is."""
         size = StepSize(until_probability=self.group("report").target)
         try:
-            before, update, told = self.unlearn("report", fit, size, damping, **options)
+            states, told = self.unlearn("report", fit, size, damping, **options)
         except kfade.InputError as error:  # the target cannot be reached
             return {"failure": str(error), "curve": []}
+        before, update = states[-2:]
         last = update.plus(before.deltas, -1.0).deltas
         row, found = self.search("report").along(last, before=before)
         return self._reported("report", {**row, **told}, found, keep)
@@ -263,9 +262,7 @@ class TofuLab(Lab):
                 return told
             update = found
         for name, own in (("report", self.slices["report"]), ("others", self.sequences("tuning"))):
-            kls = token_kls(self.model, model, update, own)
-            means = torch.stack([kls[i].mean() for i in range(len(own))])
-            told[name] = [(kl, len(kls[i])) for i, kl in enumerate(to_four_digits(means))]
+            told[name] = text_kls(self.model, model, update, own)
         return told
 
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+from lab.intervals import Texts, interval, mean
 from lab.pieces import Results
 from lab.records import number, table
 from lab.rows import (
@@ -18,16 +18,12 @@ from lab.rows import (
     with_interval,
 )
 from lab.tuning import VARIANTS, chosen, lowest
-from numpy.typing import NDArray
 from tofu_small import PAPER_DAMPING, best_damping, named
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of
-from kfade.evaluate.uncertainty import bootstrap
 
 SLICES = {"report": "report slice", "others": "other kept authors"}
-Questions = Sequence[Sequence[float]]
-"""(KL per token, tokens) of each."""
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -102,29 +98,12 @@ def questions_table(results: Results, rows: Sequence[Row]) -> str:
     return table(f"method | {' | '.join(heads)}", lines)
 
 
-def measured(results: Results, rows: Sequence[Row], slice_name: str) -> dict[str, Questions]:
+def measured(results: Results, rows: Sequence[Row], slice_name: str) -> dict[str, Texts]:
     """The questions' KLs of the rows that were measured so, by method."""
     told = {row.method: results.get(f"by question {row.name}", {}) for row in rows}
     return {method: own[slice_name] for method, own in told.items() if slice_name in own}
 
 
-def rival_of(told: Mapping[str, Questions]) -> str | None:
+def rival_of(told: Mapping[str, Texts]) -> str | None:
     """The baseline of the lowest mean."""
     return min((m for m in told if m in BASELINES), key=lambda m: mean(told[m]), default=None)
-
-
-def mean(questions: Questions) -> float:
-    """KL per token."""
-    return sum(kl * tokens for kl, tokens in questions) / sum(tokens for _, tokens in questions)
-
-
-def interval(questions: Questions, against: Questions | None = None) -> dict[str, float]:
-    """The mean per token, or its ratio to that of ``against``: ``value``, ``low``, ``high``."""
-    kl, tokens = np.asarray(questions).T
-    unit = tokens if against is None else np.asarray(against)[:, 0] * tokens
-
-    def figure(chosen: NDArray[np.int64]) -> list[float]:
-        return [(kl * tokens)[chosen].sum() / unit[chosen].sum()]
-
-    [found] = bootstrap(figure, len(questions), seed=0)
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from lab.intervals import interval
 from lab.pieces import Results
 from lab.records import NOT_RUN, number, table
 from lab.rows import BASELINES, Claim, Row, with_interval, yes
@@ -16,7 +17,6 @@ from lab.tuning import DEFAULT
 from tofu_rows import (
     SLICES,
     figures_of,
-    interval,
     log_of_retrained,
     logs_of,
     measured,

@@ -79,15 +79,16 @@ def single_steps(lab: TofuLab, results: Results) -> Iterator[Piece]:
 
 
 def variants(lab: TofuLab, results: Results) -> Iterator[Piece]:
-    """The paper's own recipe, and what may improve the single step at its damping."""
+    """The paper's own recipe, the default, and what may improve the single step at its damping."""
+    paper = partial(lab.one_step, "report", "ekfac sampled", PAPER_DAMPING, relative=False)
+    yield "report paper", partial(paper, like="ekfac margin", keep="paper")
     damping = chosen(results, "ekfac margin")
+    for row, options in VARIANTS.items():
+        fit, given = (DEFAULT_FIT, None) if row == DEFAULT else ("ekfac", damping)
+        if row == DEFAULT or damping is not None:
+            yield f"report {row}", partial(lab.several_steps, fit, given, row, **options)
     if damping is not None:
-        paper = partial(lab.one_step, "report", "ekfac sampled", PAPER_DAMPING, relative=False)
-        yield "report paper", partial(paper, like="ekfac margin", keep="paper")
         yield "report part", partial(lab.cheap_request, damping)
-        for row, options in VARIANTS.items():
-            given = (DEFAULT_FIT, None) if row == DEFAULT else ("ekfac", damping)
-            yield f"report {row}", partial(lab.several_steps, *given, row, **options)
 
 
 def baseline(lab: TofuLab, results: Results, name: str) -> Iterator[Piece]:

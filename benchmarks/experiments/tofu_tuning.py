@@ -78,11 +78,12 @@ class TuningLab(TofuLab):
         clock = Clock()
         with timing(clock):
             try:
-                _, update, told = self.unlearn(
+                states, told = self.unlearn(
                     "tuning", "ekfac", size, damping, steps=steps, **options
                 )
             except kfade.InputError as error:
                 return {"failure": str(error)}
+        update = states[-1]
         records = update.provenance["steps"]
         row: Record = {**told, "held_out": records[-1]["retain_kl"], "stages": clock.seconds}
         row["forget_probability"] = records[-1]["forget_probability_after"]

@@ -1,12 +1,11 @@
-"""Topic-small's subject: passages and questions of three OpenStax glossaries, and other text.
+"""Topic-small's subjects: passages and questions of three OpenStax glossaries, and other text.
 
-Astronomy is forgotten: of the available subjects, the model is furthest above chance there. The
-related subjects psychology and sociology are kept.
+One subject is forgotten, the other two are kept. Kept text and questions use no term of the
+forgotten subject's glossary: where they do, to forget the subject is to change them.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -22,12 +21,14 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import read_prompts
 from kfade.evaluate.questions import Question, text_prompt
 
-SUBJECT, RELATED = "astronomy", ("psychology", "sociology")
-OF_THE_SKY = re.compile(
-    r"planet|star|\bsun\b|sunlight|solar|moon|lunar|earth|galax|orbit|space|astro|comet|meteor"
-    r"|telescope|sky|eclipse|season|tide|universe|gravit|light-year|rotat|revol",
-    re.IGNORECASE,
-)
+SUBJECTS = ("astronomy", "psychology", "sociology")
+CHANCE = 0.25  # of four choices
+RUN = 12  # tokens in a row that no two kept passages share
+FURTHER = {
+    "astronomy": r"planet|star|\bsun\b|sunlight|solar|moon|lunar|earth|galax|orbit|space|astro"
+    r"|comet|meteor|telescope|sky|eclipse|season|tide|universe|gravit|light-year|rotat|revol"
+}
+"""Other words of a subject, beside its glossary's terms. ARC and WikiText are full of the sky."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,23 @@ class Sizes:
     """What decides the numbers. It is written beside them."""
 
     model: str = ""
-    tune_questions: int = 48  # on the subject, to choose settings and find lengths
+    subject: str = "astronomy"  # forgotten
     questions: int = 100  # on the subject, in the tables; each other set has four fifths as many
-    passages: int = 128  # retained of the related subjects, and as many of WikiText
+    tune_questions: int = 100  # on it, to choose settings, at most: astronomy has fewer
+    passages: int = 128  # retained of the other subjects, and as many of WikiText
     held_out: int = 32  # of each of these two, to steer and choose by; as many for the tables
     tokens: int = 64  # of a passage
     completions: int = 64  # of Alpaca's instructions
     steps: int = 48  # of a baseline at its first rate, at most
     batch: int = 4  # passages of each set in a baseline's batch
-    # Mean probability of the right choice at which methods are compared; chance is 0.25. Passages
-    # alone do not lower it to 0.30 before the KL on retained text is 5 nats.
-    target: float = 0.45
+    # Methods are compared where the mean probability of the right choice has lost this share of what
+    # it is above chance. Passages alone do not lower it to 0.30 before the KL is 5 nats.
+    lost: float = 0.4
     seed: int = 0
+
+    def target(self, start: float) -> float:
+        """The mean probability at which methods are compared; the base model's is ``start``."""
+        return CHANCE + (1 - self.lost) * (start - CHANCE)
 
 
 @dataclass(frozen=True)
@@ -65,35 +71,81 @@ class Data:
     slices: dict[str, Sequence[TokenSequence]]
     """Retain data: ``fit``, ``held_out``, and for the tables ``report``."""
     questions: dict[str, Sequence[Question]]
-    """``tune``; for the tables ``topic``, ``sisters`` (the related subjects) and ``general``."""
+    """``tune``; for the tables ``topic``, ``sisters`` (the other subjects) and ``general``."""
+    of_subject: re.Pattern[str]
+    """Finds a word of the forgotten subject."""
 
     @classmethod
     def read(cls, folder: Path, tokenizer: Any, sizes: Sizes) -> Data:
+        of_subject = words_of(folder, sizes.subject)
+
         def encode(examples: Sequence[Example]) -> list[TokenSequence]:
             length = sizes.tokens + 1
             return kfade.encode(
                 examples, tokenizer, length=length, window=length, pack=False, truncate=True
             )
 
-        own = terms(folder / "openstax" / SUBJECT, sizes.seed)
-        own = own[: sizes.tune_questions + sizes.questions]
-        other = [term for name in RELATED for term in terms(folder / "openstax" / name, sizes.seed)]
+        seen: set[tuple[int, ...]] = set()
+
+        def is_new(passage: TokenSequence) -> bool:
+            """Whether no passage before it says the same."""
+            own = passage.tokens
+            runs = {own[i : i + RUN] for i in range(len(own) - RUN + 1)}
+            known = not seen.isdisjoint(runs)
+            seen.update(runs)
+            return not known
+
+        books = {name: terms(folder / "openstax" / name, sizes.seed) for name in SUBJECTS}
+        own = books.pop(sizes.subject)[: sizes.questions + sizes.tune_questions]
+        other = [term for name in books for term in books[name]]
         random.Random(sizes.seed).shuffle(other)
         bounds = [0, sizes.passages]
         bounds += [bounds[-1] + sizes.held_out, bounds[-1] + 2 * sizes.held_out]
-        end, kept = bounds[-1], sizes.questions * 4 // 5
-        related, wiki = encode([term.passage for term in other[:end]]), encode(paragraphs(folder))
+        related, sisters = [], []
+        for passage, term in zip(encode([t.passage for t in other]), other, strict=True):
+            if not is_new(passage):
+                continue
+            if len(related) < bounds[-1] and not tells_of(of_subject, passage, tokenizer):
+                related.append(passage)
+            elif not of_subject.search(in_words(term.question)):
+                sisters.append(term.question)
+        wiki = [p for p in encode(paragraphs(folder)) if is_new(p) and not tells_of(of_subject, p, tokenizer)]
+        kept = sizes.questions * 4 // 5
         parts = zip(("fit", "held_out", "report"), pairwise(bounds), strict=True)
         return cls(
             encode([term.passage for term in own]),
             {name: [*related[i:j], *wiki[i:j]] for name, (i, j) in parts},
             {
-                "tune": [term.question for term in own[: sizes.tune_questions]],
-                "topic": [term.question for term in own[sizes.tune_questions :]],
-                "sisters": [term.question for term in other[end : end + kept]],
-                "general": general(folder)[:kept],
+                "topic": [term.question for term in own[: sizes.questions]],
+                "tune": [term.question for term in own[sizes.questions :]],
+                "sisters": sisters[:kept],
+                "general": [q for q in general(folder) if not of_subject.search(in_words(q))][:kept],
             },
+            of_subject,
         )
+
+
+    def tells_of_subject(self, text: TokenSequence, tokenizer: Any) -> bool:
+        """Whether a text uses a word of the forgotten subject."""
+        return tells_of(self.of_subject, text, tokenizer)
+
+
+def tells_of(of_subject: re.Pattern[str], text: TokenSequence, tokenizer: Any) -> bool:
+    return of_subject.search(tokenizer.decode(text.tokens)) is not None
+
+
+def words_of(folder: Path, subject: str) -> re.Pattern[str]:
+    """Finds a term of the subject's glossary, or one of the ``FURTHER`` words."""
+    rows = read_rows(str(folder / "openstax" / subject / "glossary_mcq.jsonl"))
+    names = {re.sub(r"\s*\(.*?\)", "", row["choices"][row["answer"]]) for _, row in rows}
+    words = "|".join(re.escape(name) for name in sorted(names))
+    further = f"|{FURTHER[subject]}" if subject in FURTHER else ""
+    return re.compile(rf"\b(?:{words})(?:s|es)?\b{further}", re.IGNORECASE)
+
+
+def in_words(question: Question) -> str:
+    """All that a question says."""
+    return "\n".join((question.question, *question.choices))
 
 
 def terms(book: Path, seed: int) -> list[Term]:
@@ -124,17 +176,16 @@ def sentence_with(name: str, text: str) -> str | None:
 
 
 def paragraphs(folder: Path) -> list[Example]:
-    """Long paragraphs of WikiText-2, evenly spread, that are not of the sky."""
+    """Long paragraphs of WikiText-2, every second one."""
     path = folder / "wikitext" / "wikitext-2-test.raw.txt"
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    long = [line for line in lines if len(line) > 400 and not OF_THE_SKY.search(line)]
-    return [Example("wikitext", text=line, closes=False) for line in long[::4]]
+    long = [line for line in lines if len(line) > 400]
+    return [Example("wikitext", text=line, closes=False) for line in long[::2]]
 
 
 def general(folder: Path) -> list[Question]:
-    """ARC's easy questions without those of the sky, shuffled."""
+    """ARC's easy questions, shuffled."""
     rows = [row for _, row in read_rows(str(folder / "arc" / "arc_easy_test.jsonl"))]
-    rows = [row for row in rows if not OF_THE_SKY.search(json.dumps(row))]
     random.Random(0).shuffle(rows)
     asked = [Question(row["question"], tuple(row["choices"]), row["answer"]) for row in rows]
     return [Question(text_prompt(q), q.choices, q.answer) for q in asked]

@@ -1,14 +1,14 @@
-"""Topic-small's tables and figure on the results' page."""
+"""Topic-small's tables, claims and figures on the results' page, subject by subject."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lab import figures
+from lab.intervals import Texts, interval, mean
 from lab.pieces import Results
 from lab.records import NOT_RUN, Record, number, table
 from lab.rows import (
@@ -16,20 +16,17 @@ from lab.rows import (
     ESTIMATORS,
     Claim,
     Row,
-    affordable,
-    against_paper,
     bounded,
-    least,
     quotient,
     request_seconds,
     row_of,
     variant_setting,
     variant_title,
-    with_fit,
     with_interval,
     yes,
 )
-from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS, chosen
+from lab.tuning import DEFAULT, VARIANTS, chosen
+from topic_data import SUBJECTS
 from topic_small import (
     BAND_STEPS,
     DAMPINGS,
@@ -40,28 +37,53 @@ from topic_small import (
     best_band,
 )
 
-STEPS_3 = ("steps 3", "steps 3 kfac")  # TOFU-small's best variant, by either estimator
-FITS = {"kfac": "kfac", **{row: options["estimator"] for row, options in STEPPED.items()}}
-FITS |= {DEFAULT: DEFAULT_FIT, OURS_ON_BAND: "kfac", "paper": "ekfac sampled"}
-"""The fit that a row pays for; EK-FAC if it is not named here."""
+TEXTS = {"retained": "other retain text", "completions": "Alpaca"}
+MOST = {"retained": 0.2, "completions": 0.1}  # of the best baseline's KL
+MOST_OF_PAPER = 0.1
+Subjects = Mapping[str, Results]
+"""Results by the subject that is forgotten."""
 
 
-def slots(results: Results) -> dict[str, Any]:
+def slots(subjects: Subjects) -> dict[str, Any]:
     """What the template says of Topic-small, by the names of its slots."""
-    sizes = results["settings"]
+    bases = (
+        f"{subject} {results['base']['topic']['probability']:.2f}"
+        for subject, results in subjects.items()
+        if "base" in results
+    )
     return {
-        "topic_passages": sizes["tune_questions"] + sizes["questions"],
+        "topic_bases": ", ".join(bases) or NOT_RUN,
         "topic_dampings": ", ".join(f"{damping:g}" for damping in DAMPINGS),
-        "topic_methods": methods_table(results),
-        "topic_claims": table("claim | measured | holds?", claims(results)),
-        "topic_tuning": tuning_table(results),
+        "topic_methods": by_subject(subjects, methods_and_figure),
+        "topic_claims": table("claim | measured | holds?", claims(subjects)),
+        "topic_tuning": by_subject(subjects, lambda _, results: tuning_table(results)),
     }
 
 
-def draw(results: Results, images: Path) -> None:
-    """The figure."""
-    kls = {row.title: kl for row in rows_of(results) if (kl := on_completions(row))}
-    figures.draw_specificity(kls, images / "topic_small_kl.svg")
+def by_subject(subjects: Subjects, write: Callable[[str, Results], str]) -> str:
+    """A part of the page for each subject, under its name."""
+    parts = (f"**{name.capitalize()}**\n\n{write(name, own)}" for name, own in subjects.items())
+    return "\n\n".join(parts) or NOT_RUN
+
+
+def draw(subjects: Subjects, images: Path) -> None:
+    """The figure of each subject."""
+    for subject, results in subjects.items():
+        rows = [row for row in rows_of(results) if is_reported(row)]
+        kls = {row.title: interval(row.told["completions"]) for row in rows}
+        figures.draw_specificity(kls, images / figure_of(subject))
+
+
+def figure_of(subject: str) -> str:
+    return f"topic_small_{subject}.svg"
+
+
+def methods_and_figure(subject: str, results: Results) -> str:
+    """The table of a subject, and its figure if something was reported."""
+    shown = methods_table(results)
+    if any(map(is_reported, rows_of(results))):
+        shown += f"\n\n![KL on benign completions](images/{figure_of(subject)})"
+    return shown
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -97,14 +119,9 @@ def other_ways(results: Results, estimator: str) -> Iterator[tuple[str, str, str
         yield PAPER_ON_BAND, f"K-FADE, the paper's recipe, {steps}", sampled
 
 
-def is_reported(row: Row | None) -> bool:
+def is_reported(row: Row) -> bool:
     """Whether the row was measured for the table, and reached the target there."""
-    return row is not None and bool(row.told) and "failure" not in row.told
-
-
-def on_completions(row: Row | None) -> dict[str, float] | None:
-    """KL on benign completions with its interval."""
-    return row.told["completions"]["kl_per_token"] if row and is_reported(row) else None
+    return bool(row.told) and "failure" not in row.told
 
 
 def methods_table(results: Results) -> str:
@@ -113,21 +130,18 @@ def methods_table(results: Results) -> str:
         figures_shown = accuracies(results["base"])
         lines.append(["base model", "", *figures_shown, "0", "0", "0", "", "`base`"])
     for row in rows_of(results):
-        kl = on_completions(row)
-        if kl:
-            kls = [number(row.told["kl"]), number(row.told["retain_kl"]), with_interval(kl)]
-            cells = [*accuracies(row.told), *kls]
+        if is_reported(row):
+            kls = [with_interval(interval(row.told[name])) for name in TEXTS]
+            cells = [*accuracies(row.told), number(row.told["kl"]), *kls]
         else:
             failure = (row.told or row.tuned).get("failure", NOT_RUN)
             cells = [failure, "", "", NOT_RUN, "", ""]
         seconds = number(request_seconds(row.tuned), ".0f")
         only = f"`'tune {row.method}*' 'report {row.method}*'`"
         lines.append([row.title, row.setting, *cells, seconds, only])
-    return table(
-        "method | setting | astronomy, % | psychology and sociology, % | general, % | "
-        "KL, held out | KL, other retain text | KL, Alpaca (95 %) | seconds | `--only`",
-        lines,
-    )
+    kls = " | ".join(f"KL, {title}" for title in TEXTS.values())
+    heads = f"method | setting | subject, % | other subjects, % | general, % | KL, held out | {kls}"
+    return table(f"{heads} | seconds | `--only`", lines)
 
 
 def accuracies(told: Record) -> list[str]:
@@ -137,41 +151,56 @@ def accuracies(told: Record) -> list[str]:
     ]
 
 
-def claims(results: Results) -> Iterator[Claim]:
+def claims(subjects: Subjects) -> Iterator[Claim]:
     """All claims, of rows that were measured."""
-    by = {row.method: row for row in rows_of(results) if is_reported(row)}
-    yield from specificity_claims(results, by)
+    for subject in SUBJECTS:
+        results = subjects.get(subject, {})
+        by = {row.method: row for row in rows_of(results) if is_reported(row)}
+        for claim, *found in subject_claims(by):
+            yield [f"{subject}: {claim}", *found]
+
+
+def subject_claims(by: Mapping[str, Row]) -> Iterator[Claim]:
+    """The default against the best baseline and the best way of the paper's; and the estimators."""
+    ours = by.get(DEFAULT)
+    baselines = [row for name, row in by.items() if name in BASELINES]
+    papers = [by[name] for name in ("paper", PAPER_ON_BAND) if name in by]
+    for name, title in TEXTS.items():
+        yield share_claim(f"KL on {title}", name, MOST[name], ours, baselines, "best baseline")
+        yield share_claim(
+            f"KL on {title}", name, MOST_OF_PAPER, ours, papers, "better of the paper's recipes"
+        )
+    yield kept_claim(baselines, ours)
     for name, bound in (("diagonal", 5.0), ("identity", 20.0)):
         claim = f"{name} needs at least {bound:g} × K-FAC's KL"
-        yield bounded(claim, kl_ratio(by.get(name), by.get("kfac")), least=bound)
-    yield from paper_claims(results, by)
+        kls = [kl_of(by.get(fit), "completions") for fit in (name, "kfac")]
+        yield bounded(claim, quotient(*kls), least=bound)
 
 
-def specificity_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
-    """K-FADE's row with the lowest tuned KL against the best baseline."""
-    names = (DEFAULT, "ekfac", "kfac", *STEPPED, f"band {best_band(results)}", OURS_ON_BAND)
-    ours = least((by[name] for name in names if name in by), "tuned")
-    others = [row for name, row in by.items() if name in BASELINES]
-    rival = min(others, key=kl_of, default=None)
-    claim = "KL on Alpaca below every baseline's, the intervals apart"
-    own, theirs = on_completions(ours), on_completions(rival)
-    if ours is None or rival is None or own is None or theirs is None:
-        yield [claim, NOT_RUN, ""]
-        return
-    ratio = f"{own['value'] / theirs['value']:.3g} × {rival.title}'s"
-    yield [f"{ours.title}: {claim}", ratio, yes(own["high"] < theirs["low"])]
-    yield kept_claim(others, ours)
+def share_claim(
+    what: str, name: str, most: float, ours: Row | None, others: Sequence[Row], named: str
+) -> Claim:
+    """The default's KL as a share of the lowest of others; it holds if the whole interval does."""
+    rival = min(others, key=lambda row: mean(row.told[name]), default=None)
+    claim = f"{what} at most {most:g} × that of the {named}"
+    if ours is None or rival is None:
+        return [claim, NOT_RUN, ""]
+    share = interval(ours.told[name], rival.told[name])
+    told = f"{with_interval(share)} × ({rival.title})"
+    return [claim, told, yes(share["high"] <= most)]
 
 
-def kept_claim(others: Sequence[Row], ours: Row) -> Claim:
+def kept_claim(others: Sequence[Row], ours: Row | None) -> Claim:
     """No baseline answers more of the other questions, beyond what chance may do."""
+    claim = "no baseline answers more of the other questions (paired, 95 %)"
+    if ours is None or not others:
+        return [claim, NOT_RUN, ""]
     leads = []
     for row in others:
         for kind in ("sisters", "general"):
             lead, half = paired(*(own.told[kind]["correct"] for own in (row, ours)))
             leads.append((lead - half, f"{row.title}, {kind}: {lead:+.0f} ± {half:.0f} %"))
     more = [text for surplus, text in leads if surplus > 0]
-    claim = "no baseline answers more of the other questions (paired, 95 %)"
     return [claim, "; ".join(more) or f"at most {max(leads)[1]}", yes(not more)]
 
 
@@ -183,44 +212,10 @@ def paired(one: str, other: str) -> tuple[float, float]:
     return 100 * statistics.fmean(differences), 196 * error
 
 
-def paper_claims(results: Results, by: Mapping[str, Row]) -> Iterator[Claim]:
-    """Half the KL of the paper's recipe, in one step on all blocks and in several on a band."""
-    seconds = {method: whole_seconds(results, row) for method, row in by.items()}
-    ours = [name for name in (DEFAULT, *STEPPED, "ekfac", "kfac") if name in by]
-    costs = {name: quotient(seconds[name], seconds.get("paper")) for name in ours}
-    cheap = affordable(costs)
-    stepped = [name for name in cheap if name in STEPS_3]
-    for rule, names in {"": cheap, "the way that TOFU-small chooses: ": stepped}.items():
-        best = least((by[name] for name in names), "tuned")
-        yield from half_claims(rule + against_paper(best, costs), best, by.get("paper"))
-    cost = quotient(seconds.get(OURS_ON_BAND), seconds.get(PAPER_ON_BAND))
-    claim = "the same on one band, in several steps with refits"
-    if cost:
-        title = by[OURS_ON_BAND].title
-        claim = f"{title}, at {cost:.2g} × the cost of the paper's recipe done likewise"
-    yield from half_claims(claim, by.get(OURS_ON_BAND), by.get(PAPER_ON_BAND))
-
-
-def half_claims(claim: str, ours: Row | None, paper: Row | None) -> Iterator[Claim]:
-    """At most half of that row's KL, on both texts."""
-    yield bounded(f"{claim}: KL on Alpaca at most 0.5 × its", kl_ratio(ours, paper), most=0.5)
-    kept = [row.told.get("retain_kl") if row else None for row in (ours, paper)]
-    yield bounded("that: KL on other retain text at most 0.5 × its", quotient(*kept), most=0.5)
-
-
-def kl_of(row: Row | None) -> float:
-    kl = on_completions(row)
-    return kl["value"] if kl else math.inf
-
-
-def kl_ratio(one: Row | None, other: Row | None) -> float | None:
-    """Of the KLs on benign completions."""
-    return quotient(kl_of(one), kl_of(other)) if is_reported(one) and is_reported(other) else None
-
-
-def whole_seconds(results: Results, row: Row) -> float | None:
-    """Seconds of a request and of the fit on all blocks."""
-    return with_fit(results, request_seconds(row.tuned), FITS.get(row.method, "ekfac"))
+def kl_of(row: Row | None, name: str) -> float | None:
+    """Of a row that was measured."""
+    own: Texts | None = row.told[name] if row is not None else None
+    return mean(own) if own is not None else None
 
 
 def tuning_table(results: Results) -> str:

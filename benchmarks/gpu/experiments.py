@@ -29,7 +29,7 @@ TINY_TOFU = (
 TINY_TOPIC = (
     *("--skip", "*band*"),  # the tiny model has fewer blocks
     *("--tune-questions", "6", "--questions", "24", "--passages", "8", "--held-out", "4"),
-    *("--tokens", "16", "--completions", "4", "--steps", "4", "--target", "0.4"),
+    *("--tokens", "16", "--completions", "4", "--steps", "4", "--lost", "0.3"),
 )
 Run = tuple[str, list[str]]
 """(name of its file, command)."""

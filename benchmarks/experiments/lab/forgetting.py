@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfade import Damping
@@ -23,7 +24,7 @@ from kfade.curvature.vectors import Vector
 from kfade.data.batches import Batch
 from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
-from kfade.evaluate.divergence import divergences, grouped, outputs
+from kfade.evaluate.divergence import divergences, grouped, outputs, rounded
 from kfade.method.gauge import parameter_changes
 from kfade.method.measure import (
     Reference,
@@ -94,6 +95,15 @@ def token_kls(
             lambda: update.applied_to(model),
         )
     )
+
+
+def text_kls(
+    base: Any, model: Any, update: Update, sequences: Sequence[TokenSequence]
+) -> list[tuple[float, int]]:
+    """(KL per scored token, scored tokens) of each sequence; see :func:`token_kls`."""
+    kls = token_kls(base, model, update, sequences)
+    means = torch.stack([kls[i].mean() for i in range(len(sequences))])
+    return [(kl, len(kls[i])) for i, kl in enumerate(rounded(means))]
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,25 @@ class Search:
             failure = f"not reached: {least:.3f} in {len(curve)} trials"
             return {"failure": failure, "curve": curve}, None
         return {**curve[-1], "curve": curve}, base.plus(changes, best.alpha)
+
+    def on_path(self, states: Sequence[Update]) -> tuple[dict[str, Any], Update | None]:
+        """The point that reaches the target on the straight lines from each update to the next, or
+        beyond the last one; as :meth:`along`, with the number of the update before it, ``after``.
+
+        A run that is told to go no further stops there, for steps do not look ahead.
+
+        Args:
+            states: an empty update, then those after each step of a run. They forget more and more.
+        """
+        low, high = 0, len(states) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            with states[middle].applied_to(self._model):
+                now = self._group.forgotten(self._model)["forget_probability"]
+            low, high = (middle, high) if now > self._group.target else (low, middle)
+        changes = states[high].plus(states[low].deltas, -1.0).deltas
+        row, found = self.along(changes, before=states[low])
+        return {**row, "after": low}, found
 
     def at(self, update: Update) -> dict[str, float]:
         """A point of a curve: what the model with ``update`` does."""

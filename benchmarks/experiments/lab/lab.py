@@ -163,11 +163,11 @@ class Lab:
         direction: Direction = PLAIN,
         layers: str = "all",
         **options: Any,
-    ) -> tuple[Update, Update, Record]:
+    ) -> tuple[list[Update], Record]:
         """``kfade.unlearn`` with a kept curvature; without a damping it chooses one.
 
         Returns:
-            The update before the last step, the whole update, and what is to be told of the run.
+            An empty update and those after each step, and what is to be told of the run.
         """
         targets = targets_within(self.targets, layers)
         curvature = cut(self.curvature(fit), targets)
@@ -194,7 +194,8 @@ class Lab:
         told = {"refined": last["refined"], "refinements": last["refinements"]}
         if damping is None:
             damping = update.provenance["damping"]["value"]
-        return states[-2], update, {**told, "damping": damping, "run_seconds": seconds}
+        states[-1] = update  # corrected, if the run ended for lack of a gradient
+        return states, {**told, "damping": damping, "run_seconds": seconds}
 
     def train(
         self,
@@ -226,7 +227,7 @@ class Lab:
     def keep(self, name: str, row: Record, update: Update | None) -> Record:
         """Keep the update under that name, if there is one; the row."""
         if update is not None:
-            self._path(name).parent.mkdir(exist_ok=True)
+            self._path(name).parent.mkdir(parents=True, exist_ok=True)
             update.save(self._path(name))
         return row
 

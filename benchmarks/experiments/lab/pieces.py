@@ -25,7 +25,12 @@ Sizes = TypeVar("Sizes")
 
 
 def options_of(description: str | None, results: Path) -> argparse.ArgumentParser:
-    """The options of every experiment."""
+    """The options of every experiment.
+
+    Args:
+        results: default of ``--results``. Sizes of the experiment may stand in the file's name, as
+            in ``topic_{subject}.jsonl``.
+    """
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,6 +70,7 @@ def read_options(
         options.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = options.parse_args()
     own = {name: getattr(given, name) for name in fields}
+    given.results = Path(str(given.results).format(**own))
     sizes = replace(default, model=Path(given.model).name, **own)
     results = read(given.results) or {"settings": asdict(sizes)}
     if results["settings"] != asdict(sizes):
