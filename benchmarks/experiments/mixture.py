@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from lab.forgetting import BUDGET, token_kls
+from lab.intervals import interval
 from lab.pieces import make_once
 from lab.records import RESULTS, Record, read, write
 from mixture_models import DENSE, MIXTURE, Sizes, paragraphs, questions, train
-from lab.intervals import interval
 
 import kfade
 from kfade.data.examples import Example

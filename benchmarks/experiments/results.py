@@ -14,6 +14,7 @@ from pathlib import Path
 import prediction
 import tofu_page
 import topic_page
+import verbatim_page
 from lab.records import DOCS, NOT_RUN, RESULTS, read
 from topic_data import SUBJECTS
 
@@ -32,7 +33,8 @@ class NotRun(dict):
 
 def write_results(results: Path, docs: Path) -> None:
     """``results.md`` and its figures."""
-    tofu, anew = (read(results / f"{name}.jsonl") for name in ("tofu_small", "tofu_small_anew"))
+    names = ("tofu_small", "tofu_small_anew", "verbatim_small")
+    tofu, anew, verbatim = (read(results / f"{name}.jsonl") for name in names)
     told = {subject: read(results / f"topic_small_{subject}.jsonl") for subject in SUBJECTS}
     topic = {subject: own for subject, own in told.items() if own}
     text = TEMPLATE.read_text(encoding="utf-8").format(
@@ -40,7 +42,9 @@ def write_results(results: Path, docs: Path) -> None:
         anew=NotRun(anew),
         topic=NotRun(next(iter(topic.values()), {})),
         **tofu_page.slots(tofu, results),
+        verbatim=NotRun(verbatim),
         **topic_page.slots(topic),
+        **verbatim_page.slots(verbatim),
     )
     (docs / "results.md").write_text(text, encoding="utf-8")
     tofu_page.draw(tofu, docs / "images")

@@ -20,7 +20,7 @@ import tofu_small
 from conftest import WORDS, run_script
 from lab.baselines import at_target
 from lab.forgetting import EVERY
-from lab.records import RESULTS, read, write
+from lab.records import read, write
 from lab.rows import request_seconds
 from lab.tuning import lowest, rates
 from tofu_attacks import AT, GIVEN

@@ -5,13 +5,16 @@ python -m pytest benchmarks/experiments
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
 import topic_small
+import torch
 from conftest import WORDS, run_script
 from lab.fine_tune import fine_tune
+from lab.forgetting import Search
 from lab.intervals import interval, mean
 from lab.records import read
 from test_tofu_small import write_rows
@@ -21,6 +24,7 @@ from transformers import AutoTokenizer
 
 import kfade
 from kfade.data.examples import Example
+from kfade.method.update import Update
 from kfade.models.load import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -93,7 +97,11 @@ def bands():
 def results(data, learnt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     given = {"data": data, "model": learnt, "cache": folder / "cache"}
-    given |= {"results": folder / "topic_small_{subject}.jsonl", "tune-questions": 12, "questions": 15}
+    given |= {
+        "results": folder / "topic_small_{subject}.jsonl",
+        "tune-questions": 12,
+        "questions": 15,
+    }
     given |= {"passages": 8, "held-out": 4, "tokens": 16, "completions": 5, "steps": 40}
     only = ["base", "fit *", "* ekfac *", "* kfac *", "* identity *", "* gd *", "* refine 1"]
     only += ["* band *", "* band", "* steps 3", "* default *"]
@@ -108,9 +116,7 @@ def test_the_learnt_model_knows_the_terms_and_every_row_is_at_the_target(results
     tuned = {name: told for name, told in results.items() if name.startswith("tune ")}
     reached = [told for told in tuned.values() if "failure" not in told]
     assert len(reached) >= 5
-    tune, topic = (
-        SIZES.target(results["base"][name]["probability"]) for name in ("tune", "topic")
-    )
+    tune, topic = (SIZES.target(results["base"][name]["probability"]) for name in ("tune", "topic"))
     for told in reached:
         assert abs(told["forget_probability"] - tune) < 0.04
         assert told["kl"] > 0
@@ -167,6 +173,32 @@ def test_the_page_tells_of_it(results):
         lines = [line for line in tables[name].splitlines() if line.startswith("|")]
         counts = {line.count("|") for line in lines}
         assert len(counts) == 1, name  # each row has as many cells as the head
+
+
+@pytest.mark.parametrize(
+    ("wanted", "after", "alpha"),
+    [(0.5, 0, 0.5), (1.5, 1, 0.5), (3.0, 2, 0.5), (5.0, 2, 1.5)],  # the last one beyond the end
+)
+def test_a_target_is_found_on_the_way_of_a_run(wanted, after, alpha):
+    class Weight:
+        """Forgets as its weight grows: p = e^-w at a KL of w²/100."""
+
+        name, forget, start, target = "weight", (), 1.0, math.exp(-wanted)
+
+        def forgotten(self, model):
+            return {"forget_probability": math.exp(-model.weight.item()), "forget_loss": 0.0}
+
+        def kl(self, _):
+            return layer.weight.item() ** 2 / 100
+
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    states = [Update({}), *(Update({"weight": torch.tensor([[w]])}) for w in (1.0, 2.0, 4.0))]
+    row, found = Search(layer, Weight(), Weight()).on_path(states)
+    assert row["after"] == after
+    assert row["alpha"] == pytest.approx(alpha, rel=0.1)
+    assert found.deltas["weight"].item() == pytest.approx(wanted, rel=0.05)
+    assert row["kl"] == pytest.approx(found.deltas["weight"].item() ** 2 / 100)
 
 
 def reported(results, method):

@@ -13,6 +13,7 @@ from conftest import WORDS, run_script
 from lab.records import read
 from tofu_data import OF_AUTHOR, UNSEEN, Sizes
 from tofu_lab import run_pieces
+from verbatim_page import slots
 from verbatim_small import BOOKS, HIDDEN, SHOWN, Passages, passages, pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,3 +65,18 @@ def test_a_tiny_model_learns_books_and_forgets_one(data, model, tmp_path):
     assert step["forget_probability"] < 0.5
     assert step["kl"] > 0
     assert not any(name.startswith("tofu") for name in found)
+
+
+def test_the_page_tells_what_the_default_has_of_others_kls():
+    kls = {"default": 0.1, "paper": 2.0, "rmu 0.002": 0.4}
+    results = {"tune rmu 0.002": {"kl": 1.0}}
+    for row, kl in kls.items():
+        results[f"report {row}"] = {"kl": kl, "run_seconds": 60.0}
+        results[f"by question {row}"] = {
+            name: [(kl * of, 30) for of in (1.0, 2.0, 3.0)] for name in ("report", "others")
+        }
+    told = slots(results)
+    assert "| RMU | learning rate 0.002 | 0.8 (" in told["verbatim_methods"]
+    claims = told["verbatim_claims"].splitlines()
+    assert sum("0.25 (0.25 to 0.25) × | **no** |" in line for line in claims) == 2
+    assert sum("0.05 (0.05 to 0.05) × | yes |" in line for line in claims) == 2

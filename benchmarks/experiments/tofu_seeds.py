@@ -29,6 +29,7 @@ from kfade.evaluate.tofu_logs import choose_row
 MOST = {"report": 0.2, "others": 0.1}  # of the best baseline's KL
 MOST_OF_PAPER = 0.1
 GOOD, RIVAL_GOOD = 0.8, 0.5  # forget quality; a baseline below the second is no rival in utility
+KL_HEADS = " | ".join(f"KL, {title} | the default's share" for title in SLICES.values())
 Share = Mapping[str, float]
 """The default's KL as a share of another method's: ``value``, ``low``, ``high``."""
 
@@ -39,23 +40,37 @@ def seeds_table(seeds: Mapping[int, Results]) -> str:
     lines: dict[str, list[list[str]]] = {}
     for seed, results in seeds.items():
         for row in rows[seed]:
-            told = {name: measured(results, [row], name).get(row.method) for name in SLICES}
-            if row.method not in (DEFAULT, "paper", *BASELINES) or None in told.values():
+            kls = kl_cells(results, rows[seed], row)
+            if row.method not in (DEFAULT, "paper", *BASELINES) or not kls:
                 continue
             quality, utility = figures_of(results, row).get("×1", (None, None))
-            cells = [row.title, str(seed), number(quality), number(utility)]
-            for name in SLICES:
-                share = share_of(results, rows[seed], name, row.method)
-                cells.append(with_interval(interval(told[name] or ())))
-                cells.append(with_interval(share) if share and row.method != DEFAULT else "")
+            cells = [row.title, str(seed), number(quality), number(utility), *kls]
             lines.setdefault(row.method, []).append(cells)
-    heads = (f"KL, {title} | the default's share" for title in SLICES.values())
     shown = [line for own in lines.values() if len(own) > 1 or len(seeds) == 1 for line in own]
-    return table(f"method | seed | forget quality | utility | {' | '.join(heads)}", shown)
+    return table(f"method | seed | forget quality | utility | {KL_HEADS}", shown)
+
+
+def kl_cells(results: Results, rows: Sequence[Row], row: Row) -> list[str]:
+    """Under ``KL_HEADS``: a row's KL on each slice, and the default's as a share of it; empty if it
+    was not measured."""
+    cells = []
+    for name in SLICES:
+        own = measured(results, [row], name).get(row.method)
+        if own is None:
+            return []
+        share = share_of(results, rows, name, row.method) if row.method != DEFAULT else None
+        cells += [with_interval(interval(own)), with_interval(share) if share else ""]
+    return cells
 
 
 def seed_claims(seeds: Mapping[int, Results]) -> Iterator[Claim]:
     """What the default has to reach in every seed."""
+    yield from kl_claims(seeds)
+    yield quality_claim(seeds)
+
+
+def kl_claims(seeds: Mapping[int, Results]) -> Iterator[Claim]:
+    """Bounds on the default's KL as a share of the best baseline's and of the paper's recipe."""
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     for name, title in SLICES.items():
         rival = rival_of(measured(seeds[0], rows_of(seeds[0]), name))
@@ -67,7 +82,6 @@ def seed_claims(seeds: Mapping[int, Results]) -> Iterator[Claim]:
             shares = [share_of(own, rows_of(own), name, method) for own in seeds.values()]
             claim = f"{title}: KL at most {most:g} × that of {other} ({count})"
             yield share_claim(claim, shares, most)
-    yield quality_claim(seeds)
 
 
 def share_of(results: Results, rows: Sequence[Row], name: str, method: str | None) -> Share | None:

@@ -214,7 +214,7 @@ class TopicLab(Lab):
             complete(self.model, self.tokenizer, prompts, log, Decoding(NEW_TOKENS))
             said = [log.items[str(i)]["tokens"] for i in range(len(prompts))]
         whole = [completed(prompt, own) for prompt, own in zip(prompts, said, strict=True)]
-        return [text for text in whole if not self.data.tells_of_subject(text, self.tokenizer)]
+        return [text for text in whole if not self.data.words.in_text(text)]
 
 
 def pieces(lab: TopicLab, results: Results) -> Iterator[Piece]:

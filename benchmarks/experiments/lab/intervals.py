@@ -19,8 +19,8 @@ def mean(texts: Texts) -> float:
 
 
 def interval(texts: Texts, against: Texts | None = None) -> dict[str, float]:
-    """The mean per token, or its ratio to that of ``against`` on the same texts: ``value``, ``low``,
-    ``high``."""
+    """The mean per token, or its ratio to that of ``against`` on the same texts: ``value``,
+    ``low``, ``high``."""
     kl, tokens = np.asarray(texts).T
     unit = tokens if against is None else np.asarray(against)[:, 0] * tokens
 
