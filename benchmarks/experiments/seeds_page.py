@@ -3,9 +3,10 @@
     python benchmarks/experiments/seeds_page.py FOLDER
 
 FOLDER has results of ``tofu_whole.py`` (``tofu_SPLIT_seedN.jsonl``) and of ``topic_small.py``
-(``topic_seedN.jsonl``). Prints, for each split, the paper's Table 2 (forget quality and utility of
-each method) and draws its Figures 1 and 3 into FOLDER: forget quality against utility, and against
-the KL on retained questions for each estimator. A cell is the median over seeds, with the range.
+(``topic_SUBJECT_seedN.jsonl``). Prints, for each split, the paper's Table 2 (forget quality and
+utility of each method) and draws its Figures 1 and 3 into FOLDER: forget quality against utility,
+and against the KL on retained questions for each estimator. A cell is the median over seeds, with
+the range.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lab.pieces import Results
 from lab.records import number, read_seeds, table
 from lab.rows import ESTIMATORS, Row
 from tofu_rows import figures_of, log_of_retrained, logs_of, rows_of
+from topic_data import SUBJECTS
 
 from kfade.evaluate.tofu_logs import aggregate, choose_row
 
@@ -42,8 +44,9 @@ def main() -> None:
         if seeds:
             print(f"TOFU, {split}, {len(seeds)} seeds\n\n{tofu_table(seeds)}\n")
             draw(seeds, folder, split)
-    if seeds := [*read_seeds(folder, "topic").values()]:
-        print(f"Topic-small, {len(seeds)} seeds\n\n{topic_table(seeds)}")
+    for subject in SUBJECTS:
+        if seeds := [*read_seeds(folder, f"topic_{subject}").values()]:
+            print(f"Topic-small, {subject}, {len(seeds)} seeds\n\n{topic_table(seeds)}\n")
 
 
 def tofu_table(seeds: list[Results]) -> str:
@@ -80,7 +83,7 @@ def tofu_rows(results: Results) -> Iterator[tuple[str, dict[str, float]]]:
 
 def topic_table(seeds: list[Results]) -> str:
     """Accuracies in percent, and KLs at the target."""
-    heads = ("astronomy", "psychology and sociology", "general", "KL, other retain text")
+    heads = ("subject", "other subjects", "general", "KL, other retain text")
     return over_seeds(seeds, topic_rows, (*heads, "KL, Alpaca", "seconds"))
 
 
@@ -96,7 +99,7 @@ def topic_rows(results: Results) -> Iterator[tuple[str, dict[str, float]]]:
 
 def accuracies(told: Mapping[str, Any]) -> dict[str, float]:
     """In percent."""
-    names = {"topic": "astronomy", "sisters": "psychology and sociology", "general": "general"}
+    names = {"topic": "subject", "sisters": "other subjects", "general": "general"}
     return {shown: 100 * told[name]["accuracy"] for name, shown in names.items()}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.experiments.lab.records import BENCHMARKS, write
+from benchmarks.experiments.topic_data import SUBJECTS
 from benchmarks.gpu.measure import machine
 
 EXPERIMENTS = BENCHMARKS / "experiments"
@@ -99,8 +100,9 @@ def tofu_runs(given: argparse.Namespace) -> Iterator[Run]:
 
 def topic_runs(given: argparse.Namespace) -> Iterator[Run]:
     for seed in SEEDS[:2] if given.tiny else SEEDS:
-        options = list(TINY_TOPIC if given.tiny else ())
-        yield f"topic_seed{seed}", script("topic_small.py", given, seed, options)
+        for subject in SUBJECTS[:1] if given.tiny else SUBJECTS:
+            options = ["--subject", subject, *(TINY_TOPIC if given.tiny else ())]
+            yield f"topic_{subject}_seed{seed}", script("topic_small.py", given, seed, options)
 
 
 def script(name: str, given: argparse.Namespace, seed: int, options: list[str]) -> list[str]:
