@@ -67,11 +67,12 @@ def by_subject(subjects: Subjects, write: Callable[[str, Results], str]) -> str:
 
 
 def draw(subjects: Subjects, images: Path) -> None:
-    """The figure of each subject."""
+    """The figure of each subject of which something was reported."""
     for subject, results in subjects.items():
         rows = [row for row in rows_of(results) if is_reported(row)]
-        kls = {row.title: interval(row.told["completions"]) for row in rows}
-        figures.draw_specificity(kls, images / figure_of(subject))
+        if rows:
+            kls = {row.title: interval(row.told["completions"]) for row in rows}
+            figures.draw_specificity(kls, images / figure_of(subject))
 
 
 def figure_of(subject: str) -> str:
