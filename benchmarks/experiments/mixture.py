@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lab.forgetting import BUDGET, token_kls
-from lab.intervals import interval
+from lab.forgetting import BUDGET, text_kls
+from lab.intervals import Texts, interval
 from lab.pieces import make_once
 from lab.records import RESULTS, Record, read, write
 from mixture_models import DENSE, MIXTURE, Sizes, paragraphs, questions, train
@@ -47,8 +47,6 @@ STEPS = {"1": (1, False), "3": (3, False), "3, refitted": (3, True)}
 FEW = 2  # experts of each layer that are changed in the row of a few experts
 PARAGRAPHS, PARAGRAPH_TOKENS = 40, 128
 ATTENTION = "*.self_attn.*_proj.weight"
-Questions = Sequence[tuple[float, int]]
-"""(KL per token, tokens) of each."""
 
 
 class Trained:
@@ -115,10 +113,9 @@ class Trained:
             "questions": own,
         }
 
-    def by_question(self, update: Update, name: str) -> Questions:
+    def by_question(self, update: Update, name: str) -> Texts:
         """The KL of each sequence of a set."""
-        kls = token_kls(self.model, self.model, update, self.sets[name])
-        return [(float(f"{kls[i].mean():.4g}"), len(kls[i])) for i in range(len(kls))]
+        return text_kls(self.model, self.model, update, self.sets[name])
 
     def rerouted(self, update: Update, name: str) -> float | None:
         """The share of a set's positions that go to other experts."""

@@ -40,9 +40,9 @@ def write_results(results: Path, docs: Path) -> None:
     text = TEMPLATE.read_text(encoding="utf-8").format(
         tofu=NotRun(tofu),
         anew=NotRun(anew),
+        verbatim=NotRun(verbatim),
         topic=NotRun(next(iter(topic.values()), {})),
         **tofu_page.slots(tofu, results),
-        verbatim=NotRun(verbatim),
         **topic_page.slots(topic),
         **verbatim_page.slots(verbatim),
     )

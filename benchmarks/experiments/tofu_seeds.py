@@ -12,7 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from lab.intervals import interval
 from lab.pieces import Results
 from lab.records import NOT_RUN, number, table
-from lab.rows import BASELINES, Claim, Row, with_interval, yes
+from lab.rows import (
+    BASELINES,
+    MOST_OF_PAPER,
+    Claim,
+    Row,
+    Share,
+    share_claim,
+    with_interval,
+    yes,
+)
 from lab.tuning import DEFAULT
 from tofu_rows import (
     SLICES,
@@ -27,11 +36,8 @@ from tofu_rows import (
 from kfade.evaluate.tofu_logs import choose_row
 
 MOST = {"report": 0.2, "others": 0.1}  # of the best baseline's KL
-MOST_OF_PAPER = 0.1
 GOOD, RIVAL_GOOD = 0.8, 0.5  # forget quality; a baseline below the second is no rival in utility
 KL_HEADS = " | ".join(f"KL, {title} | the default's share" for title in SLICES.values())
-Share = Mapping[str, float]
-"""The default's KL as a share of another method's: ``value``, ``low``, ``high``."""
 
 
 def seeds_table(seeds: Mapping[int, Results]) -> str:
@@ -90,15 +96,6 @@ def share_of(results: Results, rows: Sequence[Row], name: str, method: str | Non
     if method not in told or DEFAULT not in told:
         return None
     return interval(told[DEFAULT], told[method])
-
-
-def share_claim(claim: str, shares: Sequence[Share | None], most: float) -> Claim:
-    """It holds if the whole interval does in every seed."""
-    found = [share for share in shares if share is not None]
-    if len(found) < len(shares):
-        return [claim, NOT_RUN, ""]
-    said = "; ".join(with_interval(share) for share in found)
-    return [claim, f"{said} ×", yes(all(share["high"] <= most for share in found))]
 
 
 def quality_claim(seeds: Mapping[int, Results]) -> Claim:

@@ -14,12 +14,14 @@ from lab.records import NOT_RUN, Record, number, table
 from lab.rows import (
     BASELINES,
     ESTIMATORS,
+    MOST_OF_PAPER,
     Claim,
     Row,
     bounded,
     quotient,
     request_seconds,
     row_of,
+    share_claim,
     variant_setting,
     variant_title,
     with_interval,
@@ -39,7 +41,6 @@ from topic_small import (
 
 TEXTS = {"retained": "other retain text", "completions": "Alpaca"}
 MOST = {"retained": 0.2, "completions": 0.1}  # of the best baseline's KL
-MOST_OF_PAPER = 0.1
 Subjects = Mapping[str, Results]
 """Results by the subject that is forgotten."""
 
@@ -167,28 +168,23 @@ def subject_claims(by: Mapping[str, Row]) -> Iterator[Claim]:
     baselines = [row for name, row in by.items() if name in BASELINES]
     papers = [by[name] for name in ("paper", PAPER_ON_BAND) if name in by]
     for name, title in TEXTS.items():
-        yield share_claim(f"KL on {title}", name, MOST[name], ours, baselines, "best baseline")
-        yield share_claim(
-            f"KL on {title}", name, MOST_OF_PAPER, ours, papers, "better of the paper's recipes"
-        )
+        for named, others, most in (
+            ("best baseline", baselines, MOST[name]),
+            ("better of the paper's recipes", papers, MOST_OF_PAPER),
+        ):
+            rival = min(others, key=lambda row, name=name: mean(row.told[name]), default=None)
+            claim = f"KL on {title} at most {most:g} × that of the {named}"
+            if ours is None or rival is None:
+                yield share_claim(claim, [None], most)
+                continue
+            share = interval(ours.told[name], rival.told[name])
+            claim, measured, holds = share_claim(claim, [share], most)
+            yield [claim, f"{measured} ({rival.title})", holds]
     yield kept_claim(baselines, ours)
     for name, bound in (("diagonal", 5.0), ("identity", 20.0)):
         claim = f"{name} needs at least {bound:g} × K-FAC's KL"
         kls = [kl_of(by.get(fit), "completions") for fit in (name, "kfac")]
         yield bounded(claim, quotient(*kls), least=bound)
-
-
-def share_claim(
-    what: str, name: str, most: float, ours: Row | None, others: Sequence[Row], named: str
-) -> Claim:
-    """The default's KL as a share of the lowest of others; it holds if the whole interval does."""
-    rival = min(others, key=lambda row: mean(row.told[name]), default=None)
-    claim = f"{what} at most {most:g} × that of the {named}"
-    if ours is None or rival is None:
-        return [claim, NOT_RUN, ""]
-    share = interval(ours.told[name], rival.told[name])
-    told = f"{with_interval(share)} × ({rival.title})"
-    return [claim, told, yes(share["high"] <= most)]
 
 
 def kept_claim(others: Sequence[Row], ours: Row | None) -> Claim:

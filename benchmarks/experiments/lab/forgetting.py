@@ -83,25 +83,18 @@ def forgetting(model: Any, forget: Sequence[TokenSequence]) -> dict[str, float]:
     return {"forget_loss": loss, "forget_probability": losses.mean_probability(batches)}
 
 
-def token_kls(
+def text_kls(
     base: Any, model: Any, update: Update, sequences: Sequence[TokenSequence]
-) -> dict[int, Tensor]:
-    """KL(base ‖ model with ``update``) of every scored token, by number of the sequence."""
+) -> list[tuple[float, int]]:
+    """(KL(base ‖ model with ``update``) per scored token, scored tokens) of each sequence."""
     groups = grouped(batches_for(base, sequences, BUDGET))
-    return dict(
+    kls = dict(
         divergences(
             groups,
             lambda number: outputs(base, groups[number], "base"),
             lambda: update.applied_to(model),
         )
     )
-
-
-def text_kls(
-    base: Any, model: Any, update: Update, sequences: Sequence[TokenSequence]
-) -> list[tuple[float, int]]:
-    """(KL per scored token, scored tokens) of each sequence; see :func:`token_kls`."""
-    kls = token_kls(base, model, update, sequences)
     means = torch.stack([kls[i].mean() for i in range(len(sequences))])
     return [(kl, len(kls[i])) for i, kl in enumerate(rounded(means))]
 
@@ -160,7 +153,11 @@ class Search:
         return row, update
 
     def along(
-        self, changes: Mapping[str, Tensor], guess: float = 1.0, before: Update | None = None
+        self,
+        changes: Mapping[str, Tensor],
+        guess: float = 1.0,
+        before: Update | None = None,
+        begin: float | None = None,
     ) -> tuple[dict[str, Any], Update | None]:
         """The multiple of ``changes``, added to ``before``, that reaches the target.
 
@@ -169,7 +166,8 @@ class Search:
         """
         curve: list[dict[str, float]] = []
         base = before or Update({})
-        begin = self.at(base)["forget_probability"] if base.deltas else self._group.start
+        if begin is None:
+            begin = self._probability(base)
         if begin <= self._group.target:
             return {"failure": f"begins at {begin:.3f}, not above the target", "curve": []}, None
 
@@ -200,15 +198,24 @@ class Search:
         Args:
             states: an empty update, then those after each step of a run. They forget more and more.
         """
-        low, high = 0, len(states) - 1
+        low, high, begin = 0, len(states) - 1, self._group.start
         while high - low > 1:
             middle = (low + high) // 2
-            with states[middle].applied_to(self._model):
-                now = self._group.forgotten(self._model)["forget_probability"]
-            low, high = (middle, high) if now > self._group.target else (low, middle)
+            now = self._probability(states[middle])
+            if now > self._group.target:
+                low, begin = middle, now
+            else:
+                high = middle
         changes = states[high].plus(states[low].deltas, -1.0).deltas
-        row, found = self.along(changes, before=states[low])
+        row, found = self.along(changes, before=states[low], begin=begin)
         return {**row, "after": low}, found
+
+    def _probability(self, update: Update) -> float:
+        """The forget probability of the model with ``update``."""
+        if not update.deltas:
+            return self._group.start
+        with update.applied_to(self._model):
+            return self._group.forgotten(self._model)["forget_probability"]
 
     def at(self, update: Update) -> dict[str, float]:
         """A point of a curve: what the model with ``update`` does."""

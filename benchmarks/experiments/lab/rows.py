@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,12 @@ BASELINES = {
     "elm": "ELM",
     "soul": "SOUL",
 }
+MOST_OF_PAPER = 0.1  # of the KL of the paper's recipe
 MOST_COST = 3.0  # of a variant that is compared with the paper's recipe, in the recipe's cost
 Claim = list[str]
 """The claim, what was measured, and whether it holds."""
+Share = Mapping[str, float]
+"""The default's KL as a share of another method's: ``value``, ``low``, ``high``."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,15 @@ def bounded(
     if value is None:
         return [claim, NOT_RUN, ""]
     return [claim, f"{value:.3g} ×", yes(least <= value <= most)]
+
+
+def share_claim(claim: str, shares: Sequence[Share | None], most: float) -> Claim:
+    """It holds if every share has its whole interval below ``most``."""
+    found = [share for share in shares if share is not None]
+    if len(found) < len(shares):
+        return [claim, NOT_RUN, ""]
+    said = "; ".join(with_interval(share) for share in found)
+    return [claim, f"{said} ×", yes(all(share["high"] <= most for share in found))]
 
 
 def affordable(costs: Mapping[str, float | None]) -> list[str]:
