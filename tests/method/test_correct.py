@@ -49,6 +49,7 @@ from kfade.method.correct import Ascent, Merit, ascent, best_length, descent
 from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
+from kfade.method.record import ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.size import Probe, choose_alpha, shortfall
@@ -243,6 +244,7 @@ def test_nothing_to_correct_gives_no_direction(edited):
 
 # --- The length ---------------------------------------------------------------------------------
 
+ENDS = ("before", "after")
 BEFORE = Probe(0.0, retain_kl=1.0, forget_loss=3.0, forget_probability=0.1, objective=0.0)
 FIRST = replace(BEFORE, retain_kl=0.0, forget_loss=1.0)
 BY_LOSS = Merit(StepSize(until=3.0), FIRST, BEFORE)
@@ -301,6 +303,14 @@ def test_merit_compares_at_equal_forgetting():
 def test_what_a_step_lacks_of_its_size(size, lacks):
     first = replace(FIRST, forget_probability=1.0)
     assert shortfall(size, first, BEFORE) == pytest.approx(lacks)
+
+
+def test_what_one_step_lacks_is_counted_from_no_kl_at_all():
+    """The step ended a little above its KL; a correction then left room below it."""
+    step = {f"forget_{what}_{when}": 0.5 for what in ("loss", "probability") for when in ENDS}
+    first, now = ends_of([{**step, "retain_kl": 1.05}])
+    assert (first.retain_kl, now.retain_kl) == (0.0, 1.05)
+    assert shortfall(StepSize(kl=1.0), first, replace(now, retain_kl=0.8)) == pytest.approx(0.2)
 
 
 # --- A run --------------------------------------------------------------------------------------

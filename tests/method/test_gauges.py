@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from helpers import flat, measured_kl, random_sequences, tiny_llama
 
 import kfade
-from kfade import KFAC, InputError, Update, cross_entropy, make_batches, margin
+from kfade import KFAC, InputError, StepSize, Update, cross_entropy, make_batches, margin
 from kfade.method.gauge import Gauge
-from kfade.method.gauges import part_of
+from kfade.method.gauges import Gauges, part_of
 from kfade.method.measure import TokenLosses, mean_objectives
 
 MANY = {
@@ -141,6 +142,84 @@ def test_a_target_that_a_part_reaches_is_confirmed_on_all(monkeypatch):
     steps = kfade.unlearn(model, **MANY, **flat(**options)).provenance["steps"]
     assert [step["measured_on"] for step in steps] == [ALL, PARTS, ALL]
     assert math.isclose(steps[-1]["forget_loss_after"], start + 0.3, abs_tol=0.01)
+
+
+def misjudged(monkeypatch, factor: float) -> None:
+    """A part that measures ``factor`` times the KL and the rise of the forget loss of all data."""
+    real = Gauge.on_part
+
+    def on_part(self, held_out, forget, start, objective):
+        part, begin = real(self, held_out, forget, start, objective)
+        whole = self
+
+        def measure(update, objective, alpha=0.0):
+            found = whole.measure(update, objective, alpha)
+            part.latest = part.base
+            rise = found.forget_loss - start.forget_loss
+            return replace(
+                found,
+                retain_kl=factor * found.retain_kl,
+                forget_loss=start.forget_loss + factor * rise,
+            )
+
+        part.measure = measure
+        return part, begin
+
+    monkeypatch.setattr(Gauge, "on_part", on_part)
+
+
+@pytest.mark.parametrize("size", ["kl", "until"])
+@pytest.mark.parametrize("factor", [0.3, 3.0], ids=["too little", "too much"])
+def test_steps_that_a_part_misjudges_end_at_the_size_all_the_same(monkeypatch, size, factor):
+    """Where a part sees too little, the steps on the way go beyond the size: the run comes back.
+    Where it sees too much, they go on, measured on all data."""
+    model, said = tiny_llama(), []
+    misjudged(monkeypatch, factor)
+    monkeypatch.setattr("kfade.method.gauges.say", said.append)
+    start, _ = forgetting(model, MANY["forget"])
+    asked = {"kl": 0.01} if size == "kl" else {"until": start + 0.3}
+    options = {"fit": KFAC(), "steps": 3, "refit": False, **asked}
+    update = kfade.unlearn(model, **MANY, **flat(**options))
+    *_, last = steps = update.provenance["steps"]
+    kl = measured_kl(model, make_batches(MANY["held_out"]), update)
+    with update.applied_to(model):
+        loss, _ = forgetting(model, MANY["forget"])
+    # The tolerances of a size: a tenth of the KL, 3 % of the rise.
+    if size == "kl":
+        assert kl == pytest.approx(0.01, rel=0.1)
+    else:
+        assert loss == pytest.approx(start + 0.3, abs=0.03 * 0.3)
+    # 1e-9: the data are in other batches here.
+    assert last["retain_kl"] == pytest.approx(kl, rel=1e-9)
+    assert last["forget_loss_after"] == pytest.approx(loss, rel=1e-9)
+    assert last["measured_on"] == ALL
+    if factor < 1:  # two steps of three, the rest was behind them
+        assert len(steps) == 2
+        assert 0.1 < last["scaled_by"] < 0.95
+        [line] = said
+        assert line.endswith(f"so the update is scaled by {last['scaled_by']:.4g}")
+    else:
+        assert [step["scaled_by"] for step in steps] == [1.0] * len(steps)
+        assert not said
+
+
+def test_a_run_that_went_beyond_and_cannot_meet_its_size_takes_the_nearest(monkeypatch):
+    """As where tokens change their experts: the KL jumps over the size."""
+    model, whole = tiny_llama(), Gauge.measure
+
+    def jumping(self, update, objective, alpha=0.0):
+        found = whole(self, update, objective, alpha)
+        return replace(found, retain_kl=0.1 if found.retain_kl > 0.004 else found.retain_kl / 2)
+
+    update = kfade.unlearn(model, **MANY, **flat(fit=KFAC(), kl=0.02))
+    monkeypatch.setattr(Gauge, "measure", jumping)
+    gauge = Gauge(model, make_batches(MANY["held_out"]), make_batches(MANY["forget"]))
+    gauges = Gauges(gauge, gauge, gauge.measure(Update({}), cross_entropy), 1)
+    [step] = update.provenance["steps"]
+    beyond = Update(update.deltas, {"steps": [{**step, "measured_on": {}}]})
+    [ended] = gauges.settled(beyond, cross_entropy, StepSize(kl=0.01)).provenance["steps"]
+    # At most 0.002 below the jump and 0.1 above it: below is nearer. 1e-4: of the search.
+    assert ended["retain_kl"] == pytest.approx(0.002, rel=1e-2)
 
 
 def test_a_target_that_is_reached_already_is_refused():

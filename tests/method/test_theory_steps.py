@@ -420,6 +420,16 @@ def test_a_part_of_the_way_aims_at_its_share():
     assert part.forget_loss == pytest.approx(2.0, abs=0.03 * 1.0)  # 3 % of the rise of 1
 
 
+def test_a_share_is_of_the_way_that_is_left():
+    """From 0.01, half the way to 0.09 in sqrt(KL): from 0.1 to 0.2 of 0.3. Loss: from 2 to 2.5."""
+    begun = replace(START, retain_kl=0.01, forget_loss=2.0)
+    further = {"share": 0.5, "start": begun}
+    part = search(lambda a: a**2, StepSize(kl=0.09), **further)[-1]
+    assert part.retain_kl == pytest.approx(0.04, abs=0.2 * 0.03)  # a fifth of what is added
+    part = search(lambda a: a**2, StepSize(until=3.0), loss=lambda a: 2 + a, **further)[-1]
+    assert part.forget_loss == pytest.approx(2.5, abs=0.2 * 0.5)
+
+
 def test_on_the_way_a_fifth_less_or_a_fifth_more_will_do():
     near = 0.109  # 1.19 of the KL aimed at
     assert len(search(lambda a: a**2, StepSize(kl=0.04), share=0.5, guess=near)) == 1

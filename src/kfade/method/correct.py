@@ -31,7 +31,7 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
-from kfade.method.record import CorrectionRecord, probe_of
+from kfade.method.record import CorrectionRecord, ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
@@ -197,8 +197,7 @@ class _Correction:
         began, steps = time.perf_counter(), update.provenance["steps"]
         up, down = self._directions(update, curvature, retain, forget)
         slope, exact = self._along(update, down)
-        before = probe_of(steps[-1], "after")
-        first = probe_of(steps[0], "before")
+        first, before = ends_of(steps)
         merit = Merit(self.size, first, before)
         enough = (1 - self.run.correction.least_gain) * merit(before)
         trials: list[Probe] = []

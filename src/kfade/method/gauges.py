@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,11 +15,13 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
+from kfade.method.record import ends_of
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
-from kfade.method.size import Probe, StepSize
+from kfade.method.size import Probe, StepSize, choose_alpha, shortfall
 from kfade.method.update import Update
 from kfade.models.targets import Target
+from kfade.runtime.progress import say
 from kfade.runtime.stages import stage
 
 MEASURED_SEQUENCES = 256  # forget sequences whose loss is measured at each trial of a step's size
@@ -51,19 +55,55 @@ class Gauges:
 
     def confirmed(self, update: Update, objective: Objective) -> Update:
         """The update with what its last step ended with measured on all data."""
-        *steps, last = update.provenance["steps"]
-        if last.get("measured_on") == self.whole.sequences:
+        if update.provenance["steps"][-1].get("measured_on") == self.whole.sequences:
             return update
         with stage("check"):
             now = self.whole.measure(update, objective)
-        last = {
-            **last,
-            "retain_kl": now.retain_kl,
-            "forget_loss_after": now.forget_loss,
-            "forget_probability_after": now.forget_probability,
-            "measured_on": self.whole.sequences,
-        }
-        return Update(update.deltas, {**update.provenance, "steps": [*steps, last]})
+        return _ended(update, now, measured_on=self.whole.sequences)
+
+    def settled(self, update: Update, objective: Objective, size: StepSize) -> Update:
+        """The update that :meth:`confirmed` gives; if that is beyond the size, e⁻ᵅ times it.
+
+        Steps on the way are met within a tolerance, on a part of the data. So they may have gone
+        beyond the size of the whole run. The KL is continuous in the factor and 0 at 0: some factor
+        meets any KL, unless tokens change their experts; then the nearest that was tried is taken.
+        """
+        update = self.confirmed(update, objective)
+        first, now = ends_of(update.provenance["steps"])
+        if shortfall(size, first, now) >= 0:
+            return update
+        if size.kl is not None:
+            guess = 0.5 * math.log(now.retain_kl / size.kl)
+        else:
+            assert size.goal is not None
+            start = size.forgotten(first)
+            guess = math.log((size.forgotten(now) - start) / (size.goal - start))
+        probes = [now]
+
+        def probe(alpha: float) -> Probe:
+            back = update.plus(update.deltas, math.expm1(-alpha))
+            probes.append(self.whole.measure(back, objective, alpha))
+            return probes[-1]
+
+        with stage("check"), contextlib.suppress(InputError):
+            choose_alpha(probe, size, share=1.0, start=now, guess=guess, first=first)
+        met = min(probes, key=lambda p: abs(shortfall(size, first, p)))
+        factor = math.exp(-met.alpha)
+        say(f"the steps went beyond {size.target}, so the update is scaled by {factor:.4g}")
+        return _ended(update.plus(update.deltas, factor - 1), met, scaled_by=factor)
+
+
+def _ended(update: Update, now: Probe, **facts: Any) -> Update:
+    """The update with ``now`` and ``facts`` in the record of its last step."""
+    *steps, last = update.provenance["steps"]
+    last = {
+        **last,
+        "retain_kl": now.retain_kl,
+        "forget_loss_after": now.forget_loss,
+        "forget_probability_after": now.forget_probability,
+        **facts,
+    }
+    return Update(update.deltas, {**update.provenance, "steps": [*steps, last]})
 
 
 def gauges_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,9 @@ class StepRecord:
     measured_on: dict[str, int] = field(default_factory=dict)
     """Number of sequences that were measured: ``forget`` and ``held_out``. Steps before the last
     are measured on a part, see :meth:`~kfade.method.gauge.Gauge.on_part`."""
+    scaled_by: float = 1.0
+    """Factor on all steps so far, by which a run that had gone beyond its size came back to it.
+    ``retain_kl`` and what the forget set has ``after`` the step are with it."""
     refined: int = 0
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)
@@ -95,11 +98,15 @@ class CorrectionRecord:
     """Trials of t, then of s, each as its ``alpha``."""
 
 
-def probe_of(step: Mapping[str, Any], when: str) -> Probe:
-    """What the record of a step says of forgetting ``before`` or ``after`` it, and of the KL after
-    it."""
+def ends_of(steps: Sequence[Mapping[str, Any]]) -> tuple[Probe, Probe]:
+    """What the records of a run say of its start, where the KL is 0, and of its end so far."""
+    last = steps[-1]
+    return _probe(steps[0], "before", 0.0), _probe(last, "after", last["retain_kl"])
+
+
+def _probe(step: Mapping[str, Any], when: str, kl: float) -> Probe:
     loss, probability = step[f"forget_loss_{when}"], step[f"forget_probability_{when}"]
-    return Probe(0.0, step["retain_kl"], loss, probability, 0.0)
+    return Probe(0.0, kl, loss, probability, 0.0)
 
 
 Candidate = tuple[StepRecord, Vector]

@@ -58,11 +58,14 @@ class StepSize:
         return -math.log(max(probe.forget_probability, 1e-300))  # finite where it underflows
 
     def is_reached(self, first: Probe, now: Probe) -> bool:
-        """Whether a forgetting target is set and reached, within its tolerance.
+        """Whether the KL or the forgetting of a whole run is reached, within its tolerance, or
+        passed. With ``alpha`` never: that is of a step.
 
         Args:
             first: the measurements at the start of the run.
         """
+        if self.kl is not None:
+            return now.retain_kl >= (1 - KL_TOLERANCE) * self.kl
         if self.goal is None:
             return False
         way = self.goal - self.forgotten(first)
@@ -70,7 +73,9 @@ class StepSize:
 
     @property
     def target(self) -> str:
-        """The forgetting target as the command line says it."""
+        """The KL or the forgetting of a whole run, as the command line says it."""
+        if self.kl is not None:
+            return f"--kl {self.kl:.4g}"
         if self.until_probability is not None:
             return f"--until forget_probability={self.until_probability:.4g}"
         return f"--until forget_loss={self.until:.4g}"
@@ -117,10 +122,10 @@ def choose_alpha(
 
     Args:
         probe: measures an α, by forward passes.
-        share: fraction of the run that is done after this step, in (0, 1]. The KL after it is to be
-            ``kl · share²`` (steps of equal length in one direction); the forget loss is to have
-            gone ``share`` of its way to ``until``. Where no α meets that before the last step, the
-            nearest is taken if it goes at least half of the way.
+        share: this step's fraction of the way that is left of the run, in (0, 1]; 1 in the last
+            step. The way is counted in √KL (steps of equal length in one direction), or in the
+            forget loss. Where no α meets the share before the last step, the nearest is taken if it
+            goes at least half of it.
         start: the measurements at α = 0. They may lie beyond the target; then ``probe`` is to go
             back as α grows.
         guess: the α to begin the search at.
@@ -165,23 +170,23 @@ def shortfall(size: StepSize, first: Probe, now: Probe) -> float:
 
 
 def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> _Aim:
-    """The target of a step that begins at ``start`` and after which ``share`` of the run is done.
+    """The target of a step that begins at ``start`` and goes ``share`` of the way that is left.
 
     What is measured is the change since ``start``, toward the target.
     """
+    asked = size.target
     if size.kl is not None:
-        value, least = size.kl * share**2, KL_TOLERANCE * size.kl
-        begin = start.retain_kl
+        begin, least = start.retain_kl, KL_TOLERANCE * size.kl
+        value = ((1 - share) * math.sqrt(begin) + share * math.sqrt(size.kl)) ** 2
         name = "added KL" if begin else "KL"
-        asked = f"--kl {size.kl:.4g}"
         if share < 1:
             asked += f" ({value:.4g} nats after this step)"
     else:
         assert size.goal is not None
-        way = size.goal - size.forgotten(first)
-        value, least = size.forgotten(first) + share * way, LOSS_TOLERANCE * way
         begin, name = size.forgotten(start), "rise"
-        asked = f"{size.target} (a rise of {value - begin:.4g} nats in this step)"
+        value = begin + share * (size.goal - begin)
+        least = LOSS_TOLERANCE * (size.goal - size.forgotten(first))
+        asked += f" (a rise of {value - begin:.4g} nats in this step)"
     sign = 1.0 if value >= begin else -1.0
     value = abs(value - begin)
     within = least if share == 1 else MIDWAY_TOLERANCE * value

@@ -16,7 +16,7 @@ from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gauges import Gauges
 from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
-from kfade.method.record import Best, Candidate, StepRecord, probe_of
+from kfade.method.record import Best, Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.settings import Direction
 from kfade.method.size import Probe, StepSize, choose_alpha
@@ -51,20 +51,33 @@ class Trial:
         begin: Probe | None = None,
     ) -> None:
         records = update.provenance["steps"]
-        self._gauge = gauge = gauges.of(len(records))
+        gauge = gauges.of(len(records))
         self._targets, self._update, self._part = targets, update, gauges.part
         self._direction, self._size = direction, size
         self._objective = direction.objective_of(len(records))
         self._last: Probe | None = None
+        self._is_first, self._share = not records, 1 / (steps - len(records))
         with stage("check"):
             self._before = begin or gauge.measure(update, self._objective)
-        self._hidden = gauge.latest
-        self._is_first, self._share = not records, (len(records) + 1) / steps
+            if gauge is not gauges.whole and self.is_beyond:  # by a part, which others may outvote
+                gauge = gauges.whole
+                self._before = gauge.measure(update, self._objective)
+        self._gauge, self._hidden = gauge, gauge.latest
         # A search begins where the exact form has the value of the last step; the first one at the
         # KL asked for, or at a likely one.
         near = (size.kl or LIKELY_KL) / steps**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
-        self._first = self._before if self._is_first else probe_of(records[0], "before")
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether the size of the whole run is reached before this step, or passed."""
+        return self._size.is_reached(self._first, self._before)
+
+    @property
+    def _first(self) -> Probe:
+        """The measurements at the start of the run."""
+        records = self._update.provenance["steps"]
+        return ends_of(records)[0] if records else self._before
 
     def best(self, directions: Directions) -> Candidate:
         """Tries each direction at the size asked for and returns the best.

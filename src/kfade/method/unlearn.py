@@ -21,7 +21,7 @@ from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge
 from kfade.method.gauges import gauges_of
 from kfade.method.gradient import forget_gradient
-from kfade.method.record import Candidate, StepRecord, probe_of
+from kfade.method.record import Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
@@ -102,22 +102,26 @@ def unlearn(
         del gradient  # the directions let it go when they need it no longer
         found = _tried(trial, directions, index)
         if found is None:
-            return corrector.correct(gauges.confirmed(update, aim), curvature, drawn)
+            return corrector.correct(gauges.settled(update, aim, size), curvature, drawn)
         record, changes = found
         update = _after(update, record, changes).kept(run.storage)
         begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
         del trial, directions, changes, found  # before a correction or a later fit
-        if _is_finished(update, size, run):  # as a part of the data says
+        if _is_finished(update, size, run):  # as a part of the data may say
             update = gauges.confirmed(update, aim)
         if _is_finished(update, size, run):
-            update = corrector.correct(update, curvature, drawn)
+            update = corrector.correct(gauges.settled(update, aim, size), curvature, drawn)
         if run.on_step is not None:
             run.on_step(update)
     return update
 
 
 def _tried(trial: Trial, directions: Directions, index: int) -> Candidate | None:
-    """The best candidate for a step, counted from 0; None if no gradient is left after others."""
+    """The best candidate for a step, counted from 0; None if the steps before have gone all the way
+    or no gradient is left after them."""
+    if trial.is_beyond:
+        say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
+        return None
     try:
         return trial.best(directions)
     except NoGradientError:
@@ -128,12 +132,11 @@ def _tried(trial: Trial, directions: Directions, index: int) -> Candidate | None
 
 
 def _is_finished(update: Update, size: StepSize, run: Run) -> bool:
-    """Whether all steps are done, or the forgetting target is reached before."""
+    """Whether all steps are done, or the size of the run is reached before."""
     steps = update.provenance["steps"]
     if not steps:
         return False
-    first, now = probe_of(steps[0], "before"), probe_of(steps[-1], "after")
-    return len(steps) == run.steps or size.is_reached(first, now)
+    return len(steps) == run.steps or size.is_reached(*ends_of(steps))
 
 
 def _divided(run: Run, model: nn.Module) -> Run:
