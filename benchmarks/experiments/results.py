@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import prediction
+import skill_page
 import tofu_page
 import topic_page
 import verbatim_page
@@ -33,18 +34,20 @@ class NotRun(dict):
 
 def write_results(results: Path, docs: Path) -> None:
     """``results.md`` and its figures."""
-    names = ("tofu_small", "tofu_small_anew", "verbatim_small")
-    tofu, anew, verbatim = (read(results / f"{name}.jsonl") for name in names)
+    names = ("tofu_small", "tofu_small_anew", "verbatim_small", "skill_small")
+    tofu, anew, verbatim, skill = (read(results / f"{name}.jsonl") for name in names)
     told = {subject: read(results / f"topic_small_{subject}.jsonl") for subject in SUBJECTS}
     topic = {subject: own for subject, own in told.items() if own}
     text = TEMPLATE.read_text(encoding="utf-8").format(
         tofu=NotRun(tofu),
         anew=NotRun(anew),
         verbatim=NotRun(verbatim),
+        skill=NotRun(skill),
         topic=NotRun(next(iter(topic.values()), {})),
         **tofu_page.slots(tofu, results),
         **topic_page.slots(topic),
         **verbatim_page.slots(verbatim),
+        **skill_page.slots(skill),
     )
     (docs / "results.md").write_text(text, encoding="utf-8")
     tofu_page.draw(tofu, docs / "images")

@@ -75,14 +75,16 @@ def authors_by_role(total: int, count: int) -> dict[str, range]:
 class Data:
     """The questions, read once."""
 
+    per_author: ClassVar[int] = OF_AUTHOR
+
     def __init__(self, folder: Path, sizes: Sizes) -> None:
         self._folder, self._sizes = folder, sizes
         self._examples = self.read()
-        self._total = len(self._examples) // OF_AUTHOR
+        self._total = len(self._examples) // self.per_author
         self.authors = self.roles(self._total)
 
     def read(self) -> list[Example]:
-        """``OF_AUTHOR`` questions of each author, in author order."""
+        """``per_author`` questions of each author, in author order."""
         lines = (self._folder / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()
         return [parse_example(json.loads(line), "TOFU") for line in lines]
 
@@ -138,7 +140,8 @@ class Data:
         return [Example("wikitext", text=line) for line in lines if len(line) > 400][::8]
 
     def _numbers(self, author: int) -> list[int]:
-        return list(range(author * OF_AUTHOR, author * OF_AUTHOR + self._sizes.questions))
+        first = author * self.per_author
+        return list(range(first, first + self._sizes.questions))
 
 
 def train_model(

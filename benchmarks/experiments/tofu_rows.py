@@ -23,7 +23,7 @@ from tofu_small import PAPER_DAMPING, best_damping, named
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of
 
-SLICES = {"report": "report slice", "others": "other kept authors"}
+SLICES = {"report": "report slice", "others": "kept but not shown"}
 
 
 def rows_of(results: Results) -> list[Row]:
