@@ -308,7 +308,7 @@ def test_a_run_ends_where_its_objective_has_no_gradient_left(model, monkeypatch)
     update = run(model, objective=limited, **far, on_step=kept.append)
     assert 1 <= len(update.provenance["steps"]) < 4
     assert same_update(update, kept[-1])
-    number = len(kept) + 1
+    number = len(kept)  # the end is told, too
     assert said == [f"step {number}: no gradient of the objective is left, so the run ends here"]
 
 

@@ -39,7 +39,8 @@ def part_of(count: int, tokens: int) -> int:
 @dataclass(frozen=True)
 class Gauges:
     """The gauges of a run. A step on the way is met within ``MIDWAY_TOLERANCE``, which a part of
-    the data decides; the last step, and what a run reports, are measured on all.
+    the data decides; the last step, one that the part sees beyond the size, and what a run reports
+    are measured on all.
     """
 
     whole: Gauge
@@ -55,30 +56,38 @@ class Gauges:
 
     def confirmed(self, update: Update, objective: Objective) -> Update:
         """The update with what its last step ended with measured on all data."""
-        if update.provenance["steps"][-1].get("measured_on") == self.whole.sequences:
+        last = update.provenance["steps"][-1]
+        if last.get("confirmed") or last.get("measured_on") == self.whole.sequences:
             return update
         with stage("check"):
             now = self.whole.measure(update, objective)
-        return _ended(update, now, measured_on=self.whole.sequences)
+        return _after(update, now, confirmed=True)
 
     def settled(self, update: Update, objective: Objective, size: StepSize) -> Update:
-        """The update that :meth:`confirmed` gives; if that is beyond the size, e⁻ᵅ times it.
+        """The update that :meth:`confirmed` gives; if that is beyond the size or the cap, e⁻ᵅ times
+        it.
 
         Steps on the way are met within a tolerance, on a part of the data. So they may have gone
-        beyond the size of the whole run. The KL is continuous in the factor and 0 at 0: some factor
-        meets any KL, unless tokens change their experts; then the nearest that was tried is taken.
+        beyond the size of the whole run. The KL and the forgetting are continuous in the factor,
+        and at 0 there is none: some factor meets each size, unless tokens change their experts.
+        Then the farthest factor that was tried and is not beyond is taken.
         """
         update = self.confirmed(update, objective)
+        for limit in size.limits:
+            update = self._within(update, objective, limit)
+        return update
+
+    def _within(self, update: Update, objective: Objective, limit: StepSize) -> Update:
         first, now = ends_of(update.provenance["steps"])
-        if shortfall(size, first, now) >= 0:
+        if shortfall(limit, first, now) >= 0:
             return update
-        if size.kl is not None:
-            guess = 0.5 * math.log(now.retain_kl / size.kl)
+        if limit.kl is not None:
+            guess = 0.5 * math.log(now.retain_kl / limit.kl)
         else:
-            assert size.goal is not None
-            start = size.forgotten(first)
-            guess = math.log((size.forgotten(now) - start) / (size.goal - start))
-        probes = [now]
+            assert limit.goal is not None
+            start = limit.forgotten(first)
+            guess = math.log((limit.forgotten(now) - start) / (limit.goal - start))
+        probes: list[Probe] = []
 
         def probe(alpha: float) -> Probe:
             back = update.plus(update.deltas, math.expm1(-alpha))
@@ -86,14 +95,20 @@ class Gauges:
             return probes[-1]
 
         with stage("check"), contextlib.suppress(InputError):
-            choose_alpha(probe, size, share=1.0, start=now, guess=guess, first=first)
-        met = min(probes, key=lambda p: abs(shortfall(size, first, p)))
+            choose_alpha(probe, limit, share=1.0, start=now, guess=guess, first=first)
+        within = [p for p in probes if shortfall(limit, first, p) >= 0]
+        met = min(within, key=lambda p: p.alpha)
         factor = math.exp(-met.alpha)
-        say(f"the steps went beyond {size.target}, so the update is scaled by {factor:.4g}")
-        return _ended(update.plus(update.deltas, factor - 1), met, scaled_by=factor)
+        say(
+            f"the steps went too far, so the update is scaled by {factor:.4g}: retain KL "
+            f"{now.retain_kl:.2e} -> {met.retain_kl:.2e} nats/token, forget loss "
+            f"{now.forget_loss:.3f} -> {met.forget_loss:.3f}"
+        )
+        scaled_by = update.provenance["steps"][-1].get("scaled_by", 1.0) * factor
+        return _after(update.plus(update.deltas, factor - 1), met, scaled_by=scaled_by)
 
 
-def _ended(update: Update, now: Probe, **facts: Any) -> Update:
+def _after(update: Update, now: Probe, **facts: Any) -> Update:
     """The update with ``now`` and ``facts`` in the record of its last step."""
     *steps, last = update.provenance["steps"]
     last = {

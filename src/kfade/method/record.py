@@ -19,8 +19,8 @@ class StepRecord:
     predicted_kl: float
     """½α²‖r‖²_G̃ of this step alone."""
     exact_kl: float
-    """½δᵀGδ of this step with the exact G of held-out retain data: of the part of them that
-    measures the steps before the last."""
+    """½δᵀGδ of this step with the exact G of held-out retain data, of a part of them in a run of
+    several steps."""
     measured_kl: float
     """KL(before ‖ after) of this step on held-out retain data."""
     retain_kl: float
@@ -39,11 +39,16 @@ class StepRecord:
     probes: list[dict[str, float]] = field(default_factory=list)
     """Trials of the step's size, the chosen one last."""
     measured_on: dict[str, int] = field(default_factory=dict)
-    """Number of sequences that were measured: ``forget`` and ``held_out``. Steps before the last
-    are measured on a part, see :meth:`~kfade.method.gauge.Gauge.on_part`."""
+    """Number of sequences that were measured: ``forget`` and ``held_out``. Most steps before the
+    last are measured on a part, see :meth:`~kfade.method.gauge.Gauge.on_part`."""
+    confirmed: bool = False
+    """Whether ``retain_kl`` and what the forget set has ``after`` the step were then measured on
+    all data; the rest of the record was not."""
     scaled_by: float = 1.0
-    """Factor on all steps so far, by which a run that had gone beyond its size came back to it.
-    ``retain_kl`` and what the forget set has ``after`` the step are with it."""
+    """Factor on all steps so far, by which a run that had gone too far came back. ``retain_kl``
+    and what the forget set has ``after`` the step are with it, the rest is without."""
+    ended: bool = False
+    """Whether the run ended with this step."""
     refined: int = 0
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)

@@ -167,7 +167,8 @@ class Run:
     start: Update | None = None
     """The update after some steps of the same run, to continue from."""
     on_step: Callable[[Update], None] | None = None
-    """Called with the update after every step."""
+    """Called with the update after every step, and once more if the run then ends before the next
+    one."""
 
     def forget_drawn(self, count: int, step: int) -> int | None:
         """Forget sequences of ``count`` in a step, counted from 0; all when None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kfade.errors import InputError
 
@@ -58,18 +58,25 @@ class StepSize:
         return -math.log(max(probe.forget_probability, 1e-300))  # finite where it underflows
 
     def is_reached(self, first: Probe, now: Probe) -> bool:
-        """Whether the KL or the forgetting of a whole run is reached, within its tolerance, or
-        passed. With ``alpha`` never: that is of a step.
+        """Whether the KL, the forgetting or the cap of a whole run is reached, within its
+        tolerance, or passed. ``alpha`` is of a step.
 
         Args:
             first: the measurements at the start of the run.
         """
-        if self.kl is not None:
-            return now.retain_kl >= (1 - KL_TOLERANCE) * self.kl
+        most = min(kl for kl in (self.kl, self.max_kl, math.inf) if kl is not None)
+        if now.retain_kl >= (1 - KL_TOLERANCE) * most:
+            return True
         if self.goal is None:
             return False
         way = self.goal - self.forgotten(first)
         return self.goal - self.forgotten(now) <= LOSS_TOLERANCE * way
+
+    @property
+    def limits(self) -> list[StepSize]:
+        """What a run may not go beyond: the size, and the cap on the KL with no tolerance above."""
+        capped = [] if self.max_kl is None else [StepSize(kl=self.max_kl / (1 + KL_TOLERANCE))]
+        return [*capped, replace(self, max_kl=None)]
 
     @property
     def target(self) -> str:

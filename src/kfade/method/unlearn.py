@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from kfade.method.choose import damped
 from kfade.method.correct import Corrector
 from kfade.method.experts import top_experts
 from kfade.method.gauge import Gauge
-from kfade.method.gauges import gauges_of
+from kfade.method.gauges import Gauges, gauges_of
 from kfade.method.gradient import forget_gradient
+from kfade.method.objectives import Objective
 from kfade.method.record import Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
@@ -73,97 +74,140 @@ def unlearn(
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
-    retain_batches = sampler.all(retain)
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
-    gauge = gauges.whole
     run = _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
-    corrector = Corrector(gauge, targets, sampler, retain, size, run)
+    shared = _Shared(forget, retain, targets, sampler, gauges, fit, size, run)
     begin = None if update.deltas else gauges.begin
-    while not _is_finished(update, size, run):
+    while not _is_finished(update, run):
         index = len(update.provenance["steps"])
-        aim = direction.objective_of(index)
+        objective = direction.objective_of(index)
         trial = Trial(gauges, targets, update, direction, size, run.steps, begin)
-        if curvature is None or (run.refit and index > 0):
-            at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
-            with stage("fit"), gauge.applied(at):
-                curvature = _fitted(fit, gauge, retain_batches, targets, run, seed)
-        with stage("gradient"), gauge.applied(update):
-            drawn = sampler.draw(forget, run.forget_drawn(len(forget), index), index)
-            passes = {**run.passes, "weigh": direction.weighs(index, size), "head": gauge.head}
-            gradient = forget_gradient(model, drawn, targets, aim, **passes)
-        direction, update = damped(direction, update, curvature, gradient, targets, gauges, run)
-        refining = sampler.draw(retain, direction.refine_sequences, index)
-        exact = _exact_product(gauge, update, targets, refining, run)
-        directions = _directions(curvature, gradient, exact, targets, direction, run)
-        del gradient  # the directions let it go when they need it no longer
-        found = _tried(trial, directions, index)
-        if found is None:
-            return corrector.correct(gauges.settled(update, aim, size), curvature, drawn)
-        record, changes = found
-        update = _after(update, record, changes).kept(run.storage)
-        begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
-        del trial, directions, changes, found  # before a correction or a later fit
-        if _is_finished(update, size, run):  # as a part of the data may say
-            update = gauges.confirmed(update, aim)
-        if _is_finished(update, size, run):
-            update = corrector.correct(gauges.settled(update, aim, size), curvature, drawn)
+        if curvature is None or (run.refit and index > 0 and not trial.is_beyond):
+            curvature = shared.fitted(update, index)
+        drawn = sampler.draw(forget, run.forget_drawn(len(forget), index), index)
+        found = None
+        if trial.is_beyond:
+            say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
+        else:
+            direction, update, found = shared.tried(trial, direction, update, curvature, drawn)
+        is_over = found is None
+        if found is not None:
+            update = _after(update, *found).kept(run.storage)
+            begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
+            if _has_gone_all_the_way(update, size, run):  # as a part of the data may say
+                update = gauges.confirmed(update, objective)
+                is_over = _has_gone_all_the_way(update, size, run)
+        del trial, found  # before a correction or a later fit
+        if is_over:
+            update = shared.ended(update, curvature, drawn, objective)
         if run.on_step is not None:
             run.on_step(update)
     return update
 
 
-def _tried(trial: Trial, directions: Directions, index: int) -> Candidate | None:
-    """The best candidate for a step, counted from 0; None if the steps before have gone all the way
-    or no gradient is left after them."""
-    if trial.is_beyond:
-        say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
-        return None
-    try:
-        return trial.best(directions)
-    except NoGradientError:
-        if index == 0:
-            raise
-        say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
-        return None
+@dataclass(frozen=True)
+class _Shared:
+    """What all steps of a run share."""
+
+    forget: Sequence[TokenSequence]
+    retain: Sequence[TokenSequence]
+    targets: Sequence[Target]
+    sampler: Sampler
+    gauges: Gauges
+    fit: Estimator
+    size: StepSize
+    run: Run
+
+    def fitted(self, update: Update, index: int) -> Curvature:
+        """The fit for the step ``index``, counted from 0: at the weights that ``update`` makes in a
+        run with refits, else at the original ones."""
+        run, gauge = self.run, self.gauges.whole
+        at, seed = (update, run.seed + index) if run.refit else (Update({}), run.seed)
+        with stage("fit"), gauge.applied(at) as model:
+            return self.fit.fit(
+                model,
+                self.sampler.all(self.retain),
+                self.targets,
+                seed=seed,
+                recompute=run.recompute,
+                memory=run.memory,
+                store=run.store(model, self.targets) if run.store is not None else None,
+                head=gauge.head,
+            )
+
+    def tried(
+        self,
+        trial: Trial,
+        direction: Direction,
+        update: Update,
+        curvature: Curvature,
+        forget: Sequence[Batch],
+    ) -> tuple[Direction, Update, Candidate | None]:
+        """The best candidate for a step, None if no gradient is left after other steps; with the
+        damping in the direction and in the update's provenance, if it was chosen now."""
+        index, run, gauge = len(update.provenance["steps"]), self.run, self.gauges.whole
+        with stage("gradient"), gauge.applied(update) as model:
+            gradient = forget_gradient(
+                model,
+                forget,
+                self.targets,
+                direction.objective_of(index),
+                weigh=direction.weighs(index, self.size),
+                head=gauge.head,
+                **run.passes,
+            )
+        direction, update = damped(
+            direction, update, curvature, gradient, self.targets, self.gauges, run
+        )
+        refining = self.sampler.draw(self.retain, direction.refine_sequences, index)
+        exact = _exact_product(gauge, update, self.targets, refining, run)
+        directions = _directions(curvature, gradient, exact, self.targets, direction, run)
+        del gradient  # the directions let it go when they need it no longer
+        try:
+            return direction, update, trial.best(directions)
+        except NoGradientError:
+            if index == 0:
+                raise
+            say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
+            return direction, update, None
+
+    def ended(
+        self,
+        update: Update,
+        curvature: Curvature,
+        forget: Sequence[Batch],
+        objective: Objective,
+    ) -> Update:
+        """The update at the end of a run: within its size, corrected, and marked."""
+        gauges, targets, run = self.gauges, self.targets, self.run
+        update = gauges.settled(update, objective, self.size)
+        corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
+        update = corrector.correct(update, curvature, forget)
+        *steps, last = update.provenance["steps"]
+        steps.append({**last, "ended": True})
+        return Update(update.deltas, {**update.provenance, "steps": steps})
 
 
-def _is_finished(update: Update, size: StepSize, run: Run) -> bool:
+def _has_gone_all_the_way(update: Update, size: StepSize, run: Run) -> bool:
     """Whether all steps are done, or the size of the run is reached before."""
     steps = update.provenance["steps"]
-    if not steps:
-        return False
     return len(steps) == run.steps or size.is_reached(*ends_of(steps))
+
+
+def _is_finished(update: Update, run: Run) -> bool:
+    """Whether the run ended with the last step. Records of older versions do not say so."""
+    steps = update.provenance["steps"]
+    return bool(steps) and (steps[-1].get("ended", False) or len(steps) == run.steps)
 
 
 def _divided(run: Run, model: nn.Module) -> Run:
     """The run, with vectors that are spread over the processes where the model is."""
     storage = Divided(run.storage) if distributed.is_sharded(model) else run.storage
     return replace(run, storage=storage)
-
-
-def _fitted(
-    fit: Estimator,
-    gauge: Gauge,
-    batches: Sequence[Batch],
-    targets: Sequence[Target],
-    run: Run,
-    seed: int,
-) -> Curvature:
-    """The fit at the model's present weights."""
-    return fit.fit(
-        gauge.model,
-        batches,
-        targets,
-        seed=seed,
-        recompute=run.recompute,
-        memory=run.memory,
-        store=run.store(gauge.model, targets) if run.store is not None else None,
-        head=gauge.head,
-    )
 
 
 def _directions(

@@ -224,6 +224,8 @@ def step_line(number: int, total: int, record: dict[str, Any]) -> str:
     refined = f", refined {record['refined']}" if record["refined"] else ""
     on = record.get("measured_on")  # records of older versions lack it
     data = f"; on {on['forget']} forget and {on['held_out']} held-out sequences" if on else ""
+    if record.get("confirmed"):
+        data += ", the result on all"
     return (
         f"step {number}/{total}: forget loss {record['forget_loss_before']:.3f} -> "
         f"{loss:.3f}, retain KL {kl:.2e} nats/token "
