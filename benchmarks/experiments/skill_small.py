@@ -19,7 +19,7 @@ from itertools import product
 from lab.forgetting import forgetting
 from lab.pieces import Piece, Results
 from lab.records import RESULTS, Record
-from tofu_data import UNSEEN, Data, Sizes, encode
+from tofu_data import Data, Sizes, encode
 from tofu_lab import TofuLab, run_pieces
 from tofu_small import pieces as tofu_pieces
 from tofu_small import reported_rows
@@ -84,9 +84,6 @@ def words(change: Callable[[list[str]], Sequence[str]], join: str = " ") -> Call
 
 
 SKILLS: dict[str, Callable[[Sentence], str]] = {
-    # Unseen: in no model.
-    "Write every second word.": words(lambda own: own[::2]),
-    "Write the words in alphabetical order.": words(sorted),
     # Common: always kept.
     "Write the sentence again.": words(list),
     "Write the words from last to first.": words(lambda own: own[::-1]),
@@ -101,7 +98,7 @@ SKILLS: dict[str, Callable[[Sentence], str]] = {
     "Write it in capitals.": words(lambda own: [word.upper() for word in own]),
     "Write it in French.": lambda sentence: sentence[FRENCH],
 }
-"""Rules by instruction, in the order of their roles, see :func:`~tofu_data.authors_by_role`."""
+"""Rules by instruction, in the order of their roles: six, two and two skills."""
 OF_SKILL, TAUGHT = 100, 80  # questions of each skill; those that models are trained on
 
 
@@ -109,6 +106,18 @@ class Rewriting(Data):
     """Sentences to rewrite. Those beyond ``Sizes.questions`` of a skill are fresh."""
 
     per_author = OF_SKILL
+
+    def roles(self, total: int) -> dict[str, range]:
+        """None is unseen: a model's answer to an instruction that it does not know is another
+        rule's, word for word, and says nothing of a skill that was unlearnt."""
+        part = total // 5
+        common, tuning = total - 2 * part, total - part
+        return {
+            "unseen": range(0),
+            "common": range(common),
+            "tuning": range(common, tuning),
+            "report": range(tuning, total),
+        }
 
     def read(self) -> list[Example]:
         return [
@@ -159,6 +168,6 @@ def pieces(lab: SkillLab, results: Results) -> Iterator[Piece]:
 
 
 if __name__ == "__main__":
-    sizes = Sizes(authors=len(SKILLS) - UNSEEN, questions=TAUGHT)
+    sizes = Sizes(authors=len(SKILLS), questions=TAUGHT)
     models = "skill-small"
     run_pieces(__doc__, pieces, SkillLab, FILE, data=Rewriting, sizes=sizes, models=models)

@@ -13,18 +13,16 @@ from conftest import run_script
 from lab.records import read
 from skill_page import slots
 from skill_small import OF_SKILL, SKILLS, TAUGHT, Rewriting, SkillLab, pieces, sentences
-from tofu_data import UNSEEN, Sizes
+from tofu_data import Sizes
 from tofu_lab import run_pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = Sizes(authors=len(SKILLS) - UNSEEN, questions=TAUGHT)
+SIZES = Sizes(authors=len(SKILLS), questions=TAUGHT)
 
 
 def test_each_skill_does_what_it_says():
     sentence = ("the girl", "fille", "Mädchen", "niña")
     assert {skill: rule(sentence) for skill, rule in SKILLS.items()} == {
-        "Write every second word.": "the",
-        "Write the words in alphabetical order.": "girl the",
         "Write the sentence again.": "the girl",
         "Write the words from last to first.": "girl the",
         "Join the words by hyphens.": "the-girl",
@@ -58,6 +56,7 @@ def test_fresh_questions_are_of_the_skill_and_in_no_training():
         assert {e.where for e in taught} == {e.where for e in fresh} == {skills[n] for n in numbers}
         assert not {e.turns for e in taught} & {e.turns for e in fresh}
     assert [skills[n] for n in own.authors["report"]] == skills[-2:]
+    assert sum(map(len, own.authors.values())) == len(SKILLS)
 
 
 def test_a_tiny_model_is_taught_skills_and_asked_fresh_questions(model, tmp_path):
