@@ -32,10 +32,11 @@ from kfade.curvature.factors import CovarianceSum
 from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import divergence
+from kfade.method.objectives import BoundedMargin
 from kfade.method.size import Probe, StepSize, choose_alpha
 from kfade.method.step import gauss_newton_step
 
-OBJECTIVES = (margin, cross_entropy)
+OBJECTIVES = (margin, cross_entropy, BoundedMargin(2.0))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -142,6 +143,29 @@ def test_margin_equals_its_formula_and_its_gradient_keeps_its_size():
     assert relative_error(by_ce, by_margin) > 0.1
     at_y = by_margin.gather(1, target[:, None])
     assert relative_error(at_y, -torch.ones_like(at_y)) < 1e-12
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0, 3.0])
+def test_a_bounded_margin_lets_go_of_a_token_beyond_its_limit(limit):
+    """Its gradient is σ(limit − m) times the margin's, and that of log(1 − p_y) at limit 0."""
+    z, target = 3 * randn(8, 9), torch.arange(8)
+    z[:4, :4] += 20 * torch.eye(4)  # four targets nearly certain
+    z[4, 4] -= 40  # and one forgotten
+    logits = z.clone().requires_grad_()
+    m = margin(z, target)
+    by_margin = torch.autograd.grad(margin(logits, target).sum(), logits)[0]
+    bounded = BoundedMargin(limit)
+    by_bounded = torch.autograd.grad(bounded(logits, target).sum(), logits)[0]
+    part = (1 / (1 + (m - limit).exp()))[:, None]
+    # 1e-12: rounding of a few operations.
+    assert relative_error(by_bounded, part * by_margin) < 1e-12
+    assert by_bounded[4].abs().max() < 1e-12
+    assert by_margin[4].abs().max() > 0.1  # it pulls on
+    assert relative_error(by_bounded[:4], by_margin[:4]) < 0.05  # certain tokens: the same pull
+    p_y = z.softmax(1).gather(1, target[:, None])[:, 0]
+    unlikelihood = torch.log1p(-p_y)
+    assert (relative_error(bounded(z, target), unlikelihood) < 1e-6) == (limit == 0)
+    assert relative_error(BoundedMargin(1e4)(z, target) + 1e4, m) < 1e-9
 
 
 def test_margin_is_exact_where_the_target_is_certain():
