@@ -48,7 +48,7 @@ class StepRecord:
     """Factor on all steps so far, by which a run that had gone too far came back. ``retain_kl``
     and what the forget set has ``after`` the step are with it, the rest is without."""
     ended: bool = False
-    """Whether the run ended with this step."""
+    """Whether the run ended with this step, before it had done all."""
     refined: int = 0
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)

@@ -182,13 +182,13 @@ class _Shared:
         forget: Sequence[Batch],
         objective: Objective,
     ) -> Update:
-        """The update at the end of a run: within its size, corrected, and marked."""
+        """The update at the end of a run: within its size, corrected, marked if the end is early."""
         gauges, targets, run = self.gauges, self.targets, self.run
         update = gauges.settled(update, objective, self.size)
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
         update = corrector.correct(update, curvature, forget)
         *steps, last = update.provenance["steps"]
-        steps.append({**last, "ended": True})
+        steps.append({**last, "ended": len(steps) + 1 < run.steps})
         return Update(update.deltas, {**update.provenance, "steps": steps})
 
 
@@ -199,7 +199,7 @@ def _has_gone_all_the_way(update: Update, size: StepSize, run: Run) -> bool:
 
 
 def _is_finished(update: Update, run: Run) -> bool:
-    """Whether the run ended with the last step. Records of older versions do not say so."""
+    """Whether all steps are done, or the run ended early; older versions did not record that."""
     steps = update.provenance["steps"]
     return bool(steps) and (steps[-1].get("ended", False) or len(steps) == run.steps)
 
