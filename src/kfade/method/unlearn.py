@@ -182,7 +182,7 @@ class _Shared:
         forget: Sequence[Batch],
         objective: Objective,
     ) -> Update:
-        """The update at the end of a run: within its size, corrected, marked if the end is early."""
+        """The update at the end of a run: within its size, corrected, and marked if early."""
         gauges, targets, run = self.gauges, self.targets, self.run
         update = gauges.settled(update, objective, self.size)
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
