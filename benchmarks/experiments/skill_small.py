@@ -19,10 +19,9 @@ from itertools import product
 from lab.forgetting import forgetting
 from lab.pieces import Piece, Results
 from lab.records import RESULTS, Record
-from tofu_data import Data, Sizes, encode
+from tofu_data import Data, Sizes, authors_by_role, encode
 from tofu_lab import TofuLab, run_pieces
-from tofu_small import pieces as tofu_pieces
-from tofu_small import reported_rows
+from tofu_small import plain_pieces, reported_rows
 
 from kfade.data.examples import Example, parse_example
 
@@ -110,14 +109,7 @@ class Rewriting(Data):
     def roles(self, total: int) -> dict[str, range]:
         """None is unseen: a model's answer to an instruction that it does not know is another
         rule's, word for word, and says nothing of a skill that was unlearnt."""
-        part = total // 5
-        common, tuning = total - 2 * part, total - part
-        return {
-            "unseen": range(0),
-            "common": range(common),
-            "tuning": range(common, tuning),
-            "report": range(tuning, total),
-        }
+        return authors_by_role(total, self._sizes.authors, unseen=0)
 
     def read(self) -> list[Example]:
         return [
@@ -159,9 +151,7 @@ class SkillLab(TofuLab):
 
 def pieces(lab: SkillLab, results: Results) -> Iterator[Piece]:
     """Those of TOFU-small, with fresh questions in place of what is about TOFU's own ones."""
-    for name, compute in tofu_pieces(lab, results):
-        if not name.startswith("tofu "):
-            yield name, compute
+    yield from plain_pieces(lab, results)
     for row in ("full", "retrained", *reported_rows(results)):
         if lab.has(row):
             yield f"fresh {row}", partial(lab.fresh, row)

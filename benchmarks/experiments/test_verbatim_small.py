@@ -13,8 +13,9 @@ from conftest import WORDS, run_script
 from lab.records import read
 from tofu_data import OF_AUTHOR, UNSEEN, Sizes
 from tofu_lab import run_pieces
+from tofu_small import plain_pieces
 from verbatim_page import slots
-from verbatim_small import BOOKS, HIDDEN, SHOWN, Passages, passages, pieces
+from verbatim_small import BOOKS, HIDDEN, SHOWN, Passages, passages
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,7 +56,7 @@ def test_a_tiny_model_learns_books_and_forgets_one(data, model, tmp_path):
     given = {"data": data, "model": model, "cache": tmp_path / "cache"}
     given |= {"results": tmp_path / "found.jsonl", "authors": 5, "questions": 3}
     given |= {"rate": 8e-3, "epochs": 200}
-    run = partial(run_pieces, "", pieces, data=Passages, models="verbatim-small")
+    run = partial(run_pieces, "", plain_pieces, data=Passages, models="verbatim-small")
     run_script(run, given, ["full", "retrained", "targets", "fit kfac", "tune kfac margin 0.01"])
     found = read(given["results"])
     told = found["targets"]

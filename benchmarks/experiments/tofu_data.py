@@ -56,16 +56,16 @@ class Sizes:
     seed: int = 0
 
 
-def authors_by_role(total: int, count: int) -> dict[str, range]:
+def authors_by_role(total: int, count: int, unseen: int = UNSEEN) -> dict[str, range]:
     """Numbers of the authors, of ``total`` in the data set and ``count`` in the full model.
 
     ``report``: forgotten in the tables, a fifth; ``tuning``: forgotten where settings are chosen,
     a fifth, and shown to no method in the tables; ``common``: always kept; ``unseen``: in no model.
     """
     part, first = max(1, count // 5), total - count
-    assert 2 * part < count <= total - UNSEEN
+    assert 2 * part < count <= total - unseen
     return {
-        "unseen": range(first - UNSEEN, first),
+        "unseen": range(first - unseen, first),
         "common": range(first, total - 2 * part),
         "tuning": range(total - 2 * part, total - part),
         "report": range(total - part, total),

@@ -54,6 +54,11 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
             yield f"by question {row}", partial(lab.by_question, row)
 
 
+def plain_pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
+    """All but those about TOFU's own questions, for settings like this one."""
+    return (piece for piece in pieces(lab, results) if not piece[0].startswith("tofu "))
+
+
 def tuned(lab: TofuLab) -> Iterator[Piece]:
     """K-FADE's single step on the tuning authors, by damping."""
     grid = {"ekfac margin": DAMPINGS, "kfac margin": DAMPINGS, "diagonal margin": DAMPINGS}

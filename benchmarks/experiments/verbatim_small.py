@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from lab.pieces import Piece, Results
 from lab.records import RESULTS
 from tofu_data import OF_AUTHOR, UNSEEN, Data, Sizes
-from tofu_lab import TofuLab, run_pieces
-from tofu_small import pieces as tofu_pieces
+from tofu_lab import run_pieces
+from tofu_small import plain_pieces
 
 from kfade.data.examples import Example, parse_example
 
@@ -64,13 +63,8 @@ def passages(text: str, count: int) -> Iterator[tuple[str, str]]:
         yield " ".join(words[start:middle]), " ".join(words[middle : middle + HIDDEN])
 
 
-def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
-    """Those of TOFU-small, without what is about TOFU's own questions."""
-    for name, compute in tofu_pieces(lab, results):
-        if not name.startswith("tofu "):
-            yield name, compute
-
-
 if __name__ == "__main__":
     sizes = Sizes(authors=len(BOOKS) - UNSEEN, questions=OF_AUTHOR)
-    run_pieces(__doc__, pieces, file=FILE, data=Passages, sizes=sizes, models="verbatim-small")
+    run_pieces(
+        __doc__, plain_pieces, file=FILE, data=Passages, sizes=sizes, models="verbatim-small"
+    )

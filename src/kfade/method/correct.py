@@ -31,7 +31,7 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
-from kfade.method.record import CorrectionRecord, ends_of
+from kfade.method.record import CorrectionRecord, amended, ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
@@ -326,12 +326,12 @@ class _Correction:
 
 def _with(update: Update, record: CorrectionRecord) -> Update:
     """The update with the record of one more correction."""
-    *steps, step = update.provenance["steps"]
-    step = {**step, "corrections": [*step["corrections"], asdict(record)]}
+    made = update.provenance["steps"][-1]["corrections"]
+    facts: dict[str, Any] = {"corrections": [*made, asdict(record)]}
     if record.accepted:
-        step |= {
+        facts |= {
             "retain_kl": record.retain_kl_after,
             "forget_loss_after": record.forget_loss_after,
             "forget_probability_after": record.forget_probability_after,
         }
-    return Update(update.deltas, {**update.provenance, "steps": [*steps, step]})
+    return amended(update, **facts)

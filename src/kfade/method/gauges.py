@@ -15,7 +15,7 @@ from kfade.errors import InputError
 from kfade.method.gauge import Gauge, least_kl, refuse_below
 from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
-from kfade.method.record import ends_of
+from kfade.method.record import amended, ends_of
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
 from kfade.method.size import Probe, StepSize, choose_alpha, shortfall
@@ -110,15 +110,13 @@ class Gauges:
 
 def _after(update: Update, now: Probe, **facts: Any) -> Update:
     """The update with ``now`` and ``facts`` in the record of its last step."""
-    *steps, last = update.provenance["steps"]
-    last = {
-        **last,
-        "retain_kl": now.retain_kl,
-        "forget_loss_after": now.forget_loss,
-        "forget_probability_after": now.forget_probability,
+    return amended(
+        update,
+        retain_kl=now.retain_kl,
+        forget_loss_after=now.forget_loss,
+        forget_probability_after=now.forget_probability,
         **facts,
-    }
-    return Update(update.deltas, {**update.provenance, "steps": [*steps, last]})
+    )
 
 
 def gauges_of(

@@ -9,6 +9,7 @@ from typing import Any
 
 from kfade.curvature.vectors import Vector
 from kfade.method.size import Probe
+from kfade.method.update import Update
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ def ends_of(steps: Sequence[Mapping[str, Any]]) -> tuple[Probe, Probe]:
     """What the records of a run say of its start, where the KL is 0, and of its end so far."""
     last = steps[-1]
     return _probe(steps[0], "before", 0.0), _probe(last, "after", last["retain_kl"])
+
+
+def amended(update: Update, **facts: Any) -> Update:
+    """The update with ``facts`` in the record of its last step."""
+    *steps, last = update.provenance["steps"]
+    return Update(update.deltas, {**update.provenance, "steps": [*steps, {**last, **facts}]})
 
 
 def _probe(step: Mapping[str, Any], when: str, kl: float) -> Probe:

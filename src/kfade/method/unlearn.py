@@ -22,7 +22,7 @@ from kfade.method.gauge import Gauge
 from kfade.method.gauges import Gauges, gauges_of
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import Objective
-from kfade.method.record import Candidate, StepRecord, ends_of
+from kfade.method.record import Candidate, StepRecord, amended, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
@@ -80,7 +80,7 @@ def unlearn(
     update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
-    shared = _Shared(forget, retain, targets, sampler, gauges, fit, size, run)
+    shared = _Shared(retain, targets, sampler, gauges, fit, size, run)
     begin = None if update.deltas else gauges.begin
     while not _is_finished(update, run):
         index = len(update.provenance["steps"])
@@ -89,11 +89,7 @@ def unlearn(
         if curvature is None or (run.refit and index > 0 and not trial.is_beyond):
             curvature = shared.fitted(update, index)
         drawn = sampler.draw(forget, run.forget_drawn(len(forget), index), index)
-        found = None
-        if trial.is_beyond:
-            say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
-        else:
-            direction, update, found = shared.tried(trial, direction, update, curvature, drawn)
+        direction, update, found = shared.tried(trial, direction, update, curvature, drawn)
         is_over = found is None
         if found is not None:
             update = _after(update, *found).kept(run.storage)
@@ -113,7 +109,6 @@ def unlearn(
 class _Shared:
     """What all steps of a run share."""
 
-    forget: Sequence[TokenSequence]
     retain: Sequence[TokenSequence]
     targets: Sequence[Target]
     sampler: Sampler
@@ -147,9 +142,13 @@ class _Shared:
         curvature: Curvature,
         forget: Sequence[Batch],
     ) -> tuple[Direction, Update, Candidate | None]:
-        """The best candidate for a step, None if no gradient is left after other steps; with the
-        damping in the direction and in the update's provenance, if it was chosen now."""
+        """The best candidate for a step, None if the steps before have gone all the way or left no
+        gradient; with the damping in the direction and in the update's provenance, if it was chosen
+        now."""
         index, run, gauge = len(update.provenance["steps"]), self.run, self.gauges.whole
+        if trial.is_beyond:
+            say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
+            return direction, update, None
         with stage("gradient"), gauge.applied(update) as model:
             gradient = forget_gradient(
                 model,
@@ -187,9 +186,7 @@ class _Shared:
         update = gauges.settled(update, objective, self.size)
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
         update = corrector.correct(update, curvature, forget)
-        *steps, last = update.provenance["steps"]
-        steps.append({**last, "ended": len(steps) + 1 < run.steps})
-        return Update(update.deltas, {**update.provenance, "steps": steps})
+        return amended(update, ended=len(update.provenance["steps"]) < run.steps)
 
 
 def _has_gone_all_the_way(update: Update, size: StepSize, run: Run) -> bool:
