@@ -79,6 +79,7 @@ SOME = (
     "ablation own text",
     "ablation softened outputs",
     "by question *",
+    "by token *",
 )
 
 
@@ -163,7 +164,7 @@ def test_an_update_that_was_kept_does_what_was_measured(run, results, tmp_path_f
 
 
 def test_the_mean_over_questions_is_the_rows(results):
-    found = {k.removeprefix("by question "): v for k, v in results.items() if k.startswith("by ")}
+    found = {k.removeprefix("by question "): v for k, v in results.items() if k.startswith("by q")}
     assert len(found) >= 4
     wanted = {name: results.get(f"report {name}", {}).get("report_kl") for name in found}
     wanted["retrained"] = results["targets"]["retrained"]["report_kl"]
@@ -172,6 +173,25 @@ def test_the_mean_over_questions_is_the_rows(results):
         if told.get("alpha", 1.0) == 1.0:  # at the target as it was reported
             assert tofu_rows.mean(told["report"]) == pytest.approx(wanted[name], rel=1e-3)
     assert found["retrained"]["report"] != found["steps 3 then ce"]["report"]
+
+
+def test_what_is_left_of_the_answers_token_by_token(results):
+    found = {k.removeprefix("by token "): v for k, v in results.items() if k.startswith("by token")}
+    assert {"full", "retrained"} < set(found)
+    assert len(found) >= 5
+    for told in found.values():
+        for key in ("exact_memorisation", "extraction_strength"):
+            assert len(told[key]) == QUESTIONS
+        assert told["quantiles"] == sorted(told["quantiles"])
+        # What lies above 8 nats is less than all, and nothing if a token in 30 has not as much.
+        assert 0 <= told["above"] < 1
+    known, unknown = (
+        statistics.fmean(found[name]["exact_memorisation"]) for name in ("full", "retrained")
+    )
+    assert known > 0.9 > unknown
+    edited = [v for k, v in found.items() if k not in ("full", "retrained")]
+    assert all(statistics.fmean(v["exact_memorisation"]) < known for v in edited)
+    assert found["full"]["above"] == 0
 
 
 def test_attacks_bring_back_what_the_update_takes_away_again(results):

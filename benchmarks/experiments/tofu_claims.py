@@ -22,13 +22,13 @@ from lab.rows import (
     with_interval,
     yes,
 )
-from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS
+from lab.tuning import DEFAULT, DEFAULT_FIT, OWN_DAMPING, VARIANTS
 from tofu_lab import PART
 from tofu_rows import best_objective, log_of_retrained, logs_of, measured, rival_of
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
 
-FITS = {"paper": "ekfac sampled", DEFAULT: DEFAULT_FIT}
+FITS = {"paper": "ekfac sampled", **dict.fromkeys(OWN_DAMPING, DEFAULT_FIT)}
 """The fit that a row pays for; EK-FAC if it is not named here."""
 
 

@@ -18,13 +18,17 @@ from lab.records import RESULTS, Record
 from lab.tuning import START_RATES
 from tofu_data import Data, Sizes, answer, encode, train_model
 
+import torch
+
 import kfade
 from kfade.curvature.curvature import Curvature
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.generation import Decoding, generate
+from kfade.evaluate.memorisation import text_statistics, token_statistics
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
+from kfade.evaluate.tokens import token_values
 from kfade.method.gradient import forget_gradient
 from kfade.method.size import StepSize
 from kfade.method.update import Update
@@ -36,6 +40,8 @@ OWN_TOKENS = 48  # of a turn that the model generates
 TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # before a question, and after it
 PART = 4  # the cheap request looks at one question in so many
 START_RATE = 2e-4  # learning rate that tuning begins with
+QUANTILES = (0.5, 0.75, 0.9, 0.97)  # of the loss of the forgotten answers' tokens
+FAR_LOSS = 8.0  # nats; what a token loses beyond them makes no difference to what is said
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
 
 
@@ -254,16 +260,38 @@ class TofuLab(Lab):
         Lists of (KL per token, tokens): ``report``, on the report slice; ``others``, on the tuning
         authors, who are kept here and were shown to no method.
         """
-        model, update = self.edited(row)
-        told: Record = {}
-        if update.deltas:
-            told, found = self.search("report").along(update.deltas)
-            if found is None:
-                return told
-            update = found
-        for name, own in (("report", self.slices["report"]), ("others", self.sequences("tuning"))):
-            told[name] = text_kls(self.model, model, update, own)
+        model, update, told = self._at_target(row)
+        if update is not None:
+            own = {"report": self.slices["report"], "others": self.sequences("tuning")}
+            for name, sequences in own.items():
+                told[name] = text_kls(self.model, model, update, sequences)
         return told
+
+    def by_token(self, row: str) -> Record:
+        """What is left of the forgotten answers token by token, at the target: figures of each
+        answer (:mod:`kfade.evaluate.memorisation`), and quantiles of the tokens' loss."""
+        model, update, told = self._at_target(row)
+        if update is None:
+            return told
+        texts = self.sequences("report")
+        with update.applied_to(model) as edited:
+            found = dict(token_values(edited, texts, token_statistics, name=row))
+        items = [text_statistics(found[i], "") for i in range(len(texts))]
+        losses = -torch.cat([found[i][:, 0] for i in range(len(texts))])
+        told["above"] = ((losses - FAR_LOSS).clamp(min=0).sum() / losses.sum()).item()
+        told["quantiles"] = losses.quantile(losses.new_tensor(QUANTILES)).tolist()
+        for name in ("exact_memorisation", "extraction_strength"):
+            told[name] = [item[name] for item in items]
+        return told
+
+    def _at_target(self, row: str) -> tuple[Any, Update | None, Record]:
+        """A model and the update to apply to it, scaled to the target if there is one (None if it
+        cannot be), and what the search says."""
+        model, update = self.edited(row)
+        if not update.deltas:
+            return model, update, {}
+        told, found = self.search("report").along(update.deltas)
+        return model, found, told
 
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:
         """A model and the update to apply to it, which is empty for ``full`` and ``retrained``."""

@@ -21,6 +21,7 @@ from tofu_rows import (
     logs_of,
     questions_table,
     rows_of,
+    tokens_table,
 )
 from tofu_seeds import seed_claims, seeds_table
 from tofu_small import LENGTHS
@@ -45,6 +46,7 @@ def slots(results: Results, folder: Path) -> dict[str, Any]:
         "report_questions": len(questions["report"]),
         "other_questions": len(questions["others"]),
         "tofu_questions": questions_table(results, rows),
+        "tofu_tokens": tokens_table(results, rows),
         "tofu_seeds": seeds_table(seeds),
         "tofu_seed_claims": table("claim | measured, by seed | holds?", seed_claims(seeds)),
         "lengths": ", ".join(f"{factor:g}" for factor in LENGTHS),

@@ -23,6 +23,7 @@ from tofu_small import PAPER_DAMPING, best_damping, named
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of
 
+LEFT = ("exact_memorisation", "extraction_strength")
 SLICES = {"report": "report slice", "others": "kept but not shown"}
 
 
@@ -96,6 +97,23 @@ def questions_table(results: Results, rows: Sequence[Row]) -> str:
         lines.append(cells)
     heads = (f"{title} | median | ratio to the best baseline" for title in SLICES.values())
     return table(f"method | {' | '.join(heads)}", lines)
+
+
+def tokens_table(results: Results, rows: Sequence[Row]) -> str:
+    """What is left of the forgotten answers, token by token."""
+    titles = {row.name: row.label for row in rows if row.name}
+    lines = []
+    for name in ("full", "retrained", *titles):
+        told = results.get(f"by token {name}", {})
+        if "quantiles" in told:
+            means = (statistics.fmean(told[key]) for key in LEFT)
+            cells = [f"{value:.2f}" for value in (*means, *told["quantiles"], told["above"])]
+            lines.append([titles.get(name, name), *cells, f"`'by token {name}'`"])
+    return table(
+        "method | tokens still predicted | extraction strength | loss: median | 75 % | 90 % | 97 % "
+        "| share above 8 nats | `--only`",
+        lines,
+    )
 
 
 def measured(results: Results, rows: Sequence[Row], slice_name: str) -> dict[str, Texts]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from lab.pieces import Piece, Results
-from lab.tuning import DEFAULT, DEFAULT_FIT, VARIANTS, chosen, lowest, rates
+from lab.tuning import DEFAULT_FIT, OWN_DAMPING, VARIANTS, chosen, lowest, rates
 from tofu_lab import TofuLab, run_pieces, start_rate
 
 ESTIMATORS = ("ekfac", "kfac", "diagonal", "identity")
@@ -52,6 +52,9 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
     for row in ("retrained", *rows):
         if lab.has(row):
             yield f"by question {row}", partial(lab.by_question, row)
+    for row in ("full", "retrained", *rows):
+        if lab.has(row):
+            yield f"by token {row}", partial(lab.by_token, row)
 
 
 def plain_pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
@@ -89,8 +92,8 @@ def variants(lab: TofuLab, results: Results) -> Iterator[Piece]:
     yield "report paper", partial(paper, like="ekfac margin", keep="paper")
     damping = chosen(results, "ekfac margin")
     for row, options in VARIANTS.items():
-        fit, given = (DEFAULT_FIT, None) if row == DEFAULT else ("ekfac", damping)
-        if row == DEFAULT or damping is not None:
+        fit, given = (DEFAULT_FIT, None) if row in OWN_DAMPING else ("ekfac", damping)
+        if row in OWN_DAMPING or damping is not None:
             yield f"report {row}", partial(lab.several_steps, fit, given, row, **options)
     if damping is not None:
         yield "report part", partial(lab.cheap_request, damping)

@@ -330,8 +330,8 @@ def corrupt(path: Path, name: str) -> None:
         (("--estimator", "shampoo"), "--estimator shampoo: give ekfac"),
         (("--labels", "true"), "--labels true: give sqrt"),
         (("--objective", "loss"), "--objective loss: give margin"),
-        (("--objective", "margin:inf"), "--objective margin:inf: give margin"),
-        (("--objective", "ce:3"), "--objective ce:3: give margin"),
+        (("--bound", "0"), "--bound 0.0: give a positive number, or inf"),
+        (("--noise", "1"), "--noise 1.0: give a number from 0"),
         (("--later-objective", "loss", "--steps", "2"), "--later-objective loss: give margin"),
         (
             ("--later-objective", "ce", "--steps", "1"),

@@ -26,12 +26,12 @@ ADDED = {
     },
     "attack": {"--shard"},
     # Vectors of the size of the targeted weights need not be on the device.
-    "plan": {"--offload", *EXPERTS, "--steps", "--correct", "--correct-sequences"},
+    "plan": {"--offload", *EXPERTS, "--steps", "--noise", "--correct", "--correct-sequences"},
     "sweep": {"--offload", "--memory"},
     "unlearn": {
         *("--offload", *EXPERTS),
         *("--correct", "--correct-damping", "--correct-sequences", "--quality"),
-        *("--bands", "--weigh-texts", "--no-weigh-texts"),
+        *("--bands", "--bound", "--noise", "--weigh-texts", "--no-weigh-texts"),
     },
     # Experts of a mixture are targets.
     "fit": EXPERTS,

@@ -420,7 +420,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
 ):
     import kfade.runs.sweeping as sweep_run
 
-    grid = ("--kl", "0.001,0.01,0.1", "--objective", "margin,margin:3")
+    grid = ("--kl", "0.001,0.01,0.1", "--objective", "margin,ce")
     assert main(command(fitted, tmp_path / "whole", *grid)) == 0
     whole = read_log(tmp_path / "whole" / "points.jsonl")
     before = json.loads(json.dumps(whole.items))

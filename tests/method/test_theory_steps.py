@@ -294,6 +294,7 @@ def test_settings_left_out_are_steps_by_the_margin_to_a_hundredth_of_a_nat(model
     ("make", "message"),
     [
         (lambda: kfade.Run(steps=0), "--steps 0: give 1 or more"),
+        (lambda: kfade.Direction(bound=0.0), "--bound 0.0: give a positive number, or inf"),
         (lambda: kfade.Direction(refine=-1), "--refine -1: give 0 or more"),
         (lambda: kfade.Direction(refine_sequences=0), "--refine-sequences 0: give 1 or more"),
         (lambda: Damping(-1.0, relative=False), "--damping -1.0: give a finite number, 0 or more"),
@@ -334,6 +335,28 @@ def test_a_run_ends_where_its_objective_has_no_gradient_left(model, monkeypatch)
     assert same_update(update, kept[-1])
     number = len(kept)  # the end is told, too
     assert said == [f"step {number}: no gradient of the objective is left, so the run ends here"]
+
+
+def test_a_bound_is_of_the_forget_loss_before_each_step(model):
+    options = {"steps": 3, "refit": False}
+    run(model, on_step=(kept := []).append, bound=2.0, **options)
+    start, after = None, run(model, on_step=(free := []).append, **options)
+    for index, ours in enumerate(kept):
+        loss = ours.provenance["steps"][index]["forget_loss_before"]
+        objective = BoundedMargin(2.0 * loss)
+        run(model, on_step=(by_hand := []).append, start=start, objective=objective, **options)
+        assert same_update(ours, by_hand[0])
+        # What a step has done to its objective is measured by that step's own.
+        own = (u.provenance["steps"][index]["measured_objective_change"] for u in (ours, by_hand[0]))
+        assert len(set(own)) == 1
+        start = ours
+    assert not same_update(kept[-1], after)
+    assert not same_update(kept[0], free[0])
+
+
+def test_other_objectives_than_the_margin_have_no_bound(model):
+    bounded, plain = (run(model, objective=cross_entropy, bound=b) for b in (0.1, math.inf))
+    assert same_update(bounded, plain)
 
 
 def test_a_later_objective_is_that_of_every_step_but_the_first(model):

@@ -148,14 +148,19 @@ def test_command_plans_steps(tmp_path, capsys):
         whole = of_step + 3 * of_damping
         parts = of_step * (3 / 4 + 1) + 3 * of_damping / 4 + 3 * 4 * 3 / 4
         step[kind] = parts / whole
-    # The model, then two trials; at the end on all, before that on a quarter.
-    check = {"forward": (1 + 1 / 4 + 3 * 2 / 4 + 1 + 2) / (1 + 2)}
+    # The model, then two trials; at the end on all, before that on a quarter. Once more each step's
+    # objective, on the forget sequences alone, which are four in five.
+    check = {"forward": (1 + 1 / 4 + 3 * 2 / 4 + 1 + 2 + 3 / 4 * 4 / 5) / (1 + 2 + 4 / 5)}
     times = {"gradient": dict.fromkeys(one["flops"]["gradient"], 4), "step": step, "check": check}
     for stage, kinds in one["flops"].items():
         for kind, amount in kinds.items():
             if (stage, kind) != ("check", "head"):  # two heads a trial on held-out data
                 expected = times.get(stage, {}).get(kind, 1) * amount
                 assert four["flops"][stage][kind] == pytest.approx(expected)
+    noisy = planned(capsys, *arguments, "--noise", "0.1")["flops"]
+    for stage, kinds in one["flops"].items():
+        for kind, amount in kinds.items():
+            assert noisy[stage][kind] == (2 if stage == "gradient" else 1) * amount
     first, later = (p["peak_bytes"]["planned"] for p in (one, four))
     vector = one["bytes"]["vector"]
     assert later["gradient"] - first["gradient"] == 2 * vector  # weights in float32 are as large

@@ -74,6 +74,10 @@ def variant_title(name: str, options: Mapping[str, Any]) -> str:
         words.append(f"{options['steps']} steps, one fit")
     if "correction" in options:
         words.append("a correction")
+    if math.isfinite(direction.bound):
+        words.append(f"bound {direction.bound:g}")
+    if direction.noise:
+        words.append(f"noise {direction.noise:g}")
     if direction.later_objective is not None:
         words.append("cross-entropy after the first")
     if direction.refine:

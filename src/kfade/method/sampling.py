@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from kfade.data.batches import Batch, draw_without_replacement, make_batches
+from kfade.data.noise import noisy
 from kfade.data.sequences import TokenSequence
 from kfade.models.lengths import length_class
 from kfade.models.targets import Target
@@ -31,12 +32,23 @@ class Sampler:
         return make_batches(sequences, budget=self._budget, device=self._device, group=self._group)
 
     def draw(
-        self, sequences: Sequence[TokenSequence], count: int | None, step: int = 0
+        self,
+        sequences: Sequence[TokenSequence],
+        count: int | None,
+        step: int = 0,
+        noise: float = 0.0,
     ) -> list[Batch]:
         """Batches of ``count`` sequences (all when None) drawn for a step, counted from 0.
 
         Draws of consecutive steps are without replacement, see
         :func:`~kfade.data.batches.draw_without_replacement`.
+
+        Args:
+            noise: share of tokens that are replaced in copies of the sequences, see
+                :func:`~kfade.data.noise.noisy`; copies are added unless it is 0.
         """
         chosen = draw_without_replacement(len(sequences), count, step, self._seed)
-        return self.all([sequences[i] for i in chosen])
+        drawn = [sequences[i] for i in chosen]
+        if noise:
+            drawn += noisy(drawn, noise, self._seed * 1_000_003 + step)
+        return self.all(drawn)

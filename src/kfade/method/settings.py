@@ -5,6 +5,7 @@ The length of a step is :class:`~kfade.method.size.StepSize`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from kfade.curvature.damping import Damping
 from kfade.curvature.store import Store
 from kfade.curvature.vectors import OnDevice, Storage
 from kfade.errors import InputError
-from kfade.method.objectives import Objective, cross_entropy, margin
+from kfade.method.objectives import BoundedMargin, Objective, cross_entropy, margin
 from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.targets import Target
@@ -46,11 +47,20 @@ class Direction:
     """Objective of all steps after the first; ``objective`` when None. The gradient of the
     cross-entropy is proportional to 1 − p_y: after a first step by the margin it leaves tokens
     alone that are still certain, which other text needs most."""
+    bound: float = math.inf
+    """Lets go of a token whose margin is beyond so many times the mean loss of the forget texts
+    before the step (:class:`~kfade.method.objectives.BoundedMargin`): without a bound a few tokens,
+    those that cost no KL, are forgotten without end. ``math.inf`` is no bound; other objectives than
+    the margin have none."""
     weigh_texts: bool | None = None
     """Weigh the forget texts by their probability per token in all steps after the first, see
     :func:`~kfade.method.gradient.forget_gradient`: the objective has no bound, and texts that are
     forgotten would pull on. When None yes, but not where ``StepSize.alpha`` gives the length of the
     paper's steps."""
+    noise: float = 0.0
+    """Share of the answers' tokens that are replaced in a copy of each forget text, which the
+    gradient takes beside the text (:func:`~kfade.data.noise.noisy`), so that a token is forgotten
+    also where other words lead to it. With 0 there are no copies."""
     damping: Damping | None = None
     """λ of each layer; when None, chosen on held-out retain data at the first step
     (:mod:`kfade.method.choose`)."""
@@ -76,6 +86,10 @@ class Direction:
     def __post_init__(self) -> None:
         if self.bands is not None:
             at_least("--bands", self.bands, 1)
+        if not self.bound > 0:
+            raise InputError(f"--bound {self.bound}: give a positive number, or inf for no bound")
+        if not 0 <= self.noise < 1:
+            raise InputError(f"--noise {self.noise}: give a number from 0 to below 1")
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
         if self.top_experts is not None:
@@ -94,9 +108,16 @@ class Direction:
         weigh = size.alpha is None if self.weigh_texts is None else self.weigh_texts
         return weigh and step > 0
 
-    def objective_of(self, step: int) -> Objective:
-        """The objective of a step, counted from 0."""
-        return self.objective if step == 0 else self.later_objective or self.objective
+    def objective_of(self, step: int, loss: float) -> Objective:
+        """The objective of a step, counted from 0.
+
+        Args:
+            loss: mean loss of the forget texts before the step, in nats per token.
+        """
+        objective = self.objective if step == 0 else self.later_objective or self.objective
+        if objective is margin and self.bound < math.inf:
+            return BoundedMargin(self.bound * loss)
+        return objective
 
 
 @dataclass(frozen=True)

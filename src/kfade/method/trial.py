@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from kfade.method.bands import in_bands
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gauges import Gauges
 from kfade.method.measure import mean_divergence
-from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.settings import Direction
@@ -37,7 +36,7 @@ class Trial:
         update: the sum of all previous steps.
         direction: objective and bands of the step, and whether its length is exact.
         steps: number of steps of the whole run.
-        begin: the measurements before this step, if they are known.
+        begin: the measurements before this step, if they are known; its objective may be another.
     """
 
     def __init__(
@@ -54,14 +53,15 @@ class Trial:
         gauge = gauges.of(len(records))
         self._targets, self._update, self._part = targets, update, gauges.part
         self._direction, self._size = direction, size
-        self._objective = direction.objective_of(len(records))
+        loss = records[-1]["forget_loss_after"] if records else gauges.begin.forget_loss
+        self.objective = direction.objective_of(len(records), loss)
         self._last: Probe | None = None
         self._is_first, self._share = not records, 1 / (steps - len(records))
         with stage("check"):
-            self._before = begin or gauge.measure(update, self._objective)
+            self._before = self._measured_before(begin, gauge)
             if gauge is not gauges.whole and self.is_beyond:  # by a part, which others may outvote
                 gauge = gauges.whole
-                self._before = gauge.measure(update, self._objective)
+                self._before = gauge.measure(update, self.objective)
         self._gauge, self._hidden = gauge, gauge.latest
         # A search begins where the exact form has the value of the last step; the first one at the
         # KL asked for, or at a likely one.
@@ -101,11 +101,15 @@ class Trial:
             self._last = None
         return record, changes
 
-    def ended(self, objective: Objective, gauge: Gauge) -> Probe | None:
-        """The measurements after this step, if those were the last ones, of ``objective`` and by
-        ``gauge``."""
-        known = objective is self._objective and gauge is self._gauge
-        return self._last if known else None
+    def ended(self, gauge: Gauge) -> Probe | None:
+        """The measurements after this step, if those were the last ones, and by ``gauge``."""
+        return self._last if gauge is self._gauge else None
+
+    def _measured_before(self, begin: Probe | None, gauge: Gauge) -> Probe:
+        """The measurements before this step, of its objective."""
+        if begin is None:
+            return gauge.measure(self._update, self.objective)
+        return replace(begin, objective=gauge.forgetting(self._update, self.objective).objective)
 
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step in bands, scaled to exact unit length if ``exact_norm``, and its squared length
@@ -133,14 +137,14 @@ class Trial:
             return 0.0
         length = math.sqrt(2 * self._near / form)
         changes = parameter_changes(self._targets, part)
-        after = self._part.forgetting(self._update.plus(changes, length), self._objective)
+        after = self._part.forgetting(self._update.plus(changes, length), self.objective)
         return (self._size.forgotten(after) - self._begin) / length
 
     @cached_property
     def _begin(self) -> float:
         """What is forgotten before this step, by the part of the data."""
         known = self._part is self._gauge
-        before = self._before if known else self._part.forgetting(self._update, self._objective)
+        before = self._before if known else self._part.forgetting(self._update, self.objective)
         return self._size.forgotten(before)
 
     def _along(self, step: Step, exact: float, refined: int) -> Candidate:
@@ -150,7 +154,7 @@ class Trial:
         with stage("check"):
             probes = choose_alpha(
                 lambda alpha: gauge.measure(
-                    self._update.plus(changes, alpha), self._objective, alpha
+                    self._update.plus(changes, alpha), self.objective, alpha
                 ),
                 self._size,
                 share=self._share,

@@ -80,26 +80,25 @@ def unlearn(
     update = run.start or Update({}, {**facts, "steps": []})
     update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
-    shared = _Shared(retain, targets, sampler, gauges, fit, size, run)
+    shared = _Shared(forget, retain, targets, sampler, gauges, fit, size, run)
     begin = None if update.deltas else gauges.begin
     while not _is_finished(update, run):
         index = len(update.provenance["steps"])
-        objective = direction.objective_of(index)
         trial = Trial(gauges, targets, update, direction, size, run.steps, begin)
         if curvature is None or (run.refit and index > 0 and not trial.is_beyond):
             curvature = shared.fitted(update, index)
-        drawn = sampler.draw(forget, run.forget_drawn(len(forget), index), index)
-        direction, update, found = shared.tried(trial, direction, update, curvature, drawn)
+        direction, update, found = shared.tried(trial, direction, update, curvature)
         is_over = found is None
         if found is not None:
             update = _after(update, *found).kept(run.storage)
-            begin = trial.ended(direction.objective_of(index + 1), gauges.of(index + 1))
+            begin = trial.ended(gauges.of(index + 1))
             if _has_gone_all_the_way(update, size, run):  # as a part of the data may say
-                update = gauges.confirmed(update, objective)
+                update = gauges.confirmed(update, trial.objective)
                 is_over = _has_gone_all_the_way(update, size, run)
+        objective = trial.objective
         del trial, found  # before a correction or a later fit
         if is_over:
-            update = shared.ended(update, curvature, drawn, objective)
+            update = shared.ended(update, curvature, index, objective)
         if run.on_step is not None:
             run.on_step(update)
     return update
@@ -109,6 +108,7 @@ def unlearn(
 class _Shared:
     """What all steps of a run share."""
 
+    forget: Sequence[TokenSequence]
     retain: Sequence[TokenSequence]
     targets: Sequence[Target]
     sampler: Sampler
@@ -134,13 +134,17 @@ class _Shared:
                 head=gauge.head,
             )
 
+    def drawn(self, index: int, noise: float = 0.0) -> list[Batch]:
+        """Forget batches of the step ``index``."""
+        count = self.run.forget_drawn(len(self.forget), index)
+        return self.sampler.draw(self.forget, count, index, noise)
+
     def tried(
         self,
         trial: Trial,
         direction: Direction,
         update: Update,
         curvature: Curvature,
-        forget: Sequence[Batch],
     ) -> tuple[Direction, Update, Candidate | None]:
         """The best candidate for a step, None if the steps before have gone all the way or left no
         gradient; with the damping in the direction and in the update's provenance, if it was chosen
@@ -152,9 +156,9 @@ class _Shared:
         with stage("gradient"), gauge.applied(update) as model:
             gradient = forget_gradient(
                 model,
-                forget,
+                self.drawn(index, direction.noise),
                 self.targets,
-                direction.objective_of(index),
+                trial.objective,
                 weigh=direction.weighs(index, self.size),
                 head=gauge.head,
                 **run.passes,
@@ -178,14 +182,14 @@ class _Shared:
         self,
         update: Update,
         curvature: Curvature,
-        forget: Sequence[Batch],
+        index: int,
         objective: Objective,
     ) -> Update:
         """The update at the end of a run: within its size, corrected, and marked if early."""
         gauges, targets, run = self.gauges, self.targets, self.run
         update = gauges.settled(update, objective, self.size)
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
-        update = corrector.correct(update, curvature, forget)
+        update = corrector.correct(update, curvature, self.drawn(index))
         return amended(update, ended=len(update.provenance["steps"]) < run.steps)
 
 

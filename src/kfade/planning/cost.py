@@ -161,7 +161,7 @@ def flops(
     quadratic form costs three forward passes over the held-out tokens, and for bands of layers as
     much for each, less the layers below it. Each trial of a step's size costs a forward pass over
     them and one over the measured forget sequences, as does the slope of each band in all steps but
-    the first. Steps before the last do all this on a part of the data, and so does the choice of
+    the first. Copies with noise double the forget gradient. Steps before the last do all this on a part of the data, and so does the choice of
     the damping. A refined direction has its own trials, and an exact product with the Gauss-Newton
     matrix costs four forward passes and a backward pass. A correction costs a gradient on the
     forget set, one on retain data with a forward pass of the original model more, one on held-out
@@ -181,9 +181,10 @@ def flops(
             one_pass("lambda", group, retain)
             products, squares = lambda_flops(group, work, subject.share)
             add("lambda", products=products, squares=squares)
-    one_pass("gradient", subject.targets, forget)
+    with_copies = forget * (1 + work.has_noise)
+    one_pass("gradient", subject.targets, with_copies)
     outer = tally.outer
-    add("gradient", float32=outer * forget)
+    add("gradient", float32=outer * with_copies)
     per_solve = 4 if work.estimator.has_eigenbases else 0
     rotations = sum(per_solve * o * i * (o + i) for o, i in (t.shape for t in subject.targets))
     held_out = float(HELD_OUT * work.length)
@@ -201,7 +202,8 @@ def flops(
     slopes = BANDS * way * measured  # of bands, measured in all steps but the first
     add("step", forward=forward * slopes, head=head * slopes)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
-    tokens = (begins + trials) * (held_out + measured)
+    objectives = (way if work.steps > 1 else 1) * measured  # of each step, before it
+    tokens = (begins + trials) * (held_out + measured) + objectives
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
     if work.refine:
         sequences = min(work.refine_sequences, work.retain_tokens / work.sequence_length)

@@ -61,6 +61,8 @@ class Work:
     """Retain sequences in each product with the Gauss-Newton matrix of these iterations."""
     steps: int = 1
     """Gauss-Newton steps by one fit."""
+    has_noise: bool = False
+    """Whether the forget gradient takes a noisy copy of each text, too."""
     correct: int = 0
     """Corrections after the last step."""
     correct_sequences: int | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
 from kfade.curvature.draws import Draw, sampled_labels, square_root_draw
 from kfade.curvature.estimators import EKFAC, KFAC, Diagonal, Estimator, Identity
 from kfade.errors import InputError
-from kfade.method.objectives import BoundedMargin, Objective, cross_entropy, margin
+from kfade.method.objectives import Objective, cross_entropy, margin
 from kfade.method.settings import Correction, Run
 
 ESTIMATORS = "ekfac, kfac, diagonal or identity"
@@ -18,10 +17,7 @@ EXPERT_INPUTS = (
     "own (one for each expert) or shared (one for the experts of a layer: less memory, fewer "
     "eigendecompositions)"
 )
-OBJECTIVES = (
-    "margin, margin:LIMIT (lets go of tokens that are LIMIT nats below even odds, as margin:3) or "
-    "ce (cross-entropy)"
-)
+OBJECTIVES = "margin or ce (cross-entropy)"
 QUALITIES = (
     "fast (one step), default (six steps and a correction) or best (twelve steps and three "
     "corrections)"
@@ -59,11 +55,6 @@ def objective_of(word: str, flag: str = "--objective") -> Objective:
             return margin
         case "ce":
             return cross_entropy
-    name, _, limit = word.partition(":")
-    if name == "margin":
-        with contextlib.suppress(ValueError):
-            if math.isfinite(float(limit)):
-                return BoundedMargin(float(limit))
     raise InputError(f"{flag} {word}: give {OBJECTIVES}")
 
 

@@ -44,6 +44,8 @@ class AmountConfig(BatchConfig):
     """Number of forget tokens in one step; the default is 2500 sequences of 512."""
     steps: int | None = None
     """Number of Gauss-Newton steps by one fit. Unset: as kfade unlearn takes by default."""
+    noise: float = 0.0
+    """Share of tokens that are replaced in copies of the forget texts, which double a gradient."""
 
 
 @o.settings(o.DEVICE)
@@ -121,6 +123,7 @@ class PlanRequest:
             refine=self.refinement.refine,
             refine_sequences=self.refinement.refine_sequences,
             steps=amount.steps,
+            has_noise=self.data.noise > 0,
             correct=correct,
             correct_sequences=sequences,
             offload=offload_of(self.device.offload) in ("cpu", "disk"),

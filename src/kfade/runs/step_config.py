@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,9 +32,16 @@ class StepConfig:
     later_objective: str | None = None
     """Objective of all steps after the first, for example ce when the first step of the margin has
     made the text unlikely. Unset: as --objective."""
+    bound: float = math.inf
+    """Let go of a token whose margin is beyond so many times the mean forget loss before the step,
+    so that forgetting spreads over more of a text, as 2; inf is no bound. Only with the margin."""
     weigh_texts: Annotated[bool | None, Parameter(negative="--no-weigh-texts")] = None
     """Weigh the forget texts by their probability in all steps after the first, so that texts that
     are forgotten pull no longer. Unset: yes; with --alpha, no."""
+    noise: float = 0.0
+    """Share of the answers' tokens that are replaced at random in a copy of each forget text. The
+    gradient takes the copies, too, so that a token is forgotten also where other words lead to it,
+    as 0.25; 0 is no copies."""
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None

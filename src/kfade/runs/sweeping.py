@@ -186,7 +186,7 @@ def _cached_gradient(
 ) -> Callable[..., Vector]:
     """:func:`forget_gradient` with its results kept in the run's state, for a resumed run."""
     digest = f"{header['weights_sha256'][:16]}-{header['forget_sha256'][:16]}"
-    words = {objective: word.replace(":", "-") for word, objective in objectives.items()}
+    words = {objective: word for word, objective in objectives.items()}
 
     def gradient(
         model: nn.Module,

@@ -343,7 +343,9 @@ def _direction_of(run: RunConfig) -> Direction:
     return Direction(
         objective_of(run.step.objective),
         _later_objective_of(run),
+        run.step.bound,
         run.step.weigh_texts,
+        run.step.noise,
         _damping_of(run),
         run.step.bands,
         run.step.exact_norm,

@@ -1,0 +1,52 @@
+"""Copies of the forget texts with replaced tokens, in the forget gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import flat, random_sequences, relative_error, tiny_llama
+
+import kfade
+from kfade import KFAC, make_batches, margin
+from kfade.curvature.estimators import Identity
+from kfade.data.noise import noisy
+from kfade.method.gradient import forget_gradient
+from kfade.models.layers import find_targets
+
+FORGET = random_sequences(6, seed=7, shortest=6)
+SETS = {"retain": random_sequences(12, seed=8), "held_out": random_sequences(8, seed=9)}
+
+
+def updated(**options) -> torch.Tensor:
+    options = {"fit": KFAC(), "damping": 0.1, "refit": False, **options}
+    deltas = kfade.unlearn(tiny_llama(), forget=FORGET, **SETS, **flat(**options)).deltas
+    return torch.cat([deltas[name].flatten() for name in deltas])
+
+
+def test_the_gradient_is_of_the_texts_and_of_their_copies():
+    """Without curvature a step is along the gradient."""
+    model = tiny_llama()
+    targets = find_targets(model)
+    step = updated(fit=Identity(), kl=1e-3, noise=0.5)
+    both = {}
+    for name, texts in (("with", [*FORGET, *noisy(FORGET, 0.5, seed=0)]), ("without", FORGET)):
+        found = forget_gradient(model, make_batches(texts), targets, margin)
+        both[name] = torch.cat([found[target.name].flatten() for target in targets])
+
+    def cosine(name: str) -> float:
+        return torch.nn.functional.cosine_similarity(step, both[name], dim=0).item()
+
+    assert cosine("with") == pytest.approx(1, abs=1e-9)  # rounding in float64
+    assert cosine("without") < 0.99
+
+
+def test_each_step_draws_its_own_copies():
+    two = [noisy(FORGET, 0.5, seed=step) for step in (0, 1)]
+    assert two[0] != two[1]
+    assert relative_error(updated(kl=1e-3, steps=2, noise=0.5), updated(kl=1e-3, steps=2)) > 0.01
+
+
+def test_noise_is_a_share():
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(kfade.InputError, match=f"--noise {wrong}: give a number from 0"):
+            kfade.Direction(noise=wrong)
