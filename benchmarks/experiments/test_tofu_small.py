@@ -183,7 +183,6 @@ def test_what_is_left_of_the_answers_token_by_token(results):
         for key in ("exact_memorisation", "extraction_strength"):
             assert len(told[key]) == QUESTIONS
         assert told["quantiles"] == sorted(told["quantiles"])
-        # What lies above 8 nats is less than all, and nothing if a token in 30 has not as much.
         assert 0 <= told["above"] < 1
     known, unknown = (
         statistics.fmean(found[name]["exact_memorisation"]) for name in ("full", "retrained")

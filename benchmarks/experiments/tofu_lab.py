@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lab.baselines import at_target, method_of
 from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, text_kls
 from lab.lab import Lab
@@ -17,8 +18,6 @@ from lab.pieces import Piece, Results, make_once, options_of, read_options, run
 from lab.records import RESULTS, Record
 from lab.tuning import START_RATES
 from tofu_data import Data, Sizes, answer, encode, train_model
-
-import torch
 
 import kfade
 from kfade.curvature.curvature import Curvature

@@ -31,7 +31,16 @@ from lab.forgetting import Group, text_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, options_of, read_options, run
 from lab.records import RESULTS, Record
-from lab.tuning import DEFAULT, DEFAULT_FIT, OWN_DAMPING, START_RATES, VARIANTS, chosen, lowest, rates
+from lab.tuning import (
+    DEFAULT,
+    DEFAULT_FIT,
+    OWN_DAMPING,
+    START_RATES,
+    VARIANTS,
+    chosen,
+    lowest,
+    rates,
+)
 from topic_data import Data, Sizes, instructions
 
 import kfade
@@ -49,7 +58,11 @@ DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
 PAPER_DAMPING = 1e-14  # the paper's on WMDP: absolute, with sampled labels
 DEFAULT_KLS = (0.04, 0.01)  # of the whole run; the target is sought on its way
 STEPPED: dict[str, dict[str, Any]] = {
-    **{row: {"estimator": "ekfac", **own} for row, own in VARIANTS.items() if row not in OWN_DAMPING},
+    **{
+        row: {"estimator": "ekfac", **own}
+        for row, own in VARIANTS.items()
+        if row not in OWN_DAMPING
+    },
     "steps 3 kfac": {"estimator": "kfac", "steps": 3},
     "steps 3 then ce kfac": {"estimator": "kfac", **VARIANTS["steps 3 then ce"]},
 }

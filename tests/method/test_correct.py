@@ -483,10 +483,10 @@ def test_each_correction_draws_other_retain_sequences(model, monkeypatch):
     drawn = []
     real = Sampler.draw
 
-    def draw(self, sequences, count, step=0):
+    def draw(self, sequences, count, step=0, *noise):
         if count == 10:
             drawn.append(step)
-        return real(self, sequences, count, step)
+        return real(self, sequences, count, step, *noise)
 
     monkeypatch.setattr(Sampler, "draw", draw)
     run(model, alpha=0.1, steps=2, correction=Correction(count=2, sequences=10))

@@ -9,8 +9,10 @@ from helpers import flat, random_sequences, relative_error, tiny_llama
 import kfade
 from kfade import KFAC, make_batches, margin
 from kfade.curvature.estimators import Identity
+from kfade.data.batches import digest_batches
 from kfade.data.noise import noisy
 from kfade.method.gradient import forget_gradient
+from kfade.method.sampling import Sampler
 from kfade.models.layers import find_targets
 
 FORGET = random_sequences(6, seed=7, shortest=6)
@@ -29,7 +31,10 @@ def test_the_gradient_is_of_the_texts_and_of_their_copies():
     targets = find_targets(model)
     step = updated(fit=Identity(), kl=1e-3, noise=0.5)
     both = {}
-    for name, texts in (("with", [*FORGET, *noisy(FORGET, 0.5, seed=0)]), ("without", FORGET)):
+    for name, texts in (
+        ("with", [*FORGET, *noisy(FORGET, range(6), 0.5, seed=0)]),
+        ("without", FORGET),
+    ):
         found = forget_gradient(model, make_batches(texts), targets, margin)
         both[name] = torch.cat([found[target.name].flatten() for target in targets])
 
@@ -40,10 +45,29 @@ def test_the_gradient_is_of_the_texts_and_of_their_copies():
     assert cosine("without") < 0.99
 
 
-def test_each_step_draws_its_own_copies():
-    two = [noisy(FORGET, 0.5, seed=step) for step in (0, 1)]
-    assert two[0] != two[1]
-    assert relative_error(updated(kl=1e-3, steps=2, noise=0.5), updated(kl=1e-3, steps=2)) > 0.01
+def test_every_step_has_the_same_copies(monkeypatch):
+    drawn = []
+    real = Sampler.draw
+
+    def draw(self, sequences, count, step=0, noise=0.0):
+        batches = real(self, sequences, count, step, noise)
+        if noise:
+            drawn.append(digest_batches(batches))
+        return batches
+
+    monkeypatch.setattr(Sampler, "draw", draw)
+    noisy_run = updated(kl=1e-3, steps=3, noise=0.5)
+    assert len(drawn) == 3
+    assert len(set(drawn)) == 1
+    assert relative_error(noisy_run, updated(kl=1e-3, steps=3)) > 0.01
+
+
+def test_a_resumed_run_with_a_bound_and_noise_equals_an_uninterrupted_one():
+    options = {"kl": 1e-3, "steps": 3, "bound": 2.0, "noise": 0.5, "weigh_texts": True}
+    kept = []
+    whole = updated(**options, on_step=kept.append)
+    for start in kept[:-1]:
+        assert torch.equal(updated(**options, start=start), whole)
 
 
 def test_noise_is_a_share():

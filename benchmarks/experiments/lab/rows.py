@@ -74,7 +74,7 @@ def variant_title(name: str, options: Mapping[str, Any]) -> str:
         words.append(f"{options['steps']} steps, one fit")
     if "correction" in options:
         words.append("a correction")
-    if math.isfinite(direction.bound):
+    if direction.bound is not None:
         words.append(f"bound {direction.bound:g}")
     if direction.noise:
         words.append(f"noise {direction.noise:g}")

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from kfade.data.sequences import TokenSequence
 
 
-def noisy(sequences: Sequence[TokenSequence], share: float, seed: int) -> list[TokenSequence]:
-    """Copies of ``sequences`` in which scored tokens are replaced, each with probability ``share``.
+def noisy(
+    sequences: Sequence[TokenSequence], chosen: Sequence[int], share: float, seed: int
+) -> list[TokenSequence]:
+    """Copies of the ``chosen`` sequences in which that share of the scored tokens, rounded, is
+    replaced.
 
     A token that is replaced becomes a scored token of any of the sequences, and is not scored; the
-    others are predicted after it. A copy without a scored token is left out.
+    others are predicted after it. A sequence that is too short for one to be replaced, and one to
+    be left, has no copy.
 
     Args:
-        seed: keys the draw.
+        seed: keys the copies. That of a sequence is the same whichever others are chosen.
     """
-    draw = random.Random(seed)
     pool = [t for s in sequences for t, scored in zip(s.tokens, s.scored, strict=True) if scored]
     copies = []
-    for sequence in sequences:
-        hit = [scored and draw.random() < share for scored in sequence.scored]
-        tokens = zip(sequence.tokens, hit, strict=True)
-        scored = [old and not new for old, new in zip(sequence.scored, hit, strict=True)]
-        if any(scored):
-            drawn = tuple(draw.choice(pool) if new else old for old, new in tokens)
-            copies.append(replace(sequence, tokens=drawn, scored=tuple(scored)))
+    for index in chosen:
+        tokens, scored = list(sequences[index].tokens), list(sequences[index].scored)
+        places = [at for at, is_scored in enumerate(scored) if is_scored]
+        count = round(share * len(places))
+        if 0 < count < len(places):
+            draw = random.Random(f"{seed} {index}")
+            for at in draw.sample(places, count):
+                tokens[at], scored[at] = draw.choice(pool), False
+            copies.append(TokenSequence(tuple(tokens), tuple(scored)))
     return copies

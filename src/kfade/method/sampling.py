@@ -44,11 +44,12 @@ class Sampler:
         :func:`~kfade.data.batches.draw_without_replacement`.
 
         Args:
-            noise: share of tokens that are replaced in copies of the sequences, see
-                :func:`~kfade.data.noise.noisy`; copies are added unless it is 0.
+            noise: share of tokens that are replaced in copies of the sequences, which are added
+                (:func:`~kfade.data.noise.noisy`); 0 for none. They are the same at every step:
+                copies that no step has seen would take the place of the sequences in a late one.
         """
         chosen = draw_without_replacement(len(sequences), count, step, self._seed)
         drawn = [sequences[i] for i in chosen]
         if noise:
-            drawn += noisy(drawn, noise, self._seed * 1_000_003 + step)
+            drawn += noisy(sequences, chosen, noise, self._seed)
         return self.all(drawn)

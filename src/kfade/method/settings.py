@@ -47,16 +47,14 @@ class Direction:
     """Objective of all steps after the first; ``objective`` when None. The gradient of the
     cross-entropy is proportional to 1 − p_y: after a first step by the margin it leaves tokens
     alone that are still certain, which other text needs most."""
-    bound: float = math.inf
+    bound: float | None = None
     """Lets go of a token whose margin is beyond so many times the mean loss of the forget texts
     before the step (:class:`~kfade.method.objectives.BoundedMargin`): without a bound a few tokens,
-    those that cost no KL, are forgotten without end. ``math.inf`` is no bound; other objectives than
-    the margin have none."""
+    those that cost no KL, are forgotten without end. Of the margin only; no bound when None."""
     weigh_texts: bool | None = None
     """Weigh the forget texts by their probability per token in all steps after the first, see
-    :func:`~kfade.method.gradient.forget_gradient`: the objective has no bound, and texts that are
-    forgotten would pull on. When None yes, but not where ``StepSize.alpha`` gives the length of the
-    paper's steps."""
+    :func:`~kfade.method.gradient.forget_gradient`: texts that are forgotten would pull on. When
+    None yes, but not where ``StepSize.alpha`` gives the length of the paper's steps."""
     noise: float = 0.0
     """Share of the answers' tokens that are replaced in a copy of each forget text, which the
     gradient takes beside the text (:func:`~kfade.data.noise.noisy`), so that a token is forgotten
@@ -86,8 +84,11 @@ class Direction:
     def __post_init__(self) -> None:
         if self.bands is not None:
             at_least("--bands", self.bands, 1)
-        if not self.bound > 0:
-            raise InputError(f"--bound {self.bound}: give a positive number, or inf for no bound")
+        if self.bound is not None:
+            if not (math.isfinite(self.bound) and self.bound > 0):
+                raise InputError(f"--bound {self.bound}: give a positive, finite number")
+            if margin not in (self.objective, self.later_objective):
+                raise InputError(f"--bound {self.bound:g} is of the margin: leave one out")
         if not 0 <= self.noise < 1:
             raise InputError(f"--noise {self.noise}: give a number from 0 to below 1")
         at_least("--refine", self.refine, 0)
@@ -115,7 +116,7 @@ class Direction:
             loss: mean loss of the forget texts before the step, in nats per token.
         """
         objective = self.objective if step == 0 else self.later_objective or self.objective
-        if objective is margin and self.bound < math.inf:
+        if objective is margin and self.bound is not None:
             return BoundedMargin(self.bound * loss)
         return objective
 

@@ -15,6 +15,7 @@ from kfade.method.bands import in_bands
 from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gauges import Gauges
 from kfade.method.measure import mean_divergence
+from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.settings import Direction
@@ -26,6 +27,8 @@ from kfade.models.weights import Weights
 from kfade.runtime import distributed
 from kfade.runtime.stages import stage
 
+Known = tuple[Objective, Probe]
+"""Measurements, and the objective that they are of."""
 LIKELY_KL = 0.001  # of a run to a forgetting target, before anything is measured
 
 
@@ -36,7 +39,7 @@ class Trial:
         update: the sum of all previous steps.
         direction: objective and bands of the step, and whether its length is exact.
         steps: number of steps of the whole run.
-        begin: the measurements before this step, if they are known; its objective may be another.
+        begin: an objective and the measurements before this step, of it, if they are known.
     """
 
     def __init__(
@@ -47,21 +50,19 @@ class Trial:
         direction: Direction,
         size: StepSize,
         steps: int,
-        begin: Probe | None = None,
+        begin: Known | None = None,
     ) -> None:
         records = update.provenance["steps"]
         gauge = gauges.of(len(records))
         self._targets, self._update, self._part = targets, update, gauges.part
         self._direction, self._size = direction, size
-        loss = records[-1]["forget_loss_after"] if records else gauges.begin.forget_loss
-        self.objective = direction.objective_of(len(records), loss)
         self._last: Probe | None = None
         self._is_first, self._share = not records, 1 / (steps - len(records))
         with stage("check"):
-            self._before = self._measured_before(begin, gauge)
+            self.objective, self._before = self._measured_before(gauge, begin)
             if gauge is not gauges.whole and self.is_beyond:  # by a part, which others may outvote
                 gauge = gauges.whole
-                self._before = gauge.measure(update, self.objective)
+                self.objective, self._before = self._measured_before(gauge)
         self._gauge, self._hidden = gauge, gauge.latest
         # A search begins where the exact form has the value of the last step; the first one at the
         # KL asked for, or at a likely one.
@@ -101,15 +102,22 @@ class Trial:
             self._last = None
         return record, changes
 
-    def ended(self, gauge: Gauge) -> Probe | None:
+    def ended(self, gauge: Gauge) -> Known | None:
         """The measurements after this step, if those were the last ones, and by ``gauge``."""
-        return self._last if gauge is self._gauge else None
+        if self._last is None or gauge is not self._gauge:
+            return None
+        return self.objective, self._last
 
-    def _measured_before(self, begin: Probe | None, gauge: Gauge) -> Probe:
-        """The measurements before this step, of its objective."""
-        if begin is None:
-            return gauge.measure(self._update, self.objective)
-        return replace(begin, objective=gauge.forgetting(self._update, self.objective).objective)
+    def _measured_before(self, gauge: Gauge, known: Known | None = None) -> Known:
+        """The objective of this step, and the measurements before it, of that objective."""
+        step = len(self._update.provenance["steps"])
+        plain = self._direction.objective_of(step, loss=0.0)
+        measured, before = known or (plain, gauge.measure(self._update, plain))
+        objective = self._direction.objective_of(step, before.forget_loss)
+        if objective != measured:
+            value = gauge.forgetting(self._update, objective).objective
+            before = replace(before, objective=value)
+        return objective, before
 
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step in bands, scaled to exact unit length if ``exact_norm``, and its squared length

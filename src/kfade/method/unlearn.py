@@ -81,7 +81,7 @@ def unlearn(
     update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
     shared = _Shared(forget, retain, targets, sampler, gauges, fit, size, run)
-    begin = None if update.deltas else gauges.begin
+    begin = None if update.deltas else (direction.objective, gauges.begin)
     while not _is_finished(update, run):
         index = len(update.provenance["steps"])
         trial = Trial(gauges, targets, update, direction, size, run.steps, begin)

@@ -161,11 +161,11 @@ def flops(
     quadratic form costs three forward passes over the held-out tokens, and for bands of layers as
     much for each, less the layers below it. Each trial of a step's size costs a forward pass over
     them and one over the measured forget sequences, as does the slope of each band in all steps but
-    the first. Copies with noise double the forget gradient. Steps before the last do all this on a part of the data, and so does the choice of
-    the damping. A refined direction has its own trials, and an exact product with the Gauss-Newton
-    matrix costs four forward passes and a backward pass. A correction costs a gradient on the
-    forget set, one on retain data with a forward pass of the original model more, one on held-out
-    data, two directions, and the measurements of one step.
+    the first. Copies with noise double the forget gradient. Steps before the last do all this on a
+    part of the data, and so does the choice of the damping. A refined direction has its own trials,
+    and an exact product with the Gauss-Newton matrix costs four forward passes and a backward pass.
+    A correction costs a gradient on the forget set, one on retain data with a forward pass of the
+    original model more, one on held-out data, two directions, and the measurements of one step.
     """
     tally = _Tally(subject)
     add, one_pass, forward, head = tally.add, tally.one_pass, tally.forward, tally.head
@@ -202,8 +202,7 @@ def flops(
     slopes = BANDS * way * measured  # of bands, measured in all steps but the first
     add("step", forward=forward * slopes, head=head * slopes)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
-    objectives = (way if work.steps > 1 else 1) * measured  # of each step, before it
-    tokens = (begins + trials) * (held_out + measured) + objectives
+    tokens = (begins + trials) * (held_out + measured)
     add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
     if work.refine:
         sequences = min(work.refine_sequences, work.retain_tokens / work.sequence_length)

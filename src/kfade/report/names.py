@@ -20,9 +20,11 @@ def method_of(subject: MeasuredModel) -> str:
         refined = refinement(config.get("refinement", {}).get("refine"))
         later = step.get("later_objective")
         then = f"then {later}" if later else None
+        spread = [f"{key} {step[key]:g}" for key in ("bound", "noise") if step.get(key)]
         corrections = config.get("correction", {}).get("correct")
         corrected = f"corrected {corrections}" if corrections else None
-        parts = ["K-FADE", fit.get("estimator"), step.get("objective"), then, refined, corrected]
+        objective = [step.get("objective"), then, *spread]
+        parts = ["K-FADE", fit.get("estimator"), *objective, refined, corrected]
         return ", ".join(str(part) for part in parts if part)
     if subject.manifest.get("kind") == "baseline":
         return str(subject.manifest.get("method", subject.name))

@@ -105,6 +105,8 @@ class PlanRequest:
             raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
         if self.data.tokens < 1 or self.data.forget_tokens < 1:
             raise InputError("--tokens and --forget-tokens must be 1 or more")
+        if not 0 <= self.data.noise < 1:
+            raise InputError(f"--noise {self.data.noise}: give a number from 0 to below 1")
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
         amount = quality_of("default").unless(self.data.steps, self.correction.correct)

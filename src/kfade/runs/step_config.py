@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -32,9 +31,9 @@ class StepConfig:
     later_objective: str | None = None
     """Objective of all steps after the first, for example ce when the first step of the margin has
     made the text unlikely. Unset: as --objective."""
-    bound: float = math.inf
+    bound: float | None = None
     """Let go of a token whose margin is beyond so many times the mean forget loss before the step,
-    so that forgetting spreads over more of a text, as 2; inf is no bound. Only with the margin."""
+    so that forgetting spreads over more of a text, as 2. Only with the margin. Unset: no bound."""
     weigh_texts: Annotated[bool | None, Parameter(negative="--no-weigh-texts")] = None
     """Weigh the forget texts by their probability in all steps after the first, so that texts that
     are forgotten pull no longer. Unset: yes; with --alpha, no."""
