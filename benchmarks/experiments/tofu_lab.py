@@ -40,6 +40,7 @@ TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # before a question
 PART = 4  # the cheap request looks at one question in so many
 START_RATE = 2e-4  # learning rate that tuning begins with
 QUANTILES = (0.5, 0.75, 0.9, 0.97)  # of the loss of the forgotten answers' tokens
+LEFT = ("exact_memorisation", "extraction_strength")  # what is told of a forgotten answer
 FAR_LOSS = 8.0  # nats; what a token loses beyond them makes no difference to what is said
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
 
@@ -279,7 +280,7 @@ class TofuLab(Lab):
         losses = -torch.cat([found[i][:, 0] for i in range(len(texts))])
         told["above"] = ((losses - FAR_LOSS).clamp(min=0).sum() / losses.sum()).item()
         told["quantiles"] = losses.quantile(losses.new_tensor(QUANTILES)).tolist()
-        for name in ("exact_memorisation", "extraction_strength"):
+        for name in LEFT:
             told[name] = [item[name] for item in items]
         return told
 

@@ -18,12 +18,12 @@ from lab.rows import (
     with_interval,
 )
 from lab.tuning import VARIANTS, chosen, lowest
+from tofu_lab import LEFT
 from tofu_small import PAPER_DAMPING, best_damping, named
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of
 
-LEFT = ("exact_memorisation", "extraction_strength")
 SLICES = {"report": "report slice", "others": "kept but not shown"}
 
 

@@ -174,6 +174,7 @@ def test_command_plans_steps(tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert f"Work of a run of {Run.steps} steps" in said
     assert main(["plan", *arguments, "--steps", "0"]) == 2
+    assert main(["plan", *arguments, "--noise", "1"]) == 2
 
 
 def test_command_plans_blocks_that_run_again(tmp_path, capsys):

@@ -33,6 +33,12 @@ def at_least(flag: str, value: int, least: int) -> None:
         raise InputError(f"{flag} {value}: give {least} or more")
 
 
+def check_noise(share: float) -> None:
+    """Raises InputError where the share of replaced tokens is below 0, or all of them."""
+    if not 0 <= share < 1:
+        raise InputError(f"--noise {share}: give a number from 0 to below 1")
+
+
 @dataclass(frozen=True)
 class Direction:
     """The direction of each step: (G̃ + λI)⁻¹g, scaled to unit length, and its refinement.
@@ -89,8 +95,7 @@ class Direction:
                 raise InputError(f"--bound {self.bound}: give a positive, finite number")
             if margin not in (self.objective, self.later_objective):
                 raise InputError(f"--bound {self.bound:g} is of the margin: leave one out")
-        if not 0 <= self.noise < 1:
-            raise InputError(f"--noise {self.noise}: give a number from 0 to below 1")
+        check_noise(self.noise)
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
         if self.top_experts is not None:

@@ -13,7 +13,7 @@ from kfade.curvature.factors import factor_bytes
 from kfade.curvature.groups import group_by_input
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
-from kfade.method.settings import at_least
+from kfade.method.settings import at_least, check_noise
 from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
 from kfade.models.load import load_skeleton
@@ -105,8 +105,7 @@ class PlanRequest:
             raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
         if self.data.tokens < 1 or self.data.forget_tokens < 1:
             raise InputError("--tokens and --forget-tokens must be 1 or more")
-        if not 0 <= self.data.noise < 1:
-            raise InputError(f"--noise {self.data.noise}: give a number from 0 to below 1")
+        check_noise(self.data.noise)
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
         amount = quality_of("default").unless(self.data.steps, self.correction.correct)

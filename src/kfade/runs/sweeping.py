@@ -168,7 +168,7 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
                 recompute=ready.room.recompute,
                 storage=ready.room.storage,
                 seed=run.seed,
-                gradient=_cached_gradient(folder, header, ready.objectives),
+                gradient=_cached_gradient(folder, header),
                 seconds=_fit_seconds(ready.saved.path),
             ),
             forget=ready.forget,
@@ -181,12 +181,9 @@ def _measure(ready: _Ready, max_kl: float, folder: RunDir) -> list[Outcome]:
     return outcomes
 
 
-def _cached_gradient(
-    folder: RunDir, header: Mapping[str, Any], objectives: Mapping[str, Objective]
-) -> Callable[..., Vector]:
+def _cached_gradient(folder: RunDir, header: Mapping[str, Any]) -> Callable[..., Vector]:
     """:func:`forget_gradient` with its results kept in the run's state, for a resumed run."""
     digest = f"{header['weights_sha256'][:16]}-{header['forget_sha256'][:16]}"
-    words = {objective: word for word, objective in objectives.items()}
 
     def gradient(
         model: nn.Module,
@@ -197,7 +194,7 @@ def _cached_gradient(
         storage: Storage,
         **options: Any,
     ) -> Vector:
-        name = f"gradient-{words[objective]}-{digest}.safetensors"
+        name = f"gradient-{objective.__name__}-{digest}.safetensors"
         if (folder.state / name).is_file():
             with reading_kept(folder.state / name):
                 kept = FileVector(folder.state / name)
