@@ -94,7 +94,9 @@ class Direction:
             if not (math.isfinite(self.bound) and self.bound > 0):
                 raise InputError(f"--bound {self.bound}: give a positive, finite number")
             if margin not in (self.objective, self.later_objective):
-                raise InputError(f"--bound {self.bound:g} is of the margin: leave one out")
+                raise InputError(
+                    f"--bound {self.bound:g} is of the margin: leave it out, or use the margin"
+                )
         check_noise(self.noise)
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
