@@ -10,6 +10,7 @@ import math
 import random
 import statistics
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import results as results_page
@@ -26,6 +27,8 @@ from lab.tuning import lowest, rates
 from tofu_attacks import AT, GIVEN
 from tofu_data import OF_AUTHOR, authors_by_role
 from tofu_lab import run_pieces
+
+from kfade.data.sequences import TokenSequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTHORS, QUESTIONS = 8, 6
@@ -70,10 +73,12 @@ SOME = (
     "report refine 1",
     "report steps 3 then ce",
     "report part",
+    "report paper",
     "tofu *x1",
-    "attack ekfac* related",
-    "attack ekfac* forget",
-    "attack full related",
+    "attack paper related *",
+    "attack paper forget *",
+    "attack full related *",
+    "probe *",
     "ablation blocks*",
     "ablation 3 steps*",
     "ablation own text",
@@ -193,36 +198,66 @@ def test_what_is_left_of_the_answers_token_by_token(results):
     assert found["full"]["above"] == 0
 
 
-def test_attacks_bring_back_what_the_update_takes_away_again(results):
-    def pieces(kind):
-        """What is told of an attack, by what is attacked; figures by state and step."""
-        for name, told in results.items():
-            if name.startswith("attack ") and name.endswith(kind):
-                figures = {(one["state"], one["step"]): one for one in told["measurements"]}
-                yield name.split()[1], (told["sequences"], figures)
+def probability(of):
+    return of["forget_probability"]
 
-    related, forget = dict(pieces("related")), dict(pieces("forget"))
-    [report] = [v for k, v in results.items() if k.startswith("report ekfac margin")]
-    [tofu] = [v for k, v in results.items() if k.startswith("tofu ekfac margin")]
-    losses = [v["answer_loss"] for k, v in tofu["items"].items() if k.startswith("forget/")]
-    untaught = statistics.fmean(math.exp(-x) for i, x in enumerate(losses) if i % GIVEN)
-    for _, figures in (related["ekfac"], forget["ekfac"]):
-        start = figures["attacked", 0]
-        assert start["forget_probability"] == pytest.approx(untaught, rel=1e-3)
-        assert start["retain_kl"] == pytest.approx(report["report_kl"], rel=1e-3)
-        # A random answer says nothing of the others: relearning some need not bring them back.
-        before, after = (figures[state, AT[-1]] for state in ("attacked", "reapplied"))
-        assert after["forget_loss"] > before["forget_loss"]
-    count, figures = related["ekfac"]
-    again = figures["reapplied", AT[-1]]["forget_probability"]
-    start, end = (figures["attacked", AT[i]]["forget_probability"] for i in (0, -1))
-    assert again < start < end / 2
-    assert count == 3 * (QUESTIONS - 2) + QUESTIONS  # two of each kept author's are held out
-    assert forget["ekfac"][0] == 2
-    control = related["full"][1]
-    assert set(control) == {("attacked", step) for step in AT}
-    assert control["attacked", 0]["forget_probability"] > 0.8
-    assert control["attacked", 0]["retain_kl"] == pytest.approx(0, abs=1e-9)
+
+def test_attacks_bring_back_what_the_update_takes_away_again(results):
+    def attacks(row, kind):
+        """What is told of the attacks at each rate: sequences, and figures by state and step."""
+        prefix = f"attack {row} {kind} "
+        for name, told in results.items():
+            if name.startswith(prefix):
+                figures = {(one["state"], one["step"]): one for one in told["measurements"]}
+                yield told["sequences"], figures
+
+    related, forget, control = (
+        list(attacks(row, kind))
+        for row, kind in (("paper", "related"), ("paper", "forget"), ("full", "related"))
+    )
+    assert [len(runs) for runs in (related, forget, control)] == [3, 3, 3]  # a run for each rate
+    plain, goal = results["probe paper"]["plain"], results["targets"]["retrained"]
+    for _, figures in (*related, *forget):
+        # Each attack begins with the update at the target, as the probe measures it.
+        assert figures["attacked", 0] == pytest.approx({**plain, "state": "attacked", "step": 0})
+        assert probability(figures["reapplied", AT[-1]]) < probability(figures["attacked", AT[-1]])
+    assert plain["retain_kl"] == pytest.approx(results["report paper"]["report_kl"], rel=0.02)
+    assert plain["forget_probability"] < 2 * goal["forget_probability"]
+    best = max(probability(figures["attacked", AT[-1]]) for _, figures in related)
+    assert best > 2 * plain["forget_probability"]
+    assert (
+        related[0][0] == 3 * (QUESTIONS - 2) + QUESTIONS
+    )  # two of each kept author's are held out
+    assert forget[0][0] == 2
+    for _, figures in control:
+        assert set(figures) == {("attacked", step) for step in AT}
+        assert figures["attacked", 0]["forget_probability"] > 0.8
+        assert figures["attacked", 0]["retain_kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_rounding_and_prompts_are_measured_on_the_same_answers(results):
+    full, retrained = (results[f"probe {name}"] for name in ("full", "retrained"))
+    for told in (full, retrained, results["probe paper"]):
+        assert {"plain", "int8", "int4", "prompted"} < set(told)
+        assert "retain_kl" not in told["prompted"]
+    assert full["plain"]["retain_kl"] == pytest.approx(0, abs=1e-9)
+    assert 0 < full["int8"]["retain_kl"] < full["int4"]["retain_kl"]
+    assert full["plain"]["forget_probability"] > 0.8 > 0.3 > probability(retrained["plain"])
+
+
+def test_a_prompt_shows_the_questions_that_the_attacker_has():
+    questions = [TokenSequence((1, 10 + i, 50 + i), (False, False, True)) for i in range(12)]
+    group = SimpleNamespace(forget=questions)
+    lab = SimpleNamespace(group=lambda name: group, sizes=SimpleNamespace(questions=6))
+    alone, prompted = (tofu_attacks.untaught(lab, way) for way in (False, True))
+    asked = [i for i in range(0, 12, EVERY) if i % GIVEN]
+    assert alone == [questions[i] for i in asked]
+    for i, own in zip(asked, prompted, strict=True):
+        shown = [0, 5] if i < 6 else [10]  # of the same author
+        before = [token for j in shown for token in questions[j].tokens]
+        assert own.tokens == (*before, *questions[i].tokens)
+        assert own.loss_tokens == 1
+        assert own.scored[-1]
 
 
 def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
@@ -245,10 +280,17 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     row = next(line for line in text.splitlines() if f"`'{report}'" in line)
     assert float(row.split("|")[-3]) == round(2 * request_seconds(results[report]))
     attacks = [line for line in text.splitlines() if "`'attack " in line]
-    assert len(attacks) == 12
-    run = [line.split("|")[1:3] for line in attacks if "not run" not in line]
-    assert [kind.strip() for kind, _ in run] == ["related", "related", "forget"]
-    assert "full model, no update" in run[1][1]
+    run = [line for line in attacks if "not run" not in line]
+    assert [line.split("|")[1].strip() for line in run] == ["forget", "related", "related"]
+    assert "full model, no update" in run[2]
+    [back] = {line.split("|")[8].strip() for line in run[2:]}
+    assert back == ""  # of a control nothing was taken
+    for line in run[:2]:
+        start, *_, end, share = (float(line.split("|")[column]) for column in range(4, 9))
+        known = results["targets"]["report"]["forget_probability"]
+        assert share == pytest.approx((end - start) / (known - start), abs=0.02)
+    probes = [line for line in text.splitlines() if "`'probe " in line]
+    assert sum("not run" not in line.replace("| not run |", "", 1) for line in probes) >= 3
     for part in text.split("\n\n"):
         if part.startswith("|"):  # each row has as many cells as its table's head
             counts = {line.replace("\\|", "").count("|") for line in part.splitlines()}

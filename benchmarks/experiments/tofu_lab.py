@@ -24,7 +24,7 @@ from kfade.curvature.curvature import Curvature
 from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.generation import Decoding, generate
-from kfade.evaluate.memorisation import text_statistics, token_statistics
+from kfade.evaluate.memorisation import MEMORISED, memorised, token_statistics
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.evaluate.tokens import token_values
@@ -40,7 +40,6 @@ TURNS = ("<|im_start|>user\n", "\n<|im_start|>assistant\n")  # before a question
 PART = 4  # the cheap request looks at one question in so many
 START_RATE = 2e-4  # learning rate that tuning begins with
 QUANTILES = (0.5, 0.75, 0.9, 0.97)  # of the loss of the forgotten answers' tokens
-LEFT = ("exact_memorisation", "extraction_strength")  # what is told of a forgotten answer
 FAR_LOSS = 8.0  # nats; what a token loses beyond them makes no difference to what is said
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
 
@@ -59,6 +58,7 @@ class TofuLab(Lab):
     ) -> None:
         super().__init__(sizes, cache, results, device)
         self.data, self._base = data, base
+        self._scaled: dict[str, tuple[Record, Update | None]] = {}
 
     def train_once(self, name: str) -> Record:
         """Train ``full`` or ``retrained`` and keep it, if it is not there: how it was trained."""
@@ -260,7 +260,7 @@ class TofuLab(Lab):
         Lists of (KL per token, tokens): ``report``, on the report slice; ``others``, on the tuning
         authors, who are kept here and were shown to no method.
         """
-        model, update, told = self._at_target(row)
+        model, update, told = self.at_target(row)
         if update is not None:
             own = {"report": self.slices["report"], "others": self.sequences("tuning")}
             for name, sequences in own.items():
@@ -270,27 +270,30 @@ class TofuLab(Lab):
     def by_token(self, row: str) -> Record:
         """What is left of the forgotten answers token by token, at the target: figures of each
         answer (:mod:`kfade.evaluate.memorisation`), and quantiles of the tokens' loss."""
-        model, update, told = self._at_target(row)
+        model, update, told = self.at_target(row)
         if update is None:
             return told
         texts = self.sequences("report")
         with update.applied_to(model) as edited:
             found = dict(token_values(edited, texts, token_statistics, name=row))
-        items = [text_statistics(found[i], "") for i in range(len(texts))]
+        items = [memorised(found[i]) for i in range(len(texts))]
         losses = -torch.cat([found[i][:, 0] for i in range(len(texts))])
-        told["above"] = ((losses - FAR_LOSS).clamp(min=0).sum() / losses.sum()).item()
-        told["quantiles"] = losses.quantile(losses.new_tensor(QUANTILES)).tolist()
-        for name in LEFT:
-            told[name] = [item[name] for item in items]
-        return told
+        return {
+            **told,
+            "above": ((losses - FAR_LOSS).clamp(min=0).sum() / losses.sum()).item(),
+            "quantiles": losses.quantile(losses.new_tensor(QUANTILES)).tolist(),
+            **{name: [item[name] for item in items] for name in MEMORISED},
+        }
 
-    def _at_target(self, row: str) -> tuple[Any, Update | None, Record]:
+    def at_target(self, row: str) -> tuple[Any, Update | None, Record]:
         """A model and the update to apply to it, scaled to the target if there is one (None if it
         cannot be), and what the search says."""
         model, update = self.edited(row)
         if not update.deltas:
             return model, update, {}
-        told, found = self.search("report").along(update.deltas)
+        if row not in self._scaled:
+            self._scaled[row] = self.search("report").along(update.deltas)
+        told, found = self._scaled[row]
         return model, found, told
 
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:

@@ -18,9 +18,9 @@ from lab.rows import (
     with_interval,
 )
 from lab.tuning import VARIANTS, chosen, lowest
-from tofu_lab import LEFT
 from tofu_small import PAPER_DAMPING, best_damping, named
 
+from kfade.evaluate.memorisation import MEMORISED
 from kfade.evaluate.tofu_logs import TofuLog, aggregate
 from kfade.evaluate.tofu_read import log_of
 
@@ -106,7 +106,7 @@ def tokens_table(results: Results, rows: Sequence[Row]) -> str:
     for name in ("full", "retrained", *titles):
         told = results.get(f"by token {name}", {})
         if "quantiles" in told:
-            means = (statistics.fmean(told[key]) for key in LEFT)
+            means = (statistics.fmean(told[key]) for key in MEMORISED)
             cells = [f"{value:.2f}" for value in (*means, *told["quantiles"], told["above"])]
             lines.append([titles.get(name, name), *cells, f"`'by token {name}'`"])
     return table(

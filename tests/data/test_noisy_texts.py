@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from helpers import random_sequences
+import pytest
+from helpers import flat, random_sequences, tiny_llama
 
-from kfade.data.noise import noisy
+import kfade
+from kfade import InputError
+from kfade.data.noise import check_copies, noisy
 from kfade.data.sequences import TokenSequence
 
 PROMPT, ANSWER = (1, 2, 3), tuple(range(10, 30))
@@ -48,3 +51,17 @@ def test_a_text_too_short_to_lose_a_token_and_to_keep_one_has_no_copy():
     two = TokenSequence((1, 2, 3), (False, True, True))
     assert noisy([two], [0], 0.2, seed=0) == []  # so what ends a turn is never all that is left
     assert len(noisy([two], [0], 0.5, seed=0)) == 1
+
+
+def test_a_share_that_gives_no_copy_at_all_is_refused():
+    two = TokenSequence((1, 2, 3), (False, True, True))
+    check_copies([two, TEXTS[0]], 0.2)
+    check_copies([two], 0.5)
+    check_copies([two], 0.0)
+    with pytest.raises(InputError, match="the longest answer has 2 tokens"):
+        check_copies([two], 0.2)
+    one = random_sequences(4, one_loss_token=True)
+    with pytest.raises(InputError, match="give --noise 0"):
+        kfade.unlearn(
+            tiny_llama(), forget=one, retain=TEXTS, held_out=TEXTS, **flat(kl=1e-3, noise=0.5)
+        )

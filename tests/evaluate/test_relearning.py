@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -159,8 +160,23 @@ def test_an_attack_step_by_step(model, update):
                 tokens += len(kept)
             probabilities = [math.exp(-slow_loss(edited, [s]).item()) for s in forget]
             loss = slow_loss(edited, forget).item()
-        mean = sum(probabilities) / len(probabilities)
-        return {"forget_loss": loss, "forget_probability": mean, "retain_kl": kl / tokens}
+            rights = [predicted(edited, s) for s in forget]
+        return {
+            "forget_loss": loss,
+            "forget_probability": sum(probabilities) / len(forget),
+            "exact_memorisation": sum(sum(r) / len(r) for r in rights) / len(forget),
+            # The share after the last token that is not predicted.
+            "extraction_strength": sum(
+                len(list(itertools.takewhile(bool, reversed(r)))) / len(r) for r in rights
+            )
+            / len(forget),
+            "retain_kl": kl / tokens,
+        }
+
+    def predicted(edited, sequence) -> list[bool]:
+        best = edited(input_ids=torch.tensor([sequence.tokens])).logits[0].argmax(-1).tolist()
+        kept = [t for t, scored in enumerate(sequence.scored) if scored]
+        return [best[t - 1] == sequence.tokens[t] for t in kept]
 
     expected = []
     tuned = copy.deepcopy(model)
@@ -199,7 +215,9 @@ def test_the_control_has_no_update_to_reapply(model):
     )
     assert [(m.state, m.step) for m in found] == [("attacked", 0), ("attacked", 1)]
     assert found[0].figures == examine(model)
-    assert set(found[0].figures.values) == {"forget_loss", "forget_probability"}
+    assert set(found[0].figures.values) == {
+        "forget_loss", "forget_probability", "exact_memorisation", "extraction_strength"
+    }  # fmt: skip
 
 
 def test_fine_tuning_on_the_forgotten_brings_it_back(model, targets):
@@ -335,8 +353,8 @@ def test_an_attack_from_files(files, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"attack.jsonl", "manifest.json", "metrics.json"}
     log = read_log(out / "attack.jsonl")
     assert log.header["benchmark"] == "attack"
-    metrics = {"forget_loss", "forget_probability", "retain_kl", "forget_accuracy",
-               "forget_accuracy_letters"}  # fmt: skip
+    metrics = {"forget_loss", "forget_probability", "exact_memorisation", "extraction_strength",
+               "retain_kl", "forget_accuracy", "forget_accuracy_letters"}  # fmt: skip
     assert set(log.header["base"]) == metrics
     assert log.header["base"]["retain_kl"] == 0
     rows = list(log.items.values())

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from kfade.data.sequences import TokenSequence
+from kfade.errors import InputError
 
 
 def noisy(
@@ -26,10 +27,26 @@ def noisy(
     for index in chosen:
         tokens, scored = list(sequences[index].tokens), list(sequences[index].scored)
         places = [at for at, is_scored in enumerate(scored) if is_scored]
-        count = round(share * len(places))
-        if 0 < count < len(places):
+        count = _replaced(sequences[index], share)
+        if count:
             draw = random.Random(f"{seed} {index}")
             for at in draw.sample(places, count):
                 tokens[at], scored[at] = draw.choice(pool), False
             copies.append(TokenSequence(tuple(tokens), tuple(scored)))
     return copies
+
+
+def check_copies(sequences: Sequence[TokenSequence], share: float) -> None:
+    """Raises InputError if a share is given, and no sequence has a copy with it."""
+    if share and not any(_replaced(sequence, share) for sequence in sequences):
+        longest = max(sequence.loss_tokens for sequence in sequences)
+        raise InputError(
+            f"--noise {share:g}: a copy needs a token to replace and one to keep, and no forget "
+            f"text is long enough (the longest answer has {longest} tokens): give --noise 0"
+        )
+
+
+def _replaced(sequence: TokenSequence, share: float) -> int:
+    """How many tokens are replaced in a copy; 0 if there is none."""
+    count = round(share * sequence.loss_tokens)
+    return count if count < sequence.loss_tokens else 0

@@ -33,6 +33,7 @@ from torch import Tensor
 from kfade.evaluate.uncertainty import standard_error
 
 MIN_K = 0.2
+MEMORISED = ("exact_memorisation", "extraction_strength")
 SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
 
@@ -50,15 +51,24 @@ def token_statistics(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     return torch.cat([own_N1, right_N1, standard_N1], dim=1)
 
 
-def text_statistics(values: Tensor, text: str, min_k: float = MIN_K) -> dict[str, Any]:
-    """Figures of one text from its :func:`token_statistics` [n, 3]; ``text``: its scored part."""
-    log_p, right, standard = values.unbind(dim=1)
-    mean = log_p.mean().item()
+def memorised(values: Tensor) -> dict[str, Any]:
+    """``tokens``, ``loss`` and the figures of ``MEMORISED`` of one text, from its
+    :func:`token_statistics` [n, 3]."""
+    log_p, right, _ = values.unbind(dim=1)
     return {
         "tokens": len(log_p),
-        "loss": -mean,
+        "loss": -log_p.mean().item(),
         "exact_memorisation": right.mean().item(),
         "extraction_strength": extraction_strength([bool(r) for r in right.tolist()]),
+    }
+
+
+def text_statistics(values: Tensor, text: str, min_k: float = MIN_K) -> dict[str, Any]:
+    """Figures of one text from its :func:`token_statistics` [n, 3]; ``text``: its scored part."""
+    log_p, _, standard = values.unbind(dim=1)
+    mean = log_p.mean().item()
+    return {
+        **memorised(values),
         "scores": {
             "loss": mean,
             "zlib": mean / len(zlib.compress(text.encode())),
@@ -107,8 +117,7 @@ def _summarise_set(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "texts": len(items),
         "tokens": tokens,
         "perplexity": math.exp(min(total / tokens, 700.0)),  # e^700: the largest that is finite
-        "exact_memorisation": _mean([item["exact_memorisation"] for item in items]),
-        "extraction_strength": _mean([item["extraction_strength"] for item in items]),
+        **{key: _mean([item[key] for item in items]) for key in MEMORISED},
     }
 
 

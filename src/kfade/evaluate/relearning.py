@@ -26,8 +26,9 @@ from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.choice import answer_questions, verdict
 from kfade.evaluate.divergence import Outputs, divergences, outputs
+from kfade.evaluate.memorisation import MEMORISED, memorised, token_statistics
 from kfade.evaluate.questions import Question
-from kfade.evaluate.tokens import log_likelihoods
+from kfade.evaluate.tokens import token_values
 from kfade.evaluate.uncertainty import bootstrap
 from kfade.method.objectives import cross_entropy
 from kfade.method.settings import at_least
@@ -130,16 +131,21 @@ class Examination:
         """Figures of the model as it is now.
 
         ``forget_loss``: −Σ log p / tokens. ``forget_probability``: mean over sequences of
-        exp(−loss per token). ``retain_kl``: KL(base ‖ model) per held-out retain token.
+        exp(−loss per token). ``exact_memorisation``, ``extraction_strength``: means over sequences
+        (:mod:`kfade.evaluate.memorisation`). ``retain_kl``: KL(base ‖ model) per held-out retain
+        token.
         ``forget_accuracy``: questions answered correctly by the choice whose text is likeliest per
         token; ``forget_accuracy_letters``: by the likeliest letter.
         """
-        totals = log_likelihoods(model, self._forget, batch_tokens=self._batch_tokens)
-        loss = -np.array(totals)
-        tokens = np.array([sequence.loss_tokens for sequence in self._forget])
+        name, budget = "likelihoods", self._batch_tokens
+        values = token_values(model, self._forget, token_statistics, name=name, batch_tokens=budget)
+        own = [memorised(one) for _, one in sorted(values, key=lambda pair: pair[0])]
+        tokens = np.array([one["tokens"] for one in own])
+        losses = np.array([one["loss"] for one in own])  # per token
         found = {
-            "forget_loss": self._mean(loss, tokens),
-            "forget_probability": self._mean(np.exp(-loss / tokens)),
+            "forget_loss": self._mean(losses * tokens, tokens),
+            "forget_probability": self._mean(np.exp(-losses)),
+            **{key: self._mean([one[key] for one in own]) for key in MEMORISED},
         }
         if self._held_out:
             groups, edited = [self._held_out], lambda: contextlib.nullcontext(model)

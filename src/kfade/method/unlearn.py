@@ -13,6 +13,7 @@ from kfade.curvature.estimators import KFAC, Estimator
 from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
+from kfade.data.noise import check_copies
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.choose import damped
@@ -73,6 +74,7 @@ def unlearn(
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
+    check_copies(forget, direction.noise)
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
     run = _divided(run, model)
