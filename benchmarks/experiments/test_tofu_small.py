@@ -219,16 +219,16 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
     plain, goal = results["probe paper"]["plain"], results["targets"]["retrained"]
     for _, figures in (*related, *forget):
         # Each attack begins with the update at the target, as the probe measures it.
-        assert figures["attacked", 0] == pytest.approx({**plain, "state": "attacked", "step": 0})
+        for key in ("forget_probability", "exact_memorisation", "retain_kl"):
+            assert figures["attacked", 0][key] == pytest.approx(plain[key])
     assert plain["retain_kl"] == pytest.approx(results["report paper"]["report_kl"], rel=0.02)
-    assert plain["forget_probability"] < 2 * goal["forget_probability"]
+    assert probability(plain) < 2 * goal["forget_probability"]
     # A random answer says nothing of the others: relearning some need not bring these back.
     best = max((f for _, f in related), key=lambda f: probability(f["attacked", AT[-1]]))
-    assert probability(best["attacked", AT[-1]]) > 2 * plain["forget_probability"]
+    assert probability(best["attacked", AT[-1]]) > 2 * probability(plain)
     assert probability(best["reapplied", AT[-1]]) < probability(best["attacked", AT[-1]])
-    assert (
-        related[0][0] == 3 * (QUESTIONS - 2) + QUESTIONS
-    )  # two of each kept author's are held out
+    # Two questions of each kept author are held out.
+    assert related[0][0] == 3 * (QUESTIONS - 2) + QUESTIONS
     assert forget[0][0] == 2
     for _, figures in control:
         assert set(figures) == {("attacked", step) for step in AT}
@@ -237,10 +237,13 @@ def test_attacks_bring_back_what_the_update_takes_away_again(results):
 
 
 def test_rounding_and_prompts_are_measured_on_the_same_answers(results):
-    full, retrained = (results[f"probe {name}"] for name in ("full", "retrained"))
-    for told in (full, retrained, results["probe paper"]):
+    full, retrained, paper = (results[f"probe {n}"] for n in ("full", "retrained", "paper"))
+    for told in (full, retrained, paper):
         assert {"plain", "int8", "int4", "prompted"} < set(told)
         assert "retain_kl" not in told["prompted"]
+        assert probability(told["prompted"]) != pytest.approx(probability(told["plain"]), rel=1e-3)
+    assert probability(paper["int8"]) == pytest.approx(probability(paper["plain"]), rel=0.5)
+    assert paper["int8"]["retain_kl"] > 10 * full["int8"]["retain_kl"]  # of the edited model
     assert full["plain"]["retain_kl"] == pytest.approx(0, abs=1e-9)
     assert 0 < full["int8"]["retain_kl"] < full["int4"]["retain_kl"]
     assert full["plain"]["forget_probability"] > 0.8 > 0.3 > probability(retrained["plain"])
@@ -284,14 +287,21 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     run = [line for line in attacks if "not run" not in line]
     assert [line.split("|")[1].strip() for line in run] == ["forget", "related", "related"]
     assert "full model, no update" in run[2]
-    [back] = {line.split("|")[8].strip() for line in run[2:]}
-    assert back == ""  # of a control nothing was taken
-    for line in run[:2]:
-        start, *_, end, share = (float(line.split("|")[column]) for column in range(4, 9))
-        known = results["targets"]["report"]["forget_probability"]
-        assert share == pytest.approx((end - start) / (known - start), abs=0.02)
+    known = probability(results["probe full"]["plain"])
+    for line in run:
+        cells = [cell.strip() for cell in line.split("|")]
+        _, row, kind = cells[-2].strip("`'").split()[:3]
+        prefix = f"attack {row} {kind} "
+        tried = [v["measurements"] for k, v in results.items() if k.startswith(prefix)]
+        ends = [one for m in tried for one in m if (one["state"], one["step"]) == ("attacked", 60)]
+        assert float(cells[7]) == pytest.approx(max(map(probability, ends)), rel=0.01)
+        assert cells[3].endswith("(of 3)")
+        start, end = float(cells[4]), float(cells[7])
+        share = f"{(end - start) / (known - start):.1f}"
+        assert (cells[8] == "") if row == "full" else (f"{float(cells[8]):.1f}" == share)
     probes = [line for line in text.splitlines() if "`'probe " in line]
-    assert sum("not run" not in line.replace("| not run |", "", 1) for line in probes) >= 3
+    assert len(probes) == 7
+    assert sum("not run" not in line for line in probes) == 4  # of paper, gd, and the controls
     for part in text.split("\n\n"):
         if part.startswith("|"):  # each row has as many cells as its table's head
             counts = {line.replace("\\|", "").count("|") for line in part.splitlines()}

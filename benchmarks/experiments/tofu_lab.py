@@ -294,7 +294,7 @@ class TofuLab(Lab):
         if row not in self._scaled:
             self._scaled[row] = self.search("report").along(update.deltas)
         told, found = self._scaled[row]
-        return model, found, told
+        return model, found, dict(told)
 
     def edited(self, row: str, factor: float = 1.0) -> tuple[Any, Update]:
         """A model and the update to apply to it, which is empty for ``full`` and ``retrained``."""

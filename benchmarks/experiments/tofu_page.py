@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tofu_ablations
-import tofu_attacks
+import tofu_attacks_page
 from lab import figures
 from lab.pieces import Results
 from lab.records import number, read_seeds, table
@@ -52,7 +52,7 @@ def slots(results: Results, folder: Path) -> dict[str, Any]:
         "lengths": ", ".join(f"{factor:g}" for factor in LENGTHS),
         "tofu_choices": choices_table(results, rows),
         "tofu_claims": table("claim | measured | holds?", claims(results, rows)),
-        **tofu_attacks.slots(results, rows),
+        **tofu_attacks_page.slots(results, rows),
         "third": f"blocks {tofu_ablations.best_third(results)}",
         "tofu_ablations": tofu_ablations.ablations_table(results),
         "tofu_tuning": tuning_table(results),
@@ -70,7 +70,7 @@ def draw(results: Results, images: Path) -> None:
     curves = {row.label: row.told["curve"] for row in rows if row.told}
     target = results.get("targets", {}).get("retrained")
     figures.draw_kl(curves, target, images / "tofu_small_kl.svg")
-    if attacks := tofu_attacks.measured(results, rows):
+    if attacks := tofu_attacks_page.measured(results, rows):
         figures.draw_attacks(attacks, images / "tofu_small_attacks.svg")
 
 

@@ -62,5 +62,5 @@ def test_a_share_that_gives_no_copy_at_all_is_refused():
         check_copies([two], 0.2)
     sets = {"forget": random_sequences(4, one_loss_token=True)}
     sets |= {"retain": random_sequences(4, seed=1), "held_out": random_sequences(4, seed=2)}
-    with pytest.raises(InputError, match="give --noise 0"):
+    with pytest.raises(InputError, match="give another share, or --noise 0"):
         kfade.unlearn(tiny_llama(), **sets, **flat(kl=1e-3, noise=0.5))

@@ -88,8 +88,8 @@ def draw_kl(
 def draw_attacks(
     attacks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path
 ) -> None:
-    """Forget probability over the steps of each attack, a panel for each; hollow where the update
-    was added again."""
+    """Forget probability over the steps of each kind of attack, a panel for each, at the attacker's
+    best rate; hollow where the update was added again."""
     figure, panels = plt.subplots(
         1, len(attacks), figsize=(8, 3.6), sharey=True, squeeze=False, layout="constrained"
     )
@@ -104,10 +104,11 @@ def draw_attacks(
                 points = [(one["step"], one["forget_probability"]) for one in own]
                 if points:
                     again = {"mfc": "none", "ls": ":"} if state == "reapplied" else {}
-                    label = f"{method}, re-applied" if again else method
-                    (shown[label],) = axes.plot(*zip(*points, strict=True), **style, **again)
+                    (line,) = axes.plot(*zip(*points, strict=True), **style, **again)
+                    shown.setdefault(method, line)
         axes.set(title=f"attack: {kind}", xlabel="steps", ylim=(0, 1))
     panels[0][0].set_ylabel("probability of forgotten answers")
+    figure.suptitle("at the attacker's best rate; hollow: re-applied", fontsize=8)
     figure.legend(
         shown.values(), shown, frameon=False, fontsize=7, loc="outside lower center", ncols=2
     )

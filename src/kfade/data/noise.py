@@ -42,7 +42,8 @@ def check_copies(sequences: Sequence[TokenSequence], share: float) -> None:
         longest = max(sequence.loss_tokens for sequence in sequences)
         raise InputError(
             f"--noise {share:g}: a copy needs a token to replace and one to keep, and no forget "
-            f"text is long enough (the longest answer has {longest} tokens): give --noise 0"
+            f"text is long enough (the longest answer has {longest} tokens): give another share, "
+            "or --noise 0"
         )
 
 

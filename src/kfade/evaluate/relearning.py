@@ -137,8 +137,13 @@ class Examination:
         ``forget_accuracy``: questions answered correctly by the choice whose text is likeliest per
         token; ``forget_accuracy_letters``: by the likeliest letter.
         """
-        name, budget = "likelihoods", self._batch_tokens
-        values = token_values(model, self._forget, token_statistics, name=name, batch_tokens=budget)
+        values = token_values(
+            model,
+            self._forget,
+            token_statistics,
+            name="likelihoods",
+            batch_tokens=self._batch_tokens,
+        )
         own = [memorised(one) for _, one in sorted(values, key=lambda pair: pair[0])]
         tokens = np.array([one["tokens"] for one in own])
         losses = np.array([one["loss"] for one in own])  # per token
