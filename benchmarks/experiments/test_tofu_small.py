@@ -85,6 +85,7 @@ SOME = (
     "ablation softened outputs",
     "by question *",
     "by token *",
+    "by recall *",
 )
 
 
@@ -196,6 +197,21 @@ def test_what_is_left_of_the_answers_token_by_token(results):
     edited = [v for k, v in found.items() if k not in ("full", "retrained")]
     assert all(statistics.fmean(v["exact_memorisation"]) < known for v in edited)
     assert found["full"]["above"] == 0
+
+
+def test_rows_are_compared_at_the_retrained_models_recall(results):
+    found = {k.removeprefix("by recall "): v for k, v in results.items() if k.startswith("by rec")}
+    reached = [told for told in found.values() if "failure" not in told]
+    assert reached
+    full, retrained = (
+        statistics.fmean(results[f"by token {name}"]["exact_memorisation"][::EVERY])
+        for name in ("full", "retrained")
+    )
+    for told in reached:
+        assert told["left"]["exact_memorisation"] == pytest.approx(told["forget_probability"])
+        way = math.log(full / retrained)
+        assert abs(math.log(told["forget_probability"] / retrained)) < 0.031 * way
+        assert len(told["others"]) == QUESTIONS
 
 
 def probability(of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from lab.baselines import at_target, method_of
-from lab.forgetting import BUDGET, Group, Ruler, Search, forgetting, text_kls
+from lab.forgetting import BUDGET, EVERY, Group, Ruler, Search, forgetting, text_kls
 from lab.lab import Lab
 from lab.pieces import Piece, Results, make_once, options_of, read_options, run
 from lab.records import RESULTS, Record
@@ -25,6 +26,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.completions import Prompt, completed
 from kfade.evaluate.generation import Decoding, generate
 from kfade.evaluate.memorisation import MEMORISED, memorised, token_statistics
+from kfade.evaluate.relearning import Examination
 from kfade.evaluate.tofu_logs import aggregate
 from kfade.evaluate.tofu_read import log_of
 from kfade.evaluate.tokens import token_values
@@ -42,6 +44,17 @@ START_RATE = 2e-4  # learning rate that tuning begins with
 QUANTILES = (0.5, 0.75, 0.9, 0.97)  # of the loss of the forgotten answers' tokens
 FAR_LOSS = 8.0  # nats; what a token loses beyond them makes no difference to what is said
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
+
+
+class Recalled(Group):
+    """What is forgotten, measured by the share of its tokens that are still predicted."""
+
+    def forgotten(self, model: Any) -> dict[str, float]:
+        """``forget_probability``: exact memorisation, mean over the measured answers."""
+        texts = self.forget[::EVERY]
+        values = token_values(model, texts, token_statistics, name="recall", batch_tokens=BUDGET)
+        shares = [memorised(one)["exact_memorisation"] for _, one in values]
+        return {"forget_probability": statistics.fmean(shares)}
 
 
 class TofuLab(Lab):
@@ -261,11 +274,29 @@ class TofuLab(Lab):
         authors, who are kept here and were shown to no method.
         """
         model, update, told = self.at_target(row)
-        if update is not None:
-            own = {"report": self.slices["report"], "others": self.sequences("tuning")}
-            for name, sequences in own.items():
-                told[name] = text_kls(self.model, model, update, sequences)
-        return told
+        return told if update is None else {**told, **self._question_kls(model, update)}
+
+    def by_recall(self, row: str) -> Record:
+        """As :meth:`by_question`, of a row's update scaled so that as many tokens of the forgotten
+        answers are still predicted as by the retrained model (``forget_probability`` is that
+        share), and ``left``: the forget probability and the extraction strength there."""
+        start, target = (self.recall(f"by token {name}") for name in ("full", "retrained"))
+        group = Recalled("report", self.sequences("report"), start, target)
+        told, update = Search(self.model, self.ruler, group).along(self.kept(row).deltas)
+        if update is None:
+            return told
+        examine = Examination(self.model, forget=group.forget[::EVERY], batch_tokens=BUDGET)
+        with update.applied_to(self.model):
+            told["left"] = examine(self.model).values
+        return {**told, **self._question_kls(self.model, update)}
+
+    def recall(self, piece: str) -> float:
+        """Exact memorisation of that model, over the answers by which targets are measured."""
+        return statistics.fmean(self.results[piece]["exact_memorisation"][::EVERY])
+
+    def _question_kls(self, model: Any, update: Update) -> Record:
+        own = {"report": self.slices["report"], "others": self.sequences("tuning")}
+        return {name: text_kls(self.model, model, update, texts) for name, texts in own.items()}
 
     def by_token(self, row: str) -> Record:
         """What is left of the forgotten answers token by token, at the target: figures of each

@@ -20,6 +20,7 @@ from tofu_rows import (
     log_of_retrained,
     logs_of,
     questions_table,
+    recall_table,
     rows_of,
     tokens_table,
 )
@@ -47,6 +48,7 @@ def slots(results: Results, folder: Path) -> dict[str, Any]:
         "other_questions": len(questions["others"]),
         "tofu_questions": questions_table(results, rows),
         "tofu_tokens": tokens_table(results, rows),
+        "tofu_recall": recall_table(results, rows),
         "tofu_seeds": seeds_table(seeds),
         "tofu_seed_claims": table("claim | measured, by seed | holds?", seed_claims(seeds)),
         "lengths": ", ".join(f"{factor:g}" for factor in LENGTHS),

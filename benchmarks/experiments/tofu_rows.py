@@ -116,9 +116,38 @@ def tokens_table(results: Results, rows: Sequence[Row]) -> str:
     )
 
 
-def measured(results: Results, rows: Sequence[Row], slice_name: str) -> dict[str, Texts]:
+def recall_table(results: Results, rows: Sequence[Row]) -> str:
+    """Both sets of questions with as many tokens still predicted as by the retrained model."""
+    told = {name: measured(results, rows, name, "by recall") for name in SLICES}
+    lines = []
+    for row in rows:
+        found = results.get(f"by recall {row.name}", {})
+        if "failure" in found:
+            blank = [""] * (3 + 2 * len(SLICES))
+            lines.append([row.label, found["failure"], *blank, f"`'by recall {row.name}'`"])
+        if row.method not in told["report"]:
+            continue
+        keys = ("exact_memorisation", "forget_probability", "extraction_strength", "forget_loss")
+        cells = [number(found["left"][key]) for key in keys]
+        for name in SLICES:
+            own, rival = told[name][row.method], rival_of(told[name])
+            against = told[name][rival] if rival not in (None, row.method) else None
+            cells.append(with_interval(interval(own)))
+            cells.append(with_interval(interval(own, against)) if against else "")
+        lines.append([row.label, *cells, f"`'by recall {row.name}'`"])
+    heads = (f"KL, {title} | ratio to the best baseline" for title in SLICES.values())
+    return table(
+        "method | tokens still predicted | forget probability | extraction strength | forget loss "
+        f"| {' | '.join(heads)} | `--only`",
+        lines,
+    )
+
+
+def measured(
+    results: Results, rows: Sequence[Row], slice_name: str, piece: str = "by question"
+) -> dict[str, Texts]:
     """The questions' KLs of the rows that were measured so, by method."""
-    told = {row.method: results.get(f"by question {row.name}", {}) for row in rows}
+    told = {row.method: results.get(f"{piece} {row.name}", {}) for row in rows}
     return {method: own[slice_name] for method, own in told.items() if slice_name in own}
 
 

@@ -55,6 +55,9 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
     for row in ("full", "retrained", *rows):
         if lab.has(row):
             yield f"by token {row}", partial(lab.by_token, row)
+    if {"by token full", "by token retrained"} <= set(results):
+        for row in filter(lab.has, rows):
+            yield f"by recall {row}", partial(lab.by_recall, row)
 
 
 def plain_pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
