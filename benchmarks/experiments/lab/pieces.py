@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kfade.cli.session import session
 from kfade.demo.run import demo_model
 
 from .records import Record, read, write
@@ -83,9 +85,9 @@ def read_options(
 
 
 def run(pieces: Iterable[Piece], results: Results, given: argparse.Namespace) -> None:
-    """Compute the pieces that are wanted and missing. ``pieces`` may look at the results so far.
-
-    No piece begins when ``given.minutes`` are over.
+    """Compute the pieces that are wanted and missing, and show their progress on standard
+    error. ``pieces`` may look at the results so far. No piece
+    begins when ``given.minutes`` are over.
     """
     begun = time.perf_counter()
 
@@ -103,7 +105,9 @@ def run(pieces: Iterable[Piece], results: Results, given: argparse.Namespace) ->
             if start - begun > 60 * given.minutes:
                 print(f"{given.minutes:g} minutes are over: call it again for the rest", flush=True)
                 return
-            record = compute()
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            with session():
+                record = compute()
             results[name] = {**record, "piece_seconds": time.perf_counter() - start}
             if given.pace != 1:
                 results[name]["pace"] = given.pace
