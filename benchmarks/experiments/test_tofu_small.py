@@ -85,7 +85,7 @@ SOME = (
     "ablation softened outputs",
     "by question *",
     "by token *",
-    "by recall *",
+    "by memorisation *",
 )
 
 
@@ -199,8 +199,10 @@ def test_what_is_left_of_the_answers_token_by_token(results):
     assert found["full"]["above"] == 0
 
 
-def test_rows_are_compared_at_the_retrained_models_recall(results):
-    found = {k.removeprefix("by recall "): v for k, v in results.items() if k.startswith("by rec")}
+def test_rows_are_compared_at_the_retrained_models_memorisation(results):
+    found = {
+        k.removeprefix("by memorisation "): v for k, v in results.items() if k.startswith("by mem")
+    }
     reached = [told for told in found.values() if "failure" not in told]
     assert reached
     full, retrained = (

@@ -46,13 +46,15 @@ FAR_LOSS = 8.0  # nats; what a token loses beyond them makes no difference to wh
 RMU_STEPS = 3  # RMU takes so many times the steps; each costs a third, up to its block
 
 
-class Recalled(Group):
+class Memorised(Group):
     """What is forgotten, measured by the share of its tokens that are still predicted."""
 
     def forgotten(self, model: Any) -> dict[str, float]:
         """``forget_probability``: exact memorisation, mean over the measured answers."""
         texts = self.forget[::EVERY]
-        values = token_values(model, texts, token_statistics, name="recall", batch_tokens=BUDGET)
+        values = token_values(
+            model, texts, token_statistics, name="memorisation", batch_tokens=BUDGET
+        )
         shares = [memorised(one)["exact_memorisation"] for _, one in values]
         return {"forget_probability": statistics.fmean(shares)}
 
@@ -276,12 +278,14 @@ class TofuLab(Lab):
         model, update, told = self.at_target(row)
         return told if update is None else {**told, **self._question_kls(model, update)}
 
-    def by_recall(self, row: str) -> Record:
+    def by_memorisation(self, row: str) -> Record:
         """As :meth:`by_question`, of a row's update scaled so that as many tokens of the forgotten
         answers are still predicted as by the retrained model (``forget_probability`` is that
         share), and ``left``: the forget probability and the extraction strength there."""
-        start, target = (self.recall(f"by token {name}") for name in ("full", "retrained"))
-        group = Recalled("report", self.sequences("report"), start, target)
+        start, target = (
+            self.exact_memorisation(f"by token {name}") for name in ("full", "retrained")
+        )
+        group = Memorised("report", self.sequences("report"), start, target)
         told, update = Search(self.model, self.ruler, group).along(self.kept(row).deltas)
         if update is None:
             return told
@@ -290,7 +294,7 @@ class TofuLab(Lab):
             told["left"] = examine(self.model).values
         return {**told, **self._question_kls(self.model, update)}
 
-    def recall(self, piece: str) -> float:
+    def exact_memorisation(self, piece: str) -> float:
         """Exact memorisation of that model, over the answers by which targets are measured."""
         return statistics.fmean(self.results[piece]["exact_memorisation"][::EVERY])
 

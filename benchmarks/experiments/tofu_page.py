@@ -19,8 +19,8 @@ from tofu_rows import (
     figures_of,
     log_of_retrained,
     logs_of,
+    memorisation_table,
     questions_table,
-    recall_table,
     rows_of,
     tokens_table,
 )
@@ -48,7 +48,7 @@ def slots(results: Results, folder: Path) -> dict[str, Any]:
         "other_questions": len(questions["others"]),
         "tofu_questions": questions_table(results, rows),
         "tofu_tokens": tokens_table(results, rows),
-        "tofu_recall": recall_table(results, rows),
+        "tofu_memorisation": memorisation_table(results, rows),
         "tofu_seeds": seeds_table(seeds),
         "tofu_seed_claims": table("claim | measured, by seed | holds?", seed_claims(seeds)),
         "lengths": ", ".join(f"{factor:g}" for factor in LENGTHS),

@@ -116,15 +116,15 @@ def tokens_table(results: Results, rows: Sequence[Row]) -> str:
     )
 
 
-def recall_table(results: Results, rows: Sequence[Row]) -> str:
+def memorisation_table(results: Results, rows: Sequence[Row]) -> str:
     """Both sets of questions with as many tokens still predicted as by the retrained model."""
-    told = {name: measured(results, rows, name, "by recall") for name in SLICES}
+    told = {name: measured(results, rows, name, "by memorisation") for name in SLICES}
     lines = []
     for row in rows:
-        found = results.get(f"by recall {row.name}", {})
+        found = results.get(f"by memorisation {row.name}", {})
         if "failure" in found:
             blank = [""] * (3 + 2 * len(SLICES))
-            lines.append([row.label, found["failure"], *blank, f"`'by recall {row.name}'`"])
+            lines.append([row.label, found["failure"], *blank, f"`'by memorisation {row.name}'`"])
         if row.method not in told["report"]:
             continue
         keys = ("exact_memorisation", "forget_probability", "extraction_strength", "forget_loss")
@@ -134,7 +134,7 @@ def recall_table(results: Results, rows: Sequence[Row]) -> str:
             against = told[name][rival] if rival not in (None, row.method) else None
             cells.append(with_interval(interval(own)))
             cells.append(with_interval(interval(own, against)) if against else "")
-        lines.append([row.label, *cells, f"`'by recall {row.name}'`"])
+        lines.append([row.label, *cells, f"`'by memorisation {row.name}'`"])
     heads = (f"KL, {title} | ratio to the best baseline" for title in SLICES.values())
     return table(
         "method | tokens still predicted | forget probability | extraction strength | forget loss "

@@ -57,7 +57,7 @@ def pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
             yield f"by token {row}", partial(lab.by_token, row)
     if {"by token full", "by token retrained"} <= set(results):
         for row in filter(lab.has, rows):
-            yield f"by recall {row}", partial(lab.by_recall, row)
+            yield f"by memorisation {row}", partial(lab.by_memorisation, row)
 
 
 def plain_pieces(lab: TofuLab, results: Results) -> Iterator[Piece]:
