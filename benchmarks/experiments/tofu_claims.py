@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from lab.intervals import interval
+from lab.intervals import Texts, interval
 from lab.pieces import Results
 from lab.records import NOT_RUN, number
 from lab.rows import (
@@ -24,7 +24,7 @@ from lab.rows import (
 )
 from lab.tuning import DEFAULT, DEFAULT_FIT, OWN_DAMPING, VARIANTS
 from tofu_lab import PART
-from tofu_rows import best_objective, log_of_retrained, logs_of, measured, rival_of
+from tofu_rows import SLICES, best_objective, log_of_retrained, logs_of, measured, rival_of
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
 
@@ -53,6 +53,9 @@ def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
         yield others_claim(results, rows, row)
         claim = f"{row.title}: KL at most the retrained model's own"
         yield bounded(claim, quotient(row.told.get("report_kl"), retrained_kl), most=1.0)
+
+    for method in OWN_DAMPING:
+        yield from memorisation_claims(results, rows, by[method])
 
     for name, bound in (("diagonal", 5.0), ("identity", 20.0)):
         claim = f"{name} needs at least {bound:g} × K-FAC's KL"
@@ -114,10 +117,21 @@ def kl_claim(claim: str, ours: Row | None, other: Row | None, **bound: float) ->
 
 
 def others_claim(results: Results, rows: Sequence[Row], row: Row) -> Claim:
-    """The same on authors that no method was shown. It holds if the whole interval does."""
+    """The same on authors that no method was shown."""
     told = measured(results, rows, "others")
+    return questions_claim("that, on kept authors whom no method was shown", told, row)
+
+
+def memorisation_claims(results: Results, rows: Sequence[Row], row: Row) -> Iterator[Claim]:
+    """KL at equal exact memorisation, in both sets of questions."""
+    for name, title in SLICES.items():
+        claim = f"{row.title}, at equal exact memorisation, {title}: KL at most 0.2 × a baseline's"
+        yield questions_claim(claim, measured(results, rows, name, "by memorisation"), row)
+
+
+def questions_claim(claim: str, told: Mapping[str, Texts], row: Row) -> Claim:
+    """A bound on the ratio to the best baseline. It holds if the whole interval does."""
     rival = rival_of(told)
-    claim = "that, on kept authors whom no method was shown"
     if row.method not in told or rival is None:
         return [claim, NOT_RUN, ""]
     found = interval(told[row.method], told[rival])

@@ -173,16 +173,14 @@ class TofuLab(Lab):
     def several_steps(
         self, fit: str, damping: float | None, keep: str = "", **options: Any
     ) -> Record:
-        """``kfade.unlearn`` on the report authors. The length of its last step is searched for as
-        that of a single step is."""
+        """``kfade.unlearn`` on the report authors; its update is then scaled to the target, which
+        the run measures on all questions."""
         size = StepSize(until_probability=self.group("report").target)
         try:
             states, told = self.unlearn("report", fit, size, damping, **options)
         except kfade.InputError as error:  # the target cannot be reached
             return {"failure": str(error), "curve": []}
-        before, update = states[-2:]
-        last = update.plus(before.deltas, -1.0).deltas
-        row, found = self.search("report").along(last, before=before)
+        row, found = self.search("report").along(states[-1].deltas)
         return self._reported("report", {**row, **told}, found, keep)
 
     def cheap_request(self, damping: float) -> Record:
