@@ -85,9 +85,8 @@ def read_options(
 
 
 def run(pieces: Iterable[Piece], results: Results, given: argparse.Namespace) -> None:
-    """Compute the pieces that are wanted and missing, and show their progress on standard
-    error. ``pieces`` may look at the results so far. No piece
-    begins when ``given.minutes`` are over.
+    """Compute the pieces that are wanted and missing, and show their progress on standard error.
+    ``pieces`` may look at the results so far. No piece begins when ``given.minutes`` are over.
     """
     begun = time.perf_counter()
 

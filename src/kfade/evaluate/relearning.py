@@ -133,9 +133,8 @@ class Examination:
         ``forget_loss``: −Σ log p / tokens. ``forget_probability``: mean over sequences of
         exp(−loss per token). ``exact_memorisation``, ``extraction_strength``: means over sequences
         (:mod:`kfade.evaluate.memorisation`). ``retain_kl``: KL(base ‖ model) per held-out retain
-        token.
-        ``forget_accuracy``: questions answered correctly by the choice whose text is likeliest per
-        token; ``forget_accuracy_letters``: by the likeliest letter.
+        token. ``forget_accuracy``: questions answered correctly by the choice whose text is
+        likeliest per token; ``forget_accuracy_letters``: by the likeliest letter.
         """
         values = token_values(
             model,
