@@ -51,12 +51,12 @@ class Memorised(Group):
 
     def forgotten(self, model: Any) -> dict[str, float]:
         """``forget_probability``: exact memorisation, mean over the measured answers."""
-        texts = self.forget[::EVERY]
-        values = token_values(
-            model, texts, token_statistics, name="memorisation", batch_tokens=BUDGET
-        )
-        shares = [memorised(one)["exact_memorisation"] for _, one in values]
-        return {"forget_probability": statistics.fmean(shares)}
+        return {"forget_probability": left_of(model, self)["exact_memorisation"]}
+
+
+def left_of(model: Any, group: Group) -> dict[str, float]:
+    """What a model still knows of the answers by which targets are measured."""
+    return Examination(model, forget=group.forget[::EVERY], batch_tokens=BUDGET)(model).values
 
 
 class TofuLab(Lab):
@@ -287,9 +287,8 @@ class TofuLab(Lab):
         told, update = Search(self.model, self.ruler, group).along(self.kept(row).deltas)
         if update is None:
             return told
-        examine = Examination(self.model, forget=group.forget[::EVERY], batch_tokens=BUDGET)
         with update.applied_to(self.model):
-            told["left"] = examine(self.model).values
+            told["left"] = left_of(self.model, group)
         return {**told, **self._question_kls(self.model, update)}
 
     def exact_memorisation(self, piece: str) -> float:

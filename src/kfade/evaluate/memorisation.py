@@ -66,9 +66,10 @@ def memorised(values: Tensor) -> dict[str, Any]:
 def text_statistics(values: Tensor, text: str, min_k: float = MIN_K) -> dict[str, Any]:
     """Figures of one text from its :func:`token_statistics` [n, 3]; ``text``: its scored part."""
     log_p, _, standard = values.unbind(dim=1)
-    mean = log_p.mean().item()
+    figures = memorised(values)
+    mean = -figures["loss"]
     return {
-        **memorised(values),
+        **figures,
         "scores": {
             "loss": mean,
             "zlib": mean / len(zlib.compress(text.encode())),
