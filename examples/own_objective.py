@@ -29,7 +29,7 @@ def main(name: str, forget_file: str, retain_file: str) -> dict[str, float]:
             forget=forget,
             retain=retain[4:],
             held_out=retain[:4],
-            direction=kfade.Direction(objective=objective),
+            direction=kfade.Direction(objective=objective, bound=0),
             size=kfade.StepSize(kl=0.01),
         )
         found[objective.__name__] = update.provenance["steps"][-1]["forget_loss_after"]

@@ -107,12 +107,14 @@ def flat(**options: Any) -> dict[str, Any]:
     """Options of ``kfade.unlearn`` with those of its settings sorted into them, where there are
     some: ``flat(targets=t, kl=0.01, fit=f)`` is run=Run(targets=t), size=StepSize(kl=0.01), fit=f.
 
-    A run has one step in one band, a damping of 0.1, fits at each step, weighs no texts and
-    corrects nothing, unless the options say otherwise.
+    A run has one step in one band, a damping of 0.1, fits at each step, weighs no texts, has no
+    bound and no noise, and corrects nothing, unless the options say otherwise.
     """
     plain = {
         "steps": 1,
         "bands": 1,
+        "bound": 0.0,
+        "noise": 0.0,
         "weigh_texts": False,
         "refit": True,
         "correction": kfade.Correction(count=0),

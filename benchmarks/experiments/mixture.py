@@ -4,7 +4,7 @@
 
 A small mixture and a dense model with as many active weights are trained from scratch on WikiText
 and on TOFU's answers about 25 authors (``mixture_models.py``). Five authors are forgotten by EK-FAC
-and the margin with default settings, until the mean probability of their answers is ``TARGET``.
+and the margin without a bound, until the mean probability of their answers is ``TARGET``.
 Only the weights that may change differ, and the number of steps. KL is that on the answers about
 authors which neither the fit nor the size of the step has seen. Nothing is tuned.
 
@@ -34,7 +34,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.evaluate.routing import rerouted_share
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import TokenLosses, mean_objectives
-from kfade.method.settings import Correction, Run
+from kfade.method.settings import Correction, Direction, Run
 from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.lengths import batches_for
@@ -85,6 +85,7 @@ class Trained:
                 forget=self.sets["forget"],
                 retain=self.sets["fit"],
                 held_out=self.sets["held_out"],
+                direction=Direction(bound=0.0),
                 size=StepSize(until_probability=TARGET),
                 run=Run(
                     targets=targets,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 from conftest import WORDS, run_script
-from lab.records import read
+from lab.records import NOT_RUN, read
 from tofu_data import OF_AUTHOR, UNSEEN, Sizes
 from tofu_lab import run_pieces
+from tofu_seeds import kl_claims, seeds_table
 from tofu_small import plain_pieces
 from verbatim_page import slots
 from verbatim_small import BOOKS, HIDDEN, SHOWN, Passages, passages
@@ -68,16 +70,37 @@ def test_a_tiny_model_learns_books_and_forgets_one(data, model, tmp_path):
     assert not any(name.startswith("tofu") for name in found)
 
 
-def test_the_page_tells_what_the_default_has_of_others_kls():
-    kls = {"default": 0.1, "paper": 2.0, "rmu 0.002": 0.4}
-    results = {"tune rmu 0.002": {"kl": 1.0}}
-    for row, kl in kls.items():
+def measured(**kls: float) -> dict[str, Any]:
+    """Results with those mean KLs of rows, and of RMU."""
+    results: dict[str, Any] = {"tune rmu 0.002": {"kl": 1.0}}
+    for row, kl in {**kls, "rmu 0.002": 0.4}.items():
         results[f"report {row}"] = {"kl": kl, "run_seconds": 60.0}
         results[f"by question {row}"] = {
             name: [(kl * of, 30) for of in (1.0, 2.0, 3.0)] for name in ("report", "others")
         }
-    told = slots(results)
+    return results
+
+
+def test_the_page_tells_what_the_default_has_of_others_kls():
+    told = slots(measured(default=0.1, paper=2.0))
     assert "| RMU | learning rate 0.002 | 0.8 (" in told["verbatim_methods"]
     claims = told["verbatim_claims"].splitlines()
     assert sum("0.25 (0.25 to 0.25) × | **no** |" in line for line in claims) == 2
     assert sum("0.05 (0.05 to 0.05) × | yes |" in line for line in claims) == 2
+
+
+def test_claims_are_of_the_seeds_in_which_the_default_was_run():
+    without = measured(narrow=0.01, paper=2.0)
+    for seeds, said in (
+        ({0: measured(default=0.02, paper=2.0), 1: without}, "(seed 0)"),
+        ({0: without, 1: measured(default=0.02, paper=2.0)}, "(seed 1)"),
+        ({n: measured(default=0.02, paper=2.0) for n in (0, 1)}, "(2 seeds)"),
+    ):
+        for claim, value, holds in kl_claims(seeds):
+            assert said in claim
+            assert value.count("(") == (2 if "2 seeds" in said else 1)
+            assert holds == "yes"
+    assert all(cells[1:] == [NOT_RUN, ""] for cells in kl_claims({0: without}))
+    rows = seeds_table({0: measured(default=0.02, narrow=0.01, paper=2.0), 1: without})
+    for title, lines in (("as it is by default", 1), ("without its bound", 2), ("RMU", 2)):
+        assert sum(title in line for line in rows.splitlines()) == lines

@@ -19,7 +19,7 @@ from typing import Any
 from lab.forgetting import BUDGET, EVERY
 from lab.pieces import Piece, Results
 from lab.records import Record
-from lab.tuning import DEFAULT, SPREAD
+from lab.tuning import DEFAULT, NARROW
 from tofu_lab import TofuLab, run_pieces
 from tofu_small import best_baseline, named
 
@@ -62,7 +62,7 @@ def rates(results: Results) -> list[float]:
 def updates_of(results: Results) -> list[str]:
     """The updates that are attacked, as their pieces are called."""
     rivals = (best_baseline(results), named(results, REPSELECT) or REPSELECT)
-    return list(dict.fromkeys((DEFAULT, SPREAD, "paper", *(row for row in rivals if row))))
+    return list(dict.fromkeys((DEFAULT, NARROW, "paper", *(row for row in rivals if row))))
 
 
 def attacked_rows(results: Results) -> dict[str, list[str]]:

@@ -330,7 +330,7 @@ def corrupt(path: Path, name: str) -> None:
         (("--estimator", "shampoo"), "--estimator shampoo: give ekfac"),
         (("--labels", "true"), "--labels true: give sqrt"),
         (("--objective", "loss"), "--objective loss: give margin"),
-        (("--bound", "0"), "--bound 0.0: give a positive, finite number"),
+        (("--bound", "-1"), "--bound -1.0: give a positive, finite number, or 0"),
         (("--noise", "1"), "--noise 1.0: give a number from 0"),
         (("--later-objective", "loss", "--steps", "2"), "--later-objective loss: give margin"),
         (

@@ -33,6 +33,7 @@ from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import divergence
 from kfade.method.objectives import BoundedMargin
+from kfade.method.settings import DEFAULT_BOUND, DEFAULT_NOISE
 from kfade.method.size import Probe, StepSize, choose_alpha
 from kfade.method.step import gauss_newton_step
 
@@ -275,18 +276,23 @@ def test_settings_left_out_are_steps_by_the_margin_to_a_hundredth_of_a_nat(model
     update = kfade.unlearn(model, **sets)
     *_, step = update.provenance["steps"]
     assert step["retain_kl"] == pytest.approx(0.01, rel=0.1)
-    told = flat(
-        objective=margin,
-        weigh_texts=True,
-        damping=None,
-        bands=3,
-        kl=0.01,
-        steps=kfade.Run.steps,
-        refit=False,
-        correction=kfade.Correction(count=1),
-        seed=0,
-    )
-    assert same_update(update, kfade.unlearn(model, **sets, **told))
+    told = {
+        "objective": margin,
+        "weigh_texts": True,
+        "damping": None,
+        "bands": 3,
+        "bound": DEFAULT_BOUND,
+        "noise": DEFAULT_NOISE,
+        "kl": 0.01,
+        "steps": kfade.Run.steps,
+        "refit": False,
+        "correction": kfade.Correction(count=1),
+        "seed": 0,
+    }
+    assert same_update(update, kfade.unlearn(model, **sets, **flat(**told)))
+    for name in ("bound", "noise"):
+        other = flat(**{**told, name: 0.0})
+        assert not same_update(update, kfade.unlearn(model, **sets, **other))
     assert not same_update(update, kfade.unlearn(model, **sets, **flat(damping=0.2)))
 
 
@@ -295,6 +301,7 @@ def test_settings_left_out_are_steps_by_the_margin_to_a_hundredth_of_a_nat(model
     [
         (lambda: kfade.Run(steps=0), "--steps 0: give 1 or more"),
         (lambda: kfade.Direction(bound=math.inf), "--bound inf: give a positive, finite number"),
+        (lambda: kfade.Direction(bound=math.nan), "--bound nan: give a positive, finite number"),
         (
             lambda: kfade.Direction(objective=cross_entropy, bound=2.0),
             "--bound 2 is of the margin",
@@ -313,6 +320,27 @@ def test_settings_check_themselves(make, message):
         kfade.Run(steps=6, refit=False),
         kfade.Direction(damping=None),
     )
+
+
+def test_a_bound_and_noise_are_the_default_of_several_steps_by_the_margin():
+    size, papers = kfade.StepSize(kl=0.01), kfade.StepSize(alpha=0.01)
+
+    def spread(size: kfade.StepSize, steps: int = 2, **options) -> tuple[float, float]:
+        direction = kfade.Direction(**options).decided(size, steps)
+        assert direction.decided(papers, 1) == direction
+        return direction.bound, direction.noise
+
+    assert spread(size) == (DEFAULT_BOUND, DEFAULT_NOISE)
+    assert spread(size, steps=1) == (0.0, 0.0)
+    assert spread(size, steps=1, bound=3.0) == (3.0, DEFAULT_NOISE)
+    assert spread(papers) == (0.0, 0.0)
+    assert spread(papers, bound=3.0) == (3.0, DEFAULT_NOISE)
+    assert spread(size, bound=0.0) == (0.0, 0.0)
+    assert spread(size, noise=0.0) == (DEFAULT_BOUND, 0.0)
+    assert spread(size, bound=0.0, noise=0.5) == (0.0, 0.5)
+    assert spread(size, objective=cross_entropy) == (0.0, 0.0)
+    later = spread(size, objective=cross_entropy, later_objective=margin)
+    assert later == (DEFAULT_BOUND, DEFAULT_NOISE)
 
 
 def test_a_later_step_tries_first_how_far_the_last_one_went(model):

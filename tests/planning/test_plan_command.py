@@ -37,7 +37,7 @@ def traced_once(monkeypatch):
 
 def planned(capsys, *arguments: str) -> dict:
     """The plan of one step without corrections, unless the arguments say otherwise."""
-    one = ["--steps", "1", "--correct", "0"]
+    one = ["--steps", "1", "--correct", "0", "--noise", "0"]
     assert main(["plan", *command_line(one, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -167,7 +167,7 @@ def test_command_plans_steps(tmp_path, capsys):
     assert later["step"] - first["step"] == vector
     assert later["check"] - first["check"] == vector
     assert later["covariance"] == first["covariance"]
-    usual = ["--steps", str(Run.steps), "--correct", str(Correction.count)]
+    usual = ["--steps", str(Run.steps), "--correct", str(Correction.count), "--noise", "0.25"]
     assert main(["plan", *arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == planned(capsys, *arguments, *usual)
     assert main(["plan", *arguments]) == 0

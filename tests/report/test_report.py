@@ -249,9 +249,11 @@ def test_names():
     assert method_of(made) == "K-FADE, kfac, ce"
     config["step"] = {"objective": "margin", "later_objective": "ce"}
     assert method_of(made) == "K-FADE, kfac, margin, then ce"
-    config["step"] = {"objective": "margin", "bound": 2.0, "noise": 0.25}
+    config["step"] = {"objective": "margin", "bound": None, "noise": None}  # as by default
+    made.manifest.update(bound=2.0, noise=0.25)
     assert method_of(made) == "K-FADE, kfac, margin, bound 2, noise 0.25"
-    config["step"] = {"objective": "ce", "later_objective": None, "bound": None, "noise": 0.0}
+    made.manifest.update(bound=0.0, noise=0.0)
+    config["step"] = {"objective": "ce", "later_objective": None}
     config["refinement"] = {"refine": 2}
     assert method_of(made) == "K-FADE, kfac, ce, refined 2"
     config["correction"] = {"correct": 1}

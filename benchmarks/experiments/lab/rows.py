@@ -11,7 +11,7 @@ from kfade import Direction
 
 from .pieces import Results
 from .records import NOT_RUN, Record
-from .tuning import DEFAULT
+from .tuning import DEFAULT, NARROW
 
 ESTIMATORS = {"ekfac": "EK-FAC", "kfac": "K-FAC", "diagonal": "diagonal", "identity": "identity"}
 BASELINES = {
@@ -68,16 +68,12 @@ def variant_title(name: str, options: Mapping[str, Any]) -> str:
     """The title of a variant of K-FADE, by its settings."""
     if name == DEFAULT:
         return f"K-FADE as it is by default, {options['steps']} steps"
+    if name == NARROW:
+        return "K-FADE, the default without its bound and noise"
     direction = options.get("direction", Direction())
     words = [ESTIMATORS[options["estimator"]]] if "estimator" in options else []
     if "steps" in options:
         words.append(f"{options['steps']} steps, one fit")
-    if "correction" in options:
-        words.append("a correction")
-    if direction.bound is not None:
-        words.append(f"bound {direction.bound:g}")
-    if direction.noise:
-        words.append(f"noise {direction.noise:g}")
     if direction.later_objective is not None:
         words.append("cross-entropy after the first")
     if direction.refine:

@@ -12,7 +12,7 @@ from kfade.runs.config import EstimatorConfig
 
 from .pieces import Results
 
-PLAIN = Direction(bands=1, weigh_texts=False)
+PLAIN = Direction(bands=1, weigh_texts=False, bound=0.0)
 """The direction (G̃ + λI)⁻¹g at each step, without anything more."""
 DEFAULT = "default"
 """The variant that is ``kfade unlearn`` without options; it chooses its damping itself."""
@@ -20,12 +20,12 @@ DEFAULT_FIT = EstimatorConfig.estimator
 START_RATES = {"rmu": 1e-3, "repselect": 0.1}
 """Learning rates that the tuning of some baselines begins with; RepSelect takes steps of plain
 gradient descent."""
-SPREAD = "spread"
-"""The default, but for a bound of the margin, and copies of the forget texts with noise."""
+NARROW = "narrow"
+"""The default without a bound of the margin and copies of the forget texts with noise."""
 AS_BY_DEFAULT = {"steps": Run.steps, "correction": Correction(), "direction": Direction()}
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: AS_BY_DEFAULT,
-    SPREAD: {**AS_BY_DEFAULT, "direction": Direction(bound=2.0, noise=0.25)},
+    NARROW: {**AS_BY_DEFAULT, "direction": Direction(bound=0.0)},
     "steps 3": {"steps": 3},
     "steps 3 then ce": {"steps": 3, "direction": replace(PLAIN, later_objective=cross_entropy)},
     "refine 1": {"direction": replace(PLAIN, refine=1)},
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "steps 3 refine 1": {"steps": 3, "direction": replace(PLAIN, refine=1)},
 }
 """Variants of K-FADE that may improve its single step; all use one fit."""
-OWN_DAMPING = (DEFAULT, SPREAD)
+OWN_DAMPING = (DEFAULT, NARROW)
 """Those that choose their damping themselves, and use the default's fit."""
 
 

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 
 from kfade.data.sequences import TokenSequence
-from kfade.errors import InputError
 
 
 def noisy(
@@ -36,15 +35,9 @@ def noisy(
     return copies
 
 
-def check_copies(sequences: Sequence[TokenSequence], share: float) -> None:
-    """Raises InputError if a share is given, and no sequence has a copy with it."""
-    if share and not any(_replaced(sequence, share) for sequence in sequences):
-        longest = max(sequence.loss_tokens for sequence in sequences)
-        raise InputError(
-            f"--noise {share:g}: a copy needs a token to replace and one to keep, and no forget "
-            f"text is long enough (the longest answer has {longest} tokens): give another share, "
-            "or --noise 0"
-        )
+def has_copies(sequences: Sequence[TokenSequence], share: float) -> bool:
+    """Whether any of the sequences has a copy with that share."""
+    return any(_replaced(sequence, share) for sequence in sequences)
 
 
 def _replaced(sequence: TokenSequence, share: float) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,8 @@ from kfade.models.targets import Target
 
 DEFAULT_KL = 0.01  # nats per token: the default size
 DEFAULT_BANDS = 3
+DEFAULT_BOUND = 2.0  # times the mean forget loss
+DEFAULT_NOISE = 0.25  # of the answers' tokens
 LEAST_FORGET, LEAST_RETAIN = 32, 64  # sequences in a gradient that takes half of a set, at least
 
 
@@ -31,12 +33,6 @@ def at_least(flag: str, value: int, least: int) -> None:
     """Raises InputError where the option ``flag`` has a ``value`` below ``least``."""
     if value < least:
         raise InputError(f"{flag} {value}: give {least} or more")
-
-
-def check_noise(share: float) -> None:
-    """Raises InputError where the share of replaced tokens is below 0, or all of them."""
-    if not 0 <= share < 1:
-        raise InputError(f"--noise {share}: give a number from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -56,15 +52,18 @@ class Direction:
     bound: float | None = None
     """Lets go of a token whose margin is beyond so many times the mean loss of the forget texts
     before the step (:class:`~kfade.method.objectives.BoundedMargin`): without a bound a few tokens,
-    those that cost no KL, are forgotten without end. Of the margin only; no bound when None."""
+    those that cost no KL, are forgotten without end. Of the margin only; 0 is no bound. When None
+    ``DEFAULT_BOUND`` in runs of several steps by the margin, but 0 where ``StepSize.alpha`` gives
+    the length of the paper's steps."""
     weigh_texts: bool | None = None
     """Weigh the forget texts by their probability per token in all steps after the first, see
     :func:`~kfade.method.gradient.forget_gradient`: texts that are forgotten would pull on. When
     None yes, but not where ``StepSize.alpha`` gives the length of the paper's steps."""
-    noise: float = 0.0
+    noise: float | None = None
     """Share of the answers' tokens that are replaced in a copy of each forget text, which the
     gradient takes beside the text (:func:`~kfade.data.noise.noisy`), so that a token is forgotten
-    also where other words lead to it. With 0 there are no copies."""
+    also where other words lead to it. With 0 there are no copies. When None ``DEFAULT_NOISE``, or 0
+    without a bound: noise alone has no effect on forgetting."""
     damping: Damping | None = None
     """λ of each layer; when None, chosen on held-out retain data at the first step
     (:mod:`kfade.method.choose`)."""
@@ -90,20 +89,36 @@ class Direction:
     def __post_init__(self) -> None:
         if self.bands is not None:
             at_least("--bands", self.bands, 1)
-        if self.bound is not None:
+        if self.bound:
             if not (math.isfinite(self.bound) and self.bound > 0):
-                raise InputError(f"--bound {self.bound}: give a positive, finite number")
-            if margin not in (self.objective, self.later_objective):
+                raise InputError(f"--bound {self.bound}: give a positive, finite number, or 0")
+            if not self.has_margin:
                 raise InputError(
-                    f"--bound {self.bound:g} is of the margin: leave it out, or use the margin"
+                    f"--bound {self.bound:g} is of the margin: give --bound 0, or use the margin"
                 )
-        check_noise(self.noise)
+        if self.noise is not None and not 0 <= self.noise < 1:
+            raise InputError(f"--noise {self.noise}: give a number from 0 to below 1")
         at_least("--refine", self.refine, 0)
         at_least("--refine-sequences", self.refine_sequences, 1)
         if self.top_experts is not None:
             at_least("--experts top:", self.top_experts, 1)
             if self.refine:
                 raise InputError("--experts top:N does not work with --refine: leave one out")
+
+    @property
+    def has_margin(self) -> bool:
+        """Whether the objective of some step is the margin."""
+        return margin in (self.objective, self.later_objective)
+
+    def decided(self, size: StepSize, steps: int) -> Direction:
+        """The same, with the bound and the noise of a run of that size and so many steps."""
+        bound, noise = self.bound, self.noise
+        if bound is None:
+            usual = self.has_margin and size.alpha is None and steps > 1
+            bound = DEFAULT_BOUND if usual else 0.0
+        if noise is None:
+            noise = DEFAULT_NOISE if bound else 0.0
+        return replace(self, bound=bound, noise=noise)
 
     def bands_in(self, size: StepSize) -> int:
         """The number of bands in a run of that size."""
@@ -123,7 +138,7 @@ class Direction:
             loss: mean loss of the forget texts before the step, in nats per token.
         """
         objective = self.objective if step == 0 else self.later_objective or self.objective
-        if objective is margin and self.bound is not None:
+        if objective is margin and self.bound:
             return BoundedMargin(self.bound * loss)
         return objective
 

@@ -13,7 +13,7 @@ from kfade.curvature.estimators import KFAC, Estimator
 from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
-from kfade.data.noise import check_copies
+from kfade.data.noise import has_copies
 from kfade.data.sequences import TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.choose import damped
@@ -74,12 +74,14 @@ def unlearn(
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
-    check_copies(forget, direction.noise)
+    direction = _decided(direction, size, run, forget)
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
     run = _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
+    spread = {"bound": direction.bound, "noise": direction.noise}
+    update = Update(update.deltas, {**update.provenance, **spread})
     update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
     shared = _Shared(forget, retain, targets, sampler, gauges, fit, size, run)
@@ -158,7 +160,7 @@ class _Shared:
         with stage("gradient"), gauge.applied(update) as model:
             gradient = forget_gradient(
                 model,
-                self.drawn(index, direction.noise),
+                self.drawn(index, direction.noise or 0.0),
                 self.targets,
                 trial.objective,
                 weigh=direction.weighs(index, self.size),
@@ -193,6 +195,19 @@ class _Shared:
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
         update = corrector.correct(update, curvature, self.drawn(index))
         return amended(update, ended=len(update.provenance["steps"]) < run.steps)
+
+
+def _decided(
+    direction: Direction, size: StepSize, run: Run, forget: Sequence[TokenSequence]
+) -> Direction:
+    """The direction with its bound and its noise; says where no text has a copy."""
+    direction = direction.decided(size, run.steps)
+    if direction.noise and not has_copies(forget, direction.noise):
+        say(
+            "note: the answers of the forget set are too short for copies with noise "
+            f"{direction.noise:g}, so the gradient has none"
+        )
+    return direction
 
 
 def _has_gone_all_the_way(update: Update, size: StepSize, run: Run) -> bool:

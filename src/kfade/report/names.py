@@ -20,7 +20,8 @@ def method_of(subject: MeasuredModel) -> str:
         refined = refinement(config.get("refinement", {}).get("refine"))
         later = step.get("later_objective")
         then = f"then {later}" if later else None
-        spread = [f"{key} {step[key]:g}" for key in ("bound", "noise") if step.get(key)]
+        made = subject.manifest
+        spread = [f"{key} {made[key]:g}" for key in ("bound", "noise") if made.get(key)]
         corrections = config.get("correction", {}).get("correct")
         corrected = f"corrected {corrections}" if corrections else None
         objective = [step.get("objective"), then, *spread]

@@ -171,7 +171,6 @@ def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
         refine=some.refine,
         refine_sequences=some.refine_sequences,
         steps=run.step.steps or 1,
-        has_noise=run.step.noise > 0,
         correct=more.correct or 0,
         correct_sequences=more.correct_sequences,
     )

@@ -13,7 +13,8 @@ from kfade.curvature.factors import factor_bytes
 from kfade.curvature.groups import group_by_input
 from kfade.data.sequences import packed_length
 from kfade.errors import InputError
-from kfade.method.settings import at_least, check_noise
+from kfade.method.settings import DEFAULT_KL, Direction, at_least
+from kfade.method.size import StepSize
 from kfade.models.layers import find_targets
 from kfade.models.lengths import model_window
 from kfade.models.load import load_skeleton
@@ -44,8 +45,9 @@ class AmountConfig(BatchConfig):
     """Number of forget tokens in one step; the default is 2500 sequences of 512."""
     steps: int | None = None
     """Number of Gauss-Newton steps by one fit. Unset: as kfade unlearn takes by default."""
-    noise: float = 0.0
-    """Share of tokens that are replaced in copies of the forget texts, which double a gradient."""
+    noise: float | None = None
+    """Share of tokens that are replaced in copies of the forget texts, which double a gradient; 0
+    is no copies, as with --alpha. Unset: as kfade unlearn takes by default."""
 
 
 @o.settings(o.DEVICE)
@@ -105,7 +107,6 @@ class PlanRequest:
             raise InputError("--sequence-length must be 2 or more, --batch-tokens 1 or more")
         if self.data.tokens < 1 or self.data.forget_tokens < 1:
             raise InputError("--tokens and --forget-tokens must be 1 or more")
-        check_noise(self.data.noise)
         if self.refinement.refine < 0 or self.refinement.refine_sequences < 1:
             raise InputError("--refine must be 0 or more, --refine-sequences 1 or more")
         amount = quality_of("default").unless(self.data.steps, self.correction.correct)
@@ -113,6 +114,7 @@ class PlanRequest:
         at_least("--steps", amount.steps, 1)
         if correct < 0 or (sequences is not None and sequences < 1):
             raise InputError("--correct must be 0 or more, --correct-sequences 1 or more")
+        spread = Direction(noise=self.data.noise).decided(StepSize(kl=DEFAULT_KL), amount.steps)
         length = self.data.sequence_length
         return Work(
             estimator=estimator,
@@ -124,7 +126,7 @@ class PlanRequest:
             refine=self.refinement.refine,
             refine_sequences=self.refinement.refine_sequences,
             steps=amount.steps,
-            has_noise=self.data.noise > 0,
+            has_noise=bool(spread.noise),
             correct=correct,
             correct_sequences=sequences,
             offload=offload_of(self.device.offload) in ("cpu", "disk"),

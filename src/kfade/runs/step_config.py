@@ -33,14 +33,15 @@ class StepConfig:
     made the text unlikely. Unset: as --objective."""
     bound: float | None = None
     """Let go of a token whose margin is beyond so many times the mean forget loss before the step,
-    so that forgetting spreads over more of a text, as 2. Only with the margin. Unset: no bound."""
+    so that forgetting spreads over more of a text; 0 is no bound. Only with the margin. Unset: 2 in
+    runs of several steps by the margin; with --alpha, 0."""
     weigh_texts: Annotated[bool | None, Parameter(negative="--no-weigh-texts")] = None
     """Weigh the forget texts by their probability in all steps after the first, so that texts that
     are forgotten pull no longer. Unset: yes; with --alpha, no."""
-    noise: float = 0.0
+    noise: float | None = None
     """Share of the answers' tokens that are replaced at random in a copy of each forget text. The
-    gradient takes the copies, too, so that a token is forgotten also where other words lead to it,
-    as 0.25; 0 is no copies."""
+    gradient takes the copies, too, so that a token is forgotten also where other words lead to it;
+    0 is no copies. Unset: 0.25; without a bound, 0."""
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None
