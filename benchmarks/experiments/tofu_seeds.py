@@ -41,8 +41,8 @@ KL_HEADS = " | ".join(f"KL, {title} | the default's share" for title in SLICES.v
 
 
 def seeds_table(seeds: Mapping[int, Results]) -> str:
-    """The default, and of the run without its bound, the paper's recipe and the baselines those
-    that were run in more than one seed."""
+    """The rows of the default; of the run without its bound, of the paper's recipe and of a
+    baseline, where it was run in more than one seed."""
     rows = {seed: rows_of(results) for seed, results in seeds.items()}
     lines: dict[str, list[list[str]]] = {}
     for seed, results in seeds.items():

@@ -67,5 +67,6 @@ def test_a_share_that_gives_no_copy_at_all_is_told(monkeypatch):
         "note: the answers of the forget set are too short for copies with noise 0.5, so the "
         "gradient has none"
     ]
+    assert found[0].provenance["noise"] == 0
     for name, delta in found[1].deltas.items():
         assert torch.equal(found[0].deltas[name], delta)

@@ -207,6 +207,7 @@ def _decided(
             "note: the answers of the forget set are too short for copies with noise "
             f"{direction.noise:g}, so the gradient has none"
         )
+        return replace(direction, noise=0.0)
     return direction
 
 
