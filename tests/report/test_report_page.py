@@ -74,7 +74,7 @@ def test_what_kfade_unlearn_writes(tmp_path, monkeypatch):
     assert main([*command.split(), "--steps", "2", "--out", "run"]) == 0
     page = written(tmp_path, "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert "K-FADE, kfac, margin, corrected 1, on MODEL." in page
+    assert "K-FADE, kfac, margin, bound 2, corrected 1, on MODEL." in page
     assert f">{short(metrics['retain_kl'])}<" in page
     figures = [figure["id"] for figure in Elements(page).named("figure")]
     assert figures == [
