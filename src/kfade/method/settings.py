@@ -111,25 +111,20 @@ class Direction:
         return margin in (self.objective, self.later_objective)
 
     def decided(self, size: StepSize, steps: int) -> Direction:
-        """The same, with the bound and the noise of a run of that size and so many steps."""
-        bound, noise = self.bound, self.noise
+        """The same for a run of that size and so many steps: bound, noise, bands, and whether texts
+        are weighed, are filled in where they were left out."""
+        is_papers = size.alpha is not None
+        bound, noise, bands, weigh = self.bound, self.noise, self.bands, self.weigh_texts
         if bound is None:
-            usual = self.has_margin and size.alpha is None and steps > 1
+            usual = self.has_margin and not is_papers and steps > 1
             bound = DEFAULT_BOUND if usual else 0.0
         if noise is None:
             noise = DEFAULT_NOISE if bound else 0.0
-        return replace(self, bound=bound, noise=noise)
-
-    def bands_in(self, size: StepSize) -> int:
-        """The number of bands in a run of that size."""
-        if self.bands is None:
-            return 1 if size.alpha is not None else DEFAULT_BANDS
-        return self.bands
-
-    def weighs(self, step: int, size: StepSize) -> bool:
-        """Whether a step, counted from 0, weighs the texts in a run of that size."""
-        weigh = size.alpha is None if self.weigh_texts is None else self.weigh_texts
-        return weigh and step > 0
+        if bands is None:
+            bands = 1 if is_papers else DEFAULT_BANDS
+        if weigh is None:
+            weigh = not is_papers
+        return replace(self, bound=bound, noise=noise, bands=bands, weigh_texts=weigh)
 
     def objective_of(self, step: int, loss: float) -> Objective:
         """The objective of a step, counted from 0.

@@ -122,7 +122,8 @@ class Trial:
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step in bands, scaled to exact unit length if ``exact_norm``, and its squared length
         rᵀGr with the exact G of held-out retain data."""
-        direction, bands = self._direction, self._direction.bands_in(self._size)
+        direction, bands = self._direction, self._direction.bands
+        assert bands is not None, "the direction is decided"
         with stage("step"):
             rise = None if self._is_first else self._rise
             step, exact = in_bands(step, self._targets, bands, self._forms, rise)

@@ -163,7 +163,7 @@ class _Shared:
                 self.drawn(index, direction.noise or 0.0),
                 self.targets,
                 trial.objective,
-                weigh=direction.weighs(index, self.size),
+                weigh=index > 0 and bool(direction.weigh_texts),
                 head=gauge.head,
                 **run.passes,
             )
@@ -200,7 +200,7 @@ class _Shared:
 def _decided(
     direction: Direction, size: StepSize, run: Run, forget: Sequence[TokenSequence]
 ) -> Direction:
-    """The direction with its bound and its noise; says where no text has a copy."""
+    """The direction with all its settings; says where no text has a copy."""
     direction = direction.decided(size, run.steps)
     if direction.noise and not has_copies(forget, direction.noise):
         say(
