@@ -22,9 +22,9 @@ from lab.rows import (
     with_interval,
     yes,
 )
-from lab.tuning import DEFAULT, DEFAULT_FIT, NARROW, OWN_DAMPING, VARIANTS
+from lab.tuning import DEFAULT, DEFAULT_FIT, EARLY, NARROW, OWN_DAMPING, VARIANTS
 from tofu_lab import PART
-from tofu_rows import SLICES, best_objective, log_of_retrained, logs_of, measured, rival_of
+from tofu_rows import MOST, SLICES, best_objective, log_of_retrained, logs_of, measured, rival_of
 
 from kfade.evaluate.tofu_logs import TofuLog, aggregate, choose_row
 
@@ -39,7 +39,10 @@ def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
     yield from quality_claims(results, rows)
 
     seconds = {method: whole_seconds(results, row) for method, row in by.items()}
-    single_and_variants = ("ekfac margin", *(name for name in VARIANTS if name != NARROW))
+    single_and_variants = (
+        "ekfac margin",
+        *(name for name in VARIANTS if name not in (NARROW, EARLY)),
+    )
     costs = {m: quotient(seconds[m], seconds["paper"]) for m in single_and_variants}
     affordable_best = least((by[method] for method in affordable(costs)), "told")
     best = least((by[method] for method in ("paper", *single_and_variants)), "told")
@@ -49,13 +52,13 @@ def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
     shown = (by[DEFAULT], best, affordable_best, ours)
     compared = {row.method: row for row in shown if row is not None}
     for row in compared.values():
-        claim = f"{row.title}: KL at most 0.2 × the best baseline's{named}"
-        yield kl_claim(claim, row, rival, most=0.2)
+        claim = f"{row.title}: KL at most {MOST['report']:g} × the best baseline's{named}"
+        yield kl_claim(claim, row, rival, most=MOST["report"])
         yield others_claim(results, rows, row)
         claim = f"{row.title}: KL at most the retrained model's own"
         yield bounded(claim, quotient(row.told.get("report_kl"), retrained_kl), most=1.0)
 
-    for method in OWN_DAMPING:
+    for method in (DEFAULT, NARROW):
         yield from memorisation_claims(results, rows, by[method])
 
     for name, bound in (("diagonal", 5.0), ("identity", 20.0)):
@@ -120,23 +123,26 @@ def kl_claim(claim: str, ours: Row | None, other: Row | None, **bound: float) ->
 def others_claim(results: Results, rows: Sequence[Row], row: Row) -> Claim:
     """The same on authors that no method was shown."""
     told = measured(results, rows, "others")
-    return questions_claim("that, on kept authors whom no method was shown", told, row)
+    return questions_claim("that, on kept authors whom no method was shown", told, row, "others")
 
 
 def memorisation_claims(results: Results, rows: Sequence[Row], row: Row) -> Iterator[Claim]:
     """KL at equal exact memorisation, in both sets of questions."""
     for name, title in SLICES.items():
-        claim = f"{row.title}, at equal exact memorisation, {title}: KL at most 0.2 × a baseline's"
-        yield questions_claim(claim, measured(results, rows, name, "by memorisation"), row)
+        told = measured(results, rows, name, "by memorisation")
+        claim = f"{row.title}, at equal exact memorisation, {title}"
+        yield questions_claim(claim, told, row, name)
 
 
-def questions_claim(claim: str, told: Mapping[str, Texts], row: Row) -> Claim:
-    """A bound on the ratio to the best baseline. It holds if the whole interval does."""
+def questions_claim(subject: str, told: Mapping[str, Texts], row: Row, name: str) -> Claim:
+    """A bound on the ratio to the best baseline in the set of questions ``name``. It holds if the
+    whole interval does."""
     rival = rival_of(told)
+    claim = f"{subject}: KL at most {MOST[name]:g} × the best baseline's"
     if row.method not in told or rival is None:
         return [claim, NOT_RUN, ""]
     found = interval(told[row.method], told[rival])
-    holds = yes(found["high"] <= 0.2)
+    holds = yes(found["high"] <= MOST[name])
     return [f"{claim} ({BASELINES[rival]})", f"{with_interval(found)} ×", holds]
 
 

@@ -24,6 +24,7 @@ from lab.rows import (
 )
 from lab.tuning import DEFAULT, OWN_DAMPING
 from tofu_rows import (
+    MOST,
     SLICES,
     figures_of,
     log_of_retrained,
@@ -35,7 +36,6 @@ from tofu_rows import (
 
 from kfade.evaluate.tofu_logs import choose_row
 
-MOST = {"report": 0.2, "others": 0.1}  # of the best baseline's KL
 GOOD, RIVAL_GOOD = 0.8, 0.5  # forget quality; a baseline below the second is no rival in utility
 KL_HEADS = " | ".join(f"KL, {title} | the default's share" for title in SLICES.values())
 

@@ -22,10 +22,13 @@ START_RATES = {"rmu": 1e-3, "repselect": 0.1}
 gradient descent."""
 NARROW = "narrow"
 """The default without a bound of the margin and copies of the forget texts with noise."""
+EARLY = "early"
+"""The default on the first third of the blocks."""
 AS_BY_DEFAULT = {"steps": Run.steps, "correction": Correction(), "direction": Direction()}
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: AS_BY_DEFAULT,
     NARROW: {**AS_BY_DEFAULT, "direction": Direction(bound=0.0)},
+    EARLY: {**AS_BY_DEFAULT, "layers": "0-9"},
     "steps 3": {"steps": 3},
     "steps 3 then ce": {"steps": 3, "direction": replace(PLAIN, later_objective=cross_entropy)},
     "refine 1": {"direction": replace(PLAIN, refine=1)},
@@ -33,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "steps 3 refine 1": {"steps": 3, "direction": replace(PLAIN, refine=1)},
 }
 """Variants of K-FADE that may improve its single step; all use one fit."""
-OWN_DAMPING = (DEFAULT, NARROW)
+OWN_DAMPING = (DEFAULT, NARROW, EARLY)
 """Those that choose their damping themselves, and use the default's fit."""
 
 
