@@ -22,7 +22,7 @@ from lab.rows import (
     with_interval,
     yes,
 )
-from lab.tuning import DEFAULT, DEFAULT_FIT, EARLY, NARROW, OWN_DAMPING, VARIANTS
+from lab.tuning import ABLATIONS, DEFAULT, DEFAULT_FIT, NARROW, OWN_DAMPING, VARIANTS
 from tofu_lab import PART
 from tofu_rows import MOST, SLICES, best_objective, log_of_retrained, logs_of, measured, rival_of
 
@@ -39,10 +39,7 @@ def claims(results: Results, rows: Sequence[Row]) -> Iterator[Claim]:
     yield from quality_claims(results, rows)
 
     seconds = {method: whole_seconds(results, row) for method, row in by.items()}
-    single_and_variants = (
-        "ekfac margin",
-        *(name for name in VARIANTS if name not in (NARROW, EARLY)),
-    )
+    single_and_variants = ("ekfac margin", *(name for name in VARIANTS if name not in ABLATIONS))
     costs = {m: quotient(seconds[m], seconds["paper"]) for m in single_and_variants}
     affordable_best = least((by[method] for method in affordable(costs)), "told")
     best = least((by[method] for method in ("paper", *single_and_variants)), "told")
