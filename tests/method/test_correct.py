@@ -45,14 +45,14 @@ from kfade import (
 from kfade.cli import main
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.vectors import OnDisk
-from kfade.method.correct import Ascent, Merit, ascent, best_length, descent
+from kfade.method.correct import Ascent, Merit, ascent, descent
 from kfade.method.gauge import parameter_changes
 from kfade.method.gradient import forget_gradient, kl_gradient
 from kfade.method.measure import hidden_reference
 from kfade.method.record import ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
-from kfade.method.size import Probe, choose_alpha, shortfall
+from kfade.method.size import NoRiseError, Probe, best_length, choose_alpha, shortfall
 
 RETAIN, FORGET = random_sequences(12), random_sequences(3, seed=7)
 
@@ -439,6 +439,24 @@ def test_a_cap_holds_after_a_correction(model):
     update = run(model, kl=0.02, max_kl=0.008, correction=Correction(count=1))
     assert last(update)["corrections"][0]["accepted"]
     assert 0.007 < last(update)["retain_kl"] <= 0.008
+
+
+def test_a_kl_that_would_not_forget_more_is_saved(model, monkeypatch):
+    """A correction lowers the KL; what is left of it is spent only where that forgets."""
+    options = {"kl": 0.01, "correction": Correction(count=1)}
+    [spent] = last(run(model, **options))["corrections"]
+
+    def no_rise(*_):
+        raise NoRiseError
+
+    monkeypatch.setattr("kfade.method.correct.where_most_is_forgotten", no_rise)
+    saved = run(model, **options)
+    [correction] = last(saved)["corrections"]
+    assert correction["accepted"]
+    assert spent["accepted"]
+    assert correction["forget_length"] == 0.0 != spent["forget_length"]
+    assert last(saved)["retain_kl"] == correction["retain_kl_after"] < spent["retain_kl_after"]
+    assert correction["retain_kl_after"] < 0.9 * correction["retain_kl_before"]
 
 
 @pytest.mark.parametrize("size", [{"kl": 0.01}, {"alpha": 0.1}], ids=str)

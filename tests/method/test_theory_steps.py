@@ -34,7 +34,13 @@ from kfade.method.gradient import forget_gradient
 from kfade.method.measure import divergence
 from kfade.method.objectives import BoundedMargin
 from kfade.method.settings import DEFAULT_BOUND, DEFAULT_NOISE
-from kfade.method.size import Probe, StepSize, choose_alpha
+from kfade.method.size import (
+    NoRiseError,
+    Probe,
+    StepSize,
+    choose_alpha,
+    where_most_is_forgotten,
+)
 from kfade.method.step import gauss_newton_step
 
 OBJECTIVES = (margin, cross_entropy, BoundedMargin(2.0))
@@ -369,6 +375,44 @@ def test_a_run_ends_where_its_objective_has_no_gradient_left(model, monkeypatch)
     assert said == [f"step {number}: no gradient of the objective is left, so the run ends here"]
 
 
+def test_a_run_to_a_kl_ends_where_a_step_would_forget_less(model, monkeypatch):
+    """Its later objective teaches the forget set: a step by it to the KL would undo the first."""
+    said: list[str] = []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
+
+    def teaches(logits_NV, target_N):
+        return -cross_entropy(logits_NV, target_N)
+
+    with pytest.raises(
+        InputError, match=r"--kl 0\.01: no length of the step raises the forget loss"
+    ):
+        run(model, objective=teaches)
+    options = {"objective": margin, "steps": 3, "refit": False}
+    whole = run(model, **options, on_step=(kept := []).append)
+    update = run(model, **options, later_objective=teaches)
+    assert [len(u.provenance["steps"]) for u in (update, whole)] == [1, 3]
+    assert same_update(update, kept[0])
+    assert said == ["step 2: no length of it raises the forget loss, so the run ends here"]
+
+
+def test_a_step_to_a_kl_is_no_longer_than_it_forgets(model, monkeypatch):
+    """Of a random model the forget loss rises and then falls: at a KL of 1 nat it is lower than on
+    the way. Without the look back the step goes all the way."""
+    said: list[str] = []
+    monkeypatch.setattr("kfade.method.trial.say", said.append)
+    options = {"objective": margin, "kl": 1.0, "steps": 1}
+    [step] = run(model, **options).provenance["steps"]
+    monkeypatch.setattr("kfade.method.trial.where_most_is_forgotten", lambda _, probes, *__: probes)
+    [far] = run(model, **options).provenance["steps"]
+    assert far["retain_kl"] == pytest.approx(1.0, rel=0.1)
+    assert far["forget_loss_after"] < step["forget_loss_after"]
+    assert far["retain_kl"] > step["retain_kl"]
+    assert said == [
+        f"the step ends at a retain KL of {step['retain_kl']:.2e} nats/token: at "
+        f"{far['retain_kl']:.2e} it would forget less"
+    ]
+
+
 def test_a_bound_is_of_the_forget_loss_before_each_step(model):
     options = {"steps": 3, "refit": False}
     run(model, on_step=(kept := []).append, bound=2.0, **options)
@@ -511,6 +555,52 @@ def test_on_the_way_a_fifth_less_or_a_fifth_more_will_do():
     assert len(search(lambda a: a**2, StepSize(kl=0.04), share=0.5, guess=near)) == 1
     assert len(search(lambda a: a**2, StepSize(kl=0.01), share=1.0, guess=near)) == 2
     assert len(search(lambda a: a**2, StepSize(kl=0.04), share=0.5, guess=2 * near)) == 2
+
+
+def most(loss, size: StepSize, **options) -> list[Probe]:
+    """What a step ends with: the KL is α², and the forget loss ``loss`` of α."""
+    probes = search(lambda a: a**2, size, loss=loss, **options)
+    made: list[Probe] = []
+
+    def probe(alpha: float) -> Probe:
+        made.append(replace(START, alpha=alpha, retain_kl=alpha**2, forget_loss=loss(alpha)))
+        return made[-1]
+
+    start = replace(START, alpha=7.0, forget_loss=loss(0.0))  # the last step's α
+    found = where_most_is_forgotten(probe, probes, size, start)
+    assert found == [*probes, *made]
+    return found
+
+
+@pytest.mark.parametrize("peak", [0.02, 0.1, 0.6])
+def test_a_step_to_a_kl_ends_where_most_is_forgotten(peak):
+    """The loss rises to 2 at the peak, to fall below its start beyond twice the peak. At 0.6 it is
+    above it at the KL, but below a shorter trial."""
+
+    def loss(a: float) -> float:
+        return 2 - (a / peak - 1) ** 2
+
+    last = most(loss, StepSize(kl=1.0), guess=0.7)[-1]
+    # The best of x, x/2, x/4, ... is from 2/3 to 4/3 of the peak: 8/9 of the rise or more.
+    assert last.forget_loss >= 1 + 8 / 9
+    assert last.alpha < 0.9
+    # A target of forgetting is met as ever, and so is a norm.
+    assert most(loss, StepSize(until=1.5), guess=peak / 3)[-1].forget_loss == pytest.approx(
+        1.5, abs=0.02
+    )
+    assert most(loss, StepSize(alpha=1.0))[-1].alpha == 1.0
+
+
+def test_a_step_that_forgets_more_and_more_goes_to_its_kl_without_another_trial():
+    plain = search(lambda a: a**2, StepSize(kl=1.0))
+    assert most(rising, StepSize(kl=1.0)) == plain
+    assert plain[-1].retain_kl == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_step_that_forgets_less_at_every_length_is_an_error_that_tells_the_losses():
+    message = r"--kl 1: no length of the step raises the forget loss \(before it 1 nats, at the KL "
+    with pytest.raises(NoRiseError, match=message + "asked for 0, at 0.00024 nats of KL 0.9844"):
+        most(lambda a: 1 - a, StepSize(kl=1.0), guess=1.0)
 
 
 @pytest.mark.parametrize("guess", [1e-6, 1.0, 1e6])

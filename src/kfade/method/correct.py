@@ -35,12 +35,19 @@ from kfade.method.record import CorrectionRecord, amended, ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
-from kfade.method.size import LOSS_TOLERANCE, Probe, StepSize, choose_alpha, shortfall
+from kfade.method.size import (
+    LOSS_TOLERANCE,
+    NoRiseError,
+    Probe,
+    StepSize,
+    best_length,
+    choose_alpha,
+    shortfall,
+    where_most_is_forgotten,
+)
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.stages import stage
-
-TRIALS = 5  # times that the first t is doubled or halved, at most
 
 
 @dataclass(frozen=True)
@@ -90,28 +97,6 @@ def descent(
     for name in direction:
         direction[name] = along * r[name] - direction[name]
     return Descent(direction, inner(direction, kl), ascent_slope)
-
-
-def best_length(
-    measure: Callable[[float], Probe], first: float, before: Probe, merit: Callable[[Probe], float]
-) -> Probe:
-    """The probe of the best of ``first``, its doubles and its halves; ``before`` if none is better.
-
-    ``first`` is doubled while that lowers ``merit``. If the first doubling does not, or ``first``
-    is no better than ``before``, it is halved until a length is better, and on while that lowers
-    ``merit``.
-    """
-    best = min(before, measure(first), key=merit)
-    for factor in (2.0, 0.5) if best is not before else (0.5,):
-        for power in range(1, TRIALS + 1):
-            trial = measure(first * factor**power)
-            if merit(trial) < merit(best):
-                best = trial
-            elif best is not before:
-                break
-        if best.alpha > first:
-            break
-    return best
 
 
 @dataclass(frozen=True)
@@ -301,7 +286,8 @@ class _Correction:
         probes: tuple[Probe, Probe],
         directions: tuple[Ascent, Descent],
     ) -> Probe | None:
-        """The probe along r that meets the size again; None if there is none.
+        """The probe along r that meets the size again; None if there is none. Of a KL that is left,
+        as much is spent as raises the forgetting: none of it if nothing does.
 
         Args:
             lacking: of the size; where it is below 0 the way is back.
@@ -310,16 +296,25 @@ class _Correction:
         size, (first, origin), (up, down) = self.size, probes, directions
         slope = up.slope if size.kl is None else down.ascent_slope
         toward = math.copysign(1.0, lacking)
+
+        def along(length: float) -> Probe:
+            return measure(toward * length)
+
         try:
-            return choose_alpha(
-                lambda length: measure(toward * length),
+            found = choose_alpha(
+                along,
                 # Going back lowers the KL, and the merit knows the cap.
                 size if lacking > 0 else replace(size, max_kl=None),
                 share=1.0,
                 start=origin,
                 guess=abs(lacking / slope) if slope else 1.0,
                 first=first,
-            )[-1]
+            )
+            if lacking > 0:
+                found = where_most_is_forgotten(along, found, size, origin)
+            return found[-1]
+        except NoRiseError:
+            return replace(origin, alpha=0.0)
         except InputError:
             return None
 

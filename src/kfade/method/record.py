@@ -146,6 +146,11 @@ class Best:
             self._best = record, changes
 
     @property
+    def is_empty(self) -> bool:
+        """Whether none was added."""
+        return self._best is None
+
+    @property
     def result(self) -> Candidate:
         """The best candidate; if there were several, its record lists all in ``refinements``."""
         assert self._best is not None

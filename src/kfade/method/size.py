@@ -11,6 +11,11 @@ from kfade.errors import InputError
 KL_TOLERANCE = 0.1  # relative error of a measured KL; a held-out sample is no more accurate
 LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
 MIDWAY_TOLERANCE = 0.2  # of either, if more steps follow, which compensate
+TRIALS = 5  # times that a length is doubled or halved, at most
+
+
+class NoRiseError(InputError):
+    """No length of a step raises what is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,75 @@ def choose_alpha(
         chosen = _capped(seen, probes, chosen, size.max_kl)
     assert probes[-1] is chosen
     return probes
+
+
+def where_most_is_forgotten(
+    probe: Callable[[float], Probe], probes: Sequence[Probe], size: StepSize, start: Probe
+) -> list[Probe]:
+    """The probes of a step, the chosen one last; if its size is a KL, that forgets most within it.
+
+    A KL says how far a step may go, not that it is worth going: beyond some length forgetting may
+    fall again. Where the chosen length forgets no more than the start or a shorter trial, the best
+    of its halves (or of that trial's halves and doubles) is taken, see :func:`best_length`.
+
+    Args:
+        probe: measures an α, by forward passes.
+        probes: as :func:`choose_alpha` gives them; the KL grows from ``start`` to the last one.
+        start: the measurements before the step, whatever its own ``alpha`` is.
+
+    Raises:
+        NoRiseError: none of these lengths forgets more than the start.
+    """
+    made = list(probes)
+    reached, shorter = made[-1], [p for p in made if p.alpha < made[-1].alpha]
+    if size.kl is None or all(
+        size.forgotten(reached) > size.forgotten(other) for other in (start, *shorter)
+    ):
+        return made
+
+    def seen(alpha: float) -> Probe:
+        made.append(probe(alpha))
+        return made[-1]
+
+    def merit(trial: Probe) -> float:
+        within = trial.retain_kl <= reached.retain_kl
+        return -size.forgotten(trial) if within else math.inf
+
+    best = min((start, *shorter), key=merit)
+    first = reached.alpha / 2 if best is start else best.alpha
+    best = best_length(seen, first, start, merit)
+    if best is start:
+        raise NoRiseError(
+            f"{size.target}: no length of the step raises the forget loss (before it "
+            f"{size.forgotten(start):.4g} nats, at the KL asked for {size.forgotten(reached):.4g}, "
+            f"at {made[-1].retain_kl:.2g} nats of KL {size.forgotten(made[-1]):.4g}): ask for "
+            "less, raise the damping, or take another objective"
+        )
+    if best is not made[-1]:
+        seen(best.alpha)
+    return made
+
+
+def best_length(
+    measure: Callable[[float], Probe], first: float, before: Probe, merit: Callable[[Probe], float]
+) -> Probe:
+    """The probe of the best of ``first``, its doubles and its halves; ``before`` if none is better.
+
+    ``first`` is doubled while that lowers ``merit``. If the first doubling does not, or ``first``
+    is no better than ``before``, it is halved until a length is better, and on while that lowers
+    ``merit``.
+    """
+    best = min(before, measure(first), key=merit)
+    for factor in (2.0, 0.5) if best is not before else (0.5,):
+        for power in range(1, TRIALS + 1):
+            trial = measure(first * factor**power)
+            if merit(trial) < merit(best):
+                best = trial
+            elif best is not before:
+                break
+        if best.alpha > first:
+            break
+    return best
 
 
 def shortfall(size: StepSize, first: Probe, now: Probe) -> float:

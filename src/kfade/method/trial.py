@@ -19,12 +19,19 @@ from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.settings import Direction
-from kfade.method.size import Probe, StepSize, choose_alpha
+from kfade.method.size import (
+    NoRiseError,
+    Probe,
+    StepSize,
+    choose_alpha,
+    where_most_is_forgotten,
+)
 from kfade.method.step import Step
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.models.weights import Weights
 from kfade.runtime import distributed
+from kfade.runtime.progress import say
 from kfade.runtime.stages import stage
 
 Known = tuple[Objective, Probe]
@@ -88,15 +95,21 @@ class Trial:
         are held at a time: the current one and the best so far.
 
         Raises:
+            NoRiseError: no direction forgets more at any length.
             InputError: a direction that changes nothing, or along which the size cannot be reached.
         """
-        best = Best(self._first.forget_loss)
+        best, failure = Best(self._first.forget_loss), None
         step = directions.last() if self._size.alpha is not None else directions.next()
         while step is not None:
             step, exact = self._measured(step)
-            best.add(*self._along(step, exact, directions.refined))
+            try:
+                best.add(*self._along(step, exact, directions.refined))
+            except NoRiseError as error:
+                failure = error
             del step  # free it before the next direction is computed
             step = directions.next()
+        if failure is not None and best.is_empty:
+            raise failure
         record, changes = best.result
         if self._last is not None and record.probes[-1] != asdict(self._last):
             self._last = None
@@ -160,18 +173,27 @@ class Trial:
         """The record of the step at the size asked for, and its direction by parameter."""
         gauge, before = self._gauge, self._before
         changes = parameter_changes(self._targets, step.direction)
+
+        def probe(alpha: float) -> Probe:
+            return gauge.measure(self._update.plus(changes, alpha), self.objective, alpha)
+
         with stage("check"):
             probes = choose_alpha(
-                lambda alpha: gauge.measure(
-                    self._update.plus(changes, alpha), self.objective, alpha
-                ),
+                probe,
                 self._size,
                 share=self._share,
                 start=before,
                 first=self._first,
                 guess=math.sqrt(2 * self._near / exact),
             )
+            reached = probes[-1]
+            probes = where_most_is_forgotten(probe, probes, self._size, before)
             after = probes[-1]
+            if after.alpha < reached.alpha:
+                say(
+                    f"the step ends at a retain KL of {after.retain_kl:.2e} nats/token: at "
+                    f"{reached.retain_kl:.2e} it would forget less"
+                )
             record = StepRecord(
                 alpha=after.alpha,
                 predicted_kl=step.predicted_kl(after.alpha),

@@ -27,7 +27,7 @@ from kfade.method.record import Candidate, StepRecord, amended, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.size import StepSize
+from kfade.method.size import NoRiseError, StepSize
 from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
 from kfade.method.update import Update
@@ -176,10 +176,13 @@ class _Shared:
         del gradient  # the directions let it go when they need it no longer
         try:
             return direction, update, trial.best(directions)
-        except NoGradientError:
+        except (NoGradientError, NoRiseError) as error:
             if index == 0:
                 raise
-            say(f"step {index + 1}: no gradient of the objective is left, so the run ends here")
+            why = "no gradient of the objective is left"
+            if isinstance(error, NoRiseError):
+                why = "no length of it raises the forget loss"
+            say(f"step {index + 1}: {why}, so the run ends here")
             return direction, update, None
 
     def ended(
