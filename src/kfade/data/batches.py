@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 
@@ -88,6 +88,13 @@ class Batch:
         """The same inputs, none of them live or scored: a pass over them adds nothing to a sum."""
         none_BT = torch.zeros_like(self.loss_BT)
         return Batch(self.input_BT, self.target_BT, none_BT, none_BT, self.id_B)
+
+    def before_answers(self) -> Batch:
+        """The same, with only those positions of a sequence live that come before its first loss
+        position. A sequence that begins with a loss position keeps all of its own."""
+        before_BT = self.live_BT & (self.loss_BT.long().cumsum(dim=1) == 0)
+        has_B1 = before_BT.any(dim=1, keepdim=True)
+        return replace(self, live_BT=torch.where(has_B1, before_BT, self.live_BT))
 
     def at_loss(self, x_BT: Tensor) -> Tensor:
         """The entries of ``x_BT`` [B, T, ...] at the N loss positions, [N, ...]."""

@@ -13,7 +13,7 @@ for training.
 
 At the original weights s_j is gᵀr_j. Later gᵀr_j may be far from what a step does: where texts are
 half forgotten, a few tokens have most of the gradient and are saturated soon. Then s_j is measured,
-over a length of about that of the step.
+over a length of about that of the step; and so it is where g is of some positions only.
 """
 
 from __future__ import annotations

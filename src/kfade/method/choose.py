@@ -21,6 +21,7 @@ from kfade.curvature.damping import Damping
 from kfade.curvature.vectors import Vector
 from kfade.method.experts import top_experts
 from kfade.method.gauges import Gauges
+from kfade.method.refine import inner
 from kfade.method.settings import Direction, Run
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
@@ -40,22 +41,30 @@ def damped(
     targets: Sequence[Target],
     gauges: Gauges,
     run: Run,
+    whole: Callable[[], Vector] | None = None,
 ) -> tuple[Direction, Update]:
     """The direction with its damping, and the update that tells how it was chosen.
 
     It is chosen on a part of the held-out data, if it is not given and no earlier step of the run
     has chosen one.
+
+    Args:
+        gradient: that of the direction r.
+        whole: gives the objective's gradient g, whose gᵀr is the rise, where that is another one
+            (:attr:`Direction.prompts`).
     """
     if direction.damping is not None:
         return direction, update
     told = update.provenance.get("damping")
     if told is None:
         choose = top_experts(targets, direction.top_experts)
+        rising = whole() if whole is not None else None
 
         def merit(damping: Damping) -> float:
             step = gauss_newton_step(curvature, gradient, damping, run.storage, choose=choose)
             form = gauges.part.exact_form(step.direction, targets)
-            return step.slope**2 / form if form else math.inf
+            slope = step.slope if rising is None else inner(step.direction, rising)
+            return slope**2 / form if form else math.inf
 
         with stage("step"):
             damping, merits = choose_damping(merit)

@@ -32,7 +32,8 @@ class StepRecord:
     """Mean over the forget texts of each one's probability per token (geometric)."""
     forget_probability_after: float
     predicted_objective_change: float
-    """α gᵀr, on the step's own forget batch, whose texts may be weighed and have copies."""
+    """α gᵀr, on the step's own forget batch, whose texts may be weighed and have copies, and of the
+    positions that the direction's gradient is of."""
     measured_objective_change: float
     """Of the mean per token, on the forget sequences that are measured."""
     relative_change: dict[str, float] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -157,18 +158,13 @@ class _Shared:
         if trial.is_beyond:
             say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
             return direction, update, None
-        with stage("gradient"), gauge.applied(update) as model:
-            gradient = forget_gradient(
-                model,
-                self.drawn(index, direction.noise or 0.0),
-                self.targets,
-                trial.objective,
-                weigh=index > 0 and bool(direction.weigh_texts),
-                head=gauge.head,
-                **run.passes,
-            )
+        batches, whole = self.drawn(index, direction.noise or 0.0), None
+        if direction.prompts:
+            whole = partial(self._gradient, batches, direction, update, trial.objective)
+            batches = [batch.before_answers() for batch in batches]
+        gradient = self._gradient(batches, direction, update, trial.objective)
         direction, update = damped(
-            direction, update, curvature, gradient, self.targets, self.gauges, run
+            direction, update, curvature, gradient, self.targets, self.gauges, run, whole
         )
         refining = self.sampler.draw(self.retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, self.targets, refining, run)
@@ -184,6 +180,26 @@ class _Shared:
                 why = "no length of it raises the forget loss"
             say(f"step {index + 1}: {why}, so the run ends here")
             return direction, update, None
+
+    def _gradient(
+        self,
+        batches: Sequence[Batch],
+        direction: Direction,
+        update: Update,
+        objective: Objective,
+    ) -> Vector:
+        """The forget gradient at the weights that ``update`` makes."""
+        gauge, is_first = self.gauges.whole, not update.provenance["steps"]
+        with stage("gradient"), gauge.applied(update) as model:
+            return forget_gradient(
+                model,
+                batches,
+                self.targets,
+                objective,
+                weigh=bool(direction.weigh_texts) and not is_first,
+                head=gauge.head,
+                **self.run.passes,
+            )
 
     def ended(
         self,

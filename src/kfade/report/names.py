@@ -22,9 +22,10 @@ def method_of(subject: MeasuredModel) -> str:
         then = f"then {later}" if later else None
         made = subject.manifest
         spread = [f"{key} {made[key]:g}" for key in ("bound", "noise") if made.get(key)]
+        where = "prompts" if step.get("prompts") else None
         corrections = config.get("correction", {}).get("correct")
         corrected = f"corrected {corrections}" if corrections else None
-        objective = [step.get("objective"), then, *spread]
+        objective = [step.get("objective"), then, *spread, where]
         parts = ["K-FADE", fit.get("estimator"), *objective, refined, corrected]
         return ", ".join(str(part) for part in parts if part)
     if subject.manifest.get("kind") == "baseline":
