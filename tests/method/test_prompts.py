@@ -94,7 +94,7 @@ def test_a_step_is_along_that_gradient():
         False: forget_gradient(model, batches, targets, margin),
     }
     for prompts in both:
-        step = vector(updated(fit=Identity(), prompts=prompts))
+        step = vector(updated(fit=Identity(), at_prompts=prompts))
         along = {
             of: torch.nn.functional.cosine_similarity(
                 step, torch.cat([g[n].flatten() for n in sorted(g)]), dim=0
@@ -107,15 +107,15 @@ def test_a_step_is_along_that_gradient():
 
 def test_texts_without_a_prompt_keep_all_positions():
     plain = [TokenSequence(s.tokens, (False, *[True] * (len(s.tokens) - 1))) for s in FORGET]
-    one, other = (updated(plain, prompts=prompts) for prompts in (True, False))
+    one, other = (updated(plain, at_prompts=prompts) for prompts in (True, False))
     assert all(same_bits(delta, other.deltas[name]) for name, delta in one.deltas.items())
-    assert relative_error(vector(updated(prompts=True)), vector(updated())) > 0.1
+    assert relative_error(vector(updated(at_prompts=True)), vector(updated())) > 0.1
 
 
 def test_the_damping_is_chosen_by_the_rise_at_all_positions():
     model = tiny_llama()
     targets = find_targets(model)
-    merits = updated(prompts=True, damping=None).provenance["damping"]["merits"]
+    merits = updated(at_prompts=True, damping=None).provenance["damping"]["merits"]
     batches, held_out = make_batches(FORGET), make_batches(SETS["held_out"])
     curvature = KFAC().fit(model, make_batches(SETS["retain"]), targets)
     shown = forget_gradient(model, [b.before_answers() for b in batches], targets, margin)
@@ -142,12 +142,12 @@ def test_bands_are_measured_at_the_first_step_too(monkeypatch):
     updated(bands=2, steps=2)
     assert measured == [1, 1]
     measured.clear()
-    updated(bands=2, steps=2, prompts=True)
+    updated(bands=2, steps=2, at_prompts=True)
     assert measured == [0, 0, 1, 1]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one():
-    options = {"steps": 3, "bound": 2.0, "noise": 0.5, "weigh_texts": True, "prompts": True}
+    options = {"steps": 3, "bound": 2.0, "noise": 0.5, "weigh_texts": True, "at_prompts": True}
     kept = []
     whole = vector(updated(**options, on_step=kept.append))
     for start in kept[:-1]:

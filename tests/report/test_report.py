@@ -252,8 +252,8 @@ def test_names():
     config["step"] = {"objective": "margin", "bound": None, "noise": None}  # as by default
     made.manifest.update(bound=2.0, noise=0.25)
     assert method_of(made) == "K-FADE, kfac, margin, bound 2, noise 0.25"
-    config["step"]["prompts"] = True
-    assert method_of(made) == "K-FADE, kfac, margin, bound 2, noise 0.25, prompts"
+    config["step"]["at_prompts"] = True
+    assert method_of(made) == "K-FADE, kfac, margin, bound 2, noise 0.25, at prompts"
     made.manifest.update(bound=0.0, noise=0.0)
     config["step"] = {"objective": "ce", "later_objective": None}
     config["refinement"] = {"refine": 2}

@@ -143,7 +143,7 @@ def compute(folder: Path, sharded: bool) -> dict:
     found["product"] = gauss_newton_product(model, measured, targets, gradient)
     corrected = Correction(count=1, sequences=20)
     options = {"kl": 0.02, "steps": 2, "refine": 1, "refine_sequences": 9, "correction": corrected}
-    options |= {"noise": 0.5, "bound": 2.0, "prompts": True}
+    options |= {"noise": 0.5, "bound": 2.0, "at_prompts": True}
     update = kfade.unlearn(
         model,
         forget=FORGET,

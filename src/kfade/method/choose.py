@@ -51,7 +51,7 @@ def damped(
     Args:
         gradient: that of the direction r.
         whole: gives the objective's gradient g, whose gᵀr is the rise, where that is another one
-            (:attr:`Direction.prompts`).
+            (:attr:`Direction.at_prompts`).
     """
     if direction.damping is not None:
         return direction, update

@@ -64,7 +64,7 @@ class Direction:
     gradient takes beside the text (:func:`~kfade.data.noise.noisy`), so that a token is forgotten
     also where other words lead to it. With 0 there are no copies. When None ``DEFAULT_NOISE``, or 0
     without a bound: noise alone changed nothing in our experiment."""
-    prompts: bool = False
+    at_prompts: bool = False
     """Take the gradient at the positions before the answers only
     (:meth:`~kfade.data.batches.Batch.before_answers`), so that a step changes what a question
     brings to mind, and not how an answer goes on. A text without a prompt keeps all positions."""

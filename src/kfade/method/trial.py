@@ -138,7 +138,7 @@ class Trial:
         direction, bands = self._direction, self._direction.bands
         assert bands is not None, "the direction is decided"
         with stage("step"):
-            predicted = self._is_first and not direction.prompts
+            predicted = self._is_first and not direction.at_prompts
             rise = None if predicted else self._rise
             step, exact = in_bands(step, self._targets, bands, self._forms, rise)
         if exact == 0:

@@ -159,7 +159,7 @@ class _Shared:
             say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
             return direction, update, None
         batches, whole = self.drawn(index, direction.noise or 0.0), None
-        if direction.prompts:
+        if direction.at_prompts:
             whole = partial(self._gradient, batches, direction, update, trial.objective)
             batches = [batch.before_answers() for batch in batches]
         gradient = self._gradient(batches, direction, update, trial.objective)

@@ -42,7 +42,7 @@ class StepConfig:
     """Share of the answers' tokens that are replaced at random in a copy of each forget text. The
     gradient takes the copies, too, so that a token is forgotten also where other words lead to it;
     0 is no copies. Unset: 0.25; without a bound, 0."""
-    prompts: bool = False
+    at_prompts: bool = False
     """Take the forget gradient at the positions before the answers only, so that a step changes
     what a question brings to mind, and not how an answer goes on. Texts without a prompt keep all
     positions."""

@@ -346,7 +346,7 @@ def _direction_of(run: RunConfig) -> Direction:
         run.step.bound,
         run.step.weigh_texts,
         run.step.noise,
-        run.step.prompts,
+        run.step.at_prompts,
         _damping_of(run),
         run.step.bands,
         run.step.exact_norm,
