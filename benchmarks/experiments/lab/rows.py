@@ -11,7 +11,7 @@ from kfade import Direction
 
 from .pieces import Results
 from .records import NOT_RUN, Record
-from .tuning import DEFAULT, EARLY, NARROW
+from .tuning import DEFAULT, EARLY, NARROW, PROMPTS
 
 ESTIMATORS = {"ekfac": "EK-FAC", "kfac": "K-FAC", "diagonal": "diagonal", "identity": "identity"}
 BASELINES = {
@@ -70,6 +70,8 @@ def variant_title(name: str, options: Mapping[str, Any]) -> str:
         return f"K-FADE as it is by default, {options['steps']} steps"
     if name == NARROW:
         return "K-FADE, the default without its bound and noise"
+    if name == PROMPTS:
+        return "K-FADE, the default with gradients at the prompts"
     if name == EARLY:
         return f"K-FADE, the default on blocks {options['layers']}"
     direction = options.get("direction", Direction())

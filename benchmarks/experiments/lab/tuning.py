@@ -24,13 +24,16 @@ NARROW = "narrow"
 """The default without a bound of the margin and copies of the forget texts with noise."""
 EARLY = "early"
 """The default on the first ten blocks, a third of SmolLM2-135M's."""
-ABLATIONS = (NARROW, EARLY)
+PROMPTS = "prompts"
+"""The default with gradients at the positions before the answers only."""
+ABLATIONS = (NARROW, EARLY, PROMPTS)
 """The default with a part of it changed: not among what may be claimed the best."""
 AS_BY_DEFAULT = {"steps": Run.steps, "correction": Correction(), "direction": Direction()}
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: AS_BY_DEFAULT,
     NARROW: {**AS_BY_DEFAULT, "direction": Direction(bound=0.0)},
     EARLY: {**AS_BY_DEFAULT, "layers": "0-9"},
+    PROMPTS: {**AS_BY_DEFAULT, "direction": Direction(at_prompts=True)},
     "steps 3": {"steps": 3},
     "steps 3 then ce": {"steps": 3, "direction": replace(PLAIN, later_objective=cross_entropy)},
     "refine 1": {"direction": replace(PLAIN, refine=1)},
