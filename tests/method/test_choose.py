@@ -44,6 +44,12 @@ def test_the_strongest_damping_within_a_fifth_of_the_best_is_taken():
     assert choice(lambda value: value)[0] == 100
 
 
+def test_a_damping_whose_step_lowers_the_objective_is_not_taken(monkeypatch):
+    assert choice(lambda value: {0.001: 0.0, 0.01: 1.0, 0.1: 0.0}[value])[0] == 0.01
+    damping, merits = choose_damping(lambda damping: 0.0)
+    assert "inf at" in damping_line(damping, merits)
+
+
 def test_the_line_tells_the_kl_of_each_beside_that_of_the_chosen_one():
     line = damping_line(Damping(0.01), {0.001: 1.1, 0.01: 1.0, 0.1: 0.5})
     assert "damping 0.01 times the mean eigenvalue" in line

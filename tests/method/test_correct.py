@@ -441,15 +441,16 @@ def test_a_cap_holds_after_a_correction(model):
     assert 0.007 < last(update)["retain_kl"] <= 0.008
 
 
-def test_a_kl_that_would_not_forget_more_is_saved(model, monkeypatch):
-    """A correction lowers the KL; what is left of it is spent only where that forgets."""
+@pytest.mark.parametrize("error", [NoRiseError, InputError])
+def test_a_kl_that_cannot_be_spent_is_saved(model, monkeypatch, error):
+    """A correction lowers the KL; what is left of it is spent only where that forgets more."""
     options = {"kl": 0.01, "correction": Correction(count=1)}
     [spent] = last(run(model, **options))["corrections"]
 
-    def no_rise(*_):
-        raise NoRiseError
+    def fails(*_, **__):
+        raise error
 
-    monkeypatch.setattr("kfade.method.correct.where_most_is_forgotten", no_rise)
+    monkeypatch.setattr("kfade.method.correct.choose_alpha", fails)
     saved = run(model, **options)
     [correction] = last(saved)["corrections"]
     assert correction["accepted"]
@@ -457,6 +458,30 @@ def test_a_kl_that_would_not_forget_more_is_saved(model, monkeypatch):
     assert correction["forget_length"] == 0.0 != spent["forget_length"]
     assert last(saved)["retain_kl"] == correction["retain_kl_after"] < spent["retain_kl_after"]
     assert correction["retain_kl_after"] < 0.9 * correction["retain_kl_before"]
+
+
+def test_a_kl_that_is_far_away_is_not_spent_at_any_price():
+    """This run ends where most is forgotten, far short of its KL. To spend the rest forgets more,
+    but for much more KL than that is worth: the correction stays without."""
+    sets = {
+        "forget": random_sequences(4, seed=7),
+        "retain": random_sequences(6, seed=8),
+        "held_out": random_sequences(3, seed=9),
+    }
+    options = {"kl": 1.0, "objective": cross_entropy, "steps": 2, "refit": False}
+    model = tiny_llama()
+    (first, plain), (_, corrected) = (
+        kfade.unlearn(model, **sets, **flat(**options, correction=Correction(count=n))).provenance[
+            "steps"
+        ]
+        for n in (0, 1)
+    )
+    [correction] = corrected["corrections"]
+    assert plain["retain_kl"] < 0.6
+    assert correction["accepted"]
+    assert corrected["retain_kl"] < 0.95 * plain["retain_kl"]
+    rise, left = (s["forget_loss_after"] - first["forget_loss_before"] for s in (plain, corrected))
+    assert left > 0.97 * rise  # 3 % may be lost
 
 
 @pytest.mark.parametrize("size", [{"kl": 0.01}, {"alpha": 0.1}], ids=str)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import flat, random_sequences, relative_error, same_bits, tiny_llama
+from zoo.mixtures import mixture
+from zoo.rotary import MODELS, TRAINED
 
 import kfade
 from kfade import KFAC, Damping, make_batches, margin
 from kfade.curvature.estimators import Identity
 from kfade.curvature.product import quadratic_form
+from kfade.data.noise import noisy
 from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.method.objectives import cross_entropy
@@ -17,7 +20,7 @@ from kfade.method.step import gauss_newton_step
 from kfade.method.trial import Trial
 from kfade.models.layers import find_targets
 
-FORGET = random_sequences(6, seed=7, shortest=6)  # the first third of each is a prompt
+FORGET = random_sequences(6, seed=7, shortest=12, longest=18)  # the first third of each is a prompt
 SETS = {"retain": random_sequences(12, seed=8), "held_out": random_sequences(8, seed=9)}
 
 
@@ -30,23 +33,43 @@ def vector(update: kfade.Update) -> torch.Tensor:
     return torch.cat([update.deltas[name].flatten() for name in sorted(update.deltas)])
 
 
-def test_live_positions_are_those_before_the_first_that_predicts_a_scored_token():
+def test_live_positions_are_those_before_the_one_that_predicts_an_answers_first_token():
+    n = False
     texts = [
-        TokenSequence((1, 2, 3, 4, 5, 6), (False, False, False, True, False, True)),
-        TokenSequence((1, 2, 3, 4), (False, True, True, True)),  # no prompt
-        TokenSequence((1, 2, 3), (False, False, True)),
+        TokenSequence((1, 2, 3, 4, 5, 6, 7), (n, n, n, n, True, n, True)),
+        TokenSequence((1, 2, 3, 4), (n, True, True, True)),  # no prompt
+        TokenSequence((1, 2, 3, 4, 5), (n, n, n, True, True)),  # its tokens may be special ones
+        TokenSequence((1, 2, 3, 4, 5, 6), (n, n, n, n, n, True), answer=4),
     ]
-    [batch] = make_batches(texts)
-    shown = batch.before_answers()
-    found = {int(i): live.tolist() for i, live in zip(shown.id_B, shown.live_BT, strict=True)}
-    # Position t holds token t and predicts the next: token 3 is predicted at position 2.
+    [plain], [batch] = make_batches(texts), make_batches(texts, prompts=True)
+    found = {int(i): live.tolist() for i, live in zip(batch.id_B, batch.live_BT, strict=True)}
+    # Position t holds token t and predicts the next: token 4 is predicted at position 3.
     assert found == {
-        0: [True, True, False, False, False],
-        1: [True, True, True, False, False],
-        2: [True, False, False, False, False],
+        0: 3 * [True] + 3 * [False],
+        1: 3 * [True] + 3 * [False],  # all of it
+        2: 4 * [True] + 2 * [False],
+        3: 3 * [True] + 3 * [False],
     }
-    assert torch.equal(shown.loss_BT, batch.loss_BT)
-    assert (shown.full, shown.lengths) == (False, [int(live.sum()) for live in shown.live_BT])
+    assert torch.equal(batch.loss_BT, plain.loss_BT)
+    assert batch.lengths == [found[int(i)].count(True) for i in batch.id_B]
+    assert batch.reaches == plain.reaches == plain.lengths
+    assert not batch.full
+
+
+def test_the_prompt_of_a_copy_is_that_of_its_text():
+    """A token that is replaced at the beginning of an answer does not become a prompt."""
+    texts = random_sequences(30, seed=3, shortest=12, longest=16)
+    plain = [TokenSequence(s.tokens, (False, *[True] * (len(s.tokens) - 1))) for s in texts]
+    for given in (texts, plain):
+        copies = noisy(given, range(len(given)), 0.5, seed=0)
+        assert len(copies) == len(given)
+        assert [copy.prompt for copy in copies] == [s.prompt for s in given]
+        moved = [
+            c.scored.index(True) > s.scored.index(True) for c, s in zip(copies, given, strict=True)
+        ]
+        assert any(moved)
+    assert all(s.prompt >= 3 for s in texts)
+    assert not any(s.prompt for s in plain)
 
 
 @pytest.mark.parametrize("objective", [margin, cross_entropy])
@@ -54,8 +77,7 @@ def test_the_gradient_is_of_a_change_at_those_positions(objective):
     """∂/∂δ of the objective where the layers' outputs get δa at the prompts' positions only."""
     model = tiny_llama()
     targets = find_targets(model)
-    [batch] = make_batches(FORGET)
-    shown = batch.before_answers()
+    [batch], [shown] = make_batches(FORGET), make_batches(FORGET, prompts=True)
     deltas = {
         t.name: torch.zeros(t.shape, dtype=torch.float64, requires_grad=True) for t in targets
     }
@@ -88,10 +110,9 @@ def test_a_step_is_along_that_gradient():
     """Without curvature. The gradient of all positions has another direction."""
     model = tiny_llama()
     targets = find_targets(model)
-    batches = make_batches(FORGET)
     both = {
-        True: forget_gradient(model, [b.before_answers() for b in batches], targets, margin),
-        False: forget_gradient(model, batches, targets, margin),
+        prompts: forget_gradient(model, make_batches(FORGET, prompts=prompts), targets, margin)
+        for prompts in (True, False)
     }
     for prompts in both:
         step = vector(updated(fit=Identity(), at_prompts=prompts))
@@ -107,7 +128,9 @@ def test_a_step_is_along_that_gradient():
 
 def test_texts_without_a_prompt_keep_all_positions():
     plain = [TokenSequence(s.tokens, (False, *[True] * (len(s.tokens) - 1))) for s in FORGET]
-    one, other = (updated(plain, at_prompts=prompts) for prompts in (True, False))
+    one, other = (
+        updated(plain, at_prompts=prompts, noise=0.5, bound=2.0) for prompts in (True, False)
+    )
     assert all(same_bits(delta, other.deltas[name]) for name, delta in one.deltas.items())
     assert relative_error(vector(updated(at_prompts=True)), vector(updated())) > 0.1
 
@@ -116,10 +139,10 @@ def test_the_damping_is_chosen_by_the_rise_at_all_positions():
     model = tiny_llama()
     targets = find_targets(model)
     merits = updated(at_prompts=True, damping=None).provenance["damping"]["merits"]
-    batches, held_out = make_batches(FORGET), make_batches(SETS["held_out"])
+    held_out = make_batches(SETS["held_out"])
     curvature = KFAC().fit(model, make_batches(SETS["retain"]), targets)
-    shown = forget_gradient(model, [b.before_answers() for b in batches], targets, margin)
-    whole = forget_gradient(model, batches, targets, margin)
+    shown = forget_gradient(model, make_batches(FORGET, prompts=True), targets, margin)
+    whole = forget_gradient(model, make_batches(FORGET), targets, margin)
     assert len(merits) > 1
     for value, merit in merits.items():
         step = gauss_newton_step(curvature, shown, Damping(float(value)))
@@ -144,6 +167,42 @@ def test_bands_are_measured_at_the_first_step_too(monkeypatch):
     measured.clear()
     updated(bands=2, steps=2, at_prompts=True)
     assert measured == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_prompts_are_shorter_than_their_texts_on_models_that_follow_the_length(build):
+    model = build()
+    long = {"shortest": TRAINED + 2, "longest": TRAINED + 10}
+    sets = {"retain": random_sequences(6, seed=8), "held_out": random_sequences(4, seed=9)}
+    forget = [*random_sequences(3, seed=1, **long), *FORGET]
+    options = flat(kl=1e-3, at_prompts=True, steps=2)
+    steps = kfade.unlearn(model, forget=forget, **sets, **options).provenance["steps"]
+    assert steps[-1]["retain_kl"] == pytest.approx(1e-3, rel=0.1)
+    assert steps[-1]["forget_loss_after"] > steps[0]["forget_loss_before"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_the_gradient_of_a_mixture_in_a_batch_is_that_of_its_texts_one_by_one(family):
+    model = mixture(family)
+    targets = find_targets(model)
+    whole = forget_gradient(model, make_batches(FORGET, prompts=True), targets, margin)
+    tokens = sum(s.loss_tokens for s in FORGET)
+    for target in targets:
+        alone = sum(
+            forget_gradient(model, make_batches([s], prompts=True), [target], margin)[target.name]
+            * (s.loss_tokens / tokens)
+            for s in FORGET
+        )
+        # 1e-6: these models' norms are in float32, where the order of a batch rounds otherwise.
+        assert (whole[target.name] - alone).norm() <= 1e-6 * alone.norm()
+    assert any(whole[target.name].norm() > 0 for target in targets)
+
+
+def test_the_last_block_alone_is_refused():
+    model = tiny_llama()
+    options = {"at_prompts": True, "kl": 1e-3, "targets": find_targets(model, layers="1")}
+    with pytest.raises(kfade.InputError, match="--at-prompts: no gradient of the forget set's"):
+        kfade.unlearn(model, forget=FORGET, **SETS, **flat(**options))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one():

@@ -6,6 +6,8 @@ As in test_theory.py, each test also shows the wrong version failing.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import sys
 import weakref
@@ -41,6 +43,7 @@ from kfade.curvature.product import gauss_newton_product
 from kfade.method.gradient import forget_gradient
 from kfade.method.record import Best, StepRecord
 from kfade.method.refine import Directions
+from kfade.method.size import NoRiseError
 from kfade.method.step import gauss_newton_step
 from kfade.method.trial import Trial
 
@@ -241,6 +244,18 @@ def test_the_best_is_the_greatest_rise_for_its_kl(measured, best):
     assert replace(chosen, refinements=[]) == records[best]
 
 
+def test_of_steps_to_a_kl_one_that_ended_early_is_compared_by_its_loss():
+    """By its ratio it would win whenever it is short."""
+    for kl, loss, best in ((0.001, 1.9, 0), (0.001, 2.1, 1), (0.0091, 1.99, 1)):
+        chosen = {}
+        for to_a_kl in (True, False):
+            candidates = Best(1.0, to_a_kl=to_a_kl)
+            candidates.add(record(0, 0.010, 2.0), {})
+            candidates.add(record(1, kl, loss), {})
+            chosen[to_a_kl] = candidates.result[0].refined
+        assert chosen == {True: best, False: 1}
+
+
 def test_what_is_alone_is_taken_and_not_listed():
     alone = Best(1.0)
     alone.add(record(3, 0.01, 2.0), {})
@@ -304,7 +319,7 @@ def test_a_run_takes_the_best_direction_on_held_out_data(model, size):
 def test_what_was_measured_is_the_taken_direction_not_the_last_tried(model, monkeypatch):
     """... also where they are not the same."""
     update = run(model, refine=2)
-    monkeypatch.setattr(StepRecord, "beats", lambda self, *_: self.refined == 1)
+    monkeypatch.setattr(StepRecord, "beats", lambda self, *_, **__: self.refined == 1)
     step = only_step(other := run(model, refine=2))
     assert step["refined"] == 1
     tried = only_step(update)["refinements"][1]
@@ -312,6 +327,61 @@ def test_what_was_measured_is_the_taken_direction_not_the_last_tried(model, monk
     assert step["measured_kl"] == pytest.approx(step["retain_kl"])  # one step: the same figure
     held_out = make_batches(random_sequences(6, seed=9))
     assert measured_kl(model, held_out, other) == pytest.approx(step["retain_kl"])
+
+
+def failing(monkeypatch, *which: int) -> None:
+    """Lets these of the directions tried, counted over a run, forget no more at any length."""
+    along, calls = Trial._along, itertools.count()
+
+    def tried(self, step, exact, refined):
+        found = along(self, step, exact, refined)
+        if next(calls) in which:
+            raise NoRiseError("no")
+        return found
+
+    monkeypatch.setattr(Trial, "_along", tried)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_direction_that_forgets_no_more_is_left_out(model, monkeypatch, which):
+    """A run that is resumed after such a step knows no more of it than its end."""
+    options = {"refine": 1, "steps": 2, "refit": False}
+    plain = run(model, **options)
+    failing(monkeypatch, which)
+    whole = run(model, on_step=(kept := []).append, **options)
+    first, second = whole.provenance["steps"]
+    assert (first["refined"], first["refinements"]) == (1 - which, [])
+    assert first["measured_kl"] == pytest.approx(first["retain_kl"])  # from the start
+    monkeypatch.undo()
+    resumed = run(model, start=kept[0], **options)
+    assert same_update(whole, resumed)
+    assert resumed.provenance == whole.provenance
+    assert second["measured_kl"] < 0.5 * second["retain_kl"]  # since the first step
+    assert len(plain.provenance["steps"][0]["refinements"]) == 2
+    failing(monkeypatch, 0, 1)
+    with pytest.raises(NoRiseError, match="no"):
+        run(model, **options)
+
+
+def test_a_direction_that_forgets_no_more_is_freed(model, monkeypatch):
+    """An error with its traceback would keep it: here what was made for the first of two."""
+    made, alive = [], []
+    measured = Trial._measured
+
+    def noted(self, step):
+        alive.append([one() is not None for one in made])
+        step, exact = measured(self, step)
+        made.append(weakref.ref(step))
+        return step, exact
+
+    monkeypatch.setattr(Trial, "_measured", noted)
+    failing(monkeypatch, 0)
+    gc.disable()
+    try:
+        run(model, refine=2)
+    finally:
+        gc.enable()
+    assert alive == [[], [False], [False, False]]
 
 
 @pytest.mark.parametrize("hoard", [False, True])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfade.data.sequences import TokenSequence, check_sequences
 
-COUNTS = ("loss_tokens", "lengths", "loss_counts", "full")
+COUNTS = ("loss_tokens", "lengths", "reaches", "loss_counts", "full")
 """What a batch counts, as Python numbers."""
 INDICES = ("loss_index", "live_index")
 ENOUGH, PADDING = 1 / 8, 1 / 4  # shares of a batch's budget and of its width, see make_batches
@@ -33,7 +33,8 @@ class Batch:
     loss_BT: Tensor
     """True where the following token is scored."""
     live_BT: Tensor
-    """True up to a sequence's last loss position: not padding, and able to reach the loss."""
+    """True up to a sequence's last loss position: not padding, and able to reach the loss. Of a
+    batch of prompts only True within them, see :func:`make_batches`."""
     id_B: Tensor
     """Number of each sequence in its data set: keys the pseudo-labels."""
 
@@ -47,6 +48,13 @@ class Batch:
         """Number of live positions of each sequence."""
         counts: list[int] = self.live_BT.sum(dim=1).tolist()
         return counts
+
+    @cached_property
+    def reaches(self) -> list[int]:
+        """Number of positions of each sequence up to its last loss position; 0 without one."""
+        counts = torch.arange(1, self.loss_BT.shape[1] + 1, device=self.loss_BT.device)
+        longest: list[int] = (self.loss_BT * counts).amax(dim=1).tolist()
+        return longest
 
     @cached_property
     def loss_counts(self) -> list[int]:
@@ -89,13 +97,6 @@ class Batch:
         none_BT = torch.zeros_like(self.loss_BT)
         return Batch(self.input_BT, self.target_BT, none_BT, none_BT, self.id_B)
 
-    def before_answers(self) -> Batch:
-        """The same, with only those positions of a sequence live that come before its first loss
-        position. A sequence that begins with a loss position keeps all of its own."""
-        before_BT = self.live_BT & (self.loss_BT.long().cumsum(dim=1) == 0)
-        has_B1 = before_BT.any(dim=1, keepdim=True)
-        return replace(self, live_BT=torch.where(has_B1, before_BT, self.live_BT))
-
     def at_loss(self, x_BT: Tensor) -> Tensor:
         """The entries of ``x_BT`` [B, T, ...] at the N loss positions, [N, ...]."""
         return x_BT.flatten(0, 1)[self.loss_index]
@@ -107,6 +108,7 @@ def make_batches(
     budget: int = 4096,
     device: torch.device | str | None = None,
     group: Callable[[int], Hashable] = lambda positions: None,
+    prompts: bool = False,
 ) -> list[Batch]:
     """Batches of at most ``budget`` positions (but at least one sequence), longest first.
 
@@ -118,6 +120,8 @@ def make_batches(
         device: where their tensors are; None: PyTorch's default device.
         group: maps a sequence's number of live positions to a key; sequences share a batch only if
             they have the same key. For a model give :func:`~kfade.models.lengths.length_class`.
+        prompts: only the positions of its :attr:`~kfade.data.sequences.TokenSequence.prompt` are
+            live, of a sequence that has one.
 
     Raises:
         InputError: they are not token sequences.
@@ -132,7 +136,7 @@ def make_batches(
             most, few = max(1, budget // width), int(ENOUGH * budget) // width
             alike = sum(sequences[i].live >= (1 - PADDING) * width for i in left[:most])
             count = max(alike, few)
-            batches.append(_collate(sequences, left[:count], device))
+            batches.append(_collate(sequences, left[:count], device, prompts))
             left = left[count:]
     return batches
 
@@ -172,7 +176,10 @@ def digest_batches(batches: Sequence[Batch]) -> str:
 
 
 def _collate(
-    sequences: Sequence[TokenSequence], chosen: list[int], device: torch.device | str | None
+    sequences: Sequence[TokenSequence],
+    chosen: list[int],
+    device: torch.device | str | None,
+    prompts: bool,
 ) -> Batch:
     width = max(sequences[i].live for i in chosen)
     # Filled row by row on the CPU, then moved.
@@ -183,6 +190,7 @@ def _collate(
     for row, i in enumerate(chosen):
         n, tokens = sequences[i].live, make(sequences[i].tokens)
         inputs[row, :n], targets[row, :n] = tokens[:n], tokens[1 : n + 1]
-        loss[row, :n], live[row, :n] = make(sequences[i].scored[1 : n + 1]), True
+        loss[row, :n] = make(sequences[i].scored[1 : n + 1])
+        live[row, : (prompts and sequences[i].prompt) or n] = True
     where = torch.get_default_device() if device is None else device
     return Batch(inputs, targets, loss, live, make(chosen)).to(where)

@@ -28,10 +28,11 @@ def noisy(
         places = [at for at, is_scored in enumerate(scored) if is_scored]
         count = _replaced(sequences[index], share)
         if count:
+            answer = places[0]
             draw = random.Random(f"{seed} {index}")
             for at in draw.sample(places, count):
                 tokens[at], scored[at] = draw.choice(pool), False
-            copies.append(TokenSequence(tuple(tokens), tuple(scored)))
+            copies.append(TokenSequence(tuple(tokens), tuple(scored), answer))
     return copies
 
 

@@ -18,6 +18,7 @@ from kfade.data.examples import Example
 from kfade.errors import InputError
 
 DEFAULT_LENGTH = 512
+LEAST_PROMPT = 4  # tokens
 Marked = list[tuple[int, bool]]
 """Tokens, each with whether it is scored."""
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class TokenSequence:
 
     tokens: tuple[int, ...]
     scored: tuple[bool, ...]
+    answer: int | None = None
+    """Number of the first token of the answer; that of the first scored one when None."""
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.scored):
@@ -54,6 +57,14 @@ class TokenSequence:
     def live(self) -> int:
         """Number of positions up to the one whose next token is the last scored one."""
         return max(t for t, scored in enumerate(self.scored) if scored)
+
+    @property
+    def prompt(self) -> int:
+        """Number of positions of the prompt: those before the one that predicts the answer's first
+        token. 0 where a prompt has fewer than ``LEAST_PROMPT`` tokens, which may be special ones
+        that a tokenizer puts before any text."""
+        answer = self.scored.index(True) if self.answer is None else self.answer
+        return answer - 1 if answer >= LEAST_PROMPT else 0
 
     @property
     def loss_tokens(self) -> int:

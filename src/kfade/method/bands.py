@@ -42,8 +42,8 @@ def in_bands(
     """The step with each band at its best length, scaled to ‖r‖_G̃ = 1; and its exact form rᵀGr.
 
     Args:
-        count: number of bands; a step in one band stays as it is, and so does one along which
-            nothing rises.
+        count: number of bands; a step in one band stays as it is, and so does one of which no part
+            raises anything.
         rise: measures s_j; it is gᵀr_j when None.
     """
     bands = bands_of(targets, step.direction, count)
@@ -55,7 +55,8 @@ def in_bands(
     if rise is not None:
         slopes = [rise(*of) for of in zip(parts, gram_KK.diagonal().tolist(), strict=True)]
     slope_K = torch.tensor(slopes, dtype=torch.float64)
-    if not (slope_K.isfinite().all() and slope_K.any()):
+    alone = int((gram_KK.diagonal() > 0).sum()) < 2  # nothing to balance
+    if alone or not (slope_K.isfinite().all() and (slope_K > 0).any()):
         return step, float(gram_KK.sum())
     best_K = best_weights(gram_KK, slope_K)
     weights = best_K.tolist()

@@ -4,7 +4,7 @@ A step along r(λ) = (G̃ + λI)⁻¹g raises the objective by α gᵀr at a KL 
 Gauss-Newton matrix G of held-out retain data. So at equal forgetting the KL is proportional to the
 inverse of
 
-    merit(λ) = (gᵀr)² / rᵀGr.
+    merit(λ) = (gᵀr)² / rᵀGr,   0 where gᵀr < 0.
 
 G⁻¹g has the greatest merit. G̃ is an estimate of G from other data: damping bounds a step where G̃ is
 too small by chance, and too much of it turns the step to the gradient, which ignores G.
@@ -64,7 +64,7 @@ def damped(
             step = gauss_newton_step(curvature, gradient, damping, run.storage, choose=choose)
             form = gauges.part.exact_form(step.direction, targets)
             slope = step.slope if rising is None else inner(step.direction, rising)
-            return slope**2 / form if form else math.inf
+            return max(slope, 0.0) ** 2 / form if form else math.inf
 
         with stage("step"):
             damping, merits = choose_damping(merit)
@@ -93,7 +93,7 @@ def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[flo
         return merits[power]
 
     power = BEGIN
-    while power > WEAKEST and of(power - 1) >= ENOUGH * of(power):
+    while power > WEAKEST and of(power - 1) >= ENOUGH * of(power) > 0:
         power -= 1
     while power < STRONGEST and ENOUGH * of(power + 1) >= max(merits.values()):
         power += 1
@@ -103,8 +103,11 @@ def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[flo
 def damping_line(damping: Damping, merits: Mapping[float, float]) -> str:
     """One line of text about the choice: the KL of each damping beside that of the chosen one."""
     chosen = merits[damping.value]
-    others = [value for value in merits if value != damping.value]
-    beside = ", ".join(f"{chosen / merits[value]:.2g} at {value:g}" for value in others)
+    others = {value: merit for value, merit in merits.items() if value != damping.value}
+    beside = ", ".join(
+        f"{chosen / merit if merit else math.inf:.2g} at {value:g}"
+        for value, merit in others.items()
+    )
     return (
         f"damping {damping.value:g} times the mean eigenvalue, chosen on held-out retain data "
         f"(predicted KL beside it, at equal forgetting: {beside})"

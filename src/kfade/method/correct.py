@@ -197,7 +197,9 @@ class _Correction:
             measure = self._measure(corrected, up.direction, trials)
             met = self._met(measure, lacking, (first, after), (up, down))
             accepted = met is not None and merit(met) < enough
-            if met is not None:
+            if not accepted and lacking > 0 and self.size.kl is not None:
+                accepted = True  # a KL is not to be spent for less than it is worth
+            elif met is not None:
                 after, again = met, met.alpha
         if accepted:
             moved = self._moved(corrected, up.direction, again) if again else corrected

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kfade.curvature.vectors import Vector
-from kfade.method.size import Probe
+from kfade.method.size import MIDWAY_TOLERANCE, Probe
 from kfade.method.update import Update
 
 
@@ -65,13 +65,20 @@ class StepRecord:
         names = ("refined", "alpha", "exact_kl", "measured_kl", "retain_kl", "forget_loss_after")
         return {name: getattr(self, name) for name in names}
 
-    def beats(self, other: StepRecord, first_loss: float) -> bool:
+    def beats(self, other: StepRecord, first_loss: float, *, to_a_kl: bool = False) -> bool:
         """Whether (forget loss − first loss) / √(retain KL) is greater, over the run so far.
 
         Along one direction the rise of the loss grows about as α and the KL as α². So the ratio
         compares directions even though sizes are met within a tolerance only.
+
+        Args:
+            to_a_kl: the size is a KL. Where the KLs differ by more than the tolerance, one step
+                ended where most is forgotten, and the loss alone is compared.
         """
         rise, their_rise = (r.forget_loss_after - first_loss for r in (self, other))
+        low, high = sorted((self.retain_kl, other.retain_kl))
+        if to_a_kl and high > (1 + MIDWAY_TOLERANCE) / (1 - MIDWAY_TOLERANCE) * low:
+            return rise > their_rise
         return rise * math.sqrt(other.retain_kl) > their_rise * math.sqrt(self.retain_kl)
 
 
@@ -133,17 +140,20 @@ class Best:
 
     Args:
         first_loss: forget loss at the start of the run, in nats per token.
+        to_a_kl: whether the size is a KL.
     """
 
-    def __init__(self, first_loss: float) -> None:
-        self._first_loss = first_loss
+    def __init__(self, first_loss: float, *, to_a_kl: bool = False) -> None:
+        self._first_loss, self._to_a_kl = first_loss, to_a_kl
         self._measured: list[dict[str, float]] = []
         self._best: Candidate | None = None
 
     def add(self, record: StepRecord, changes: Vector) -> None:
         """Add a candidate."""
         self._measured.append(record.measured)
-        if self._best is None or record.beats(self._best[0], self._first_loss):
+        if self._best is None or record.beats(
+            self._best[0], self._first_loss, to_a_kl=self._to_a_kl
+        ):
             self._best = record, changes
 
     @property

@@ -27,9 +27,15 @@ class Sampler:
         self._device, self._group = targets[0].device, length_class(model)
         self._budget, self._seed = batch_tokens, seed
 
-    def all(self, sequences: Sequence[TokenSequence]) -> list[Batch]:
+    def all(self, sequences: Sequence[TokenSequence], prompts: bool = False) -> list[Batch]:
         """Batches of all sequences."""
-        return make_batches(sequences, budget=self._budget, device=self._device, group=self._group)
+        return make_batches(
+            sequences,
+            budget=self._budget,
+            device=self._device,
+            group=self._group,
+            prompts=prompts,
+        )
 
     def draw(
         self,
@@ -37,6 +43,7 @@ class Sampler:
         count: int | None,
         step: int = 0,
         noise: float = 0.0,
+        prompts: bool = False,
     ) -> list[Batch]:
         """Batches of ``count`` sequences (all when None) drawn for a step, counted from 0.
 
@@ -47,9 +54,10 @@ class Sampler:
             noise: share of tokens that are replaced in copies of the sequences, which are added
                 (:func:`~kfade.data.noise.noisy`); 0 for none. They are the same at every step:
                 copies that no step has seen would take the place of the sequences in a late one.
+            prompts: see :func:`~kfade.data.batches.make_batches`.
         """
         chosen = draw_without_replacement(len(sequences), count, step, self._seed)
         drawn = [sequences[i] for i in chosen]
         if noise:
             drawn += noisy(sequences, chosen, noise, self._seed)
-        return self.all(drawn)
+        return self.all(drawn, prompts)

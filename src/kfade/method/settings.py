@@ -65,9 +65,9 @@ class Direction:
     also where other words lead to it. With 0 there are no copies. When None ``DEFAULT_NOISE``, or 0
     without a bound: noise alone changed nothing in our experiment."""
     at_prompts: bool = False
-    """Take the gradient at the positions before the answers only
-    (:meth:`~kfade.data.batches.Batch.before_answers`), so that a step changes what a question
-    brings to mind, and not how an answer goes on. A text without a prompt keeps all positions."""
+    """Take the gradient at the positions before the first answer only, less the last one, which
+    predicts it (:attr:`~kfade.data.sequences.TokenSequence.prompt`): a step then changes what a
+    question brings to mind, and not how an answer goes on. Corrections take all positions."""
     damping: Damping | None = None
     """λ of each layer; when None, chosen on held-out retain data at the first step
     (:mod:`kfade.method.choose`)."""

@@ -25,7 +25,8 @@ class StepSize:
     alpha: float | None = None
     """G-norm of each step (the paper's): predicted KL ½α²."""
     kl: float | None = None
-    """Measured mean KL per loss token on held-out retain data, of the whole run."""
+    """Measured mean KL per loss token on held-out retain data, of the whole run; less where a
+    longer step would forget less."""
     until: float | None = None
     """Mean loss on the forget set at the end of the run, in nats per token."""
     until_probability: float | None = None

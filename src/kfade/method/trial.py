@@ -98,14 +98,16 @@ class Trial:
             NoRiseError: no direction forgets more at any length.
             InputError: a direction that changes nothing, or along which the size cannot be reached.
         """
-        best, failure = Best(self._first.forget_loss), None
+        best = Best(self._first.forget_loss, to_a_kl=self._size.kl is not None)
+        failure: NoRiseError | None = None
         step = directions.last() if self._size.alpha is not None else directions.next()
         while step is not None:
             step, exact = self._measured(step)
             try:
                 best.add(*self._along(step, exact, directions.refined))
             except NoRiseError as error:
-                failure = error
+                failure = error.with_traceback(None)  # which would keep the direction
+                self._last = None  # what was measured last is not what was chosen
             del step  # free it before the next direction is computed
             step = directions.next()
         if failure is not None and best.is_empty:

@@ -139,10 +139,10 @@ class _Shared:
                 head=gauge.head,
             )
 
-    def drawn(self, index: int, noise: float = 0.0) -> list[Batch]:
+    def drawn(self, index: int, noise: float = 0.0, prompts: bool = False) -> list[Batch]:
         """Forget batches of the step ``index``."""
         count = self.run.forget_drawn(len(self.forget), index)
-        return self.sampler.draw(self.forget, count, index, noise)
+        return self.sampler.draw(self.forget, count, index, noise, prompts)
 
     def tried(
         self,
@@ -158,11 +158,11 @@ class _Shared:
         if trial.is_beyond:
             say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
             return direction, update, None
-        batches, whole = self.drawn(index, direction.noise or 0.0), None
+        gradient = self._gradient(direction, update, trial.objective)
+        whole = None
         if direction.at_prompts:
-            whole = partial(self._gradient, batches, direction, update, trial.objective)
-            batches = [batch.before_answers() for batch in batches]
-        gradient = self._gradient(batches, direction, update, trial.objective)
+            everywhere = replace(direction, at_prompts=False)
+            whole = partial(self._gradient, everywhere, update, trial.objective)
         direction, update = damped(
             direction, update, curvature, gradient, self.targets, self.gauges, run, whole
         )
@@ -173,6 +173,12 @@ class _Shared:
         try:
             return direction, update, trial.best(directions)
         except (NoGradientError, NoRiseError) as error:
+            if index == 0 and direction.at_prompts and isinstance(error, NoGradientError):
+                raise InputError(
+                    "--at-prompts: no gradient of the forget set's prompts reaches the targeted "
+                    "weights; the last block of a model never has one: leave the option out, or "
+                    "target earlier blocks"
+                ) from error
             if index == 0:
                 raise
             why = "no gradient of the objective is left"
@@ -181,22 +187,17 @@ class _Shared:
             say(f"step {index + 1}: {why}, so the run ends here")
             return direction, update, None
 
-    def _gradient(
-        self,
-        batches: Sequence[Batch],
-        direction: Direction,
-        update: Update,
-        objective: Objective,
-    ) -> Vector:
-        """The forget gradient at the weights that ``update`` makes."""
-        gauge, is_first = self.gauges.whole, not update.provenance["steps"]
+    def _gradient(self, direction: Direction, update: Update, objective: Objective) -> Vector:
+        """The forget gradient of the next step, at the weights that ``update`` makes."""
+        gauge, index = self.gauges.whole, len(update.provenance["steps"])
+        batches = self.drawn(index, direction.noise or 0.0, direction.at_prompts)
         with stage("gradient"), gauge.applied(update) as model:
             return forget_gradient(
                 model,
                 batches,
                 self.targets,
                 objective,
-                weigh=bool(direction.weigh_texts) and not is_first,
+                weigh=index > 0 and bool(direction.weigh_texts),
                 head=gauge.head,
                 **self.run.passes,
             )

@@ -116,9 +116,9 @@ def check_lengths(model: Any, batches: Sequence[Batch]) -> None:
     if not group.borders:
         return
     for batch in batches:
-        if any(group(n) != group(batch.input_BT.shape[1]) for n in batch.lengths if n):
+        if any(group(n) != group(batch.input_BT.shape[1]) for n in batch.reaches if n):
             raise InputError(
-                f"a batch holds sequences of {min(batch.lengths)} and {max(batch.lengths)} "
+                f"a batch holds sequences of {min(batch.reaches)} and {max(batch.reaches)} "
                 "positions, and this model's rotary frequencies change with the length beyond "
                 f"{group.borders[0]}: make batches with make_batches(..., "
                 "group=length_class(model))"

@@ -63,6 +63,8 @@ class Work:
     """Gauss-Newton steps by one fit."""
     has_noise: bool = False
     """Whether the forget gradient takes a noisy copy of each text, too."""
+    chooses_at_prompts: bool = False
+    """Whether a damping is chosen for a gradient of the prompts, by one of all positions."""
     correct: int = 0
     """Corrections after the last step."""
     correct_sequences: int | None = None
@@ -277,11 +279,12 @@ def peaks(
     )
     replaced = 0 if work.offload else subject.replaced_bytes
     before = vector + replaced if work.steps > 1 else 0
-    found["gradient"] = fixed + before + summed + largest
+    second = vector if work.chooses_at_prompts else 0
+    found["gradient"] = fixed + max(before, second) + summed + largest
     solve = read + 2 * vector + 4 * largest
     exact = vector + 2 * cost.forward_bytes + subject.head_bytes("step") + 2 * largest
     # While a damping is chosen, before the first step, the gradient is there too.
-    found["step"] = fixed + max(before + solve, max(before, vector) + exact)
+    found["step"] = fixed + max(max(before, second) + solve, max(before, vector + second) + exact)
     held = 0
     if refine:
         held = 6 * vector
@@ -292,10 +295,10 @@ def peaks(
     found["check"] = fixed + searching + (vector if work.steps > 1 else 0)
     if work.correct:
         kept = 0 if work.offload else subject.reference_bytes(work)
-        second = summed + 2 * vector + replaced + kept + largest
+        own = summed + 2 * vector + replaced + kept + largest
         held_out = summed + 3 * vector + replaced + largest
         lengths = 3 * vector + replaced + 3 * largest + max(trial, exact - vector - 2 * largest)
-        found["correct"] = fixed + max(second, held_out, read + 4 * vector + 4 * largest, lengths)
+        found["correct"] = fixed + max(own, held_out, read + 4 * vector + 4 * largest, lengths)
     return found
 
 

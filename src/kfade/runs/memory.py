@@ -171,6 +171,9 @@ def _work(run: FitRequest, estimator: Estimator, *, offload: bool) -> Work:
         refine=some.refine,
         refine_sequences=some.refine_sequences,
         steps=run.step.steps or 1,
+        chooses_at_prompts=run.step.at_prompts
+        and run.step.damping is None
+        and run.step.relative_damping is None,
         correct=more.correct or 0,
         correct_sequences=more.correct_sequences,
     )

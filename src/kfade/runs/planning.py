@@ -118,7 +118,7 @@ class PlanRequest:
         length = self.data.sequence_length
         return Work(
             estimator=estimator,
-            **({} if length is None else {"sequence_length": length}),
+            sequence_length=Work.sequence_length if length is None else length,
             batch_tokens=self.data.batch_tokens,
             recompute=self.fit.recompute,
             retain_tokens=self.data.tokens,

@@ -43,9 +43,9 @@ class StepConfig:
     gradient takes the copies, too, so that a token is forgotten also where other words lead to it;
     0 is no copies. Unset: 0.25; without a bound, 0."""
     at_prompts: bool = False
-    """Take the forget gradient at the positions before the answers only, so that a step changes
-    what a question brings to mind, and not how an answer goes on. Texts without a prompt keep all
-    positions."""
+    """Take the forget gradient at the positions before the first answer only, less the last one,
+    which predicts it: a step then changes what a question brings to mind, and not how an answer
+    goes on. Texts with a prompt of fewer than four tokens keep all positions."""
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None
@@ -118,8 +118,8 @@ class SizeConfig:
     alpha: float | None = None
     """G-norm α of each step, which predicts a KL of ½α² nats per token. Unset: see --kl."""
     kl: float | None = None
-    """Measured KL of the complete run on held-out retain data, in nats per token. If neither this
-    nor --alpha nor --until is set: 0.01."""
+    """Measured KL of the complete run on held-out retain data, in nats per token; less
+    where more would forget less. If neither this nor --alpha nor --until is set: 0.01."""
     until: str | None = None
     """Forgetting target: forget_loss=2.7 (nats per token) or forget_probability=0.1 (mean over the
     forget texts). Unset: see --kl."""
