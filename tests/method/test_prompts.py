@@ -126,13 +126,20 @@ def test_a_step_is_along_that_gradient():
         assert along[not prompts] < 0.9
 
 
-def test_texts_without_a_prompt_keep_all_positions():
+def test_texts_without_a_prompt_keep_all_positions(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
     plain = [TokenSequence(s.tokens, (False, *[True] * (len(s.tokens) - 1))) for s in FORGET]
     one, other = (
         updated(plain, at_prompts=prompts, noise=0.5, bound=2.0) for prompts in (True, False)
     )
     assert all(same_bits(delta, other.deltas[name]) for name, delta in one.deltas.items())
-    assert relative_error(vector(updated(at_prompts=True)), vector(updated())) > 0.1
+    assert [line.partition(",")[0] for line in said] == [
+        "note: no text of the forget set has a prompt of 4 tokens or more"
+    ]
+    some, none = (updated([*plain, *FORGET], at_prompts=prompts) for prompts in (True, False))
+    assert relative_error(vector(some), vector(none)) > 0.1
+    assert len(said) == 1
 
 
 def test_the_damping_is_chosen_by_the_rise_at_all_positions():

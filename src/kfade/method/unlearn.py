@@ -15,7 +15,7 @@ from kfade.curvature.product import gauss_newton_product
 from kfade.curvature.vectors import Divided, Vector
 from kfade.data.batches import Batch
 from kfade.data.noise import has_copies
-from kfade.data.sequences import TokenSequence, digest_sequences
+from kfade.data.sequences import LEAST_PROMPT, TokenSequence, digest_sequences
 from kfade.errors import InputError
 from kfade.method.choose import damped
 from kfade.method.correct import Corrector
@@ -220,8 +220,14 @@ class _Shared:
 def _decided(
     direction: Direction, size: StepSize, run: Run, forget: Sequence[TokenSequence]
 ) -> Direction:
-    """The direction with all its settings; says where no text has a copy."""
+    """The direction with all its settings; says where no text has a copy, or a prompt."""
     direction = direction.decided(size, run.steps)
+    if direction.at_prompts and not any(sequence.prompt for sequence in forget):
+        say(
+            f"note: no text of the forget set has a prompt of {LEAST_PROMPT} tokens or more, so "
+            "the gradient is of all positions"
+        )
+        direction = replace(direction, at_prompts=False)
     if direction.noise and not has_copies(forget, direction.noise):
         say(
             "note: the answers of the forget set are too short for copies with noise "
