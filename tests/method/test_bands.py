@@ -122,7 +122,8 @@ def test_a_model_is_changed_less_at_equal_forgetting():
 
 
 def test_rises_that_are_measured_take_the_place_of_slopes():
-    """Weights are C⁻¹ times what ``rise`` says; a step along which nothing rises stays."""
+    """Weights are C⁻¹ times what ``rise`` says. A step of which no part raises anything stays: C⁻¹s
+    would reverse it."""
     gram = definite(2)
     targets = [SimpleNamespace(name=name, block=i) for i, name in enumerate("ab")]
     direction = {name: torch.ones(1) for name in "ab"}
@@ -141,7 +142,7 @@ def test_rises_that_are_measured_take_the_place_of_slopes():
     assert exact == pytest.approx(float(weights @ gram @ weights))
     dead = torch.zeros(2, 2, dtype=torch.float64)
     assert in_bands(step, targets, 2, lambda vectors: dead) == (step, 0.0)
-    for nothing in (0.0, float("nan")):
+    for nothing in (0.0, -1.0, float("nan")):
         same, form = in_bands(step, targets, 2, lambda vectors: gram, lambda *_, n=nothing: n)
         assert same is step
         assert form == pytest.approx(float(gram.sum()))

@@ -44,10 +44,12 @@ def test_the_strongest_damping_within_a_fifth_of_the_best_is_taken():
     assert choice(lambda value: value)[0] == 100
 
 
-def test_a_damping_whose_step_lowers_the_objective_is_not_taken(monkeypatch):
+def test_a_damping_whose_step_lowers_the_objective_is_not_taken():
     assert choice(lambda value: {0.001: 0.0, 0.01: 1.0, 0.1: 0.0}[value])[0] == 0.01
+    assert choice(lambda value: {0.0001: 0, 0.001: 5.0, 0.01: 0.0, 0.1: 0.0}[value])[0] == 0.001
+    assert "inf at 0.001)" in damping_line(Damping(0.01), {0.001: 0.0, 0.01: 1.0})
     damping, merits = choose_damping(lambda damping: 0.0)
-    assert "inf at" in damping_line(damping, merits)
+    assert "(none raises the objective, by its gradient)" in damping_line(damping, merits)
 
 
 def test_the_line_tells_the_kl_of_each_beside_that_of_the_chosen_one():

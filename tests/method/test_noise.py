@@ -49,8 +49,8 @@ def test_every_step_has_the_same_copies(monkeypatch):
     drawn = []
     real = Sampler.draw
 
-    def draw(self, sequences, count, step=0, noise=0.0):
-        batches = real(self, sequences, count, step, noise)
+    def draw(self, sequences, count, step=0, noise=0.0, prompts=False):
+        batches = real(self, sequences, count, step, noise, prompts)
         if noise:
             drawn.append(digest_batches(batches))
         return batches

@@ -137,6 +137,7 @@ def test_texts_without_a_prompt_keep_all_positions(monkeypatch):
     assert [line.partition(",")[0] for line in said] == [
         "note: no text of the forget set has a prompt of 4 tokens or more"
     ]
+    assert other.provenance["at_prompts"] is one.provenance["at_prompts"] is False
     some, none = (updated([*plain, *FORGET], at_prompts=prompts) for prompts in (True, False))
     assert relative_error(vector(some), vector(none)) > 0.1
     assert len(said) == 1
@@ -205,9 +206,11 @@ def test_the_gradient_of_a_mixture_in_a_batch_is_that_of_its_texts_one_by_one(fa
     assert any(whole[target.name].norm() > 0 for target in targets)
 
 
-def test_the_last_block_alone_is_refused():
+@pytest.mark.parametrize("damping", [None, 0.1])
+def test_the_last_block_alone_is_refused(damping):
     model = tiny_llama()
     options = {"at_prompts": True, "kl": 1e-3, "targets": find_targets(model, layers="1")}
+    options |= {"damping": damping}
     with pytest.raises(kfade.InputError, match="--at-prompts: no gradient of the forget set's"):
         kfade.unlearn(model, forget=FORGET, **SETS, **flat(**options))
 

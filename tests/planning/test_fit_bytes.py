@@ -202,6 +202,12 @@ def test_peaks_by_hand(tmp_path):
     choice = grids + exact  # of a damping, with the gradient
     assert found["step"] == fixed + max(solve, choice)
     assert found["check"] == fixed + 2 * grids + 3 * largest + forward + 8 * chunk
+    # A damping for a gradient of the prompts is chosen by one of all positions.
+    more = peaks(subject, [targets], replace(work, chooses_at_prompts=True))
+    assert {k: more[k] - found[k] for k in found if more[k] != found[k]} == {
+        "gradient": grids,
+        "step": grids,
+    }
     # Kept elsewhere, no vector counts; a gradient's pass holds the layers of one input.
     groups = group_by_input(targets)
     less = peaks(subject, groups, replace(work, offload=True), gradient_groups=groups)

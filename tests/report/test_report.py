@@ -252,9 +252,9 @@ def test_names():
     config["step"] = {"objective": "margin", "bound": None, "noise": None}  # as by default
     made.manifest.update(bound=2.0, noise=0.25)
     assert method_of(made) == "K-FADE, kfac, margin, bound 2, noise 0.25"
-    config["step"]["at_prompts"] = True
+    made.manifest.update(at_prompts=True)
     assert method_of(made) == "K-FADE, kfac, margin, bound 2, noise 0.25, at prompts"
-    made.manifest.update(bound=0.0, noise=0.0)
+    made.manifest.update(bound=0.0, noise=0.0, at_prompts=False)
     config["step"] = {"objective": "ce", "later_objective": None}
     config["refinement"] = {"refine": 2}
     assert method_of(made) == "K-FADE, kfac, ce, refined 2"

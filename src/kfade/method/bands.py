@@ -55,8 +55,7 @@ def in_bands(
     if rise is not None:
         slopes = [rise(*of) for of in zip(parts, gram_KK.diagonal().tolist(), strict=True)]
     slope_K = torch.tensor(slopes, dtype=torch.float64)
-    alone = int((gram_KK.diagonal() > 0).sum()) < 2  # nothing to balance
-    if alone or not (slope_K.isfinite().all() and (slope_K > 0).any()):
+    if not (slope_K.isfinite().all() and (slope_K > 0).any()):
         return step, float(gram_KK.sum())
     best_K = best_weights(gram_KK, slope_K)
     weights = best_K.tolist()

@@ -93,7 +93,7 @@ def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[flo
         return merits[power]
 
     power = BEGIN
-    while power > WEAKEST and of(power - 1) >= ENOUGH * of(power) > 0:
+    while power > WEAKEST and ENOUGH * of(power) <= of(power - 1) > 0:
         power -= 1
     while power < STRONGEST and ENOUGH * of(power + 1) >= max(merits.values()):
         power += 1
@@ -103,12 +103,15 @@ def choose_damping(merit: Callable[[Damping], float]) -> tuple[Damping, dict[flo
 def damping_line(damping: Damping, merits: Mapping[float, float]) -> str:
     """One line of text about the choice: the KL of each damping beside that of the chosen one."""
     chosen = merits[damping.value]
-    others = {value: merit for value, merit in merits.items() if value != damping.value}
-    beside = ", ".join(
-        f"{chosen / merit if merit else math.inf:.2g} at {value:g}"
-        for value, merit in others.items()
-    )
+    told = "none raises the objective, by its gradient"
+    if chosen:
+        others = {value: merit for value, merit in merits.items() if value != damping.value}
+        beside = ", ".join(
+            f"{chosen / merit if merit else math.inf:.2g} at {value:g}"
+            for value, merit in others.items()
+        )
+        told = f"predicted KL beside it, at equal forgetting: {beside}"
     return (
         f"damping {damping.value:g} times the mean eigenvalue, chosen on held-out retain data "
-        f"(predicted KL beside it, at equal forgetting: {beside})"
+        f"({told})"
     )

@@ -10,8 +10,8 @@ an estimate and g_K fits its own data, so held-out data decide t: a first t by N
 their own slope hᵀd⊥ and exact form d⊥ᵀGd⊥, then halved or doubled while that lowers their KL.
 
 The size that was asked for is then met again by a change s r: a ``kl`` that is left is spent on
-forgetting, and forgetting that a target lacks is restored. Where a correction has gone beyond the
-size, s < 0.
+forgetting, as far as it is worth that, and forgetting that a target lacks is restored. Where a
+correction has gone beyond the size, s < 0.
 """
 
 from __future__ import annotations

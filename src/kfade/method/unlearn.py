@@ -81,7 +81,7 @@ def unlearn(
     run = _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
-    spread = {"bound": direction.bound, "noise": direction.noise}
+    spread = {name: getattr(direction, name) for name in ("bound", "noise", "at_prompts")}
     update = Update(update.deltas, {**update.provenance, **spread})
     update = update.to(targets[0].device).kept(run.storage)  # it may be in a file
     curvature = run.curvature and run.curvature.only([t.name for t in targets], targets[0].device)
@@ -163,14 +163,14 @@ class _Shared:
         if direction.at_prompts:
             everywhere = replace(direction, at_prompts=False)
             whole = partial(self._gradient, everywhere, update, trial.objective)
-        direction, update = damped(
-            direction, update, curvature, gradient, self.targets, self.gauges, run, whole
-        )
         refining = self.sampler.draw(self.retain, direction.refine_sequences, index)
         exact = _exact_product(gauge, update, self.targets, refining, run)
-        directions = _directions(curvature, gradient, exact, self.targets, direction, run)
-        del gradient  # the directions let it go when they need it no longer
         try:
+            direction, update = damped(
+                direction, update, curvature, gradient, self.targets, self.gauges, run, whole
+            )
+            directions = _directions(curvature, gradient, exact, self.targets, direction, run)
+            del gradient  # the directions let it go when they need it no longer
             return direction, update, trial.best(directions)
         except (NoGradientError, NoRiseError) as error:
             if index == 0 and direction.at_prompts and isinstance(error, NoGradientError):

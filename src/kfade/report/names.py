@@ -22,7 +22,7 @@ def method_of(subject: MeasuredModel) -> str:
         then = f"then {later}" if later else None
         made = subject.manifest
         spread = [f"{key} {made[key]:g}" for key in ("bound", "noise") if made.get(key)]
-        where = "at prompts" if step.get("at_prompts") else None
+        where = "at prompts" if made.get("at_prompts") else None
         corrections = config.get("correction", {}).get("correct")
         corrected = f"corrected {corrections}" if corrections else None
         objective = [step.get("objective"), then, *spread, where]

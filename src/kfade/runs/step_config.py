@@ -94,8 +94,8 @@ class CorrectionAmount:
 
     correct: int | None = None
     """Number of corrections after the last step. A correction lowers the KL on the retain set and
-    leaves the forget loss as it is. With --kl the KL is then spent on forgetting. Unset: as the
-    default quality of kfade unlearn, or by its --quality."""
+    leaves the forget loss as it is. With --kl the KL is then spent on forgetting, as far as it is
+    worth that. Unset: as the default quality of kfade unlearn, or by its --quality."""
     correct_sequences: int | None = None
     """Number of retain sequences in the KL's gradient for each correction. Unset: half of them, at
     least 64."""
@@ -119,7 +119,8 @@ class SizeConfig:
     """G-norm α of each step, which predicts a KL of ½α² nats per token. Unset: see --kl."""
     kl: float | None = None
     """Measured KL of the complete run on held-out retain data, in nats per token; less
-    where more would forget less. If neither this nor --alpha nor --until is set: 0.01."""
+    where a shorter trial, or none, forgets more. If neither this nor --alpha nor --until is set:
+    0.01."""
     until: str | None = None
     """Forgetting target: forget_loss=2.7 (nats per token) or forget_probability=0.1 (mean over the
     forget texts). Unset: see --kl."""
