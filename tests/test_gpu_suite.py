@@ -89,12 +89,13 @@ def test_records_of_another_machine_are_not_continued(suite, tmp_path):
 
 def test_a_fit_is_measured_beside_its_plan(suite, monkeypatch):
     monkeypatch.setattr(cost, "measure_speed", lambda device, dtype: cost.Speed(1e11, 1e11, 1e10))
+    # Beyond 0.005 this random model forgets less, and the step would end there.
+    monkeypatch.setattr("benchmarks.gpu.llama_fit.KLS", (0.004,))
     found = suite("fit")
     assert not [name for name, told in found.items() if "failure" in told]
     assert found["speed"]["bfloat16"] == 1e11
     unlearned = found["unlearn blocks 3-6"]
-    # This random model forgets less at the KL asked for than on the way there.
-    assert 0 < unlearned["measured_kl"] < 1.1 * unlearned["kl"]
+    assert unlearned["measured_kl"] == pytest.approx(unlearned["kl"], rel=0.1)
     assert unlearned["forget_loss_after"] > unlearned["forget_loss_before"]
     for told in found.values():
         for stage in set(told.get("seconds", ())) & {"covariance", "lambda"}:
