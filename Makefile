@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
-# Two processes; one that has done its tests takes over some of the other's.
-TWO := --numprocesses 2 --dist worksteal --durations 20
+# Two processes. The tests of a file stay together, so that what they share is computed once.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 .PHONY: help demo test test-oldest lint docs results clean
 .DEFAULT_GOAL := help

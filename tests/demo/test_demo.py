@@ -81,13 +81,15 @@ def test_the_real_model_knows_capitals(smollm2):
 @pytest.mark.slow
 @needs_model
 def test_the_real_model_forgets(smollm2, tmp_path, capsys):
-    """Two blocks, a few statements: the whole path on the real model and its GGUF file."""
+    """Two blocks, two steps, a few statements: the whole path on the real model and its GGUF
+    file."""
     forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"
     for path, name, count in ((forget, "forget.jsonl", 12), (retain, "retain.jsonl", 24)):
         lines = data_file(name).read_text().splitlines()[:count]
         path.write_text("\n".join(lines))
     arguments = ["--forget", str(forget), "--retain", str(retain), "--template", "plain"]
     size = ["--kl", "0.01", "--layers", "14-15", "--sequence-length", "64", "--holdout", "6"]
+    size += ["--steps", "2"]
     out = tmp_path / "out"
     command = ["unlearn", demo_model(), *arguments, *size, "--out", str(out), "--json"]
     assert main(command) == 0
