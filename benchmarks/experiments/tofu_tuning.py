@@ -26,7 +26,6 @@ from kfade import Correction, Damping
 from kfade.data.examples import Example
 from kfade.data.sequences import TokenSequence
 from kfade.method.size import StepSize
-from kfade.runtime.stages import Clock, timing
 
 FILE = RESULTS / "tofu_tuning.jsonl"
 STRANGERS = 2  # common authors that no method is shown
@@ -75,17 +74,13 @@ class TuningLab(TofuLab):
     def run(self, steps: int, damping: float, **options: Any) -> Record:
         """``kfade.unlearn`` by one kept fit, to the tuning target."""
         judge, size = self.judge, StepSize(until_probability=TARGET)
-        clock = Clock()
-        with timing(clock):
-            try:
-                states, told = self.unlearn(
-                    "tuning", "ekfac", size, damping, steps=steps, **options
-                )
-            except kfade.InputError as error:
-                return {"failure": str(error)}
+        try:
+            states, told = self.unlearn("tuning", "ekfac", size, damping, steps=steps, **options)
+        except kfade.InputError as error:
+            return {"failure": str(error)}
         update = states[-1]
         records = update.provenance["steps"]
-        row: Record = {**told, "held_out": records[-1]["retain_kl"], "stages": clock.seconds}
+        row: Record = {**told, "held_out": records[-1]["retain_kl"]}
         row["forget_probability"] = records[-1]["forget_probability_after"]
         row["records"] = [short(record) for record in records]
         with update.applied_to(self.model):
@@ -94,14 +89,13 @@ class TuningLab(TofuLab):
 
 
 def short(record: Record) -> Record:
-    """What is kept of a step: where it came out, its trials, and its corrections."""
+    """What is kept of a step: where it came out, and its corrections."""
     kept = ("alpha", "exact_kl", "measured_kl", "retain_kl", "forget_probability_after")
     corrections = [
         {**{k: v for k, v in own.items() if k != "probes"}, "trials": len(own["probes"])}
         for own in record["corrections"]
     ]
-    told = {name: record[name] for name in kept}
-    return {**told, "trials": len(record["probes"]), "corrections": corrections}
+    return {**{name: record[name] for name in kept}, "corrections": corrections}
 
 
 def pieces(lab: TuningLab, results: Results) -> Iterator[Piece]:

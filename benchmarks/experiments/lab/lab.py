@@ -25,6 +25,7 @@ from kfade.method.update import Update
 from kfade.models.lengths import batches_for
 from kfade.models.targets import Target
 from kfade.runs.choices import draw_of, estimator_of, objective_of
+from kfade.runtime.stages import Clock, timing
 
 from .baselines import train_baseline
 from .forgetting import BUDGET, Group, Ruler, Search
@@ -172,26 +173,27 @@ class Lab:
         targets = targets_within(self.targets, layers)
         curvature = cut(self.curvature(fit), targets)
         given = None if damping is None else Damping(damping, relative=relative)
-        states = [Update({})]
-        start = time.perf_counter()
-        update = kfade.unlearn(
-            self.model,
-            forget=self.group(group).forget,
-            retain=self.slices["fit"],
-            held_out=self.slices["held_out"],
-            fit=estimator_named(fit),
-            direction=replace(direction, damping=given),
-            size=size,
-            run=Run(
-                targets=targets,
-                curvature=curvature,
-                batch_tokens=BUDGET,
-                on_step=states.append,
-                **{"steps": 1, "correction": kfade.Correction(count=0), **options},
-            ),
-        )
-        seconds, last = time.perf_counter() - start, update.provenance["steps"][-1]
-        told = {"refined": last["refined"], "refinements": last["refinements"]}
+        states, clock = [Update({})], Clock()
+        with timing(clock):
+            update = kfade.unlearn(
+                self.model,
+                forget=self.group(group).forget,
+                retain=self.slices["fit"],
+                held_out=self.slices["held_out"],
+                fit=estimator_named(fit),
+                direction=replace(direction, damping=given),
+                size=size,
+                run=Run(
+                    targets=targets,
+                    curvature=curvature,
+                    batch_tokens=BUDGET,
+                    on_step=states.append,
+                    **{"steps": 1, "correction": kfade.Correction(count=0), **options},
+                ),
+            )
+        seconds, steps = clock.total, update.provenance["steps"]
+        told = {"refined": steps[-1]["refined"], "refinements": steps[-1]["refinements"]}
+        told |= {"stages": clock.seconds, "trials": [len(step["probes"]) for step in steps]}
         if damping is None:
             damping = update.provenance["damping"]["value"]
         states[-1] = update  # corrected, if the run ended for lack of a gradient
