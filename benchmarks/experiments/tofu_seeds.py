@@ -34,7 +34,7 @@ from tofu_rows import (
     rows_of,
 )
 
-from kfade.evaluate.tofu_logs import choose_row
+from kfade.evaluate.tofu_logs import aggregate, choose_row
 
 GOOD, RIVAL_GOOD = 0.8, 0.5  # forget quality; a baseline below the second is no rival in utility
 KL_HEADS = " | ".join(f"KL, {title} | the default's share" for title in SLICES.values())
@@ -60,7 +60,23 @@ def seeds_table(seeds: Mapping[int, Results]) -> str:
         if len(own) >= least or method == DEFAULT
         for line in own
     ]
-    return table(f"method | seed | forget quality | utility | {KL_HEADS}", shown)
+    heads = f"method | seed | forget quality | utility | {KL_HEADS}"
+    return table(heads, [*retrained_again(seeds), *shown])
+
+
+def retrained_again(seeds: Mapping[int, Results]) -> Iterator[list[str]]:
+    """Lines of the forget quality that retraining itself has: in each seed the retrained model of
+    the next one, judged as if it had unlearned."""
+    logs = {seed: log_of_retrained(results) for seed, results in seeds.items()}
+    made = {seed: log for seed, log in logs.items() if log is not None}
+    if len(made) < 2:
+        return
+    order = [*made]
+    for seed, other in zip(order, [*order[1:], order[0]], strict=True):
+        told = aggregate(made[other], made[seed])
+        quality, utility = number(told["forget_quality"]), number(told["model_utility"])
+        title = f"retrained with seed {other}"
+        yield [title, str(seed), quality, utility, *[""] * 2 * len(SLICES)]
 
 
 def kl_cells(results: Results, rows: Sequence[Row], row: Row) -> list[str]:
