@@ -88,8 +88,8 @@ def test_the_real_model_forgets(smollm2, tmp_path, capsys):
         lines = data_file(name).read_text().splitlines()[:count]
         path.write_text("\n".join(lines))
     arguments = ["--forget", str(forget), "--retain", str(retain), "--template", "plain"]
-    size = ["--kl", "0.01", "--layers", "14-15", "--sequence-length", "64", "--holdout", "6"]
-    size += ["--steps", "2"]
+    size = ["--kl", "0.01", "--steps", "2", "--layers", "14-15"]
+    size += ["--sequence-length", "64", "--holdout", "6"]
     out = tmp_path / "out"
     command = ["unlearn", demo_model(), *arguments, *size, "--out", str(out), "--json"]
     assert main(command) == 0
