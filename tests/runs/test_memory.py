@@ -227,13 +227,13 @@ def test_a_run_with_vectors_on_disk_goes_on_after_a_kill(desk, tmp_path, more):
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", [[], ["--offload", "disk"]])
 def test_a_sharded_run_goes_on_after_a_kill(desk, tmp_path, offload):
-    more = ["--estimator", "kfac", "--shard", "--layers", "2-5", *offload]
+    more = ["--estimator", "kfac", "--shard", "--layers", "2-5", "--steps", "2", *offload]
     whole, again = (words_of(desk, tmp_path / name, *more) for name in ("whole", "again"))
     run_together(2, main, whole, said=tmp_path / "first")
     with pytest.raises(AssertionError):
-        run_together(2, killed_after_step, 2, again, said=tmp_path / "second")
+        run_together(2, killed_after_step, 1, again, said=tmp_path / "second")
     run_together(2, main, [*again, "--resume"], said=tmp_path / "third")
-    assert "resuming after step 2" in (tmp_path / "third/0/stderr").read_text()
+    assert "resuming after step 1" in (tmp_path / "third/0/stderr").read_text()
     assert same_update(tmp_path / "whole", tmp_path / "again")
 
 
