@@ -29,7 +29,7 @@ from kfade import (
 from kfade.curvature.block import EigenBlock
 from kfade.curvature.eigh import eigendecompose
 from kfade.curvature.factors import CovarianceSum
-from kfade.method.gauge import parameter_changes
+from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import divergence
 from kfade.method.objectives import BoundedMargin
@@ -38,6 +38,7 @@ from kfade.method.size import (
     NoRiseError,
     Probe,
     StepSize,
+    UnreachedError,
     choose_alpha,
     where_most_is_forgotten,
 )
@@ -393,6 +394,33 @@ def test_a_run_to_a_kl_ends_where_a_step_would_forget_less(model, monkeypatch):
     assert [len(u.provenance["steps"]) for u in (update, whole)] == [1, 3]
     assert same_update(update, kept[0])
     assert said == ["step 2: no length of it raises the forget loss, so the run ends here"]
+
+
+def test_a_run_ends_where_no_length_of_a_later_step_has_its_size(model, monkeypatch):
+    """The measured KL rises to 0.004 and no further: two of three steps to 0.01 can be met."""
+    said: list[str] = []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
+    options = {"kl": 0.01, "steps": 3, "refit": False}
+    whole = run(model, **options, on_step=(kept := []).append)
+    assert (len(whole.provenance["steps"]), said) == (3, [])
+    measure = Gauge.measure
+
+    def limited(*arguments, **more) -> Probe:
+        found = measure(*arguments, **more)
+        return replace(found, retain_kl=min(found.retain_kl, 0.004))
+
+    monkeypatch.setattr(Gauge, "measure", limited)
+    update = run(model, **options)
+    assert len(update.provenance["steps"]) == 2
+    assert same_update(update, kept[1])
+    [why] = said
+    assert re.fullmatch(
+        r"step 3: --kl 0\.01 cannot be reached in one step \(at alpha [^ ]+: added KL 0\), so the "
+        "run ends here",
+        why,
+    )
+    with pytest.raises(UnreachedError, match=r"--kl 0\.01 cannot be reached in one step"):
+        run(model, **{**options, "steps": 1})
 
 
 def test_a_step_to_a_kl_is_no_longer_than_it_forgets(model, monkeypatch):

@@ -18,6 +18,14 @@ class NoRiseError(InputError):
     """No length of a step raises what is forgotten."""
 
 
+class UnreachedError(InputError):
+    """No length of a step has the size asked for."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice}")
+        self.what = what
+
+
 @dataclass(frozen=True)
 class StepSize:
     """The size of the steps; exactly one of the first four fields is set."""
@@ -145,7 +153,8 @@ def choose_alpha(
         first: the measurements at the start of the run; ``start`` when None.
 
     Raises:
-        InputError: the target cannot be reached along this direction, or no step is below the cap.
+        UnreachedError: the target cannot be reached along this direction, or no step is below the
+            cap.
     """
     probes: list[Probe] = []
 
@@ -161,7 +170,7 @@ def choose_alpha(
         if found is None and share < 1:
             found = _nearest(seen, aim, probes)
         if found is None:
-            raise InputError(_unreached(aim, probes))
+            raise _unreached(aim, probes)
         chosen = found
     if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
         chosen = _capped(seen, probes, chosen, size.max_kl)
@@ -289,7 +298,7 @@ def _capped(
     the cap that was tried is repeated.
 
     Raises:
-        InputError: no step is below the cap.
+        UnreachedError: no step is below the cap.
     """
     value, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
     aim = _Aim(lambda p: p.retain_kl, value, accept, f"--max-kl {cap:.4g}", "KL")
@@ -299,7 +308,7 @@ def _capped(
         return found
     within = [p.alpha for p in probes if p.retain_kl <= cap and p.alpha < over.alpha]
     if not within:
-        raise InputError(_unreached(aim, probes))
+        raise _unreached(aim, probes)
     return seen(max(within))
 
 
@@ -345,8 +354,8 @@ def _nearest(seen: Callable[[float], Probe], aim: _Aim, probes: Sequence[Probe])
     return seen(min(near, key=lambda p: abs(aim.measure(p) - aim.value)).alpha)
 
 
-def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
-    """The message that no trial is accepted: the nearest on each side, and what to do."""
+def _unreached(aim: _Aim, probes: Sequence[Probe]) -> UnreachedError:
+    """The error that no trial is accepted: the nearest on each side, and what to do."""
     measured = [(aim.measure(p), p.alpha) for p in probes]
     finite = [(value, alpha) for value, alpha in measured if math.isfinite(value)]
     below = max((trial for trial in finite if trial[0] < aim.accept[0]), default=None)
@@ -365,7 +374,7 @@ def _unreached(aim: _Aim, probes: Sequence[Probe]) -> str:
         if finite:
             advice = "ask for less, or take more --steps"
     tried = ", ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
-    return f"{aim.asked} cannot be reached in one step ({tried}): {advice}"
+    return UnreachedError(f"{aim.asked} cannot be reached in one step ({tried})", advice)
 
 
 def _power_law(trials: Sequence[tuple[float, float]], aim: float) -> float:

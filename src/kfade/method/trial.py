@@ -23,6 +23,7 @@ from kfade.method.size import (
     NoRiseError,
     Probe,
     StepSize,
+    UnreachedError,
     choose_alpha,
     where_most_is_forgotten,
 )
@@ -95,17 +96,17 @@ class Trial:
         are held at a time: the current one and the best so far.
 
         Raises:
-            NoRiseError: no direction forgets more at any length.
-            InputError: a direction that changes nothing, or along which the size cannot be reached.
+            NoRiseError, UnreachedError: no direction forgets more at any length, or has the size.
+            InputError: a direction that changes nothing.
         """
         best = Best(self._first.forget_loss, to_a_kl=self._size.kl is not None)
-        failure: NoRiseError | None = None
+        failure: NoRiseError | UnreachedError | None = None
         step = directions.last() if self._size.alpha is not None else directions.next()
         while step is not None:
             step, exact = self._measured(step)
             try:
                 best.add(*self._along(step, exact, directions.refined))
-            except NoRiseError as error:
+            except (NoRiseError, UnreachedError) as error:
                 failure = error.with_traceback(None)  # which would keep the direction
                 self._last = None  # what was measured last is not what was chosen
             del step  # free it before the next direction is computed

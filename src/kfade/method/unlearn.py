@@ -28,7 +28,7 @@ from kfade.method.record import Candidate, StepRecord, amended, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.size import NoRiseError, StepSize
+from kfade.method.size import NoRiseError, StepSize, UnreachedError
 from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
 from kfade.method.update import Update
@@ -151,9 +151,9 @@ class _Shared:
         update: Update,
         curvature: Curvature,
     ) -> tuple[Direction, Update, Candidate | None]:
-        """The best candidate for a step, None if the steps before have gone all the way or left no
-        gradient; with the damping in the direction and in the update's provenance, if it was chosen
-        now."""
+        """The best candidate for a step, None if the steps before have gone all the way, left no
+        gradient, or left no length that does what is asked; with the damping in the direction and
+        in the update's provenance, if it was chosen now."""
         index, run, gauge = len(update.provenance["steps"]), self.run, self.gauges.whole
         if trial.is_beyond:
             say(f"step {index + 1}: the steps before have gone all the way, so the run ends here")
@@ -172,7 +172,7 @@ class _Shared:
             directions = _directions(curvature, gradient, exact, self.targets, direction, run)
             del gradient  # the directions let it go when they need it no longer
             return direction, update, trial.best(directions)
-        except (NoGradientError, NoRiseError) as error:
+        except (NoGradientError, NoRiseError, UnreachedError) as error:
             if index == 0 and direction.at_prompts and isinstance(error, NoGradientError):
                 raise InputError(
                     "--at-prompts: no gradient of the forget set's prompts reaches the targeted "
@@ -184,6 +184,8 @@ class _Shared:
             why = "no gradient of the objective is left"
             if isinstance(error, NoRiseError):
                 why = "no length of it raises the forget loss"
+            if isinstance(error, UnreachedError):
+                why = error.what
             say(f"step {index + 1}: {why}, so the run ends here")
             return direction, update, None
 
