@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kfade.cli import main
+from kfade.data.sequences import continuation
 from kfade.errors import InputError
 from kfade.evaluate.choice import (
     SCORINGS,
@@ -33,6 +34,8 @@ from kfade.evaluate.questions import (
     read_sets,
     text_prompt,
 )
+from kfade.evaluate.tokens import log_likelihoods
+from kfade.models.head import hidden_states
 
 QUESTIONS = [
     Question("a b c", ("d", "e f", "g", "h i j"), 1, "some subject"),
@@ -123,6 +126,29 @@ def long_model() -> torch.nn.Module:
         torch.manual_seed(0)
         config = LlamaConfig(**{**zoo.GROUPED, "max_position_embeddings": 512})
         return LlamaForCausalLM(config).double().eval()
+
+
+def test_choices_are_read_from_as_few_passes_as_their_tokens_allow(monkeypatch):
+    """``c`` and ``d`` from that of ``d e``, ``e f`` and ``e g`` from that of ``e f g``."""
+    model, tokenizer = zoo.tiny("llama", dtype=torch.float64), letters()
+    question = "a b"
+    choices = {"c": 2, "d": 2, "d e": 3, "e f": 3, "e g": 3, "e f g": 4}  # and their inputs
+    texts = [continuation(tokenizer, question, f" {choice}") for choice in choices]
+    assert [text.live for text in texts] == [*choices.values()]
+    computed: list[tuple[int, ...]] = []
+
+    def counted(model, input_BT):
+        computed.append(tuple(input_BT.shape))
+        return hidden_states(model, input_BT)
+
+    monkeypatch.setattr("kfade.evaluate.tokens.hidden_states", counted)
+    alone, together = (log_likelihoods(model, texts, share=share) for share in (False, True))
+    assert computed == [(6, 4), (2, 4)]
+    assert together == pytest.approx(alone, rel=1e-12)
+    assert len(set(together)) == len(texts)
+    computed.clear()
+    answer_by_likelihood(model, tokenizer, [Question(question, tuple(choices), 0)])
+    assert computed == [(2, 4)]
 
 
 def test_cloze_questions_stand_as_they_are():

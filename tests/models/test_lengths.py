@@ -70,6 +70,14 @@ def test_a_sequence_is_as_likely_in_any_company(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_beginning_is_read_from_the_pass_of_a_longer_one_only_if_it_is_as_likely_there(name):
+    build, whole = MODELS[name], sequence(60)
+    begun = [TokenSequence(whole.tokens[:n], whole.scored[:n]) for n in (60, 58, 16, 12)]
+    expected = [alone(build, one) for one in begun]
+    assert log_likelihoods(build(), begun, share=True) == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_one_batch_of_all_would_differ_and_is_refused(name):
     model = MODELS[name]()
     pair = [sequence(10), sequence(60)]

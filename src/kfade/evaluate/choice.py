@@ -177,7 +177,8 @@ def _score_texts(
         for context, question in zip(contexts, questions, strict=True)
         for choice in question.choices
     ]
-    totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="texts")
+    # Short choices share most of a pass: all of one token are read from that of their context.
+    totals = log_likelihoods(model, sequences, batch_tokens=batch_tokens, name="texts", share=True)
     scored = iter(zip(sequences, totals, strict=True))
     results = []
     for question in questions:

@@ -115,10 +115,11 @@ def divergences(
             )
             references = (before.reference, after.reference)
             hidden = zip(*(one.hidden.values() for one in references), strict=True)
-            found = {
-                i: attempt(list, by_sequence(batch, _divergence(before.head, p, after.head, q)))
-                for (i, batch), (p, q) in zip(own, hidden, strict=True)
-            }
+            found = {}
+            for (i, batch), (p, q) in zip(own, hidden, strict=True):
+                kl_N = _divergence(before.head, p, after.head, q)
+                numbers = batch.id_B.tolist()
+                found[i] = attempt(list, by_sequence(numbers, batch.loss_counts, kl_N))
         for part in in_order(found):
             yield from ((index, kl) for index, kl in part if index not in done)
 

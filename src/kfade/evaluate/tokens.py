@@ -17,7 +17,7 @@ from kfade.data.sequences import TokenSequence
 from kfade.errors import InputError
 from kfade.evaluate.division import map_shared
 from kfade.models.head import hidden_states, read_head
-from kfade.models.lengths import batches_for
+from kfade.models.lengths import LengthClass, batches_for, length_class
 from kfade.models.load import frozen
 
 BATCHES = 8  # that a process runs between two exchanges of results
@@ -37,25 +37,40 @@ def token_values(
     *,
     name: str,
     batch_tokens: int = 4096,
+    share: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (number, values) of every sequence as soon as its batch is computed.
 
     The values [n, K] are what ``measure`` gives at the sequence's scored tokens, in float64 on the
     CPU. The head runs on a few positions at a time. The longest sequences come first.
 
+    Args:
+        share: read a sequence whose inputs begin another's from the pass of that one.
+
     Raises:
         InputError: the model's outputs are not finite.
     """
-    batches = batches_for(model, sequences, batch_tokens)
+    readers = [[number] for number in range(len(sequences))]
+    if share:
+        readers = _sharing(sequences, length_class(model))
+    batches = batches_for(model, [sequences[own[0]] for own in readers], batch_tokens)
     with frozen(model), torch.no_grad():
         head = read_head(model)
 
     def values_of(batch: Batch) -> list[tuple[int, Tensor]]:
+        read = [(row, n) for row, i in enumerate(batch.id_B.tolist()) for n in readers[i]]
+        scored = [
+            (row, t, sequences[n].tokens[t])
+            for row, n in read
+            for t, is_scored in enumerate(sequences[n].scored)
+            if is_scored
+        ]
+        row_N, t_N, target_N = torch.tensor(scored, device=batch.input_BT.device).T
         with frozen(model), torch.no_grad():
-            hidden_ND = batch.at_loss(hidden_states(model, batch.input_BT))
-            target_N = batch.at_loss(batch.target_BT)
+            hidden_ND = hidden_states(model, batch.input_BT)[row_N, t_N - 1]
             parts = [measure(head(hidden_ND[p]), target_N[p]) for p in head.chunks(hidden_ND)]
-        return list(by_sequence(batch, torch.cat(parts)))
+        counts = [sequences[n].loss_tokens for _, n in read]
+        return list(by_sequence([n for _, n in read], counts, torch.cat(parts)))
 
     for found in map_shared(
         batches,
@@ -75,21 +90,54 @@ def log_likelihoods(
     *,
     batch_tokens: int = 4096,
     name: str = "likelihoods",
+    share: bool = False,
 ) -> list[float]:
-    """Summed log-probability of each sequence's scored tokens, in nats."""
-    found = token_values(model, sequences, log_probability, name=name, batch_tokens=batch_tokens)
+    """Summed log-probability of each sequence's scored tokens, in nats.
+
+    Args:
+        share: as for :func:`token_values`.
+    """
+    found = token_values(
+        model, sequences, log_probability, name=name, batch_tokens=batch_tokens, share=share
+    )
     totals = {number: values.sum().item() for number, values in found}
     return [totals[number] for number in range(len(sequences))]
 
 
-def by_sequence(batch: Batch, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _sharing(sequences: Sequence[TokenSequence], group: LengthClass) -> list[list[int]]:
+    """Numbers of the sequences that one pass serves: first its own, then those whose inputs begin
+    its own's, where ``group`` lets both lengths share a batch."""
+
+    def inputs(number: int) -> tuple[int, ...]:
+        return sequences[number].tokens[: sequences[number].live]
+
+    passes: list[list[int]] = []
+    own: tuple[int, ...] = ()
+    # In the order of a dictionary a beginning stands before what it begins, and nothing else
+    # stands between.
+    for number in sorted(range(len(sequences)), key=inputs, reverse=True):
+        begin = inputs(number)
+        if passes and own[: len(begin)] == begin and group(len(own)) == group(len(begin)):
+            passes[-1].append(number)
+        else:
+            passes.append([number])
+            own = begin
+    return passes
+
+
+def by_sequence(
+    numbers: Sequence[int], counts: Sequence[int], values: Tensor
+) -> Iterator[tuple[int, Tensor]]:
     """Split ``values`` [N, ...] into (number of the sequence, its part), in float64 on the CPU.
+
+    Args:
+        counts: scored tokens of each sequence; N together.
 
     Raises:
         InputError: a value is not finite.
     """
-    parts = values.double().cpu().split(batch.loss_counts)
-    for number, part in zip(batch.id_B.tolist(), parts, strict=True):
+    parts = values.double().cpu().split(list(counts))
+    for number, part in zip(numbers, parts, strict=True):
         if not torch.isfinite(part).all():
             raise InputError(
                 f"the model's outputs on sequence {number} are not finite: it is broken, or its "
