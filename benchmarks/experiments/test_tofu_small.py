@@ -27,6 +27,7 @@ from lab.tuning import lowest, rates
 from tofu_attacks import AT, GIVEN
 from tofu_data import OF_AUTHOR, authors_by_role
 from tofu_lab import run_pieces
+from tofu_seeds import retrained_again
 
 from kfade.data.sequences import TokenSequence
 
@@ -327,6 +328,19 @@ def test_the_page_says_what_was_run_and_what_was_not(results, tmp_path):
     for name in ("tofu_small_kl", "tofu_small_utility", "tofu_small_attacks"):
         assert (tmp_path / "images" / f"{name}.svg").stat().st_size > 5000
         assert f"images/{name}.svg" in text
+
+
+def test_the_retrained_model_of_another_seed_is_judged_as_if_it_had_unlearned(results):
+    """Here a row's model stands for that of the other seed."""
+    assert not list(retrained_again({0: results}))
+    other = {**results, "tofu retrained x1": results["tofu paper x1"]}
+    first, second = retrained_again({0: results, 3: other})
+    [judged] = [row for row in tofu_rows.rows_of(results) if row.name == "paper"]
+    quality, utility = tofu_rows.figures_of(results, judged)["×1"]
+    assert first[:4] == ["retrained with seed 3", "0", f"{quality:.3g}", f"{utility:.3g}"]
+    assert second[:2] == ["retrained with seed 0", "3"]
+    same, _ = retrained_again({0: results, 1: results})
+    assert same[2] == "1"
 
 
 def test_authors_have_one_role():

@@ -87,6 +87,22 @@ def test_tasks_within_a_task_say_nothing():
     assert lines.said[1:] == ["questions: done in 20 s"]
 
 
+def test_tasks_of_known_work_speak_within_one_of_unknown_work():
+    lines = Watched()
+    outer = lines.start("trials", None)
+    for _ in range(2):  # short ones, of which nothing is told
+        inner = lines.start("held-out KL", 1)
+        lines.now += 8
+        lines.stop(inner)
+    assert lines.after(1) == ["trials: 17 s"]
+    inner = lines.start("held-out KL", 2)
+    lines.advance(inner, 1)
+    assert lines.after(30) == ["held-out KL: 50 % after 30 s, about 30 s left"]
+    lines.stop(inner)
+    lines.stop(outer)
+    assert lines.said[-2:] == ["held-out KL: ended at 50 % after 30 s", "trials: ended after 47 s"]
+
+
 def test_many_tasks_in_a_row_do_not_flood():
     lines = Watched()
     for _ in range(10):

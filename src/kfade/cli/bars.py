@@ -100,7 +100,8 @@ class _Task:
 
 
 class Lines:
-    """Prints lines about a long task, and one at its end. Tasks within a task get no lines.
+    """Prints lines about a long task, and one at its end. Tasks within a task get no lines, unless
+    the outer one's work is not known and theirs is.
 
     A thread checks the clock, so that lines are regular even if one item takes minutes.
 
@@ -146,11 +147,11 @@ class Lines:
             self._tasks[task].received = _received(done, total)
 
     def stop(self, task: int) -> None:
-        """End a task, finished or not. Prints a line if it was long and within no other task."""
+        """End a task, finished or not. Prints a line if it was long and the one that is told of."""
         with self._lock:
-            own = self._tasks.pop(task)
+            told, own = self._told, self._tasks.pop(task)
             seconds = self._clock() - own.begun
-            if seconds >= FIRST_LINE and not self._tasks:
+            if seconds >= FIRST_LINE and own is told:
                 self._say(own.end(seconds))
 
     def say(self, line: str) -> None:
@@ -158,17 +159,20 @@ class Lines:
         self._say(line)
 
     def tick(self) -> None:
-        """Print a line about the outermost task, if one is due."""
+        """Print a line about the task that is told of, if one is due."""
         with self._lock:
-            outermost = next(iter(self._tasks.values()), None)
-            now = self._clock()
-            if (
-                outermost is None
-                or now - max(outermost.begun + FIRST_LINE - INTERVAL, self._last) < INTERVAL
-            ):
+            told, now = self._told, self._clock()
+            if told is None or now - max(told.begun + FIRST_LINE - INTERVAL, self._last) < INTERVAL:
                 return
             self._last = now
-            self._say(outermost.after(now - outermost.begun))
+            self._say(told.after(now - told.begun))
+
+    @property
+    def _told(self) -> _Task | None:
+        """The outermost task of known work; the outermost of all if there is none."""
+        running = list(self._tasks.values())
+        known = [task for task in running if task.total is not None]
+        return next(iter([*known, *running]), None)
 
     def _watch(self) -> None:
         while not self._over.wait(TICK):

@@ -18,7 +18,7 @@ from kfade.method.preflight import preflight
 from kfade.method.record import amended, ends_of
 from kfade.method.sampling import Sampler
 from kfade.method.settings import Run
-from kfade.method.size import Probe, StepSize, choose_alpha, shortfall
+from kfade.method.size import Probe, StepSize, UnreachedError, choose_alpha, shortfall
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.progress import say
@@ -64,7 +64,7 @@ class Gauges:
         return _after(update, now, confirmed=True)
 
     def settled(self, update: Update, objective: Objective, size: StepSize) -> Update:
-        """The update that :meth:`confirmed` gives; if that is beyond the size or the cap, e⁻ᵅ times
+        """The update that :meth:`confirmed` gives; if that is beyond the size or the cap, a part of
         it.
 
         Steps on the way are met within a tolerance, on a part of the data. So they may have gone
@@ -82,23 +82,24 @@ class Gauges:
         if shortfall(limit, first, now) >= 0:
             return update
         if limit.kl is not None:
-            guess = 0.5 * math.log(now.retain_kl / limit.kl)
+            guess = math.sqrt(limit.kl / now.retain_kl)
         else:
             assert limit.goal is not None
             start = limit.forgotten(first)
-            guess = math.log((limit.forgotten(now) - start) / (limit.goal - start))
+            guess = (limit.goal - start) / (limit.forgotten(now) - start)
         probes: list[Probe] = []
 
-        def probe(alpha: float) -> Probe:
-            back = update.plus(update.deltas, math.expm1(-alpha))
-            probes.append(self.whole.measure(back, objective, alpha))
+        def probe(factor: float) -> Probe:
+            part = update.plus(update.deltas, factor - 1)
+            probes.append(self.whole.measure(part, objective, factor))
             return probes[-1]
 
-        with stage("check"), contextlib.suppress(InputError):
-            choose_alpha(probe, limit, share=1.0, start=now, guess=guess, first=first)
+        # From nothing on: near there the KL is a power of the factor, which a search takes it for.
+        with stage("check"), contextlib.suppress(UnreachedError):
+            choose_alpha(probe, limit, share=1.0, start=first, guess=guess)
         within = [p for p in probes if shortfall(limit, first, p) >= 0]
-        met = min(within, key=lambda p: p.alpha)
-        factor = math.exp(-met.alpha)
+        met = max(within, key=lambda p: p.alpha)
+        factor = met.alpha
         say(
             f"the steps went too far, so the update is scaled by {factor:.4g}: retain KL "
             f"{now.retain_kl:.2e} -> {met.retain_kl:.2e} nats/token, forget loss "

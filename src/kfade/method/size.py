@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kfade.errors import InputError
+from kfade.runtime.progress import waiting
 
 KL_TOLERANCE = 0.1  # relative error of a measured KL; a held-out sample is no more accurate
 LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
 MIDWAY_TOLERANCE = 0.2  # of either, if more steps follow, which compensate
 TRIALS = 5  # times that a length is doubled or halved, at most
+SEARCH = "trials of the step's length"  # a task whose work is not known before
 
 
 class NoRiseError(InputError):
@@ -130,6 +132,7 @@ class _Aim:
     """What is measured, for messages."""
 
 
+@waiting(SEARCH)
 def choose_alpha(
     probe: Callable[[float], Probe],
     size: StepSize,
@@ -225,6 +228,7 @@ def where_most_is_forgotten(
     return made
 
 
+@waiting(SEARCH)
 def best_length(
     measure: Callable[[float], Probe], first: float, before: Probe, merit: Callable[[Probe], float]
 ) -> Probe:
