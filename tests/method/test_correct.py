@@ -52,7 +52,8 @@ from kfade.method.measure import hidden_reference
 from kfade.method.record import ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
-from kfade.method.size import NoRiseError, Probe, best_length, choose_alpha, shortfall
+from kfade.method.search import Probe, best_length
+from kfade.method.size import NoRiseError, choose_alpha, shortfall
 
 RETAIN, FORGET = random_sequences(12), random_sequences(3, seed=7)
 

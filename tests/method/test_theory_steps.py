@@ -12,7 +12,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import flat, measured_kl, random_sequences, relative_error, same_bits, tiny_llama
+from helpers import (
+    flat,
+    measured_kl,
+    random_sequences,
+    relative_error,
+    same_bits,
+    tiny_llama,
+)
 from oracles import loops
 
 import kfade
@@ -33,15 +40,9 @@ from kfade.method.gauge import Gauge, parameter_changes
 from kfade.method.gradient import forget_gradient
 from kfade.method.measure import divergence
 from kfade.method.objectives import BoundedMargin
+from kfade.method.search import Probe, UnreachedError
 from kfade.method.settings import DEFAULT_BOUND, DEFAULT_NOISE
-from kfade.method.size import (
-    NoRiseError,
-    Probe,
-    StepSize,
-    UnreachedError,
-    choose_alpha,
-    where_most_is_forgotten,
-)
+from kfade.method.size import NoRiseError, StepSize, choose_alpha, where_most_is_forgotten
 from kfade.method.step import gauss_newton_step
 
 OBJECTIVES = (margin, cross_entropy, BoundedMargin(2.0))
@@ -524,14 +525,16 @@ SHAPES = {
 }
 
 
-def search(shape, size: StepSize, *, guess=0.1, share=1.0, start=START, loss=rising) -> list[Probe]:
+def search(
+    shape, size: StepSize, *, guess=0.1, share=1.0, start=START, first=None, loss=rising
+) -> list[Probe]:
     def probe(alpha: float) -> Probe:
         kl = start.retain_kl + shape(alpha)
         nats = loss(alpha)  # of the mean probability half as many, as where texts differ
         found = replace(start, alpha=alpha, retain_kl=kl, forget_loss=nats)
         return replace(found, forget_probability=math.exp(min(0, -nats / 2)))
 
-    return choose_alpha(probe, size, share=share, start=start, guess=guess)
+    return choose_alpha(probe, size, share=share, start=start, first=first, guess=guess)
 
 
 @pytest.mark.parametrize("guess", [1e-6, 1e-2, 1.0, 1e6])
@@ -629,6 +632,58 @@ def test_a_step_that_forgets_less_at_every_length_is_an_error_that_tells_the_los
     message = r"--kl 1: no length of the step raises the forget loss \(before it 1 nats, at the KL "
     with pytest.raises(NoRiseError, match=message + "asked for 0, at 0.00024 nats of KL 0.9844"):
         most(lambda a: 1 - a, StepSize(kl=1.0), guess=1.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_step_to_a_kl_raises_the_forget_loss_no_more_than_it_may(shape):
+    """The loss is 1 + α. Each step takes its share of the rise that is left."""
+    free, capped = StepSize(kl=1.0), StepSize(kl=1.0, max_rise=0.25)
+    assert search(shape, free)[-1].forget_loss > 1.3
+    assert search(shape, capped)[-1].forget_loss == pytest.approx(1.25, abs=0.03 * 0.25)
+    first = search(shape, capped, share=0.25)[-1]
+    assert first.forget_loss == pytest.approx(1.0625, abs=0.2 * 0.0625)
+    half = replace(START, forget_loss=1.125)
+    options = {"first": START, "loss": lambda a: 1.125 + a}
+    later = search(shape, capped, share=0.5, start=half, **options)[-1]
+    assert later.forget_loss == pytest.approx(1.1875, abs=0.2 * 0.0625)
+    # What rises less goes to the KL as ever; so do sizes that are no KL.
+    assert search(shape, replace(capped, max_rise=1e9)) == search(shape, free)
+    assert search(shape, StepSize(until=1.5, max_rise=0.25))[-1].forget_loss > 1.48
+    with pytest.raises(UnreachedError, match=r"at most 0.25 nats leaves no further step: ask for"):
+        search(shape, capped, start=replace(START, forget_loss=1.247), **options)
+
+
+def test_a_kl_that_is_out_of_reach_does_not_keep_a_step_from_its_rise():
+    def saturates(a: float) -> float:
+        return 0.01 * math.tanh(a)
+
+    capped = search(saturates, StepSize(kl=0.02, max_rise=2.0))
+    assert capped[-1].forget_loss == pytest.approx(3.0, abs=0.03 * 2)
+    with pytest.raises(UnreachedError, match=r"--kl 0\.02 cannot be reached"):
+        search(saturates, StepSize(kl=0.02, max_rise=2.0), loss=lambda a: 2 - math.exp(-a))
+
+
+def test_a_run_to_a_kl_ends_where_its_rise_is_used_up(model, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
+
+    def rises(**changes) -> list[float]:
+        update = run(model, **{"kl": 1.0, "steps": 4, "refit": False, **changes})
+        steps = update.provenance["steps"]
+        assert update.provenance["steps"][-1]["retain_kl"] < 1.1
+        return [step["forget_loss_after"] - steps[0]["forget_loss_before"] for step in steps]
+
+    free = rises()
+    assert not said
+    assert free[-1] > 1.5
+    even = rises(max_rise=0.6)
+    assert even == pytest.approx([0.15, 0.3, 0.45, 0.6], abs=0.05)  # a third of a step
+    end = r"has risen by 0\.6 nats/token \(at most 0\.6\), so the run ends at a retain KL of 3\.5.e-02"
+    assert re.fullmatch(f"the forget loss {end}", said[-1])
+    # A token that was certain may become as likely as any.
+    assert StepSize(kl=1.0).decided(17) == StepSize(kl=1.0, max_rise=math.log(17))
+    for decided in (StepSize(kl=1.0, max_rise=2.0), StepSize(until=3.0), StepSize(alpha=0.1)):
+        assert decided.decided(17) == decided
 
 
 @pytest.mark.parametrize("guess", [1e-6, 1.0, 1e6])

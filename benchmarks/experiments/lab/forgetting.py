@@ -33,7 +33,8 @@ from kfade.method.measure import (
     mean_divergence,
     mean_objectives,
 )
-from kfade.method.size import Probe, StepSize, choose_alpha
+from kfade.method.search import Probe
+from kfade.method.size import StepSize, choose_alpha
 from kfade.method.step import gauss_newton_step
 from kfade.method.update import Update
 from kfade.models.head import read_head

@@ -34,13 +34,12 @@ from kfade.method.measure import hidden_reference
 from kfade.method.record import CorrectionRecord, amended, ends_of
 from kfade.method.refine import inner
 from kfade.method.sampling import Sampler
+from kfade.method.search import Probe, best_length
 from kfade.method.settings import Run
 from kfade.method.size import (
     LOSS_TOLERANCE,
     NoRiseError,
-    Probe,
     StepSize,
-    best_length,
     choose_alpha,
     shortfall,
     where_most_is_forgotten,

@@ -21,7 +21,8 @@ from kfade.method.measure import (
     rounding_changes,
 )
 from kfade.method.objectives import Objective
-from kfade.method.size import Probe, StepSize
+from kfade.method.search import Probe
+from kfade.method.size import StepSize
 from kfade.method.update import Update
 from kfade.models.head import Head, read_head
 from kfade.models.load import frozen

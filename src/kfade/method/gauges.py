@@ -17,8 +17,9 @@ from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
 from kfade.method.record import amended, ends_of
 from kfade.method.sampling import Sampler
+from kfade.method.search import Probe, UnreachedError
 from kfade.method.settings import Run
-from kfade.method.size import Probe, StepSize, UnreachedError, choose_alpha, shortfall
+from kfade.method.size import StepSize, choose_alpha, shortfall
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.progress import say

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kfade.curvature.vectors import Vector
-from kfade.method.size import MIDWAY_TOLERANCE, Probe
+from kfade.method.search import Probe
+from kfade.method.size import MIDWAY_TOLERANCE
 from kfade.method.update import Update
 
 

@@ -7,25 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kfade.errors import InputError
+from kfade.method.search import (
+    SEARCH,
+    Aim,
+    Probe,
+    UnreachedError,
+    best_length,
+    nearest,
+    search,
+    shortened,
+    unreached,
+)
 from kfade.runtime.progress import waiting
 
 KL_TOLERANCE = 0.1  # relative error of a measured KL; a held-out sample is no more accurate
 LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
 MIDWAY_TOLERANCE = 0.2  # of either, if more steps follow, which compensate
-TRIALS = 5  # times that a length is doubled or halved, at most
-SEARCH = "trials of the step's length"  # a task whose work is not known before
 
 
 class NoRiseError(InputError):
     """No length of a step raises what is forgotten."""
-
-
-class UnreachedError(InputError):
-    """No length of a step has the size asked for."""
-
-    def __init__(self, what: str, advice: str) -> None:
-        super().__init__(f"{what}: {advice}")
-        self.what = what
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class StepSize:
     """Mean probability of the forget texts at the end of the run, each per token (geometric)."""
     max_kl: float | None = None
     """Cap on the measured KL of the whole run, whichever way the size was chosen."""
+    max_rise: float | None = None
+    """Cap on the rise of the mean forget loss in a whole run to a KL, in nats per token. Without
+    it a KL that the forget set does not need is spent on making it ever less likely. A run fills in
+    ln V: a token that was certain is then as likely as any of the vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "kl", "until", "max_kl"):
@@ -50,6 +55,8 @@ class StepSize:
             if value is not None and not (math.isfinite(value) and value > 0):
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value}: give a positive, finite number")
+        if self.max_rise is not None and not self.max_rise > 0:
+            raise InputError(f"max_rise={self.max_rise}: give a positive number")
         if self.until_probability is not None and not 0 < self.until_probability < 1:
             raise InputError(
                 f"--until forget_probability={self.until_probability}: give a number between 0 "
@@ -74,19 +81,32 @@ class StepSize:
         return -math.log(max(probe.forget_probability, 1e-300))  # finite where it underflows
 
     def is_reached(self, first: Probe, now: Probe) -> bool:
-        """Whether the KL, the forgetting or the cap of a whole run is reached, within its
-        tolerance, or passed. ``alpha`` is of a step.
+        """Whether the KL, the forgetting or a cap of a whole run is reached, within its tolerance,
+        or passed. ``alpha`` is of a step.
 
         Args:
             first: the measurements at the start of the run.
         """
         most = min(kl for kl in (self.kl, self.max_kl, math.inf) if kl is not None)
-        if now.retain_kl >= (1 - KL_TOLERANCE) * most:
+        if now.retain_kl >= (1 - KL_TOLERANCE) * most or self.has_risen(first, now):
             return True
         if self.goal is None:
             return False
         way = self.goal - self.forgotten(first)
         return self.goal - self.forgotten(now) <= LOSS_TOLERANCE * way
+
+    def decided(self, vocabulary: int) -> StepSize:
+        """The same for a model of so many tokens: ``max_rise`` is filled in where it was left
+        out."""
+        if self.kl is None or self.max_rise is not None:
+            return self
+        return replace(self, max_rise=math.log(vocabulary))
+
+    def has_risen(self, first: Probe, now: Probe) -> bool:
+        """Whether a run to a KL has reached ``max_rise``, within its tolerance, or passed it."""
+        if self.kl is None or self.max_rise is None:
+            return False
+        return now.forget_loss - first.forget_loss >= (1 - LOSS_TOLERANCE) * self.max_rise
 
     @property
     def limits(self) -> list[StepSize]:
@@ -102,34 +122,6 @@ class StepSize:
         if self.until_probability is not None:
             return f"--until forget_probability={self.until_probability:.4g}"
         return f"--until forget_loss={self.until:.4g}"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The measurements of one trial of a step's size."""
-
-    alpha: float
-    retain_kl: float
-    """KL(base ‖ edited) in nats per loss token on held-out retain data."""
-    forget_loss: float
-    forget_probability: float
-    """Mean over the forget sequences of exp(−their loss per token)."""
-    objective: float
-    """Mean of the forgetting objective on the forget set."""
-
-
-@dataclass(frozen=True)
-class _Aim:
-    """The target of a search."""
-
-    measure: Callable[[Probe], float]
-    value: float
-    accept: tuple[float, float]
-    """Least and greatest measure that are accepted."""
-    asked: str
-    """The option that asked for it, and this step's share, for messages."""
-    name: str
-    """What is measured, for messages."""
 
 
 @waiting(SEARCH)
@@ -149,7 +141,7 @@ def choose_alpha(
         share: this step's fraction of the way that is left of the run, in (0, 1]; 1 in the last
             step. The way is counted in √KL (steps of equal length in one direction), or in the
             forget loss. Where no α meets the share before the last step, the nearest is taken if it
-            goes at least half of it.
+            goes at least half of it. ``max_rise`` is shared in the same way.
         start: the measurements at α = 0. They may lie beyond the target; then ``probe`` is to go
             back as α grows.
         guess: the α to begin the search at.
@@ -169,11 +161,17 @@ def choose_alpha(
         chosen = seen(size.alpha)
     else:
         aim = _aim(size, share, first or start, start)
-        found = _search(seen, aim, guess)
+        risen = _rise_aim(size, share, first or start, start)
+        found = search(seen, aim, guess)
         if found is None and share < 1:
-            found = _nearest(seen, aim, probes)
+            found = nearest(seen, aim, probes)
+        if found is None and risen is not None:  # is the KL out of reach, but the rise is not?
+            far = [p for p in probes if not aim.is_beyond(p) and risen.is_beyond(p)]
+            found = min(far, key=lambda p: p.alpha, default=None)
         if found is None:
-            raise _unreached(aim, probes)
+            raise unreached(aim, probes)
+        if risen is not None and risen.is_beyond(found):
+            found = shortened(seen, probes, found, risen, power=1)
         chosen = found
     if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
         chosen = _capped(seen, probes, chosen, size.max_kl)
@@ -228,29 +226,6 @@ def where_most_is_forgotten(
     return made
 
 
-@waiting(SEARCH)
-def best_length(
-    measure: Callable[[float], Probe], first: float, before: Probe, merit: Callable[[Probe], float]
-) -> Probe:
-    """The probe of the best of ``first``, its doubles and its halves; ``before`` if none is better.
-
-    ``first`` is doubled while that lowers ``merit``. If the first doubling does not, or ``first``
-    is no better than ``before``, it is halved until a length is better, and on while that lowers
-    ``merit``.
-    """
-    best = min(before, measure(first), key=merit)
-    for factor in (2.0, 0.5) if best is not before else (0.5,):
-        for power in range(1, TRIALS + 1):
-            trial = measure(first * factor**power)
-            if merit(trial) < merit(best):
-                best = trial
-            elif best is not before:
-                break
-        if best.alpha > first:
-            break
-    return best
-
-
 def shortfall(size: StepSize, first: Probe, now: Probe) -> float:
     """What a run lacks of its size, in nats: below 0 beyond it, 0 within its tolerance.
 
@@ -264,7 +239,7 @@ def shortfall(size: StepSize, first: Probe, now: Probe) -> float:
     return 0.0 if low <= reached <= high else aim.value - reached
 
 
-def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> _Aim:
+def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim:
     """The target of a step that begins at ``start`` and goes ``share`` of the way that is left.
 
     What is measured is the change since ``start``, toward the target.
@@ -290,7 +265,28 @@ def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> _Aim:
         now = probe.retain_kl if size.kl is not None else size.forgotten(probe)
         return sign * (now - begin)
 
-    return _Aim(measure, value, (value - within, value + within), asked, name)
+    return Aim(measure, value, (value - within, value + within), asked, name)
+
+
+def _rise_aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim | None:
+    """The most that a step to a KL may raise the forget loss, as the target of a search.
+
+    Raises:
+        UnreachedError: nothing is left of it.
+    """
+    if size.kl is None or size.max_rise is None:
+        return None
+    asked = f"a rise of the forget loss of at most {size.max_rise:.4g} nats"
+    left, least = first.forget_loss + size.max_rise - start.forget_loss, LOSS_TOLERANCE
+    if left <= least * size.max_rise:
+        raise UnreachedError(f"{asked} leaves no further step", "ask for less")
+    value = share * left
+    within = least * size.max_rise if share == 1 else MIDWAY_TOLERANCE * value
+
+    def rise(probe: Probe) -> float:
+        return probe.forget_loss - start.forget_loss
+
+    return Aim(rise, value, (value - within, value + within), asked, "rise")
 
 
 def _capped(
@@ -305,88 +301,5 @@ def _capped(
         UnreachedError: no step is below the cap.
     """
     value, accept = cap * (1 - KL_TOLERANCE / 2), (cap * (1 - KL_TOLERANCE), cap)
-    aim = _Aim(lambda p: p.retain_kl, value, accept, f"--max-kl {cap:.4g}", "KL")
-    scale = math.sqrt(value / over.retain_kl) if math.isfinite(over.retain_kl) else 0.1
-    found = _search(seen, aim, over.alpha * scale, limit=over.alpha)
-    if found is not None:
-        return found
-    within = [p.alpha for p in probes if p.retain_kl <= cap and p.alpha < over.alpha]
-    if not within:
-        raise _unreached(aim, probes)
-    return seen(max(within))
-
-
-def _search(
-    seen: Callable[[float], Probe], aim: _Aim, guess: float, limit: float = math.inf
-) -> Probe | None:
-    """Bracketed search below ``limit`` for an α whose measure is accepted; None if it fails.
-
-    The measure is modelled as a power of α: α² at first, then the power through two trials, one on
-    each side of the target if possible. If the model's α lies outside the bracket or the search
-    converges slowly, the geometric mean of the bracket is tried.
-    """
-    low, high, alpha = 0.0, limit, guess
-    usable: dict[float, float] = {}
-    for trial in range(40):
-        made = seen(alpha)
-        value = aim.measure(made)
-        if aim.accept[0] <= value <= aim.accept[1]:
-            return made
-        if value < aim.accept[0]:
-            low = alpha
-        else:  # too far, or not finite
-            high = alpha
-        if math.isfinite(value) and value > 0:
-            usable[alpha] = value
-        around = [low, high] if low in usable and high in usable else list(usable)[-2:]
-        proposal = _power_law([(a, usable[a]) for a in around], aim.value) if around else alpha
-        slow = trial % 4 == 3 and (high < math.inf or value < 0.5 * aim.value)
-        if slow or not low < proposal < high:
-            proposal = low * 4 if high == math.inf else math.sqrt(max(low, high / 100) * high)
-        alpha = proposal
-        if alpha > 1e12 or (high < math.inf and high - low <= 1e-6 * high):
-            return None
-    return None
-
-
-def _nearest(seen: Callable[[float], Probe], aim: _Aim, probes: Sequence[Probe]) -> Probe | None:
-    """The trial that came nearest to the target, repeated; None if none went half of the way to it
-    and no further than twice the way."""
-    near = [p for p in probes if 0.5 * aim.value <= aim.measure(p) <= 2 * aim.value]
-    if not near:
-        return None
-    return seen(min(near, key=lambda p: abs(aim.measure(p) - aim.value)).alpha)
-
-
-def _unreached(aim: _Aim, probes: Sequence[Probe]) -> UnreachedError:
-    """The error that no trial is accepted: the nearest on each side, and what to do."""
-    measured = [(aim.measure(p), p.alpha) for p in probes]
-    finite = [(value, alpha) for value, alpha in measured if math.isfinite(value)]
-    below = max((trial for trial in finite if trial[0] < aim.accept[0]), default=None)
-    above = min((trial for trial in finite if trial[0] > aim.accept[1]), default=None)
-    said = [f"at alpha {t[1]:.8g}: {aim.name} {t[0]:.4g}" for t in (below, above) if t is not None]
-    broken = [alpha for value, alpha in measured if not math.isfinite(value)]
-    advice = "ask for less, or take more --steps"
-    if above is not None:
-        advice = "ask for more"
-        if below is not None:
-            said.append("nothing between")
-            advice = "ask for about one of these"
-    elif broken:
-        said.append(f"from alpha {min(broken):.4g} on the model's outputs are not finite")
-        advice = "look at the model and the forget set"
-        if finite:
-            advice = "ask for less, or take more --steps"
-    tried = ", ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
-    return UnreachedError(f"{aim.asked} cannot be reached in one step ({tried})", advice)
-
-
-def _power_law(trials: Sequence[tuple[float, float]], aim: float) -> float:
-    """The α at which the power law through one or two (α, measure) reaches ``aim``, between a tenth
-    of and ten times the last α."""
-    alpha, value = trials[-1]
-    power = 2.0
-    if len(trials) == 2:
-        power = math.log(value / trials[0][1]) / math.log(alpha / trials[0][0])
-    power = min(max(power, 0.25), 8.0)
-    return alpha * min(max(math.pow(aim / value, 1 / power), 0.1), 10.0)
+    aim = Aim(lambda p: p.retain_kl, value, accept, f"--max-kl {cap:.4g}", "KL")
+    return shortened(seen, probes, over, aim, power=2)

@@ -32,8 +32,9 @@ from kfade.method.objectives import Objective, cross_entropy
 from kfade.method.preflight import preflight
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
+from kfade.method.search import Probe
 from kfade.method.settings import Direction, Run
-from kfade.method.size import Probe, choose_alpha
+from kfade.method.size import choose_alpha
 from kfade.method.step import Step
 from kfade.method.update import Update
 from kfade.models.interface import check_model, check_sets

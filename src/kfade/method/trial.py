@@ -18,15 +18,9 @@ from kfade.method.measure import mean_divergence
 from kfade.method.objectives import Objective
 from kfade.method.record import Best, Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
+from kfade.method.search import Probe, UnreachedError
 from kfade.method.settings import Direction
-from kfade.method.size import (
-    NoRiseError,
-    Probe,
-    StepSize,
-    UnreachedError,
-    choose_alpha,
-    where_most_is_forgotten,
-)
+from kfade.method.size import NoRiseError, StepSize, choose_alpha, where_most_is_forgotten
 from kfade.method.step import Step
 from kfade.method.update import Update
 from kfade.models.targets import Target

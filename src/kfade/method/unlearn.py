@@ -27,8 +27,9 @@ from kfade.method.objectives import Objective
 from kfade.method.record import Candidate, StepRecord, amended, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
+from kfade.method.search import UnreachedError
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.size import NoRiseError, StepSize, UnreachedError
+from kfade.method.size import NoRiseError, StepSize
 from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
 from kfade.method.update import Update
@@ -78,7 +79,7 @@ def unlearn(
     direction = _decided(direction, size, run, forget)
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
-    run = _divided(run, model)
+    size, run = size.decided(gauges.whole.head.vocabulary), _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
     spread = {name: getattr(direction, name) for name in ("bound", "noise", "at_prompts")}
@@ -212,8 +213,15 @@ class _Shared:
         objective: Objective,
     ) -> Update:
         """The update at the end of a run: within its size, corrected, and marked if early."""
-        gauges, targets, run = self.gauges, self.targets, self.run
-        update = gauges.settled(update, objective, self.size)
+        gauges, targets, run, size = self.gauges, self.targets, self.run, self.size
+        update = gauges.settled(update, objective, size)
+        first, now = ends_of(update.provenance["steps"])
+        if size.has_risen(first, now):
+            say(
+                f"the forget loss has risen by {now.forget_loss - first.forget_loss:.1f} nats/token"
+                f" (at most {size.max_rise:.1f}), so the run ends at a retain KL of "
+                f"{now.retain_kl:.2e}"
+            )
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
         update = corrector.correct(update, curvature, self.drawn(index))
         return amended(update, ended=len(update.provenance["steps"]) < run.steps)

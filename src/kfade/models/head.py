@@ -171,6 +171,11 @@ class Head:
         return dot_NV
 
     @property
+    def vocabulary(self) -> int:
+        """V: the number of logits of a position."""
+        return cast(Tensor, self.linear.weight).shape[0]
+
+    @property
     def _has_own_product(self) -> bool:
         return type(self.linear).forward is not nn.Linear.forward
 
