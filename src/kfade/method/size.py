@@ -1,4 +1,4 @@
-"""The size of a step: what it is to reach, and the search for it."""
+"""The size of a step: what it is to reach, and the length that reaches it."""
 
 from __future__ import annotations
 
