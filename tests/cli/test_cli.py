@@ -207,9 +207,9 @@ def test_a_refused_size_keeps_the_fit_and_other_settings_go_on_from_it(
 ):
     """Another size, or another number of steps, as the message advises."""
     again = ("--kl", "0.01", *other)
-    assert unlearn(setup, "--kl", "1e6") == 2
+    assert unlearn(setup, "--until", "forget_loss=1e6") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--kl 1e+06 (2.778e+04 nats after this step) cannot be reached in one step" in said
+    assert "--until forget_loss=1e+06 (a rise of 1.667e+05 nats in this step) cannot be" in said
     assert "ask for less, or take more --steps" in said
     kept = f"what was finished is kept in {setup['out']}.part: --resume continues from it, also"
     assert (
@@ -248,7 +248,7 @@ def test_a_run_that_is_refused_before_it_kept_anything_leaves_nothing(setup, tmp
     arguments = ["--retain", setup["retain"], "--sequence-length", "8"]
     assert main(["fit", setup["model"], *arguments, "--out", fitted]) == 0
     capsys.readouterr()
-    assert unlearn(setup, "--kl", "1e6", "--curvature", fitted) == 2
+    assert unlearn(setup, "--until", "forget_loss=1e6", "--curvature", fitted) == 2
     assert "kept" not in capsys.readouterr().err
     assert leftovers(setup) == []
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import flat, measured_kl, random_sequences, tiny_llama
 
 import kfade
@@ -13,6 +15,7 @@ from kfade import KFAC, InputError, StepSize, Update, cross_entropy, make_batche
 from kfade.method.gauge import Gauge
 from kfade.method.gauges import Gauges, part_of
 from kfade.method.measure import TokenLosses, mean_objectives
+from kfade.method.search import Probe
 from kfade.method.size import KL_TOLERANCE
 
 MANY = {
@@ -259,6 +262,63 @@ def test_a_run_that_went_too_far_and_cannot_meet_its_size_stays_within_it(monkey
     # 0.0112 is nearer to 0.01, but beyond it. 0.002: half of 0.004, where the KL jumps.
     assert ended["retain_kl"] == pytest.approx(0.002, rel=1e-2)
     assert 0.3 < ended["scaled_by"] < 0.6  # about the square root of 0.004 / 0.02
+
+
+def scaled(kl_of, loss_of, **size) -> tuple[float, float, float]:
+    """(factor, KL, rise of the loss) of a run that ended at a factor of 1 of these two, settled."""
+
+    def measure(update: Update, _, alpha: float) -> Probe:
+        c = update.deltas["w"].item()
+        return Probe(alpha, kl_of(c), loss_of(c), math.exp(-loss_of(c)), 0.0)
+
+    whole = SimpleNamespace(sequences={"forget": 1, "held_out": 1}, measure=measure)
+    end = {"forget_loss_before": loss_of(0), "forget_loss_after": loss_of(1)}
+    end |= {f"forget_probability_{when}": 0.1 for when in ("before", "after")}
+    end |= {"retain_kl": kl_of(1), "measured_on": whole.sequences}
+    gauges = Gauges(whole, whole, Probe(0.0, 0.0, loss_of(0), 1.0, 0.0), 1)
+    beyond = Update({"w": torch.ones(1)}, {"steps": [end]})
+    [last] = gauges.settled(beyond, cross_entropy, StepSize(**size)).provenance["steps"]
+    rise = last["forget_loss_after"] - loss_of(0)
+    return last.get("scaled_by", 1.0), last["retain_kl"], rise
+
+
+def test_a_run_comes_back_to_each_of_its_limits():
+    def line(c: float) -> float:
+        return 1 + 3 * c
+
+    assert scaled(lambda c: c**2, line, kl=1.0, max_rise=4.0) == (1.0, 1.0, 3.0)
+    factor, kl, rise = scaled(lambda c: 2 * c**2, line, kl=1.0, max_rise=4.0)
+    assert (kl, rise) == pytest.approx((1.0, 3 * factor), rel=0.1)
+    factor, kl, rise = scaled(lambda c: 2 * c**2, line, kl=1.0, max_rise=1.0)
+    assert (factor, rise) == pytest.approx((1 / 3, 1.0), rel=0.03)
+    # As on real text: the KL of all data is twenty times the size.
+    factor, kl, _ = scaled(lambda c: 0.8 * c**5, line, kl=0.04)
+    assert (factor, kl) == pytest.approx(((0.04 / 0.8) ** 0.2, 0.04), rel=0.1)
+    for broken in (math.inf, math.nan):
+        _, kl, _ = scaled(lambda c, end=broken: 2 * c**2 if c < 0.9 else end, line, kl=1.0)
+        assert kl == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_way_back_is_never_one_forward():
+    """A loss that rises late, and falls again beyond the end of the run."""
+
+    def late(c: float) -> float:
+        return 1 + (6 * c**12 if c <= 1 else 6 / c**6)
+
+    factor, _, rise = scaled(lambda c: c**2, late, until=4.0)
+    assert 0.9 < factor < 1
+    assert rise == pytest.approx(3.0, rel=0.03)
+
+
+def test_a_rise_that_a_part_misjudges_ends_within_its_cap_all_the_same(monkeypatch):
+    model = tiny_llama()
+    misjudged(monkeypatch, 0.4)
+    options = {"fit": KFAC(), "steps": 4, "refit": False, "kl": 1.0}
+    update = kfade.unlearn(model, **MANY, **flat(**options, max_rise=0.3))
+    first, *_, last = update.provenance["steps"]
+    assert last["forget_loss_after"] - first["forget_loss_before"] == pytest.approx(0.3, rel=0.03)
+    assert last["scaled_by"] < 0.9
+    assert "of at most 0.3" in last["ended_by"]
 
 
 def test_a_target_that_is_reached_already_is_refused():

@@ -256,6 +256,15 @@ def test_of_steps_to_a_kl_one_that_ended_early_is_compared_by_its_loss():
         assert chosen == {True: best, False: 1}
 
 
+def test_of_steps_that_ended_at_their_rise_the_ratio_decides():
+    """Both rise by 1 nat, which is all they may, one of them for a tenth of the KL."""
+    for enough, best in ((1.95, 0), (2.05, 1)):
+        candidates = Best(1.0, to_a_kl=True, enough=enough)
+        candidates.add(record(0, 0.001, 1.98), {})
+        candidates.add(record(1, 0.010, 2.0), {})
+        assert candidates.result[0].refined == best
+
+
 def test_what_is_alone_is_taken_and_not_listed():
     alone = Best(1.0)
     alone.add(record(3, 0.01, 2.0), {})

@@ -128,6 +128,18 @@ def slow_answers(model, sequences) -> tuple[float, float]:
     return losses / tokens, sum(probabilities) / len(probabilities)
 
 
+def test_a_point_to_a_kl_raises_the_forget_loss_no_more_than_it_may(
+    model, targets, sets, curvature
+):
+    sizes = [StepSize(kl=0.5), StepSize(kl=0.5, max_rise=0.2)]
+    points = grid(["margin"], ["all"], dampings(0.03), sizes)
+    free, capped = run(model, points, sets, targets, curvature)
+    start, _ = slow_answers(model, sets["forget"])
+    assert capped.forget_loss - start == pytest.approx(0.2, rel=0.03)
+    assert capped.retain_kl < 0.1 < free.retain_kl
+    assert free.forget_loss - start > 0.4
+
+
 def test_points_are_the_steps_of_unlearn(model, targets, sets, curvature, monkeypatch):
     measured: list[Update] = []
     real = Gauge.measure

@@ -412,9 +412,11 @@ def test_a_run_ends_where_no_length_of_a_later_step_has_its_size(model, monkeypa
 
     monkeypatch.setattr(Gauge, "measure", limited)
     update = run(model, **options)
+    *_, last = update.provenance["steps"]
     assert len(update.provenance["steps"]) == 2
     assert same_update(update, kept[1])
     [why] = said
+    assert why == f"step 3: {last['ended_by']}, so the run ends here"
     assert re.fullmatch(
         r"step 3: --kl 0\.01 cannot be reached in one step \(at alpha [^ ]+: added KL 0\), so the "
         "run ends here",
@@ -431,7 +433,9 @@ def test_a_step_to_a_kl_is_no_longer_than_it_forgets(model, monkeypatch):
     monkeypatch.setattr("kfade.method.trial.say", said.append)
     options = {"objective": margin, "kl": 1.0, "steps": 1}
     [step] = run(model, **options).provenance["steps"]
-    monkeypatch.setattr("kfade.method.trial.where_most_is_forgotten", lambda _, probes, *__: probes)
+    monkeypatch.setattr(
+        "kfade.method.trial.where_most_is_forgotten", lambda _, probes, *__, **___: probes
+    )
     [far] = run(model, **options).provenance["steps"]
     assert far["retain_kl"] == pytest.approx(1.0, rel=0.1)
     assert far["forget_loss_after"] < step["forget_loss_after"]
@@ -598,7 +602,7 @@ def most(loss, size: StepSize, **options) -> list[Probe]:
         return made[-1]
 
     start = replace(START, alpha=7.0, forget_loss=loss(0.0))  # the last step's α
-    found = where_most_is_forgotten(probe, probes, size, start)
+    found = where_most_is_forgotten(probe, probes, size, share=1.0, start=start, first=START)
     assert found == [*probes, *made]
     return found
 
@@ -653,6 +657,20 @@ def test_a_step_to_a_kl_raises_the_forget_loss_no_more_than_it_may(shape):
         search(shape, capped, start=replace(START, forget_loss=1.247), **options)
 
 
+@pytest.mark.parametrize("peak", [0.2, 0.6])
+def test_a_loss_that_rises_and_falls_on_the_way_to_a_kl_stays_within_its_rise(peak):
+    """It rises by 1 nat to its peak; at the KL it is below 0.25 again, or just above the start."""
+
+    def loss(a: float) -> float:
+        return 2 - (a / peak - 1) ** 2
+
+    size = StepSize(kl=(1.95 * peak) ** 2, max_rise=0.25)
+    assert most(loss, replace(size, max_rise=9.0), guess=peak)[-1].forget_loss > 1.8
+    last = most(loss, size, guess=peak)[-1]
+    assert 1.1 < last.forget_loss <= 1.25 * (1 + 0.03)
+    assert last.alpha < peak
+
+
 def test_a_kl_that_is_out_of_reach_does_not_keep_a_step_from_its_rise():
     def saturates(a: float) -> float:
         return 0.01 * math.tanh(a)
@@ -667,10 +685,12 @@ def test_a_run_to_a_kl_ends_where_its_rise_is_used_up(model, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("kfade.method.unlearn.say", said.append)
 
+    ends: list[str] = []
+
     def rises(**changes) -> list[float]:
         update = run(model, **{"kl": 1.0, "steps": 4, "refit": False, **changes})
         steps = update.provenance["steps"]
-        assert update.provenance["steps"][-1]["retain_kl"] < 1.1
+        ends.append(steps[-1]["ended_by"])
         return [step["forget_loss_after"] - steps[0]["forget_loss_before"] for step in steps]
 
     free = rises()
@@ -678,9 +698,11 @@ def test_a_run_to_a_kl_ends_where_its_rise_is_used_up(model, monkeypatch):
     assert free[-1] > 1.5
     even = rises(max_rise=0.6)
     assert even == pytest.approx([0.15, 0.3, 0.45, 0.6], abs=0.05)  # a third of a step
-    begin, end = said[-1].split(", so the run ends at a retain KL of ")
-    assert begin == "the forget loss has risen by 0.6 nats/token (at most 0.6)"
-    assert float(end) == pytest.approx(0.035, abs=0.002)
+    assert said == [
+        "the forget loss has risen by 0.6 nats/token, of at most 0.6, so the run ends here"
+    ]
+    assert ends == ["", said[0].removesuffix(", so the run ends here")]
+    assert rises(max_rise=math.inf) == free
     # A token that was certain may become as likely as any.
     assert StepSize(kl=1.0).decided(17) == StepSize(kl=1.0, max_rise=math.log(17))
     for decided in (StepSize(kl=1.0, max_rise=2.0), StepSize(until=3.0), StepSize(alpha=0.1)):

@@ -169,10 +169,10 @@ class Lines:
 
     @property
     def _told(self) -> _Task | None:
-        """The outermost task of known work; the outermost of all if there is none."""
-        running = list(self._tasks.values())
-        known = [task for task in running if task.total is not None]
-        return next(iter([*known, *running]), None)
+        """The outermost task of known work that is long; the outermost of all if there is none."""
+        running, now = list(self._tasks.values()), self._clock()
+        long = [t for t in running if t.total is not None and now - t.begun >= FIRST_LINE]
+        return next(iter([*long, *running]), None)
 
     def _watch(self) -> None:
         while not self._over.wait(TICK):

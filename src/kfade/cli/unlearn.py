@@ -40,7 +40,10 @@ def summary(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items())
     loss, probability = result["forget_loss"], result["forget_probability"]
+    why = result["steps"][-1]["ended_by"]
+    notes = [f"note: the run ended short of its size: {why}"] if why else []
     return [
+        *notes,
         f"forget loss {loss['before']:.3f} -> {loss['after']:.3f} nats/token, probability of the "
         f"forget texts {probability['before']:.3g} -> {probability['after']:.3g}",
         f"retain KL {result['retain_kl']:.2e} nats/token on "

@@ -312,7 +312,9 @@ class _Correction:
                 first=first,
             )
             if lacking > 0:
-                found = where_most_is_forgotten(along, found, size, origin)
+                found = where_most_is_forgotten(
+                    along, found, size, share=1.0, start=origin, first=first
+                )
             return found[-1]
         except NoRiseError:
             return replace(origin, alpha=0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
 from kfade.method.record import amended, ends_of
 from kfade.method.sampling import Sampler
-from kfade.method.search import Probe, UnreachedError
+from kfade.method.search import Probe, search, unreached
 from kfade.method.settings import Run
-from kfade.method.size import StepSize, choose_alpha, shortfall
+from kfade.method.size import StepSize, aim_of, shortfall
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.progress import say
@@ -73,8 +72,11 @@ class Gauges:
         and at 0 there is none: some factor meets each size, unless tokens change their experts.
         Then the farthest factor that was tried and is not beyond is taken.
         """
-        update = self.confirmed(update, objective)
-        for limit in size.limits:
+        update, limits = self.confirmed(update, objective), size.limits
+        if size.kl is not None and size.max_rise is not None and math.isfinite(size.max_rise):
+            first, _ = ends_of(update.provenance["steps"])
+            limits = [*limits, StepSize(until=first.forget_loss + size.max_rise)]
+        for limit in limits:
             update = self._within(update, objective, limit)
         return update
 
@@ -96,9 +98,12 @@ class Gauges:
             return probes[-1]
 
         # From nothing on: near there the KL is a power of the factor, which a search takes it for.
-        with stage("check"), contextlib.suppress(UnreachedError):
-            choose_alpha(probe, limit, share=1.0, start=first, guess=guess)
-        within = [p for p in probes if shortfall(limit, first, p) >= 0]
+        aim = aim_of(limit, 1.0, first, first)
+        with stage("check"):
+            search(probe, aim, guess if 0 < guess < 1 else 0.1, limit=1.0)
+        within = [p for p in probes if not aim.is_beyond(p)]
+        if not within:
+            raise unreached(aim, probes)
         met = max(within, key=lambda p: p.alpha)
         factor = met.alpha
         say(

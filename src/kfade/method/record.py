@@ -52,6 +52,8 @@ class StepRecord:
     and what the forget set has ``after`` the step are with it, the rest is without."""
     ended: bool = False
     """Whether the run ended with this step, before it had done all."""
+    ended_by: str = ""
+    """Why, if its size was not reached."""
     refined: int = 0
     """Iterations beyond the K-FADE direction that this step's direction took."""
     refinements: list[dict[str, float]] = field(default_factory=list)
@@ -66,7 +68,14 @@ class StepRecord:
         names = ("refined", "alpha", "exact_kl", "measured_kl", "retain_kl", "forget_loss_after")
         return {name: getattr(self, name) for name in names}
 
-    def beats(self, other: StepRecord, first_loss: float, *, to_a_kl: bool = False) -> bool:
+    def beats(
+        self,
+        other: StepRecord,
+        first_loss: float,
+        *,
+        to_a_kl: bool = False,
+        enough: float = math.inf,
+    ) -> bool:
         """Whether (forget loss − first loss) / √(retain KL) is greater, over the run so far.
 
         Along one direction the rise of the loss grows about as α and the KL as α². So the ratio
@@ -75,10 +84,13 @@ class StepRecord:
         Args:
             to_a_kl: the size is a KL. Where the KLs differ by more than the tolerance, one step
                 ended where most is forgotten, and the loss alone is compared.
+            enough: the forget loss at which a step to a KL ends, whatever its KL; the ratio
+                compares two such steps.
         """
         rise, their_rise = (r.forget_loss_after - first_loss for r in (self, other))
         low, high = sorted((self.retain_kl, other.retain_kl))
-        if to_a_kl and high > (1 + MIDWAY_TOLERANCE) / (1 - MIDWAY_TOLERANCE) * low:
+        ended = min(self.forget_loss_after, other.forget_loss_after) >= enough
+        if to_a_kl and not ended and high > (1 + MIDWAY_TOLERANCE) / (1 - MIDWAY_TOLERANCE) * low:
             return rise > their_rise
         return rise * math.sqrt(other.retain_kl) > their_rise * math.sqrt(self.retain_kl)
 
@@ -142,10 +154,13 @@ class Best:
     Args:
         first_loss: forget loss at the start of the run, in nats per token.
         to_a_kl: whether the size is a KL.
+        enough: as for :meth:`StepRecord.beats`.
     """
 
-    def __init__(self, first_loss: float, *, to_a_kl: bool = False) -> None:
-        self._first_loss, self._to_a_kl = first_loss, to_a_kl
+    def __init__(
+        self, first_loss: float, *, to_a_kl: bool = False, enough: float = math.inf
+    ) -> None:
+        self._first_loss, self._to_a_kl, self._enough = first_loss, to_a_kl, enough
         self._measured: list[dict[str, float]] = []
         self._best: Candidate | None = None
 
@@ -153,7 +168,7 @@ class Best:
         """Add a candidate."""
         self._measured.append(record.measured)
         if self._best is None or record.beats(
-            self._best[0], self._first_loss, to_a_kl=self._to_a_kl
+            self._best[0], self._first_loss, to_a_kl=self._to_a_kl, enough=self._enough
         ):
             self._best = record, changes
 

@@ -37,7 +37,7 @@ class StepSize:
     """G-norm of each step (the paper's): predicted KL ½α²."""
     kl: float | None = None
     """Measured mean KL per loss token on held-out retain data, of the whole run; less where a
-    longer step would forget less."""
+    longer step would forget less, or raise the forget loss by more than ``max_rise``."""
     until: float | None = None
     """Mean loss on the forget set at the end of the run, in nats per token."""
     until_probability: float | None = None
@@ -45,9 +45,10 @@ class StepSize:
     max_kl: float | None = None
     """Cap on the measured KL of the whole run, whichever way the size was chosen."""
     max_rise: float | None = None
-    """Cap on the rise of the mean forget loss in a whole run to a KL, in nats per token. Without
-    it a KL that the forget set does not need is spent on making it ever less likely. A run fills in
-    ln V: a token that was certain is then as likely as any of the vocabulary."""
+    """Cap on the rise of the mean forget loss in a whole run to a KL, in nats per token; infinite
+    for none. Without it a KL that the forget set does not need is spent on making it ever less
+    likely. When None a run fills in ln V: a token that was certain is then as likely as any of the
+    vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "kl", "until", "max_kl"):
@@ -100,7 +101,7 @@ class StepSize:
         out."""
         if self.kl is None or self.max_rise is not None:
             return self
-        return replace(self, max_rise=math.log(vocabulary))
+        return replace(self, max_rise=math.log(max(vocabulary, 2)))
 
     def has_risen(self, first: Probe, now: Probe) -> bool:
         """Whether a run to a KL has reached ``max_rise``, within its tolerance, or passed it."""
@@ -112,7 +113,7 @@ class StepSize:
     def limits(self) -> list[StepSize]:
         """What a run may not go beyond: the size, and the cap on the KL with no tolerance above."""
         capped = [] if self.max_kl is None else [StepSize(kl=self.max_kl / (1 + KL_TOLERANCE))]
-        return [*capped, replace(self, max_kl=None)]
+        return [*capped, replace(self, max_kl=None, max_rise=None)]
 
     @property
     def target(self) -> str:
@@ -160,18 +161,18 @@ def choose_alpha(
     if size.alpha is not None:
         chosen = seen(size.alpha)
     else:
-        aim = _aim(size, share, first or start, start)
-        risen = _rise_aim(size, share, first or start, start)
+        aim = aim_of(size, share, first or start, start)
+        risen = rise_aim(size, share, first or start, start)
         found = search(seen, aim, guess)
         if found is None and share < 1:
             found = nearest(seen, aim, probes)
-        if found is None and risen is not None:  # is the KL out of reach, but the rise is not?
-            far = [p for p in probes if not aim.is_beyond(p) and risen.is_beyond(p)]
-            found = min(far, key=lambda p: p.alpha, default=None)
+        if risen is not None:  # may be on the way to the KL only, or without it
+            far = [p for p in probes if p is found or not aim.is_beyond(p)]
+            over = min(filter(risen.is_beyond, far), key=lambda p: p.alpha, default=None)
+            if over is not None:
+                found = shortened(seen, probes, over, risen, power=1)
         if found is None:
             raise unreached(aim, probes)
-        if risen is not None and risen.is_beyond(found):
-            found = shortened(seen, probes, found, risen, power=1)
         chosen = found
     if size.max_kl is not None and not chosen.retain_kl <= size.max_kl:
         chosen = _capped(seen, probes, chosen, size.max_kl)
@@ -180,7 +181,13 @@ def choose_alpha(
 
 
 def where_most_is_forgotten(
-    probe: Callable[[float], Probe], probes: Sequence[Probe], size: StepSize, start: Probe
+    probe: Callable[[float], Probe],
+    probes: Sequence[Probe],
+    size: StepSize,
+    *,
+    share: float,
+    start: Probe,
+    first: Probe,
 ) -> list[Probe]:
     """The probes of a step, the chosen one last; if its size is a KL, that forgets most within it.
 
@@ -191,6 +198,7 @@ def where_most_is_forgotten(
     Args:
         probe: measures an α, by forward passes.
         probes: as :func:`choose_alpha` gives them; the KL grows from ``start`` to the last one.
+        share: as for :func:`choose_alpha`, and so is ``first``.
         start: the measurements before the step, whatever its own ``alpha`` is.
 
     Raises:
@@ -207,13 +215,16 @@ def where_most_is_forgotten(
         made.append(probe(alpha))
         return made[-1]
 
+    risen = rise_aim(size, share, first, start)
+
     def merit(trial: Probe) -> float:
-        within = trial.retain_kl <= reached.retain_kl
-        return -size.forgotten(trial) if within else math.inf
+        if trial.retain_kl > reached.retain_kl or (risen is not None and risen.is_beyond(trial)):
+            return math.inf
+        return -size.forgotten(trial)
 
     best = min((start, *shorter), key=merit)
-    first = reached.alpha / 2 if best is start else best.alpha
-    best = best_length(seen, first, start, merit)
+    middle = reached.alpha / 2 if best is start else best.alpha
+    best = best_length(seen, middle, start, merit)
     if best is start:
         raise NoRiseError(
             f"{size.target}: no length of the step raises the forget loss (before it "
@@ -234,12 +245,12 @@ def shortfall(size: StepSize, first: Probe, now: Probe) -> float:
     """
     if size.alpha is not None:
         return 0.0
-    aim = _aim(size, 1.0, first, first)
+    aim = aim_of(size, 1.0, first, first)
     reached, (low, high) = aim.measure(now), aim.accept
     return 0.0 if low <= reached <= high else aim.value - reached
 
 
-def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim:
+def aim_of(size: StepSize, share: float, first: Probe, start: Probe) -> Aim:
     """The target of a step that begins at ``start`` and goes ``share`` of the way that is left.
 
     What is measured is the change since ``start``, toward the target.
@@ -268,13 +279,16 @@ def _aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim:
     return Aim(measure, value, (value - within, value + within), asked, name)
 
 
-def _rise_aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim | None:
-    """The most that a step to a KL may raise the forget loss, as the target of a search.
+def rise_aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim | None:
+    """The most that a step to a KL may raise the forget loss, as the target of a search; None if
+    there is no such cap, or the KL lies behind.
 
     Raises:
         UnreachedError: nothing is left of it.
     """
-    if size.kl is None or size.max_rise is None:
+    if size.kl is None or size.max_rise is None or math.isinf(size.max_rise):
+        return None
+    if start.retain_kl >= size.kl:  # the way is back, which lowers the loss
         return None
     asked = f"a rise of the forget loss of at most {size.max_rise:.4g} nats"
     left, least = first.forget_loss + size.max_rise - start.forget_loss, LOSS_TOLERANCE

@@ -120,6 +120,7 @@ def sweep(
         measured = sampler.draw(forget, MEASURED_SEQUENCES)
         gauge = Gauge(model, sampler.all(held_out), measured, storage=shared.storage, head=head)
         floor = gauge.rounding_kl(targets, least)
+        begin = replace(gauge.forgetting(Update({}), cross_entropy), retain_kl=0.0)
     outcomes = dict(done or {})
 
     def record(outcome: Outcome) -> None:
@@ -141,7 +142,7 @@ def sweep(
             missing = [point for point in line if point not in outcomes]
             if missing:
                 directions = _directions(gauge, refining, shared, gradient, within[layers], missing)
-                ruler = _Ruler(gauge, floor, within[layers])
+                ruler = _Ruler(gauge, begin, floor, within[layers])
                 _measure_points(ruler, line, directions, share, outcomes, record)
                 del directions  # before the next ones are made
     found = [outcomes[point] for point in points]
@@ -248,6 +249,8 @@ class _Ruler:
     """Measures points of a sweep that change the same targets."""
 
     gauge: Gauge
+    start: Probe
+    """The measurements before any step."""
     floor: float
     """KL of rounding; a point that asks for less fails."""
     targets: Sequence[Target]
@@ -268,8 +271,8 @@ class _Ruler:
 
         try:
             refuse_below(self.floor, point.size, self.targets)
-            start = Probe(0.0, 0.0, 0.0, 1.0, 0.0)  # read only for a forgetting target
-            best = choose_alpha(probe, point.size, share=1.0, start=start, guess=guess)[-1]
+            size = point.size.decided(self.gauge.head.vocabulary)
+            best = choose_alpha(probe, size, share=1.0, start=self.start, guess=guess)[-1]
         except InputError as error:
             return Outcome(point, 0.0, failure=str(error))
         if not all(map(math.isfinite, (best.retain_kl, best.forget_loss, best.forget_probability))):

@@ -20,7 +20,7 @@ from kfade.method.record import Best, Candidate, StepRecord, ends_of
 from kfade.method.refine import Directions
 from kfade.method.search import Probe, UnreachedError
 from kfade.method.settings import Direction
-from kfade.method.size import NoRiseError, StepSize, choose_alpha, where_most_is_forgotten
+from kfade.method.size import NoRiseError, StepSize, choose_alpha, rise_aim, where_most_is_forgotten
 from kfade.method.step import Step
 from kfade.method.update import Update
 from kfade.models.targets import Target
@@ -93,7 +93,9 @@ class Trial:
             NoRiseError, UnreachedError: no direction forgets more at any length, or has the size.
             InputError: a direction that changes nothing.
         """
-        best = Best(self._first.forget_loss, to_a_kl=self._size.kl is not None)
+        risen = rise_aim(self._size, self._share, self._first, self._before)
+        enough = risen.accept[0] + self._before.forget_loss if risen is not None else math.inf
+        best = Best(self._first.forget_loss, to_a_kl=self._size.kl is not None, enough=enough)
         failure: NoRiseError | UnreachedError | None = None
         step = directions.last() if self._size.alpha is not None else directions.next()
         while step is not None:
@@ -185,7 +187,9 @@ class Trial:
                 guess=math.sqrt(2 * self._near / exact),
             )
             reached = probes[-1]
-            probes = where_most_is_forgotten(probe, probes, self._size, before)
+            probes = where_most_is_forgotten(
+                probe, probes, self._size, share=self._share, start=before, first=self._first
+            )
             after = probes[-1]
             if after.alpha < reached.alpha:
                 say(

@@ -29,7 +29,7 @@ from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.search import UnreachedError
 from kfade.method.settings import DEFAULT_KL, Direction, Run
-from kfade.method.size import NoRiseError, StepSize
+from kfade.method.size import NoRiseError, StepSize, shortfall
 from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
 from kfade.method.update import Update
@@ -188,7 +188,7 @@ class _Shared:
             if isinstance(error, UnreachedError):
                 why = error.what
             say(f"step {index + 1}: {why}, so the run ends here")
-            return direction, update, None
+            return direction, amended(update, ended_by=why), None
 
     def _gradient(self, direction: Direction, update: Update, objective: Objective) -> Vector:
         """The forget gradient of the next step, at the weights that ``update`` makes."""
@@ -216,12 +216,11 @@ class _Shared:
         gauges, targets, run, size = self.gauges, self.targets, self.run, self.size
         update = gauges.settled(update, objective, size)
         first, now = ends_of(update.provenance["steps"])
-        if size.has_risen(first, now):
-            say(
-                f"the forget loss has risen by {now.forget_loss - first.forget_loss:.1f} nats/token"
-                f" (at most {size.max_rise:.1f}), so the run ends at a retain KL of "
-                f"{now.retain_kl:.2e}"
-            )
+        if size.has_risen(first, now) and shortfall(size, first, now) > 0:
+            risen = f"{now.forget_loss - first.forget_loss:.1f} nats/token"
+            why = f"the forget loss has risen by {risen}, of at most {size.max_rise:.1f}"
+            say(f"{why}, so the run ends here")
+            update = amended(update, ended_by=why)
         corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
         update = corrector.correct(update, curvature, self.drawn(index))
         return amended(update, ended=len(update.provenance["steps"]) < run.steps)

@@ -118,9 +118,9 @@ class SizeConfig:
     alpha: float | None = None
     """G-norm α of each step, which predicts a KL of ½α² nats per token. Unset: see --kl."""
     kl: float | None = None
-    """Measured KL of the complete run on held-out retain data, in nats per token; less
-    where a shorter trial, or none, forgets more. If neither this nor --alpha nor --until is set:
-    0.01."""
+    """Measured KL of the complete run on held-out retain data, in nats per token; less where a
+    shorter trial, or none, forgets more, or where the mean forget loss has risen by ln V, with V
+    tokens in the vocabulary. If neither this nor --alpha nor --until is set: 0.01."""
     until: str | None = None
     """Forgetting target: forget_loss=2.7 (nats per token) or forget_probability=0.1 (mean over the
     forget texts). Unset: see --kl."""
