@@ -107,7 +107,8 @@ def test_python_block(desk):
     (block,) = blocks("python")
     block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
     block = block.replace("tokenizer)\n", "tokenizer, length=8)\n")
+    block = block.replace("kl=0.01", "kl=0.005")  # with 40 tokens there is no more to forget
     names: dict = {}
     exec(block, names)
     assert isinstance(names["update"], kfade.Update)
-    assert names["update"].provenance["steps"][-1]["retain_kl"] == pytest.approx(0.01, rel=0.1)
+    assert names["update"].provenance["steps"][-1]["retain_kl"] == pytest.approx(0.005, rel=0.1)
