@@ -202,9 +202,9 @@ def test_a_sweep_and_a_fit_keep_to_a_memory(desk, rooms, tmp_path):
     assert same_update(tmp_path / "plain", tmp_path / "small")
 
 
-def words_of(desk: Path, out: Path, *more: str) -> list[str]:
+def words_of(desk: Path, out: Path, *more: str, steps: int = 3) -> list[str]:
     sets = ["--forget", str(desk / "forget.jsonl"), "--retain", str(desk / "retain.jsonl")]
-    sizes = ["--sequence-length", "16", "--batch-tokens", "32", "--steps", "3", *more]
+    sizes = ["--sequence-length", "16", "--batch-tokens", "32", "--steps", f"{steps}", *more]
     return ["unlearn", str(desk / "model"), *sets, *sizes, "--kl", "0.02", "--out", str(out)]
 
 
@@ -227,8 +227,8 @@ def test_a_run_with_vectors_on_disk_goes_on_after_a_kill(desk, tmp_path, more):
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", [[], ["--offload", "disk"]])
 def test_a_sharded_run_goes_on_after_a_kill(desk, tmp_path, offload):
-    more = ["--estimator", "kfac", "--shard", "--layers", "2-5", "--steps", "2", *offload]
-    whole, again = (words_of(desk, tmp_path / name, *more) for name in ("whole", "again"))
+    more = ["--estimator", "kfac", "--shard", "--layers", "2-5", *offload]
+    whole, again = (words_of(desk, tmp_path / name, *more, steps=2) for name in ("whole", "again"))
     run_together(2, main, whole, said=tmp_path / "first")
     with pytest.raises(AssertionError):
         run_together(2, killed_after_step, 1, again, said=tmp_path / "second")

@@ -116,6 +116,8 @@ def test_a_run_is_recorded_alike(kind, found, expected):
             for key, value in their_step.items():
                 if key == "probes":
                     assert len(our_step[key]) == len(value)
+                elif key == "ended_by":
+                    assert our_step[key] == value
                 elif key == "relative_change":
                     assert our_step[key] == pytest.approx(value, rel=1e-6)
                 elif key == "refinements":
