@@ -40,7 +40,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items())
     loss, probability = result["forget_loss"], result["forget_probability"]
-    why = result["steps"][-1]["ended_by"]
+    why = result["steps"][-1].get("ended_by")  # steps of an older version have none
     notes = [f"note: the run ended short of its size: {why}"] if why else []
     return [
         *notes,
