@@ -15,8 +15,9 @@ from kfade import KFAC, InputError, StepSize, Update, cross_entropy, make_batche
 from kfade.method.gauge import Gauge
 from kfade.method.gauges import Gauges, part_of
 from kfade.method.measure import TokenLosses, mean_objectives
-from kfade.method.search import Probe
+from kfade.method.search import SEARCH, Probe
 from kfade.method.size import KL_TOLERANCE
+from kfade.runtime.progress import reporting
 
 MANY = {
     "forget": random_sequences(40, seed=7),
@@ -297,6 +298,20 @@ def test_a_run_comes_back_to_each_of_its_limits():
     for broken in (math.inf, math.nan):
         _, kl, _ = scaled(lambda c, end=broken: 2 * c**2 if c < 0.9 else end, line, kl=1.0)
         assert kl == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_way_back_is_told_of_while_it_is_searched():
+    told: list[str] = []
+    reporter = SimpleNamespace(
+        start=lambda name, total: told.append(f"start {name}") or 7,
+        stop=lambda task: told.append(f"stop {task}"),
+        say=told.append,
+    )
+    with reporting(reporter):
+        scaled(lambda c: 2 * c**2, lambda c: 1 + 3 * c, kl=1.0)
+    assert told[:2] == [f"start {SEARCH}", "stop 7"]
+    [said] = told[2:]
+    assert said.startswith("the steps went too far, so the update is scaled by 0.7")
 
 
 def test_the_way_back_is_never_one_forward():

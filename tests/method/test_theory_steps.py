@@ -12,14 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import (
-    flat,
-    measured_kl,
-    random_sequences,
-    relative_error,
-    same_bits,
-    tiny_llama,
-)
+from helpers import flat, measured_kl, random_sequences, relative_error, same_bits, tiny_llama
 from oracles import loops
 
 import kfade

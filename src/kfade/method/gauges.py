@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,9 +16,9 @@ from kfade.method.objectives import Objective
 from kfade.method.preflight import preflight
 from kfade.method.record import amended, ends_of
 from kfade.method.sampling import Sampler
-from kfade.method.search import Probe, search, unreached
+from kfade.method.search import Probe, shortened
 from kfade.method.settings import Run
-from kfade.method.size import StepSize, aim_of, shortfall
+from kfade.method.size import StepSize, aim_of
 from kfade.method.update import Update
 from kfade.models.targets import Target
 from kfade.runtime.progress import say
@@ -72,24 +72,17 @@ class Gauges:
         and at 0 there is none: some factor meets each size, unless tokens change their experts.
         Then the farthest factor that was tried and is not beyond is taken.
         """
-        update, limits = self.confirmed(update, objective), size.limits
-        if size.kl is not None and size.max_rise is not None and math.isfinite(size.max_rise):
-            first, _ = ends_of(update.provenance["steps"])
-            limits = [*limits, StepSize(until=first.forget_loss + size.max_rise)]
-        for limit in limits:
+        update = self.confirmed(update, objective)
+        first, _ = ends_of(update.provenance["steps"])
+        for limit in size.limits(first):
             update = self._within(update, objective, limit)
         return update
 
     def _within(self, update: Update, objective: Objective, limit: StepSize) -> Update:
         first, now = ends_of(update.provenance["steps"])
-        if shortfall(limit, first, now) >= 0:
+        aim = aim_of(limit, 1.0, first, first)
+        if not aim.is_beyond(now):
             return update
-        if limit.kl is not None:
-            guess = math.sqrt(limit.kl / now.retain_kl)
-        else:
-            assert limit.goal is not None
-            start = limit.forgotten(first)
-            guess = (limit.goal - start) / (limit.forgotten(now) - start)
         probes: list[Probe] = []
 
         def probe(factor: float) -> Probe:
@@ -98,13 +91,9 @@ class Gauges:
             return probes[-1]
 
         # From nothing on: near there the KL is a power of the factor, which a search takes it for.
-        aim = aim_of(limit, 1.0, first, first)
+        power = 2 if limit.kl is not None else 1
         with stage("check"):
-            search(probe, aim, guess if 0 < guess < 1 else 0.1, limit=1.0)
-        within = [p for p in probes if not aim.is_beyond(p)]
-        if not within:
-            raise unreached(aim, probes)
-        met = max(within, key=lambda p: p.alpha)
+            met = shortened(probe, probes, replace(now, alpha=1.0), aim, power)
         factor = met.alpha
         say(
             f"the steps went too far, so the update is scaled by {factor:.4g}: retain KL "

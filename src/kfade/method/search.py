@@ -99,6 +99,7 @@ def shortened(
     return seen(max(within))
 
 
+@waiting(SEARCH)
 def search(
     seen: Callable[[float], Probe], aim: Aim, guess: float, limit: float = math.inf
 ) -> Probe | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from kfade.errors import InputError
 from kfade.method.search import (
-    SEARCH,
     Aim,
     Probe,
     UnreachedError,
@@ -18,7 +17,6 @@ from kfade.method.search import (
     shortened,
     unreached,
 )
-from kfade.runtime.progress import waiting
 
 KL_TOLERANCE = 0.1  # relative error of a measured KL; a held-out sample is no more accurate
 LOSS_TOLERANCE = 0.03  # of the rise of the forget loss
@@ -27,6 +25,8 @@ MIDWAY_TOLERANCE = 0.2  # of either, if more steps follow, which compensate
 
 class NoRiseError(InputError):
     """No length of a step raises what is forgotten."""
+
+    what = "no length of it raises the forget loss"
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,31 @@ class StepSize:
             return self
         return replace(self, max_rise=math.log(max(vocabulary, 2)))
 
-    def has_risen(self, first: Probe, now: Probe) -> bool:
-        """Whether a run to a KL has reached ``max_rise``, within its tolerance, or passed it."""
-        if self.kl is None or self.max_rise is None:
-            return False
-        return now.forget_loss - first.forget_loss >= (1 - LOSS_TOLERANCE) * self.max_rise
-
     @property
-    def limits(self) -> list[StepSize]:
-        """What a run may not go beyond: the size, and the cap on the KL with no tolerance above."""
-        capped = [] if self.max_kl is None else [StepSize(kl=self.max_kl / (1 + KL_TOLERANCE))]
-        return [*capped, replace(self, max_kl=None, max_rise=None)]
+    def rise_cap(self) -> float | None:
+        """``max_rise`` where it holds: in a run to a KL, and if it is finite."""
+        holds = self.kl is not None and math.isfinite(self.max_rise or math.inf)
+        return self.max_rise if holds else None
+
+    def has_risen(self, first: Probe, now: Probe) -> bool:
+        """Whether a run has reached its ``max_rise``, within its tolerance, or passed it."""
+        if self.rise_cap is None:
+            return False
+        return now.forget_loss - first.forget_loss >= (1 - LOSS_TOLERANCE) * self.rise_cap
+
+    def limits(self, first: Probe) -> list[StepSize]:
+        """What a run may not go beyond: the cap on the KL with no tolerance above, the size if it
+        is of a whole run, and the cap on the rise.
+
+        Args:
+            first: the measurements at the start of the run.
+        """
+        limits = [] if self.max_kl is None else [StepSize(kl=self.max_kl / (1 + KL_TOLERANCE))]
+        if self.alpha is None:
+            limits.append(replace(self, max_kl=None, max_rise=None))
+        if self.rise_cap is not None:
+            limits.append(StepSize(until=first.forget_loss + self.rise_cap))
+        return limits
 
     @property
     def target(self) -> str:
@@ -125,7 +139,6 @@ class StepSize:
         return f"--until forget_loss={self.until:.4g}"
 
 
-@waiting(SEARCH)
 def choose_alpha(
     probe: Callable[[float], Probe],
     size: StepSize,
@@ -286,16 +299,17 @@ def rise_aim(size: StepSize, share: float, first: Probe, start: Probe) -> Aim | 
     Raises:
         UnreachedError: nothing is left of it.
     """
-    if size.kl is None or size.max_rise is None or math.isinf(size.max_rise):
+    most = size.rise_cap
+    if most is None or size.kl is None:
         return None
     if start.retain_kl >= size.kl:  # the way is back, which lowers the loss
         return None
-    asked = f"a rise of the forget loss of at most {size.max_rise:.4g} nats"
-    left, least = first.forget_loss + size.max_rise - start.forget_loss, LOSS_TOLERANCE
-    if left <= least * size.max_rise:
+    asked = f"a rise of the forget loss of at most {most:.4g} nats"
+    left, least = first.forget_loss + most - start.forget_loss, LOSS_TOLERANCE * most
+    if left <= least:
         raise UnreachedError(f"{asked} leaves no further step", "ask for less")
     value = share * left
-    within = least * size.max_rise if share == 1 else MIDWAY_TOLERANCE * value
+    within = least if share == 1 else MIDWAY_TOLERANCE * value
 
     def rise(probe: Probe) -> float:
         return probe.forget_loss - start.forget_loss

@@ -19,6 +19,8 @@ from kfade.models.targets import named
 class NoGradientError(InputError):
     """The forget gradient is zero: the objective has nothing to raise."""
 
+    what = "no gradient of the objective is left"
+
 
 @dataclass(frozen=True)
 class Step:

@@ -182,13 +182,8 @@ class _Shared:
                 ) from error
             if index == 0:
                 raise
-            why = "no gradient of the objective is left"
-            if isinstance(error, NoRiseError):
-                why = "no length of it raises the forget loss"
-            if isinstance(error, UnreachedError):
-                why = error.what
-            say(f"step {index + 1}: {why}, so the run ends here")
-            return direction, amended(update, ended_by=why), None
+            say(f"step {index + 1}: {error.what}, so the run ends here")
+            return direction, amended(update, ended_by=error.what), None
 
     def _gradient(self, direction: Direction, update: Update, objective: Objective) -> Vector:
         """The forget gradient of the next step, at the weights that ``update`` makes."""
@@ -221,7 +216,7 @@ class _Shared:
             why = f"the forget loss has risen by {risen}, of at most {size.max_rise:.1f}"
             say(f"{why}, so the run ends here")
             update = amended(update, ended_by=why)
-        corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, self.size, run)
+        corrector = Corrector(gauges.whole, targets, self.sampler, self.retain, size, run)
         update = corrector.correct(update, curvature, self.drawn(index))
         return amended(update, ended=len(update.provenance["steps"]) < run.steps)
 
