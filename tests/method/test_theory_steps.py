@@ -664,6 +664,17 @@ def test_a_loss_that_rises_and_falls_on_the_way_to_a_kl_stays_within_its_rise(pe
     assert last.alpha < peak
 
 
+def test_a_step_of_which_every_trial_forgets_too_much_is_shortened():
+    """At the KL the loss is below its start, at all the halves that are tried beyond its rise."""
+
+    def loss(a: float) -> float:
+        return 1 + 4 * (1 - (a / 0.3 - 1) ** 2)
+
+    last = most(loss, StepSize(kl=1.0, max_rise=0.25), guess=1.0)[-1]
+    assert loss(1.0) < 1 < loss(2.0**-6) - 0.25 * 1.03
+    assert last.forget_loss == pytest.approx(1.25, abs=0.03 * 0.25)
+
+
 def test_a_kl_that_is_out_of_reach_does_not_keep_a_step_from_its_rise():
     def saturates(a: float) -> float:
         return 0.01 * math.tanh(a)

@@ -230,14 +230,22 @@ def where_most_is_forgotten(
 
     risen = rise_aim(size, share, first, start)
 
+    def within(trial: Probe) -> bool:
+        return trial.retain_kl <= reached.retain_kl
+
     def merit(trial: Probe) -> float:
-        if trial.retain_kl > reached.retain_kl or (risen is not None and risen.is_beyond(trial)):
+        if not within(trial) or (risen is not None and risen.is_beyond(trial)):
             return math.inf
         return -size.forgotten(trial)
 
     best = min((start, *shorter), key=merit)
     middle = reached.alpha / 2 if best is start else best.alpha
     best = best_length(seen, middle, start, merit)
+    if best is start and risen is not None:  # do all of these lengths forget too much?
+        far = [p for p in made if within(p) and risen.is_beyond(p)]
+        if far:
+            shortened(seen, made, min(far, key=lambda p: p.alpha), risen, power=1)
+            return made
     if best is start:
         raise NoRiseError(
             f"{size.target}: no length of the step raises the forget loss (before it "
