@@ -166,7 +166,7 @@ def test_bands_are_measured_at_the_first_step_too(monkeypatch):
     measured, real = [], Trial._rise
 
     def noting(self, *given):
-        measured.append(len(self._update.provenance["steps"]))
+        measured.append(len(self.update.provenance["steps"]))
         return real(self, *given)
 
     monkeypatch.setattr(Trial, "_rise", noting)

@@ -148,8 +148,9 @@ def test_command_plans_steps(tmp_path, capsys):
         whole = of_step + 3 * of_damping
         parts = of_step * (3 / 4 + 1) + 3 * of_damping / 4 + 3 * 4 * 3 / 4
         step[kind] = parts / whole
-    # The model, then two trials; at the end on all, before that on a quarter.
-    check = {"forward": (1 + 1 / 4 + 3 * 2 / 4 + 1 + 2) / (1 + 2)}
+    # What a step begins with, on all and before the last step on a quarter, too; then two trials:
+    # in the last step on all, before that on a quarter.
+    check = {"forward": (4 + 3 / 4 + 3 * 2 / 4 + 2) / (1 + 2)}
     times = {"gradient": dict.fromkeys(one["flops"]["gradient"], 4), "step": step, "check": check}
     for stage, kinds in one["flops"].items():
         for kind, amount in kinds.items():

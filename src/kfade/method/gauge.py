@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,7 @@ from kfade.models.load import frozen
 from kfade.models.targets import Target
 from kfade.models.weights import parameter_names
 
+MOST_FACTOR = 10.0  # a part with less of the KL than that does not tell how it grows
 FLOAT32_SAFE = 1e-8  # nats per token: far above the KL of rounding to float32
 
 
@@ -58,6 +60,7 @@ class Gauge:
         self.latest = self.base
         """Hidden states on held-out retain data with the update that was measured last."""
         self._loss_offset = self._log_offset = 0.0
+        self._kl_factor = 1.0
 
     @property
     def sequences(self) -> dict[str, int]:
@@ -85,7 +88,7 @@ class Gauge:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
             forgotten = self._forgetting(model, objective, alpha)
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
-        return replace(forgotten, retain_kl=kl)
+        return replace(forgotten, retain_kl=self._kl_factor * kl)
 
     def forgetting(self, update: Update, objective: Objective) -> Probe:
         """What :meth:`measure` gives, without the retain KL, which is not a number here."""
@@ -98,34 +101,27 @@ class Gauge:
         probability = losses.mean_probability(self._forget) * math.exp(self._log_offset)
         return Probe(alpha, math.nan, loss + self._loss_offset, probability, value)
 
-    def on_part(
-        self,
-        held_out: Sequence[Batch],
-        forget: Sequence[Batch],
-        start: Probe,
-        objective: Objective,
-    ) -> tuple[Gauge, Probe]:
-        """A gauge on a part of the data that estimates what this one would measure, and what it
-        measures without an update.
+    def anchored(self, update: Update, now: Probe, objective: Objective) -> tuple[Gauge, Probe]:
+        """A gauge that estimates what more data than its own would measure near ``update``, and
+        what it measures there.
 
-        The part is a control variate: its forget loss, and the logarithm of its probability, are
-        shifted by constants such that without an update they are those of all the data.
+        Its own data are a control variate. The forget loss, and the logarithm of the probability,
+        are shifted by constants, and the KL is multiplied by one, such that with ``update`` they
+        are those of all the data.
 
         Args:
-            held_out: part of the held-out retain data.
-            forget: part of the forget data.
-            start: the measurements of all of it, without an update.
+            now: the measurements of all the data with ``update``.
         """
-        part = Gauge(self.model, held_out, forget, storage=self._storage, head=self.head)
-        own = part.measure(Update({}), objective)
-        part._loss_offset = start.forget_loss - own.forget_loss
+        found = copy.copy(self)
+        own = found.measure(update, objective)
+        found._loss_offset = now.forget_loss - own.forget_loss
         least = math.ulp(0.0)  # a probability may underflow
-        part._log_offset = math.log(max(start.forget_probability, least)) - math.log(
+        found._log_offset = math.log(max(now.forget_probability, least)) - math.log(
             max(own.forget_probability, least)
         )
-        return part, replace(
-            own, forget_loss=start.forget_loss, forget_probability=start.forget_probability
-        )
+        if own.retain_kl > 0 and 0 < now.retain_kl < math.inf:
+            found._kl_factor = min(now.retain_kl / own.retain_kl, MOST_FACTOR)
+        return found, replace(now, objective=own.objective)
 
     def exact_form(self, direction: Vector, targets: Sequence[Target]) -> float:
         """dᵀGd with the exact G of held-out retain data, at the model's present weights.

@@ -38,30 +38,36 @@ def part_of(count: int, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Gauges:
-    """The gauges of a run. A step on the way is met within ``MIDWAY_TOLERANCE``, which a part of
-    the data decides; the last step, one that the part sees beyond the size, and what a run reports
-    are measured on all.
+    """The gauges of a run. A step on the way is met within ``MIDWAY_TOLERANCE``, which trials on a
+    part of the data decide; the last step, what a step begins from, and what a run reports are
+    measured on all.
     """
 
     whole: Gauge
     part: Gauge
     begin: Probe
-    """The measurements before the first step, by the gauge of that step."""
+    """The measurements of all data before the first step."""
     steps: int
     """Number of steps of the run."""
 
     def of(self, step: int) -> Gauge:
-        """The gauge of a step, counted from 0."""
+        """The gauge of the trials of a step, counted from 0."""
         return self.part if step + 1 < self.steps else self.whole
 
     def confirmed(self, update: Update, objective: Objective) -> Update:
         """The update with what its last step ended with measured on all data."""
-        last = update.provenance["steps"][-1]
-        if last.get("confirmed") or last.get("measured_on") == self.whole.sequences:
+        if self._is_confirmed(update):
             return update
         with stage("check"):
-            now = self.whole.measure(update, objective)
-        return _after(update, now, confirmed=True)
+            return self.noted(update, self.whole.measure(update, objective))
+
+    def noted(self, update: Update, now: Probe) -> Update:
+        """What :meth:`confirmed` gives, where ``now`` has been measured on all data."""
+        return update if self._is_confirmed(update) else _after(update, now, confirmed=True)
+
+    def _is_confirmed(self, update: Update) -> bool:
+        last = update.provenance["steps"][-1]
+        return bool(last.get("confirmed")) or last.get("measured_on") == self.whole.sequences
 
     def settled(self, update: Update, objective: Objective, size: StepSize) -> Update:
         """The update that :meth:`confirmed` gives; if that is beyond the size or the cap, a part of
@@ -149,7 +155,7 @@ def gauges_of(
             return Gauges(whole, whole, begin, run.steps)
         few_held_out = sampler.draw(held_out, counts["held_out"])
         few = sampler.draw(forget, counts["forget"])
-        part, begin = whole.on_part(few_held_out, few, begin, objective)
+        part = Gauge(model, few_held_out, few, storage=run.storage, head=head)
     return Gauges(whole, part, begin, run.steps)
 
 

@@ -35,7 +35,8 @@ LIKELY_KL = 0.001  # of a run to a forgetting target, before anything is measure
 
 
 class Trial:
-    """Tries one step along its directions. Measures the edited model before it when created.
+    """Tries one step along its directions. Measures the edited model before it when created, on all
+    data.
 
     Args:
         update: the sum of all previous steps.
@@ -55,17 +56,23 @@ class Trial:
         begin: Known | None = None,
     ) -> None:
         records = update.provenance["steps"]
-        gauge = gauges.of(len(records))
-        self._targets, self._update, self._part = targets, update, gauges.part
-        self._direction, self._size = direction, size
+        self._targets, self._direction, self._size = targets, direction, size
         self._last: Probe | None = None
         self._is_first, self._share = not records, 1 / (steps - len(records))
+        self._gauge = gauges.of(len(records))
+        self._is_whole, self._part = self._gauge is gauges.whole, gauges.part
         with stage("check"):
-            self.objective, self._before = self._measured_before(gauge, begin)
-            if gauge is not gauges.whole and self.is_beyond:  # by a part, which others may outvote
-                gauge = gauges.whole
-                self.objective, self._before = self._measured_before(gauge)
-        self._gauge, self._hidden = gauge, gauge.latest
+            known, before = begin or self._measured_before(gauges.whole, update)
+            self.objective = direction.objective_of(len(records), before.forget_loss)
+            if not self._is_whole:
+                self._gauge, before = self._gauge.anchored(update, before, self.objective)
+                self._part = self._gauge
+            elif self.objective != known:
+                value = self._gauge.forgetting(update, self.objective).objective
+                before = replace(before, objective=value)
+        self.update = gauges.noted(update, before) if records else update
+        """The sum of all previous steps, with what all data say of it."""
+        self._before, self._hidden = before, self._gauge.latest
         # A search begins where the exact form has the value of the last step; the first one at the
         # KL asked for, or at a likely one.
         near = (size.kl or LIKELY_KL) / steps**2
@@ -79,7 +86,7 @@ class Trial:
     @property
     def _first(self) -> Probe:
         """The measurements at the start of the run."""
-        records = self._update.provenance["steps"]
+        records = self.update.provenance["steps"]
         return ends_of(records)[0] if records else self._before
 
     def best(self, directions: Directions) -> Candidate:
@@ -114,22 +121,17 @@ class Trial:
             self._last = None
         return record, changes
 
-    def ended(self, gauge: Gauge) -> Known | None:
-        """The measurements after this step, if those were the last ones, and by ``gauge``."""
-        if self._last is None or gauge is not self._gauge:
+    @property
+    def ended(self) -> Known | None:
+        """The measurements after this step, if those were the last ones, and of all data."""
+        if self._last is None or not self._is_whole:
             return None
         return self.objective, self._last
 
-    def _measured_before(self, gauge: Gauge, known: Known | None = None) -> Known:
-        """The objective of this step, and the measurements before it, of that objective."""
-        step = len(self._update.provenance["steps"])
-        plain = self._direction.objective_of(step, loss=0.0)
-        measured, before = known or (plain, gauge.measure(self._update, plain))
-        objective = self._direction.objective_of(step, before.forget_loss)
-        if objective != measured:
-            value = gauge.forgetting(self._update, objective).objective
-            before = replace(before, objective=value)
-        return objective, before
+    def _measured_before(self, gauge: Gauge, update: Update) -> Known:
+        """The measurements before this step, by its objective without a bound."""
+        plain = self._direction.objective_of(len(update.provenance["steps"]), loss=0.0)
+        return plain, gauge.measure(update, plain)
 
     def _measured(self, step: Step) -> tuple[Step, float]:
         """The step in bands, scaled to exact unit length if ``exact_norm``, and its squared length
@@ -149,7 +151,7 @@ class Trial:
 
     def _forms(self, parts: Sequence[Vector]) -> Tensor:
         """d_iᵀGd_j of each two parts of the direction."""
-        with self._part.applied(self._update):
+        with self._part.applied(self.update):
             return self._part.exact_forms(parts, self._targets)
 
     def _rise(self, part: Vector, form: float) -> float:
@@ -159,14 +161,14 @@ class Trial:
             return 0.0
         length = math.sqrt(2 * self._near / form)
         changes = parameter_changes(self._targets, part)
-        after = self._part.forgetting(self._update.plus(changes, length), self.objective)
+        after = self._part.forgetting(self.update.plus(changes, length), self.objective)
         return (self._size.forgotten(after) - self._begin) / length
 
     @cached_property
     def _begin(self) -> float:
         """What is forgotten before this step, by the part of the data."""
         known = self._part is self._gauge
-        before = self._before if known else self._part.forgetting(self._update, self.objective)
+        before = self._before if known else self._part.forgetting(self.update, self.objective)
         return self._size.forgotten(before)
 
     def _along(self, step: Step, exact: float, refined: int) -> Candidate:
@@ -175,7 +177,7 @@ class Trial:
         changes = parameter_changes(self._targets, step.direction)
 
         def probe(alpha: float) -> Probe:
-            return gauge.measure(self._update.plus(changes, alpha), self.objective, alpha)
+            return gauge.measure(self.update.plus(changes, alpha), self.objective, alpha)
 
         with stage("check"):
             probes = choose_alpha(

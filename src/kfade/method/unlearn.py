@@ -91,13 +91,14 @@ def unlearn(
     while not _is_finished(update, run):
         index = len(update.provenance["steps"])
         trial = Trial(gauges, targets, update, direction, size, run.steps, begin)
+        update = trial.update
         if curvature is None or (run.refit and index > 0 and not trial.is_beyond):
             curvature = shared.fitted(update, index)
         direction, update, found = shared.tried(trial, direction, update, curvature)
         is_over = found is None
         if found is not None:
             update = _after(update, *found).kept(run.storage)
-            begin = trial.ended(gauges.of(index + 1))
+            begin = trial.ended
             if _has_gone_all_the_way(update, size, run):  # as a part of the data may say
                 update = gauges.confirmed(update, trial.objective)
                 is_over = _has_gone_all_the_way(update, size, run)

@@ -26,7 +26,7 @@ from kfade.runtime.distributed import assign_by_cost
 HELD_OUT, MEASURED, TRIALS = 64, 256, 2
 """In the search for a step's size: held-out sequences, forget sequences, trials."""
 PART = 4
-"""Steps before the last are measured on one in so many of these sequences."""
+"""The trials of steps before the last are measured on one in so many of these sequences."""
 DAMPINGS = 3
 """Dampings that are tried at the first step."""
 BANDS = 3
@@ -162,7 +162,8 @@ def flops(
     much for each, less the layers below it. Each trial of a step's size costs a forward pass over
     them and one over the measured forget sequences, as does the slope of each band in all steps but
     the first. Copies with noise double the forget gradient. Steps before the last do all this on a
-    part of the data, and so does the choice of the damping. A refined direction has its own trials,
+    part of the data, and so does the choice of the damping; what a step begins with is measured on
+    all. A refined direction has its own trials,
     and an exact product with the Gauss-Newton matrix costs four forward passes and a backward pass.
     A correction costs a gradient on the forget set, one on retain data with a forward pass of the
     original model more, one on held-out data, two directions, and the measurements of one step.
@@ -191,9 +192,8 @@ def flops(
     directions = work.refine + 1
     # In whole sets of what is measured: each step's trials, and what they begin with.
     way = (work.steps - 1) / PART
-    begins, trials = 1.0, TRIALS * directions * (way + 1)
-    if work.steps > 1:
-        begins += 1 + 1 / PART  # the model on a part, and the last step's beginning on all
+    trials = TRIALS * directions * (way + 1)
+    begins = work.steps + way  # each step's on all, and those before the last on a part, too
     for bands, exact in (
         (BANDS, held_out * directions * (way + 1)),
         (1, held_out * DAMPINGS / (PART if work.steps > 1 else 1)),
