@@ -50,12 +50,7 @@ def test_a_part_is_a_quarter_but_not_a_handful(monkeypatch):
     assert [part_of(n, 39 * n) for n in counts] == [3, 8, 20, 26, 26, 64]
 
 
-def test_steps_before_the_last_take_half_of_the_forget_set(monkeypatch):
-    drawn = [kfade.Run(steps=3).forget_drawn(200, step) for step in range(3)]
-    assert drawn == [100, 100, None]
-    assert kfade.Run(steps=3).forget_drawn(40, 0) == 32
-    assert kfade.Run(steps=1).forget_drawn(200, 0) is None
-    assert [kfade.Run(steps=3, forget_batch=7).forget_drawn(200, s) for s in range(3)] == 3 * [7]
+def test_every_step_takes_the_whole_forget_set_or_the_batch_asked_for(monkeypatch):
     seen, own = [], kfade.method.unlearn.forget_gradient
 
     def noting(model, batches, *given, **options):
@@ -65,7 +60,10 @@ def test_steps_before_the_last_take_half_of_the_forget_set(monkeypatch):
     monkeypatch.setattr("kfade.method.unlearn.forget_gradient", noting)
     options = {"fit": KFAC(), "steps": 3, "refit": False, "kl": 0.01}
     kfade.unlearn(tiny_llama(), **MANY, **flat(**options))
-    assert seen == [32, 32, 40]
+    assert seen == [40, 40, 40]
+    seen.clear()
+    kfade.unlearn(tiny_llama(), **MANY, **flat(**options, forget_batch=7))
+    assert seen == [7, 7, 7]
 
 
 @pytest.mark.parametrize("size", [{"kl": 0.01}, {"until": 3.8}, {"alpha": 0.05}])

@@ -26,7 +26,7 @@ DEFAULT_KL = 0.01  # nats per token: the default size
 DEFAULT_BANDS = 3
 DEFAULT_BOUND = 2.0  # times the mean forget loss
 DEFAULT_NOISE = 0.25  # of the answers' tokens
-LEAST_FORGET, LEAST_RETAIN = 32, 64  # sequences in a gradient that takes half of a set, at least
+LEAST_RETAIN = 64  # sequences in a gradient that takes half of the retain set, at least
 
 
 def at_least(flag: str, value: int, least: int) -> None:
@@ -187,8 +187,8 @@ class Run:
     steps: int = 6
     """Number of Gauss-Newton steps."""
     forget_batch: int | None = None
-    """Forget sequences in each step, drawn without replacement; when None all in the last step, and
-    in those before half of them, at least ``LEAST_FORGET``."""
+    """Forget sequences in each step, drawn without replacement; all when None. What a gradient of
+    a part of the texts forgets of the others may be much less, on text that is not memorised."""
     refit: bool = False
     """Fit the curvature again at each step."""
     correction: Correction = Correction()
@@ -212,12 +212,6 @@ class Run:
     on_step: Callable[[Update], None] | None = None
     """Called with the update after every step, and once more if the run then ends before the next
     one."""
-
-    def forget_drawn(self, count: int, step: int) -> int | None:
-        """Forget sequences of ``count`` in a step, counted from 0; all when None."""
-        if self.forget_batch is None and step + 1 < self.steps:
-            return max(LEAST_FORGET, count // 2)
-        return self.forget_batch
 
     def retain_drawn(self, count: int) -> int:
         """Retain sequences of ``count`` in the gradient of a correction."""

@@ -143,8 +143,7 @@ class _Shared:
 
     def drawn(self, index: int, noise: float = 0.0, prompts: bool = False) -> list[Batch]:
         """Forget batches of the step ``index``."""
-        count = self.run.forget_drawn(len(self.forget), index)
-        return self.sampler.draw(self.forget, count, index, noise, prompts)
+        return self.sampler.draw(self.forget, self.run.forget_batch, index, noise, prompts)
 
     def tried(
         self,

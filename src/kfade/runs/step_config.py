@@ -49,8 +49,7 @@ class StepConfig:
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
     forget_batch: int | None = None
-    """Number of forget sequences in each step, drawn without replacement. Unset: all in the last
-    step, and in those before half of them, at least 32."""
+    """Number of forget sequences in each step, drawn without replacement. Unset: all."""
     refit: bool = False
     """Fit the curvature again at each step. With --no-refit all steps use the first fit."""
     damping: float | None = None
