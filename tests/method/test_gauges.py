@@ -136,16 +136,37 @@ def test_a_part_estimates_what_all_data_would_measure():
 
 
 def test_a_part_with_next_to_none_of_the_kl_is_multiplied_by_a_bounded_factor():
+    """What that leaves is added, so that it begins at the KL of all data all the same."""
     model = tiny_llama()
     own = Gauge(model, make_batches(MANY["held_out"][:9]), make_batches(MANY["forget"][:10]))
     at = kfade.unlearn(model, **MANY, **flat(fit=KFAC(), kl=1e-4))
-    plain = own.measure(at, margin)
+    near = at.plus(at.deltas, 0.5)
+    plain, farther = own.measure(at, margin), own.measure(near, margin)
+    part, _ = own.anchored(at, replace(plain, retain_kl=1.0), margin)
+    # 1e-12: sums and products of two numbers in float64.
+    assert part.measure(at, margin).retain_kl == pytest.approx(1.0, rel=1e-12)
+    added = 10 * (farther.retain_kl - plain.retain_kl)
+    assert part.measure(near, margin).retain_kl == pytest.approx(1.0 + added, rel=1e-12)
     nothing = own.measure(Update({}), margin)
-    for update, kl, factor in ((at, 1.0, 10.0), (at, math.nan, 1.0), (Update({}), 0.0, 1.0)):
+    for update, kl, expected in (
+        (at, math.nan, plain.retain_kl),
+        (Update({}), 0.0, plain.retain_kl),
+        (Update({}), 0.1, 0.1 + 10 * plain.retain_kl),  # it sees none of the KL
+    ):
         now = replace(plain if update is at else nothing, retain_kl=kl)
         part, begin = own.anchored(update, now, margin)
         assert begin.retain_kl is kl
-        assert part.measure(at, margin).retain_kl == factor * plain.retain_kl
+        assert part.measure(at, margin).retain_kl == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_probability_that_underflows_in_a_part_is_no_error():
+    model = tiny_llama()
+    own = Gauge(model, make_batches(MANY["held_out"][:9]), make_batches(MANY["forget"][:10]))
+    plain = own.measure(Update({}), margin)
+    own.measure = lambda *_: replace(plain, forget_probability=0.0)
+    part, begin = own.anchored(Update({}), plain, margin)
+    assert begin.forget_probability == plain.forget_probability
+    assert 0 < math.exp(part._log_offset) < math.inf
 
 
 def test_steps_after_the_first_know_how_much_of_the_kl_a_part_has(monkeypatch):

@@ -31,6 +31,7 @@ from kfade.models.targets import Target
 from kfade.models.weights import parameter_names
 
 MOST_FACTOR = 10.0  # a part with less of the KL than that does not tell how it grows
+LEAST_PROBABILITY = 1e-300  # a probability may underflow
 FLOAT32_SAFE = 1e-8  # nats per token: far above the KL of rounding to float32
 
 
@@ -60,7 +61,7 @@ class Gauge:
         self.latest = self.base
         """Hidden states on held-out retain data with the update that was measured last."""
         self._loss_offset = self._log_offset = 0.0
-        self._kl_factor = 1.0
+        self._kl_factor, self._kl_offset = 1.0, 0.0
 
     @property
     def sequences(self) -> dict[str, int]:
@@ -88,7 +89,7 @@ class Gauge:
                 self.latest = hidden_reference(model, self.base.batches, "held-out KL")
             forgotten = self._forgetting(model, objective, alpha)
         kl = mean_divergence(self.head, self.base, self.latest) if update.deltas else 0.0
-        return replace(forgotten, retain_kl=self._kl_factor * kl)
+        return replace(forgotten, retain_kl=self._kl_factor * kl + self._kl_offset)
 
     def forgetting(self, update: Update, objective: Objective) -> Probe:
         """What :meth:`measure` gives, without the retain KL, which is not a number here."""
@@ -107,7 +108,7 @@ class Gauge:
 
         Its own data are a control variate. The forget loss, and the logarithm of the probability,
         are shifted by constants, and the KL is multiplied by one, such that with ``update`` they
-        are those of all the data.
+        are those of all the data. What a factor of ``MOST_FACTOR`` leaves of the KL is added.
 
         Args:
             now: the measurements of all the data with ``update``.
@@ -115,12 +116,14 @@ class Gauge:
         found = copy.copy(self)
         own = found.measure(update, objective)
         found._loss_offset = now.forget_loss - own.forget_loss
-        least = math.ulp(0.0)  # a probability may underflow
-        found._log_offset = math.log(max(now.forget_probability, least)) - math.log(
-            max(own.forget_probability, least)
+        found._log_offset = math.log(max(now.forget_probability, LEAST_PROBABILITY)) - math.log(
+            max(own.forget_probability, LEAST_PROBABILITY)
         )
-        if own.retain_kl > 0 and 0 < now.retain_kl < math.inf:
-            found._kl_factor = min(now.retain_kl / own.retain_kl, MOST_FACTOR)
+        if math.isfinite(own.retain_kl) and 0 < now.retain_kl < math.inf:
+            whole = now.retain_kl / max(own.retain_kl, math.ulp(0.0))
+            found._kl_factor = min(whole, MOST_FACTOR)
+            if whole > MOST_FACTOR:
+                found._kl_offset = now.retain_kl - MOST_FACTOR * own.retain_kl
         return found, replace(now, objective=own.objective)
 
     def exact_form(self, direction: Vector, targets: Sequence[Target]) -> float:

@@ -1,4 +1,4 @@
-"""What a run is measured on: all data before its last step ends, a part of them before that."""
+"""What a run is measured on: all data between its steps, a part of them in most trials."""
 
 from __future__ import annotations
 

@@ -42,11 +42,11 @@ class StepRecord:
     probes: list[dict[str, float]] = field(default_factory=list)
     """Trials of the step's size, the chosen one last."""
     measured_on: dict[str, int] = field(default_factory=dict)
-    """Number of sequences that were measured: ``forget`` and ``held_out``. Most steps before the
-    last are measured on a part, see :meth:`~kfade.method.gauge.Gauge.on_part`."""
+    """Number of sequences that were measured in trials: ``forget`` and ``held_out``. Steps before
+    the last are tried on a part, see :meth:`~kfade.method.gauge.Gauge.anchored`."""
     confirmed: bool = False
     """Whether ``retain_kl`` and what the forget set has ``after`` the step were then measured on
-    all data; the rest of the record was not."""
+    all data, as before the next step; until then they are those of the last trial."""
     scaled_by: float = 1.0
     """Factor on all steps so far, by which a run that had gone too far came back. ``retain_kl``
     and what the forget set has ``after`` the step are with it, the rest is without."""

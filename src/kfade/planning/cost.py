@@ -203,7 +203,9 @@ def flops(
     add("step", forward=forward * slopes, head=head * slopes)
     add("step", rotations=(work.steps + DAMPINGS) * rotations)
     tokens = (begins + trials) * (held_out + measured)
-    add("check", forward=forward * tokens, head=head * (tokens + trials * held_out))
+    edited = begins - 1 - (1 / PART if work.steps > 1 else 0)  # the first beginnings have no KL
+    twice = (edited + trials) * held_out  # the original model's logits, too
+    add("check", forward=forward * tokens, head=head * (tokens + twice))
     if work.refine:
         sequences = min(work.refine_sequences, work.retain_tokens / work.sequence_length)
         positions = directions * sequences * work.length
