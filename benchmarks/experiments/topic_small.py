@@ -56,7 +56,7 @@ from kfade.method.update import Update
 FILE = RESULTS / "topic_small_{subject}.jsonl"
 DAMPINGS = (0.1, 0.01, 1.0)  # times the mean eigenvalue
 PAPER_DAMPING = 1e-14  # the paper's on WMDP: absolute, with sampled labels
-DEFAULT_KLS = (0.04, 0.01)  # of the whole run; the target is sought on its way
+DEFAULT_KLS = (0.01, 0.0025)  # of the whole run; the target is sought on its way, and beyond it
 STEPPED: dict[str, dict[str, Any]] = {
     **{
         row: {"estimator": "ekfac", **own}

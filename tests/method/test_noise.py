@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import flat, random_sequences, relative_error, tiny_llama
@@ -11,6 +13,7 @@ from kfade import KFAC, make_batches, margin
 from kfade.curvature.estimators import Identity
 from kfade.data.batches import digest_batches
 from kfade.data.noise import noisy
+from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.method.sampling import Sampler
 from kfade.models.layers import find_targets
@@ -68,6 +71,36 @@ def test_a_resumed_run_with_a_bound_and_noise_equals_an_uninterrupted_one():
     whole = updated(**options, on_step=kept.append)
     for start in kept[:-1]:
         assert torch.equal(updated(**options, start=start), whole)
+
+
+def test_a_bound_and_noise_are_of_texts_that_are_known_by_heart(monkeypatch):
+    """By default: the texts that a model says itself have them, random ones have not."""
+    model, said = tiny_llama(), []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100.0)  # nearly certain of what it says
+    own = [said_by(model, start) for start in range(6)]
+    spread = {}
+    for name, forget in (("own", own), ("random", FORGET)):
+        direction, size = kfade.Direction(damping=kfade.Damping()), kfade.StepSize(kl=1e-4)
+        run = kfade.Run(steps=2, correction=kfade.Correction(count=0))
+        update = kfade.unlearn(
+            model, forget=forget, **SETS, direction=direction, size=size, run=run
+        )
+        first = update.provenance["steps"][0]["forget_loss_before"]
+        spread[name] = update.provenance["bound"], update.provenance["noise"], first < math.log(2)
+    assert spread == {"own": (2.0, 0.25, True), "random": (0.0, 0.0, False)}
+    (note,) = (line for line in said if "known by heart" in line)
+    assert "--bound sets one" in note
+
+
+def said_by(model: torch.nn.Module, token: int) -> TokenSequence:
+    """What a model says after a token: at each place the likeliest one."""
+    tokens = [token]
+    with torch.no_grad():
+        for _ in range(7):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return TokenSequence(tuple(tokens), (False, *[True] * 7))
 
 
 def test_noise_is_a_share():

@@ -326,9 +326,11 @@ def test_settings_check_themselves(make, message):
 def test_a_bound_and_noise_are_the_default_of_several_steps_by_the_margin():
     size, papers = kfade.StepSize(kl=0.01), kfade.StepSize(alpha=0.01)
 
-    def spread(size: kfade.StepSize, steps: int = 2, **options) -> tuple[float, float]:
-        direction = kfade.Direction(**options).decided(size, steps)
-        assert direction.decided(papers, 1) == direction
+    def spread(
+        size: kfade.StepSize, steps: int = 2, loss: float = 0.1, **options
+    ) -> tuple[float, float]:
+        direction = kfade.Direction(**options).decided(size, steps, loss)
+        assert direction.decided(papers, 1, 9.0) == direction
         return direction.bound, direction.noise
 
     assert spread(size) == (DEFAULT_BOUND, DEFAULT_NOISE)
@@ -342,6 +344,10 @@ def test_a_bound_and_noise_are_the_default_of_several_steps_by_the_margin():
     assert spread(size, objective=cross_entropy) == (0.0, 0.0)
     later = spread(size, objective=cross_entropy, later_objective=margin)
     assert later == (DEFAULT_BOUND, DEFAULT_NOISE)
+    assert spread(size, loss=math.log(2) - 1e-9) == (DEFAULT_BOUND, DEFAULT_NOISE)
+    assert spread(size, loss=math.log(2)) == (0.0, 0.0)  # not known by heart
+    assert spread(size, loss=3.0, bound=3.0) == (3.0, DEFAULT_NOISE)
+    assert spread(size, loss=3.0, noise=0.5) == (0.0, 0.5)
 
 
 def test_a_later_step_tries_first_how_far_the_last_one_went(model):

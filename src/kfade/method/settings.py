@@ -26,6 +26,7 @@ DEFAULT_KL = 0.01  # nats per token: the default size
 DEFAULT_BANDS = 3
 DEFAULT_BOUND = 2.0  # times the mean forget loss
 DEFAULT_NOISE = 0.25  # of the answers' tokens
+KNOWN_LOSS = math.log(2)  # nats per token; texts below it are known by heart: odds are even there
 LEAST_RETAIN = 64  # sequences in a gradient that takes half of the retain set, at least
 
 
@@ -54,7 +55,9 @@ class Direction:
     before the step (:class:`~kfade.method.objectives.BoundedMargin`): without a bound a few tokens,
     those that cost no KL, are forgotten without end. Of the margin only; 0 is no bound. When None
     ``DEFAULT_BOUND`` in runs of several steps by the margin, but 0 where ``StepSize.alpha`` gives
-    the length of the paper's steps."""
+    the length of the paper's steps, and where the forget texts have a mean loss of ``KNOWN_LOSS``
+    or more before the run: the words that tell most of a text are the unlikely ones there, and a
+    bound would let go of them."""
     weigh_texts: bool | None = None
     """Weigh the forget texts by their probability per token in all steps after the first, see
     :func:`~kfade.method.gradient.forget_gradient`: texts that are forgotten would pull on. When
@@ -114,14 +117,18 @@ class Direction:
         """Whether the objective of some step is the margin."""
         return margin in (self.objective, self.later_objective)
 
-    def decided(self, size: StepSize, steps: int) -> Direction:
+    def decided(self, size: StepSize, steps: int, loss: float) -> Direction:
         """The same for a run of that size and so many steps: bound, noise, bands, and whether texts
-        are weighed, are filled in where they were left out."""
+        are weighed, are filled in where they were left out.
+
+        Args:
+            loss: mean loss of the forget texts before the run, in nats per token.
+        """
         is_papers = size.alpha is not None
         bound, noise, bands, weigh = self.bound, self.noise, self.bands, self.weigh_texts
         if bound is None:
             usual = self.has_margin and not is_papers and steps > 1
-            bound = DEFAULT_BOUND if usual else 0.0
+            bound = DEFAULT_BOUND if usual and loss < KNOWN_LOSS else 0.0
         if noise is None:
             noise = DEFAULT_NOISE if bound else 0.0
         if bands is None:

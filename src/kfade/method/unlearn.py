@@ -28,7 +28,7 @@ from kfade.method.record import Candidate, StepRecord, amended, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.search import UnreachedError
-from kfade.method.settings import DEFAULT_KL, Direction, Run
+from kfade.method.settings import DEFAULT_KL, KNOWN_LOSS, Direction, Run
 from kfade.method.size import NoRiseError, StepSize, shortfall
 from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
@@ -76,9 +76,9 @@ def unlearn(
     targets = list(run.targets) if run.targets is not None else find_targets(model)
     check_model(model, targets)
     _check_data(model, forget, retain, held_out, run.forget_batch)
-    direction = _decided(direction, size, run, forget)
     sampler = Sampler(model, targets, batch_tokens=run.batch_tokens, seed=run.seed)
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
+    direction = _decided(direction, size, run, forget, gauges.begin.forget_loss)
     size, run = size.decided(gauges.whole.head.vocabulary), _divided(run, model)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
@@ -222,10 +222,24 @@ class _Shared:
 
 
 def _decided(
-    direction: Direction, size: StepSize, run: Run, forget: Sequence[TokenSequence]
+    direction: Direction,
+    size: StepSize,
+    run: Run,
+    forget: Sequence[TokenSequence],
+    loss: float,
 ) -> Direction:
-    """The direction with all its settings; says where no text has a copy, or a prompt."""
-    direction = direction.decided(size, run.steps)
+    """The direction with all its settings; says where texts that are not known by heart have no
+    bound, and where no text has a copy, or a prompt.
+
+    Args:
+        loss: mean loss of the forget texts before the run.
+    """
+    given, direction = direction, direction.decided(size, run.steps, loss)
+    if given.bound is None and given.decided(size, run.steps, 0.0).bound and not direction.bound:
+        say(
+            f"note: the forget texts are not known by heart (a mean loss of {loss:.2f} nats/token, "
+            f"not below {KNOWN_LOSS:.2f}), so there is no bound; --bound sets one"
+        )
     if direction.at_prompts and not any(sequence.prompt for sequence in forget):
         say(
             f"note: no text of the forget set has a prompt of {LEAST_PROMPT} tokens or more, so "

@@ -114,7 +114,9 @@ class PlanRequest:
         at_least("--steps", amount.steps, 1)
         if correct < 0 or (sequences is not None and sequences < 1):
             raise InputError("--correct must be 0 or more, --correct-sequences 1 or more")
-        spread = Direction(noise=self.data.noise).decided(StepSize(kl=DEFAULT_KL), amount.steps)
+        # As of texts that are known by heart: others have no copies, and cost less.
+        size, direction = StepSize(kl=DEFAULT_KL), Direction(noise=self.data.noise)
+        spread = direction.decided(size, amount.steps, loss=0.0)
         length = self.data.sequence_length
         return Work(
             estimator=estimator,

@@ -34,7 +34,8 @@ class StepConfig:
     bound: float | None = None
     """Let go of a token whose margin is beyond so many times the mean forget loss before the step,
     so that forgetting spreads over more of a text; 0 is no bound. Only with the margin. Unset: 2 in
-    runs of several steps by the margin; with --alpha, 0."""
+    runs of several steps by the margin; 0 with --alpha, and where the forget texts are not known by
+    heart (a mean loss of ln 2 or more)."""
     weigh_texts: Annotated[bool | None, Parameter(negative="--no-weigh-texts")] = None
     """Weigh the forget texts by their probability in all steps after the first, so that texts that
     are forgotten pull no longer. Unset: yes; with --alpha, no."""
