@@ -14,7 +14,7 @@ import topic_small
 import torch
 from conftest import WORDS, run_script
 from lab.fine_tune import fine_tune
-from lab.forgetting import Search
+from lab.forgetting import Group, Search
 from lab.intervals import interval, mean
 from lab.records import read
 from test_tofu_small import write_rows
@@ -199,6 +199,36 @@ def test_a_target_is_found_on_the_way_of_a_run(wanted, after, alpha):
     assert row["alpha"] == pytest.approx(alpha, rel=0.1)
     assert found.deltas["weight"].item() == pytest.approx(wanted, rel=0.05)
     assert row["kl"] == pytest.approx(found.deltas["weight"].item() ** 2 / 100)
+
+
+def test_a_run_that_ends_before_a_step_has_each_of_its_states_once(data, monkeypatch):
+    """Else its last states would be equal, and nothing lay between them or beyond."""
+    steps = [{"refined": 0, "refinements": [], "probes": []} for _ in range(2)]
+    one, two, corrected = (
+        Update({"weight": torch.tensor([[w]])}, {"steps": steps[:count]})
+        for w, count in ((1.0, 1), (2.0, 2), (1.9, 2))
+    )
+
+    def unlearn(model, *, run, **options):
+        for update in (one, two, corrected):
+            run.on_step(update)
+        return corrected
+
+    monkeypatch.setattr(kfade, "unlearn", unlearn)
+    lab = topic_small.TopicLab(data, SIZES, "", data, {})
+    made = {
+        "targets": [],
+        "slices": {"fit": [], "held_out": []},
+        "loaded": (None, None),
+        "curvature": lambda lab, fit: None,
+        "group": lambda lab, name: Group("", (), 1.0, 0.5),
+    }
+    for name, value in made.items():
+        monkeypatch.setattr(topic_small.TopicLab, name, value)
+    monkeypatch.setattr("lab.lab.targets_within", lambda targets, layers: targets)
+    monkeypatch.setattr("lab.lab.cut", lambda curvature, targets: curvature)
+    states, _ = lab.unlearn("tune", "kfac", kfade.StepSize(kl=0.01), 0.1)
+    assert states[1:] == [one, corrected]
 
 
 def reported(results, method):

@@ -174,6 +174,12 @@ class Lab:
         curvature = cut(self.curvature(fit), targets)
         given = None if damping is None else Damping(damping, relative=relative)
         states, clock = [Update({})], Clock()
+
+        def keep(update: Update) -> None:
+            if len(update.provenance["steps"]) < len(states):  # the run ended before another step
+                states.pop()
+            states.append(update)
+
         with timing(clock):
             update = kfade.unlearn(
                 self.model,
@@ -187,7 +193,7 @@ class Lab:
                     targets=targets,
                     curvature=curvature,
                     batch_tokens=BUDGET,
-                    on_step=states.append,
+                    on_step=keep,
                     **{"steps": 1, "correction": kfade.Correction(count=0), **options},
                 ),
             )
@@ -196,7 +202,6 @@ class Lab:
         told |= {"stages": clock.seconds, "trials": [len(step["probes"]) for step in steps]}
         if damping is None:
             damping = update.provenance["damping"]["value"]
-        states[-1] = update  # corrected, if the run ended for lack of a gradient
         return states, {**told, "damping": damping, "run_seconds": seconds}
 
     def train(
