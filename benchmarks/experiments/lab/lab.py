@@ -175,7 +175,7 @@ class Lab:
         given = None if damping is None else Damping(damping, relative=relative)
         states, clock = [Update({})], Clock()
 
-        def keep(update: Update) -> None:
+        def on_step(update: Update) -> None:
             if len(update.provenance["steps"]) < len(states):  # the run ended before another step
                 states.pop()
             states.append(update)
@@ -193,7 +193,7 @@ class Lab:
                     targets=targets,
                     curvature=curvature,
                     batch_tokens=BUDGET,
-                    on_step=keep,
+                    on_step=on_step,
                     **{"steps": 1, "correction": kfade.Correction(count=0), **options},
                 ),
             )
