@@ -47,7 +47,8 @@ class AmountConfig(BatchConfig):
     """Number of Gauss-Newton steps by one fit. Unset: as kfade unlearn takes by default."""
     noise: float | None = None
     """Share of tokens that are replaced in copies of the forget texts, which double a gradient; 0
-    is no copies, as with --alpha. Unset: as kfade unlearn takes by default."""
+    is no copies, as with --alpha. Unset: as kfade unlearn takes by default of texts that are known
+    by heart."""
 
 
 @o.settings(o.DEVICE)
