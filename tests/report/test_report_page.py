@@ -71,7 +71,8 @@ def test_what_kfade_unlearn_writes(tmp_path, monkeypatch):
     for name, rows in (("forget", forget), ("retain", retain)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = "unlearn MODEL --forget forget.jsonl --retain retain.jsonl --sequence-length 8"
-    assert main([*command.split(), "--steps", "2", "--out", "run"]) == 0
+    options = ["--steps", "2", "--bound", "2"]  # by default there is none on such text
+    assert main([*command.split(), *options, "--out", "run"]) == 0
     page = written(tmp_path, "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert "K-FADE, kfac, margin, bound 2, corrected 1, on MODEL." in page
