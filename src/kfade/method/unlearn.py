@@ -234,8 +234,9 @@ def _decided(
     Args:
         loss: mean loss of the forget texts before the run.
     """
-    given, direction = direction, direction.decided(size, run.steps, loss)
-    if given.bound is None and given.decided(size, run.steps, 0.0).bound and not direction.bound:
+    known = direction.decided(size, run.steps, loss=0.0)
+    direction = direction.decided(size, run.steps, loss)
+    if direction.bound != known.bound:
         say(
             f"note: the forget texts are not known by heart (a mean loss of {loss:.2f} nats/token, "
             f"not below {KNOWN_LOSS:.2f}), so there is no bound; --bound sets one"
