@@ -176,10 +176,17 @@ def test_the_page_tells_of_it(results):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "after", "alpha"),
-    [(0.5, 0, 0.5), (1.5, 1, 0.5), (3.0, 2, 0.5), (5.0, 2, 1.5)],  # the last one beyond the end
+    ("wanted", "weights", "after", "alpha"),
+    [
+        (0.5, (1.0, 2.0, 4.0), 0, 0.5),
+        (1.5, (1.0, 2.0, 4.0), 1, 0.5),
+        (3.0, (1.0, 2.0, 4.0), 2, 0.5),
+        (5.0, (1.0, 2.0, 4.0), 2, 1.5),  # beyond the end
+        (3.0, (1.0, 2.0, 1.8), 1, 2.5),  # beyond an end that was scaled down
+        (1.5, (1.0, 2.0, 1.8), 1, 0.625),
+    ],
 )
-def test_a_target_is_found_on_the_way_of_a_run(wanted, after, alpha):
+def test_a_target_is_found_on_the_way_of_a_run(wanted, weights, after, alpha):
     class Weight:
         """Forgets as its weight grows: p = e^-w at a KL of w²/100."""
 
@@ -193,7 +200,7 @@ def test_a_target_is_found_on_the_way_of_a_run(wanted, after, alpha):
 
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
-    states = [Update({}), *(Update({"weight": torch.tensor([[w]])}) for w in (1.0, 2.0, 4.0))]
+    states = [Update({}), *(Update({"weight": torch.tensor([[w]])}) for w in weights)]
     row, found = Search(layer, Weight(), Weight()).on_path(states)
     assert row["after"] == after
     assert row["alpha"] == pytest.approx(alpha, rel=0.1)

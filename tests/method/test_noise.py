@@ -91,7 +91,35 @@ def test_a_bound_and_noise_are_of_texts_that_are_known_by_heart(monkeypatch):
         spread[name] = update.provenance["bound"], update.provenance["noise"], first < math.log(2)
     assert spread == {"own": (2.0, 0.25, True), "random": (0.0, 0.0, False)}
     (note,) = (line for line in said if "known by heart" in line)
-    assert "--bound sets one" in note
+    assert "--bound 2 gives both" in note
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "steps"),
+    [
+        ({"bound": 0.0}, {"kl": 1e-4}, 2),
+        ({"bound": 2.0}, {"kl": 1e-4}, 2),
+        ({}, {"alpha": 0.1}, 2),
+        ({}, {"kl": 1e-4}, 1),
+    ],
+)
+def test_nothing_is_said_of_a_bound_that_no_text_would_have_or_that_was_chosen(
+    settings, size, steps, monkeypatch
+):
+    said = []
+    monkeypatch.setattr("kfade.method.unlearn.say", said.append)
+    updated(**{"bound": None, "noise": None, **settings}, **size, steps=steps)
+    assert not [line for line in said if "known by heart" in line]
+
+
+def test_a_run_that_continues_keeps_the_bound_and_the_noise_of_its_first_steps():
+    """Also where by default such texts would have none."""
+    options = {"kl": 1e-3, "steps": 3, "bound": None, "noise": None}
+    kept = []
+    whole = updated(**{**options, "bound": 2.0, "noise": 0.5}, on_step=kept.append)
+    assert torch.equal(updated(**options, start=kept[0]), whole)
+    fresh = updated(**options)
+    assert relative_error(fresh, whole) > 0.01
 
 
 def said_by(model: torch.nn.Module, token: int) -> TokenSequence:

@@ -198,7 +198,12 @@ class Search:
 
         Args:
             states: an empty update, then those after each step of a run. They forget more and more.
+                Those before the last one that forget as much as it are left out, for a run scales
+                its end down where it has gone too far.
         """
+        states, end = list(states), self._probability(states[-1])
+        while len(states) > 2 and self._probability(states[-2]) <= end:
+            del states[-2]
         low, high, begin = 0, len(states) - 1, self._group.start
         while high - low > 1:
             middle = (low + high) // 2

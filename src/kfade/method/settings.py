@@ -122,7 +122,8 @@ class Direction:
         are weighed, are filled in where they were left out.
 
         Args:
-            loss: mean loss of the forget texts before the run, in nats per token.
+            loss: mean loss of the forget texts before the run, in nats per token; of a draw of them
+                where there are many (:mod:`kfade.method.gauges`).
         """
         is_papers = size.alpha is not None
         bound, noise, bands, weigh = self.bound, self.noise, self.bands, self.weigh_texts

@@ -28,7 +28,7 @@ from kfade.method.record import Candidate, StepRecord, amended, ends_of
 from kfade.method.refine import Directions
 from kfade.method.sampling import Sampler
 from kfade.method.search import UnreachedError
-from kfade.method.settings import DEFAULT_KL, KNOWN_LOSS, Direction, Run
+from kfade.method.settings import DEFAULT_BOUND, DEFAULT_KL, KNOWN_LOSS, Direction, Run
 from kfade.method.size import NoRiseError, StepSize, shortfall
 from kfade.method.step import NoGradientError
 from kfade.method.trial import Trial
@@ -231,15 +231,22 @@ def _decided(
     """The direction with all its settings; says where texts that are not known by heart have no
     bound, and where no text has a copy, or a prompt.
 
+    What was left out is as in the steps before, if the run continues from some.
+
     Args:
         loss: mean loss of the forget texts before the run.
     """
+    begun = run.start.provenance if run.start is not None else {}
+    for name in ("bound", "noise"):
+        if getattr(direction, name) is None:
+            direction = replace(direction, **{name: begun.get(name)})
     known = direction.decided(size, run.steps, loss=0.0)
     direction = direction.decided(size, run.steps, loss)
     if direction.bound != known.bound:
         say(
-            f"note: the forget texts are not known by heart (a mean loss of {loss:.2f} nats/token, "
-            f"not below {KNOWN_LOSS:.2f}), so there is no bound; --bound sets one"
+            f"note: the forget texts are not known by heart (a mean loss of {loss:.4f} nats/token, "
+            f"not below {KNOWN_LOSS:.4f}), so by default there is no bound and no noise; "
+            f"--bound {DEFAULT_BOUND:g} gives both"
         )
     if direction.at_prompts and not any(sequence.prompt for sequence in forget):
         say(
