@@ -237,9 +237,9 @@ def _decided(
         loss: mean loss of the forget texts before the run.
     """
     begun = run.start.provenance if run.start is not None else {}
-    for name in ("bound", "noise"):
-        if getattr(direction, name) is None:
-            direction = replace(direction, **{name: begun.get(name)})
+    bound = begun.get("bound") if direction.bound is None else direction.bound
+    noise = begun.get("noise") if direction.noise is None else direction.noise
+    direction = replace(direction, bound=bound, noise=noise)
     known = direction.decided(size, run.steps, loss=0.0)
     direction = direction.decided(size, run.steps, loss)
     if direction.bound != known.bound:
