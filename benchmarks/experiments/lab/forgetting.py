@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -201,19 +202,24 @@ class Search:
                 Those before the last one that forget as much as it are left out, for a run scales
                 its end down where it has gone too far.
         """
-        states, end = list(states), self._probability(states[-1])
-        while len(states) > 2 and self._probability(states[-2]) <= end:
-            del states[-2]
-        low, high, begin = 0, len(states) - 1, self._group.start
+
+        @cache
+        def probability(number: int) -> float:
+            return self._probability(states[number])
+
+        low, last = 0, len(states) - 1
+        high = last
+        while high > 1 and probability(high - 1) <= probability(last):
+            high -= 1
+        way = [*states[:high], states[last]]
         while high - low > 1:
             middle = (low + high) // 2
-            now = self._probability(states[middle])
-            if now > self._group.target:
-                low, begin = middle, now
+            if probability(middle) > self._group.target:
+                low = middle
             else:
                 high = middle
-        changes = states[high].plus(states[low].deltas, -1.0).deltas
-        row, found = self.along(changes, before=states[low], begin=begin)
+        changes = way[high].plus(way[low].deltas, -1.0).deltas
+        row, found = self.along(changes, before=way[low], begin=probability(low))
         return {**row, "after": low}, found
 
     def _probability(self, update: Update) -> float:

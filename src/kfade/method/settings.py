@@ -216,7 +216,8 @@ class Run:
     seed: int = 0
     """Keys pseudo-labels and draws of sequences."""
     start: Update | None = None
-    """The update after some steps of the same run, to continue from."""
+    """The update after some steps of the same run, to continue from. Where the direction leaves out
+    damping, bound or noise, they are as in those steps."""
     on_step: Callable[[Update], None] | None = None
     """Called with the update after every step, and once more if the run then ends before the next
     one."""
