@@ -107,8 +107,9 @@ def flat(**options: Any) -> dict[str, Any]:
     """Options of ``kfade.unlearn`` with those of its settings sorted into them, where there are
     some: ``flat(targets=t, kl=0.01, fit=f)`` is run=Run(targets=t), size=StepSize(kl=0.01), fit=f.
 
-    A run has one step in one band, a damping of 0.1, fits at each step, weighs no texts, has no
-    bound and no noise, and corrects nothing, unless the options say otherwise.
+    A run has one step in one band, or steps that go equal parts of the way, a damping of 0.1, fits
+    at each step, weighs no texts, has no bound and no noise, and corrects nothing, unless the
+    options say otherwise.
     """
     plain = {
         "steps": 1,
@@ -121,6 +122,7 @@ def flat(**options: Any) -> dict[str, Any]:
     }
     plain["damping"] = kfade.Damping()
     options = {**plain, **options}
+    options.setdefault("first_share", 1 / options["steps"])
     if isinstance(options.get("damping"), float):
         options["damping"] = kfade.Damping(options["damping"], options.pop("relative", True))
     kinds = {"direction": kfade.Direction, "size": kfade.StepSize, "run": kfade.Run}

@@ -32,7 +32,7 @@ ADDED = {
         *("--offload", *EXPERTS),
         *("--correct", "--correct-damping", "--correct-sequences", "--quality"),
         *("--bands", "--bound", "--noise", "--weigh-texts", "--no-weigh-texts"),
-        *("--at-prompts", "--no-at-prompts"),
+        *("--at-prompts", "--no-at-prompts", "--first-share"),
     },
     # Experts of a mixture are targets.
     "fit": EXPERTS,

@@ -153,18 +153,25 @@ class Gauge:
         return mean_divergence(self.head, self.base, moved)
 
 
-def least_kl(size: StepSize, steps: int = 1) -> float:
-    """The least KL that a run aims at: after the first of ``steps``, or the cap; ∞ if neither."""
-    first = math.inf if size.kl is None else size.kl / steps**2
+def least_kl(size: StepSize, share: float = 1.0) -> float:
+    """The least KL that a run aims at: after its first step, which goes that share of the way, or
+    the cap; ∞ if neither."""
+    first = math.inf if size.kl is None else size.kl * share**2
     return min(first, math.inf if size.max_kl is None else size.max_kl)
 
 
-def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps: int = 1) -> None:
+def refuse_below(
+    floor: float,
+    size: StepSize,
+    targets: Sequence[Target],
+    steps: int = 1,
+    share: float = 1.0,
+) -> None:
     """Raise InputError if a KL below ``floor``, that of rounding, is asked for.
 
-    Also if the first of ``steps`` would aim at one.
+    Also if the first of ``steps``, which goes that share of the way, would aim at one.
     """
-    if least_kl(size, steps) >= floor:
+    if least_kl(size, share) >= floor:
         return
     dtype = str(targets[0].dtype).removeprefix("torch.")
     means = (
@@ -175,7 +182,7 @@ def refuse_below(floor: float, size: StepSize, targets: Sequence[Target], steps:
     for flag, asked in (("--kl", size.kl), ("--max-kl", size.max_kl)):
         if asked is not None and asked < floor:
             raise InputError(f"{flag} {asked:g}: {means}; ask for more{finer}")
-    first = least_kl(replace(size, max_kl=None), steps)
+    first = least_kl(replace(size, max_kl=None), share)
     raise InputError(
         f"--kl {size.kl:g} in --steps {steps}: the first step aims at {first:.1e}, but {means}; "
         f"ask for more or take fewer steps{finer}"

@@ -144,9 +144,10 @@ def gauges_of(
         head = preflight(model, targets, recompute=run.recompute)
         drawn = sampler.draw(forget, MEASURED_SEQUENCES)
         whole = Gauge(model, sampler.all(held_out), drawn, storage=run.storage, head=head)
-        floor = whole.rounding_kl(targets, least_kl(size, run.steps))
-        refuse_below(floor, size, targets, run.steps)
         begin = whole.measure(Update({}), objective)
+        share = run.decided(begin.forget_loss).share(0)
+        floor = whole.rounding_kl(targets, least_kl(size, share))
+        refuse_below(floor, size, targets, run.steps, share)
         if size.is_reached(begin, begin):
             raise InputError(_known_already(size, begin))
         tokens = whole.tokens

@@ -27,6 +27,7 @@ DEFAULT_BANDS = 3
 DEFAULT_BOUND = 2.0  # times the mean forget loss
 DEFAULT_NOISE = 0.25  # of the answers' tokens
 KNOWN_LOSS = math.log(2)  # nats per token; texts below it are known by heart: odds are even there
+FIRST_SHARE = 0.5  # of the way, in the first step, where texts are not known by heart
 LEAST_RETAIN = 64  # sequences in a gradient that takes half of the retain set, at least
 
 
@@ -194,6 +195,11 @@ class Run:
     """A finished fit to use for the first step (for all steps if not ``refit``)."""
     steps: int = 6
     """Number of Gauss-Newton steps."""
+    first_share: float | None = None
+    """Share of the way that the first of several steps goes; the others take equal parts of what is
+    left. When None an equal part as well, but ``FIRST_SHARE`` where the forget texts have a mean
+    loss of ``KNOWN_LOSS`` or more before the run. What the first gradient forgets carries over to
+    other text about the same; later gradients more and more forget the texts themselves."""
     forget_batch: int | None = None
     """Forget sequences in each step, drawn without replacement; all when None. What a gradient of
     a part of the texts forgets of the others may be much less, on text that is not memorised."""
@@ -233,3 +239,24 @@ class Run:
 
     def __post_init__(self) -> None:
         at_least("--steps", self.steps, 1)
+        if self.first_share is not None and not 0 < self.first_share <= 1:
+            raise InputError(f"--first-share {self.first_share}: give a number above 0, up to 1")
+
+    def decided(self, loss: float) -> Run:
+        """The same with ``first_share`` filled in where it was left out.
+
+        Args:
+            loss: as for :meth:`Direction.decided`.
+        """
+        if self.first_share is not None:
+            return self
+        equal = 1 / self.steps
+        return replace(self, first_share=equal if loss < KNOWN_LOSS else max(FIRST_SHARE, equal))
+
+    def share(self, step: int) -> float:
+        """The share of the way that is left which a step, counted from 0, goes; of a run that is
+        :meth:`decided`."""
+        if step == 0 and self.steps > 1:
+            assert self.first_share is not None, "the run is decided"
+            return self.first_share
+        return 1 / (self.steps - step)

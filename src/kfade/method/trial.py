@@ -41,7 +41,7 @@ class Trial:
     Args:
         update: the sum of all previous steps.
         direction: objective and bands of the step, and whether its length is exact.
-        steps: number of steps of the whole run.
+        share: share of the way that is left of the run which this step goes.
         begin: an objective and the measurements before this step, of it, if they are known.
     """
 
@@ -52,13 +52,13 @@ class Trial:
         update: Update,
         direction: Direction,
         size: StepSize,
-        steps: int,
+        share: float,
         begin: Known | None = None,
     ) -> None:
         records = update.provenance["steps"]
         self._targets, self._direction, self._size = targets, direction, size
         self._last: Probe | None = None
-        self._is_first, self._share = not records, 1 / (steps - len(records))
+        self._is_first, self._share = not records, share
         self._gauge = gauges.of(len(records))
         self._is_whole, self._part = self._gauge is gauges.whole, gauges.part
         with stage("check"):
@@ -74,8 +74,8 @@ class Trial:
         """The sum of all previous steps, with what all data say of it."""
         self._before, self._hidden = before, self._gauge.latest
         # A search begins where the exact form has the value of the last step; the first one at the
-        # KL asked for, or at a likely one.
-        near = (size.kl or LIKELY_KL) / steps**2
+        # KL of its share, or at a likely one.
+        near = (size.kl or LIKELY_KL) * share**2
         self._near = near if self._is_first else records[-1]["exact_kl"]
 
     @property

@@ -80,6 +80,7 @@ def unlearn(
     gauges = gauges_of(model, targets, sampler, forget, held_out, direction.objective, size, run)
     direction = _decided(direction, size, run, forget, gauges.begin.forget_loss)
     size, run = size.decided(gauges.whole.head.vocabulary), _divided(run, model)
+    run = _with_first_share(run, size, gauges.begin.forget_loss)
     facts = base_facts(model, parameter_names(targets), forget, retain, held_out)
     update = run.start or Update({}, {**facts, "steps": []})
     spread = {name: getattr(direction, name) for name in ("bound", "noise", "at_prompts")}
@@ -90,7 +91,7 @@ def unlearn(
     begin = None if update.deltas else (direction.objective, gauges.begin)
     while not _is_finished(update, run):
         index = len(update.provenance["steps"])
-        trial = Trial(gauges, targets, update, direction, size, run.steps, begin)
+        trial = Trial(gauges, targets, update, direction, size, run.share(index), begin)
         update = trial.update
         if curvature is None or (run.refit and index > 0 and not trial.is_beyond):
             curvature = shared.fitted(update, index)
@@ -261,6 +262,24 @@ def _decided(
         )
         return replace(direction, noise=0.0)
     return direction
+
+
+def _with_first_share(run: Run, size: StepSize, loss: float) -> Run:
+    """The run with the share of its first step; says where that is more than an equal part by
+    default.
+
+    Args:
+        loss: mean loss of the forget texts before the run.
+    """
+    decided = run.decided(loss)
+    is_begun = run.start is not None and bool(run.start.deltas)
+    if decided != run and decided.share(0) > 1 / run.steps and size.alpha is None and not is_begun:
+        say(
+            f"note: the forget texts are not known by heart (a mean loss of {loss:.4f} nats/token, "
+            f"not below {KNOWN_LOSS:.4f}), so by default the first step goes "
+            f"{decided.share(0):g} of the way; --first-share sets that"
+        )
+    return decided
 
 
 def _has_gone_all_the_way(update: Update, size: StepSize, run: Run) -> bool:

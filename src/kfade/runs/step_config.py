@@ -49,6 +49,10 @@ class StepConfig:
     goes on. Texts with a prompt of fewer than four tokens keep all positions."""
     steps: int | None = None
     """Number of Gauss-Newton steps. Unset: by --quality."""
+    first_share: float | None = None
+    """Share of the way that the first of several steps goes; the others take equal parts of what is
+    left. Unset: an equal part, too; where the forget texts are not known by heart (a mean loss of
+    ln 2 or more), a half."""
     forget_batch: int | None = None
     """Number of forget sequences in each step, drawn without replacement. Unset: all."""
     refit: bool = False

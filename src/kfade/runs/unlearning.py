@@ -363,6 +363,7 @@ def _run_of(run: RunConfig) -> Run:
     assert correct is not None, "the settings are decided"
     return Run(
         steps=steps,
+        first_share=run.step.first_share,
         forget_batch=run.step.forget_batch,
         refit=run.step.refit,
         correction=Correction(
