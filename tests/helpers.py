@@ -103,6 +103,15 @@ def one_of_all_draws(k: int) -> Callable:
     return exhaustive
 
 
+def said_by(model: torch.nn.Module, token: int) -> TokenSequence:
+    """What a model says after a token: at each place the likeliest one."""
+    tokens = [token]
+    with torch.no_grad():
+        for _ in range(7):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return TokenSequence(tuple(tokens), (False, *[True] * 7))
+
+
 def flat(**options: Any) -> dict[str, Any]:
     """Options of ``kfade.unlearn`` with those of its settings sorted into them, where there are
     some: ``flat(targets=t, kl=0.01, fit=f)`` is run=Run(targets=t), size=StepSize(kl=0.01), fit=f.

@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from helpers import flat, random_sequences, relative_error, tiny_llama
+from helpers import flat, random_sequences, relative_error, said_by, tiny_llama
 
 import kfade
 from kfade import KFAC, make_batches, margin
 from kfade.curvature.estimators import Identity
 from kfade.data.batches import digest_batches
 from kfade.data.noise import noisy
-from kfade.data.sequences import TokenSequence
 from kfade.method.gradient import forget_gradient
 from kfade.method.sampling import Sampler
 from kfade.models.layers import find_targets
@@ -120,15 +119,6 @@ def test_a_run_that_continues_keeps_the_bound_and_the_noise_of_its_first_steps()
     assert torch.equal(updated(**options, start=kept[0]), whole)
     fresh = updated(**options)
     assert relative_error(fresh, whole) > 0.01
-
-
-def said_by(model: torch.nn.Module, token: int) -> TokenSequence:
-    """What a model says after a token: at each place the likeliest one."""
-    tokens = [token]
-    with torch.no_grad():
-        for _ in range(7):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return TokenSequence(tuple(tokens), (False, *[True] * 7))
 
 
 def test_noise_is_a_share():
