@@ -245,8 +245,7 @@ def _decided(
     direction = direction.decided(size, run.steps, loss)
     if direction.bound != known.bound:
         say(
-            f"note: the forget texts are not known by heart (a mean loss of {loss:.4f} nats/token, "
-            f"not below {KNOWN_LOSS:.4f}), so by default there is no bound and no noise; "
+            f"{_not_known(loss)}, so by default there is no bound and no noise; "
             f"--bound {DEFAULT_BOUND:g} gives both"
         )
     if direction.at_prompts and not any(sequence.prompt for sequence in forget):
@@ -275,11 +274,18 @@ def _with_first_share(run: Run, size: StepSize, loss: float) -> Run:
     is_begun = run.start is not None and bool(run.start.deltas)
     if decided != run and decided.share(0) > 1 / run.steps and size.alpha is None and not is_begun:
         say(
-            f"note: the forget texts are not known by heart (a mean loss of {loss:.4f} nats/token, "
-            f"not below {KNOWN_LOSS:.4f}), so by default the first step goes "
-            f"{decided.share(0):g} of the way; --first-share sets that"
+            f"{_not_known(loss)}, so by default the first step goes {decided.share(0):g} of the way; "
+            "--first-share sets that"
         )
     return decided
+
+
+def _not_known(loss: float) -> str:
+    """Begins a note that texts with that mean loss are not known by heart."""
+    return (
+        f"note: the forget texts are not known by heart (a mean loss of {loss:.4f} nats/token, "
+        f"not below {KNOWN_LOSS:.4f})"
+    )
 
 
 def _has_gone_all_the_way(update: Update, size: StepSize, run: Run) -> bool:
