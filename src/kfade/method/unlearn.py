@@ -274,8 +274,8 @@ def _with_first_share(run: Run, size: StepSize, loss: float) -> Run:
     is_begun = run.start is not None and bool(run.start.deltas)
     if decided != run and decided.share(0) > 1 / run.steps and size.alpha is None and not is_begun:
         say(
-            f"{_not_known(loss)}, so by default the first step goes {decided.share(0):g} of the way; "
-            "--first-share sets that"
+            f"{_not_known(loss)}, so by default the first step goes {decided.share(0):g} of the "
+            "way; --first-share sets that"
         )
     return decided
 
